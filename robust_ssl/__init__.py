@@ -1,0 +1,1 @@
+"""Adversarial robustness of pre-trained encoders."""

@@ -1,0 +1,27 @@
+"""Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
+
+from robust_ssl.models.heads import LinearHead, MLPHead, classifier
+from robust_ssl.models.resnet import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+)
+
+__all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "LinearHead",
+    "MLPHead",
+    "ResNet",
+    "classifier",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+]

@@ -1,0 +1,285 @@
+"""The only place that knows of devices: `pmap`, `shard_map` or `jit` over a mesh, one interface.
+
+A *step* is written once, for the part of the batch that one device holds, and is told the name of
+the device axis (None under ``jit``, where the compiler sees the global batch).  What it must do is
+gather the small outputs that a loss compares across the batch (`gather`) and average gradients
+(`average`); then the result does not depend on how many devices there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "devices"
+METHODS = ("pmap", "shard_map", "jit")
+
+
+def use_every_core() -> None:
+    """Gives each CPU core a device of its own; call it before JAX is first used.
+
+    One convolution keeps about one thread busy on XLA:CPU, so two cores are best fed by two
+    devices that run the sharded step.  Does nothing when JAX has already started, and has no
+    effect on accelerators.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError:  # the backend is already up, with the devices it has
+        return
+
+
+def gather(tree: Any, axis_name: str | None) -> Any:
+    """Returns the global batch of every leaf: ``[batch / devices, ...]`` to ``[batch, ...]``."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree)
+
+
+def average(tree: Any, axis_name: str | None) -> Any:
+    """Returns the mean over devices of every leaf.
+
+    After `gather`, the mean of the devices' gradients is the gradient of the global loss.
+    """
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How steps are spread over devices.
+
+    Attributes:
+      devices: The devices, in order; all processes' devices on a cluster.
+      method: ``"pmap"`` (the default), ``"shard_map"`` or ``"jit"``.
+
+    Example:
+      >>> parallel = Parallel.create(num_devices=2)
+      >>> def step(total, batch):
+      ...     total = total + average(jnp.mean(batch["x"]), parallel.axis_name)
+      ...     return total, {"mean": total}
+      >>> state, info = parallel.compile(step)(jnp.zeros(()), parallel.put({"x": np.arange(4.0)}))
+      >>> float(state)
+      1.5
+    """
+
+    devices: tuple[Any, ...]
+    method: str = "pmap"
+
+    @classmethod
+    def create(cls, *, num_devices: int | None = None, method: str = "pmap") -> Parallel:
+        """Takes all devices, or the first `num_devices`.
+
+        Raises:
+          ValueError: If there are fewer devices than asked for, or the method is not known.
+        """
+        devices = jax.devices()
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        if num_devices is not None and not 1 <= num_devices <= len(devices):
+            raise ValueError(
+                f"num_devices={num_devices}, but there are {len(devices)} devices: {devices}"
+            )
+        return cls(tuple(devices[:num_devices]), method)
+
+    @property
+    def axis_name(self) -> str | None:
+        """Name of the device axis inside a step; None where the compiler shards by itself."""
+        return None if self.method == "jit" else AXIS
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The one-dimensional mesh of all devices."""
+        return Mesh(np.asarray(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+    @property
+    def _sharded(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P(AXIS))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return NamedSharding(self.mesh, P())
+
+    def check_batch(self, size: int) -> None:
+        """Raises ValueError unless a batch of `size` images divides over the devices."""
+        if size < 1 or size % len(self.devices):
+            raise ValueError(
+                f"a batch of {size} does not divide over {len(self.devices)} devices; "
+                f"take a multiple of {len(self.devices)}"
+            )
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts the same values on every device."""
+        return jax.tree.map(lambda x: jax.device_put(x, self.replicated), tree)
+
+    def put(self, batch: Any) -> Any:
+        """Spreads ``[batch, ...]`` arrays over the devices along their first axis.
+
+        On several processes each one passes the whole global batch, or the same function of the
+        step; every process keeps only its part.
+        """
+        return jax.tree.map(self._put_leaf, batch)
+
+    def _put_leaf(self, x) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == self._sharded:
+            return x
+        self.check_batch(x.shape[0])
+        if jax.process_count() > 1:
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, self._sharded, lambda index: x[index])
+        return jax.device_put(x, self._sharded)
+
+    def compile(self, step: Callable, *, donate: bool = False) -> Callable:
+        """Compiles ``step(state, batch) -> (state, info)``; state whole, batch spread.
+
+        Args:
+          step: Written for one device's part of the batch; uses `axis_name` to talk to the
+            others.  Its results must be equal on all devices (averaged or gathered).
+          donate: Let the new state reuse the memory of the old one, which is then gone.
+
+        Returns:
+          A function of (state, batch) where batch leaves are ``[global batch, ...]`` as `put`
+          leaves them.  State goes in and comes out unstacked.
+        """
+        donated = (0,) if donate else ()
+        if self.method == "jit":
+            return jax.jit(
+                step,
+                in_shardings=(self.replicated, self._sharded),
+                out_shardings=self.replicated,
+                donate_argnums=donated,
+            )
+        if self.method == "shard_map":
+            spread = jax.shard_map(
+                step, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False
+            )
+            return jax.jit(spread, donate_argnums=donated)
+        mapped = jax.pmap(
+            step,
+            axis_name=AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=donated,
+        )
+        return lambda state, batch: mapped(state, jax.tree.map(self._stack, batch))
+
+    def map(self, function: Callable) -> Callable:
+        """Compiles ``function(constants, batch) -> per-image results`` for any batch size.
+
+        The batch is padded to a multiple of the device count by repeating its first image, and
+        what was padded is cut off again, so a short last batch counts every image once.
+
+        Args:
+          function: Maps constants and ``[n, ...]`` leaves to ``[n, ...]`` leaves, each image by
+            itself.
+
+        Returns:
+          A function of (constants, batch) that returns NumPy arrays ``[batch, ...]``.
+        """
+        # One compiled function and one sharding discipline whatever the method: results are per
+        # image, so there is nothing to gather.
+        if self.method == "jit":
+            compiled = jax.jit(
+                function,
+                in_shardings=(self.replicated, self._sharded),
+                out_shardings=self._sharded,
+            )
+        elif self.method == "shard_map":
+            compiled = jax.jit(
+                jax.shard_map(
+                    function,
+                    mesh=self.mesh,
+                    in_specs=(P(), P(AXIS)),
+                    out_specs=P(AXIS),
+                    check_vma=False,
+                )
+            )
+        else:
+            mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=self.devices)
+
+            def compiled(constants, batch):
+                results = mapped(constants, jax.tree.map(self._stack, batch))
+                return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+        def call(constants, batch):
+            size = len(jax.tree.leaves(batch)[0])
+            missing = -size % len(self.devices)
+            padded = jax.tree.map(lambda x: _pad(np.asarray(x), missing), batch)
+            results = compiled(constants, self.put(padded))
+            return jax.tree.map(lambda x: to_host(x)[:size], results)
+
+        return call
+
+    def _stack(self, x: jax.Array) -> jax.Array:
+        """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""
+        return x.reshape(len(self.devices), -1, *x.shape[1:])
+
+
+def _pad(x: np.ndarray, missing: int) -> np.ndarray:
+    return np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) if missing else x
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Returns the whole of an array that may live on several processes."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
+    """Runs an iterator in a thread of its own, `depth` items ahead.
+
+    An exception in it is raised where the item would have come.
+    """
+    import queue
+    import threading
+
+    items: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def offer(entry) -> None:
+        while not stop.is_set():
+            try:
+                return items.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work():
+        try:
+            for item in iterator:
+                offer((item, None))
+                if stop.is_set():
+                    return
+            offer((None, StopIteration()))
+        except BaseException as error:
+            offer((None, error))
+
+    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+
+
+def per_device_batch(global_batch: int, devices: int) -> int:
+    """Returns how many images one device holds, rounded up."""
+    return math.ceil(global_batch / devices)

@@ -1,0 +1,281 @@
+"""The values that travel through the package, and the contracts of what a user may bring.
+
+Everything here is a frozen pytree of arrays whose choices are static fields, so it can be passed
+through `jax.jit`, `jax.vmap` and `jax.pmap`, saved, and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Variables = Mapping[str, Any]  # {"params": tree, "batch_stats": tree, ...}
+
+
+@struct.dataclass
+class Outputs:
+    """What a model says about a batch of images (or about one image, without the batch axis).
+
+    Attributes:
+      features: The encoder's output, float ``[batch, dim]``.
+      logits: The head's output, float ``[batch, classes]``; None where there is no head.
+      taps: Intermediate activations by name, for example ``"stage1/block2"``; under `jax.jit`
+        what nobody reads is never computed.
+    """
+
+    features: jax.Array
+    logits: jax.Array | None = None
+    taps: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+
+    def without_taps(self) -> Outputs:
+        """Returns the same outputs with no intermediate activations."""
+        return self.replace(taps={})
+
+
+def _with_batch_axis(images: jax.Array, apply: Callable[[jax.Array], Outputs]) -> Outputs:
+    """Calls `apply` on a batch; one image ``[H, W, 3]`` travels as a batch of one."""
+    if images.ndim == 4:
+        return apply(images)
+    if images.ndim != 3:
+        raise ValueError(
+            f"images must be [batch, height, width, 3] or [height, width, 3], got shape "
+            f"{images.shape}"
+        )
+    return jax.tree.map(lambda leaf: leaf[0], apply(images[None]))
+
+
+@struct.dataclass
+class Encoder:
+    """A feature extractor with its weights and its own normalisation.
+
+    Calling it is evaluation mode: batch statistics are read, never written.  Images are pixels in
+    [0, 1]; the normalisation ``(image - mean) / std`` happens in here and nowhere else, so no
+    attack can miss it.
+
+    Attributes:
+      variables: ``{"params": ..., "batch_stats": ...}`` of `module`.
+      module: A linen module; ``module.apply(variables, x, train=False)`` returns
+        ``(features [batch, dim], taps)``.
+      mean: Per-channel mean in pixel units, three floats.
+      std: Per-channel standard deviation in pixel units, three floats.
+      image_size: Height and width the encoder was trained for, pixels.
+      dim: Number of features.
+      name: For tables and manifests.
+
+    Example:
+      >>> from robust_ssl import models
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=16)
+      >>> encoder(jnp.zeros((2, 16, 16, 3))).features.shape
+      (2, 64)
+    """
+
+    variables: Variables
+    module: nn.Module = struct.field(pytree_node=False)
+    mean: tuple[float, float, float] = struct.field(pytree_node=False)
+    std: tuple[float, float, float] = struct.field(pytree_node=False)
+    image_size: int = struct.field(pytree_node=False)
+    dim: int = struct.field(pytree_node=False)
+    name: str = struct.field(pytree_node=False, default="encoder")
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """Turns pixels in [0, 1] into what the module was trained on; same shape."""
+        mean = jnp.asarray(self.mean, images.dtype).reshape((1,) * (images.ndim - 1) + (3,))
+        std = jnp.asarray(self.std, images.dtype).reshape((1,) * (images.ndim - 1) + (3,))
+        return (images - mean) / std
+
+    def __call__(self, images: jax.Array) -> Outputs:
+        """Returns features and taps in evaluation mode, for a batch or for one image."""
+
+        def apply(batch):
+            features, taps = self.module.apply(self.variables, self.normalise(batch), train=False)
+            return Outputs(features=features, taps=taps)
+
+        return _with_batch_axis(images, apply)
+
+    def apply_train(
+        self, images: jax.Array, *, key: jax.Array | None = None, axis_name: str | None = None
+    ) -> tuple[Outputs, Mapping[str, Any]]:
+        """Runs in training mode: batch norm uses this batch, across `axis_name` if it is given.
+
+        Args:
+          images: Pixels, float ``[batch, H, W, 3]``.
+          key: For modules with dropout; None where there is none.
+          axis_name: The device axis over which batch statistics are averaged.
+
+        Returns:
+          The outputs and the new ``batch_stats`` (an empty mapping where there are none).
+        """
+        module = self.module.clone(axis_name=axis_name)
+        (features, taps), updated = module.apply(
+            self.variables,
+            self.normalise(images),
+            train=True,
+            mutable=["batch_stats"],
+            rngs=None if key is None else {"dropout": key},
+        )
+        return Outputs(features=features, taps=taps), updated.get("batch_stats", {})
+
+
+@struct.dataclass
+class Classifier:
+    """An encoder with a head: what a downstream team ships.
+
+    Attributes:
+      encoder: The feature extractor.
+      head_variables: ``{"params": ...}`` of `head`.
+      head: A linen module; ``head.apply(variables, features, train=False)`` returns logits.
+      num_classes: Number of logits.
+    """
+
+    encoder: Encoder
+    head_variables: Variables
+    head: nn.Module = struct.field(pytree_node=False)
+    num_classes: int = struct.field(pytree_node=False)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, pixels."""
+        return self.encoder.image_size
+
+    @property
+    def variables(self) -> Variables:
+        """All variables in one tree, ``{collection: {"encoder": ..., "head": ...}}``.
+
+        Paths in it, such as ``encoder/stem/conv/kernel`` or ``head/linear/bias``, are what
+        layer-wise learning rates and layer sensitivity are keyed by.
+        """
+        merged: dict[str, dict[str, Any]] = {}
+        for part, tree in (("encoder", self.encoder.variables), ("head", self.head_variables)):
+            for collection, leaves in tree.items():
+                merged.setdefault(collection, {})[part] = leaves
+        return merged
+
+    def with_variables(self, variables: Variables) -> Classifier:
+        """Returns this classifier with the weights of a tree shaped like `variables`."""
+        encoder = {c: tree["encoder"] for c, tree in variables.items() if "encoder" in tree}
+        head = {c: tree["head"] for c, tree in variables.items() if "head" in tree}
+        return self.replace(encoder=self.encoder.replace(variables=encoder), head_variables=head)
+
+    def __call__(self, images: jax.Array) -> Outputs:
+        """Returns features, logits and taps in evaluation mode, for a batch or one image."""
+
+        def apply(batch):
+            outputs = self.encoder(batch)
+            logits = self.head.apply(self.head_variables, outputs.features, train=False)
+            return outputs.replace(logits=logits)
+
+        return _with_batch_axis(images, apply)
+
+    def apply_train(
+        self, images: jax.Array, *, key: jax.Array, axis_name: str | None = None
+    ) -> tuple[Outputs, Mapping[str, Any]]:
+        """Runs in training mode (dropout on, batch statistics of this batch).
+
+        Returns:
+          The outputs and the new ``batch_stats``, ``{"encoder": ...}``.
+        """
+        encoder_key, head_key = jax.random.split(key)
+        outputs, batch_stats = self.encoder.apply_train(
+            images, key=encoder_key, axis_name=axis_name
+        )
+        logits = self.head.apply(
+            self.head_variables, outputs.features, train=True, rngs={"dropout": head_key}
+        )
+        return outputs.replace(logits=logits), {"encoder": batch_stats} if batch_stats else {}
+
+
+@struct.dataclass
+class AttackInputs:
+    """What an attack objective may look at; every array has a batch axis (of one, per image).
+
+    Attributes:
+      clean: Outputs for the unperturbed images; a constant, no gradient flows into it.
+      adversarial: Outputs for the perturbed images; what the attacker moves.
+      clean_images: Pixels, float ``[batch, H, W, 3]``.
+      adversarial_images: Pixels, float ``[batch, H, W, 3]``.
+      labels: int32 ``[batch]``; None for every downstream-agnostic attack.
+      target: Outputs for the image whose features a targeted attack moves to, or None.
+    """
+
+    clean: Outputs
+    adversarial: Outputs
+    clean_images: jax.Array
+    adversarial_images: jax.Array
+    labels: jax.Array | None = None
+    target: Outputs | None = None
+
+
+@struct.dataclass
+class LossInputs:
+    """What a training loss may look at, for the *global* batch, whatever the device count.
+
+    Attributes:
+      labels: int32 ``[batch]``.
+      clean: Outputs for the unperturbed images.
+      adversarial: Outputs for the perturbed images; None where nothing is attacked.
+      pretrained: Outputs of the frozen pre-trained encoder on the unperturbed images (no
+        logits, no gradient); None unless the step was asked for it.
+    """
+
+    labels: jax.Array
+    clean: Outputs
+    adversarial: Outputs | None = None
+    pretrained: Outputs | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """All that training needs to go on: arrays only, so orbax saves it as it is.
+
+    Attributes:
+      step: Number of updates tried so far, int32 scalar.
+      variables: ``{"params": ..., "batch_stats": ...}``.
+      opt_state: State of the optax transformation.
+      counters: int32 scalars by name, for example updates skipped because of NaN.
+    """
+
+    step: jax.Array
+    variables: Variables
+    opt_state: Any
+    counters: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+
+
+Loss = Callable[[LossInputs], jax.Array]  # -> [batch], minimised
+Objective = Callable[[AttackInputs], jax.Array]  # -> scalar, maximised
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Anything that turns pixels in [0, 1] into `Outputs`: an `Encoder`, a `Classifier`."""
+
+    def __call__(self, images: jax.Array) -> Outputs:
+        """Returns the outputs for ``[batch, H, W, 3]`` or for one image ``[H, W, 3]``."""
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A pytree value that perturbs one image; `jax.vmap` makes it a batch."""
+
+    def __call__(
+        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]."""
+
+
+@runtime_checkable
+class Threat(Protocol):
+    """What the attacker may do to an image."""
+
+    def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns a random allowed image."""
+
+    def project(self, candidate: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns the allowed image nearest to `candidate`: inside the budget and [0, 1]."""
+
+    def steepest(self, gradient: jax.Array) -> jax.Array:
+        """Returns the unit step that raises a linear function the most."""
