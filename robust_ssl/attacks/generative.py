@@ -1,0 +1,120 @@
+"""AdvEncoder: a universal perturbation that comes out of a generator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+
+from robust_ssl import objectives
+from robust_ssl.attacks.universal import objective_of_delta, within_budget
+from robust_ssl.models.generator import Generator
+from robust_ssl.parallel import average
+
+FORMS = {"paper": objectives.advencoder_paper, "released": objectives.advencoder_released}
+_ADAM = optax.scale_by_adam(b1=0.5, b2=0.999)  # DCGAN, and AdvEncoder's released code
+
+
+@struct.dataclass
+class GeneratorState:
+    """State of `AdvEncoderPER`.
+
+    Attributes:
+      params: Of the generator.
+      opt_state: Of Adam.
+      noise: The generator's fixed input, float ``[noise_vectors, 100]``.
+      image_shape: (height, width, 3) of the perturbation.
+    """
+
+    params: Any
+    opt_state: Any
+    noise: jax.Array
+    image_shape: tuple[int, int, int] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class AdvEncoderPER:
+    """AdvEncoder's perturbation: a generator with fixed noise, trained to upset the features.
+
+    The generator is a way to search: neighbouring pixels share parameters, so it finds smooth and
+    structured perturbations.  After fitting only its one output is kept.
+
+    Attributes:
+      learning_rate: Of Adam.
+      form: ``"paper"`` (`objectives.advencoder_paper`) or ``"released"``
+        (`objectives.advencoder_released`), or any objective of one's own.
+      width: Channels of the generator's last hidden layer.
+      noise_vectors: How many images are mixed to one.  The released code takes as many as its
+        batch, 256, and then works at that batch size only; they are independent of it here.
+
+    Raises:
+      ValueError: If `form` is neither.
+
+    Example:
+      >>> from robust_ssl import threats
+      >>> attack = AdvEncoderPER(form="released", width=8, noise_vectors=2)
+      >>> state = attack.init(jax.random.key(0), (8, 8, 3), threats.Linf(0.25))
+      >>> delta = attack.delta(state, threats.Linf(0.25))
+      >>> delta.shape, bool(jnp.max(jnp.abs(delta)) <= 0.25)
+      ((8, 8, 3), True)
+
+    References:
+      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, Section 3.3; the authors'
+      code, github.com/CGCL-codes/AdvEncoder, commit 3dd1c4e.
+    """
+
+    learning_rate: jax.Array | float = 2e-4  # the released code
+    form: Any = struct.field(pytree_node=False, default="paper")
+    width: int = struct.field(pytree_node=False, default=128)
+    noise_vectors: int = struct.field(pytree_node=False, default=16)
+    name: str = struct.field(pytree_node=False, default="advencoder")
+
+    def __post_init__(self):
+        """Checks the form."""
+        if not callable(self.form) and self.form not in FORMS:
+            raise ValueError(f"form must be one of {sorted(FORMS)}, got {self.form!r}")
+
+    @property
+    def objective(self):
+        """What is maximised."""
+        return self.form if callable(self.form) else FORMS[self.form]
+
+    def init(self, key, image_shape, threat) -> GeneratorState:
+        """Draws the noise and the generator's weights."""
+        del threat
+        noise_key, params_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (self.noise_vectors, 100))
+        params = self._module(image_shape).init(params_key, noise)["params"]
+        return GeneratorState(params, _ADAM.init(params), noise, tuple(image_shape))
+
+    def step(self, state, threat, model, clean, images, *, axis_name=None):
+        """Updates the generator once; returns the new state and the objective before it."""
+
+        def value_of(params):
+            return objective_of_delta(
+                self.delta(state.replace(params=params), threat),
+                objective=self.objective,
+                threat=threat,
+                model=model,
+                clean=clean,
+                images=images,
+                axis_name=axis_name,
+            )
+
+        value, gradient = jax.value_and_grad(value_of)(state.params)
+        direction, opt_state = _ADAM.update(average(gradient, axis_name), state.opt_state)
+        params = jax.tree.map(
+            lambda weight, change: weight + self.learning_rate * change, state.params, direction
+        )
+        return state.replace(params=params, opt_state=opt_state), value
+
+    def delta(self, state, threat) -> jax.Array:
+        """Returns the perturbation, ``[H, W, 3]``, inside the budget."""
+        output = self._module(state.image_shape).apply({"params": state.params}, state.noise)
+        return within_budget(threat.epsilon * output, threat)
+
+    def _module(self, image_shape) -> Generator:
+        height, width, _ = image_shape
+        return Generator(height=height, width=width, channels=self.width)

@@ -1,0 +1,275 @@
+"""Attacks that craft one perturbation for each image: FGSM, PGD, EmbedAttack.
+
+Each is a frozen pytree value called as ``attack(key, model, image, label)`` for one image;
+`attack_batch` runs it on many.  The budget and the step size are leaves: an attack rebuilt with
+other numbers does not compile again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from robust_ssl import objectives
+from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
+
+
+def attack_batch(
+    attack: Attack,
+    key: jax.Array,
+    model: Model,
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    indices: jax.Array | None = None,
+) -> jax.Array:
+    """Attacks every image of a batch by itself, in one batched pass per step.
+
+    The key of an image is ``fold_in(key, indices[i])``: with its *global* index an image gets the
+    same perturbation whatever its batch, its neighbours or the number of devices.  Call it under
+    `jax.jit` (or `Parallel.map`).
+
+    Args:
+      attack: A per-image or a fitted universal attack.
+      key: Random key of the whole batch.
+      model: What is attacked.
+      images: Pixels in [0, 1], float ``[batch, H, W, 3]``.
+      labels: int32 ``[batch]``; None for attacks that need none.
+      indices: int32 ``[batch]``; None is 0, 1, 2, ...
+
+    Returns:
+      Adversarial images, float ``[batch, H, W, 3]`` in [0, 1].
+
+    Example:
+      >>> from robust_ssl import models, threats
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+      >>> attack = EmbedAttack(threats.Linf(8 / 255), num_steps=1)
+      >>> attack_batch(attack, jax.random.key(1), encoder, jnp.full((2, 8, 8, 3), 0.5)).shape
+      (2, 8, 8, 3)
+    """
+    indices = jnp.arange(images.shape[0]) if indices is None else indices
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+    if labels is None:
+        return jax.vmap(lambda k, image: attack(k, model, image))(keys, images)
+    return jax.vmap(lambda k, image, label: attack(k, model, image, label))(keys, images, labels)
+
+
+def _objective_at(
+    objective: Objective, model: Model, image: jax.Array, label: jax.Array | None
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns the objective as a function of the adversarial image alone."""
+    images = image[None]
+    # Objectives that never look at the clean outputs cost no clean pass: it is dead code then.
+    clean = lax.stop_gradient(model(images))
+    labels = None if label is None else jnp.reshape(label, (1,))
+
+    def value(adversarial: jax.Array) -> jax.Array:
+        return objective(
+            AttackInputs(
+                clean=clean,
+                adversarial=model(adversarial[None]),
+                clean_images=images,
+                adversarial_images=adversarial[None],
+                labels=labels,
+            )
+        )
+
+    return value
+
+
+@struct.dataclass
+class FGSM:
+    """One step of the whole budget along the steepest direction, from the image itself.
+
+    Attributes:
+      threat: With a field `epsilon`.
+      objective: What is raised; it must not be stationary at the image, as feature distances are.
+
+    Example:
+      >>> from robust_ssl import models, threats
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+      >>> net = models.classifier(jax.random.key(1), encoder, 3, head="linear")
+      >>> image = jnp.full((8, 8, 3), 0.5)
+      >>> moved = FGSM(threats.Linf(0.25))(jax.random.key(2), net, image, jnp.array(1))
+      >>> round(float(jnp.max(jnp.abs(moved - image))), 4)
+      0.25
+
+    References:
+      Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, Section 4.
+    """
+
+    threat: Any
+    objective: Objective = struct.field(pytree_node=False, default=objectives.cross_entropy)
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients per image."""
+        return 1
+
+    def __call__(
+        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the adversarial image, ``[H, W, 3]``; `key` is not used."""
+        del key
+        gradient = jax.grad(_objective_at(self.objective, model, image, label))(image)
+        step = self.threat.epsilon * self.threat.steepest(gradient)
+        return self.threat.project(image + step, image)
+
+
+@struct.dataclass
+class PGD:
+    """Projected gradient ascent on an objective, inside a threat.
+
+    Only the image gets a gradient.  With `keep_best` the best point of the whole path is returned,
+    so the objective never ends below its start; that costs one forward pass more than the
+    ``num_steps`` gradients.  Training takes ``keep_best=False``: exactly ``num_steps`` gradients.
+
+    Attributes:
+      threat: What the attacker may do.
+      step_size: Length of a step, pixel units.
+      objective: What is raised.
+      num_steps: Gradient steps, at least 1.
+      random_start: Start at a random allowed image, not at the image itself.  Needed where the
+        objective is stationary at the image, as feature distances are.
+      restarts: Independent tries of which the best point is returned, at least 1; more than one
+        needs `random_start`, or all tries are the same.
+      keep_best: Return the best point seen, not the last.
+
+    Raises:
+      ValueError: If `num_steps` or `restarts` is below 1, or there is nothing random to restart.
+
+    Example:
+      >>> from robust_ssl import models, threats
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+      >>> net = models.classifier(jax.random.key(1), encoder, 3, head="linear")
+      >>> attack = PGD(threats.Linf(8 / 255), num_steps=2)
+      >>> attack(jax.random.key(2), net, jnp.full((8, 8, 3), 0.5), jnp.array(1)).shape
+      (8, 8, 3)
+
+    References:
+      Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018,
+      Section 2.1.
+    """
+
+    threat: Any
+    step_size: jax.Array | float = 2 / 255  # Madry et al. 2018, CIFAR-10
+    objective: Objective = struct.field(pytree_node=False, default=objectives.cross_entropy)
+    num_steps: int = struct.field(pytree_node=False, default=10)
+    random_start: bool = struct.field(pytree_node=False, default=True)
+    restarts: int = struct.field(pytree_node=False, default=1)
+    keep_best: bool = struct.field(pytree_node=False, default=True)
+
+    def __post_init__(self):
+        """Checks the static fields."""
+        if self.num_steps < 1 or self.restarts < 1:
+            raise ValueError(
+                f"num_steps and restarts must be at least 1, got num_steps={self.num_steps} and "
+                f"restarts={self.restarts}"
+            )
+        if self.restarts > 1 and not (self.random_start and self.keep_best):
+            raise ValueError(
+                f"restarts={self.restarts} needs random_start=True and keep_best=True: otherwise "
+                "the tries are equal, or there is no best to return"
+            )
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients per image."""
+        return self.num_steps * self.restarts
+
+    def __call__(
+        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]."""
+        value = _objective_at(self.objective, model, image, label)
+        if not self.keep_best:
+            return self._last(value, image, self._start(key, image))
+
+        def attempt(index, best):
+            start = self._start(jax.random.fold_in(key, index), image)
+            return self._best(value, image, start, best)
+
+        best = (image, jnp.full((), -jnp.inf))
+        if self.restarts == 1:
+            return attempt(0, best)[0]
+        return lax.fori_loop(0, self.restarts, attempt, best)[0]
+
+    def _start(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        return self.threat.sample(key, image) if self.random_start else image
+
+    def _move(self, current: jax.Array, gradient: jax.Array, image: jax.Array) -> jax.Array:
+        step = self.step_size * self.threat.steepest(gradient)
+        return self.threat.project(current + step, image)
+
+    def _last(self, value, image: jax.Array, start: jax.Array) -> jax.Array:
+        gradient = jax.grad(value)
+        return lax.fori_loop(
+            0, self.num_steps, lambda _, x: self._move(x, gradient(x), image), start
+        )
+
+    def _best(self, value, image: jax.Array, start: jax.Array, best):
+        def better(best, current, reached):
+            wins = reached > best[1]
+            return jnp.where(wins, current, best[0]), jnp.where(wins, reached, best[1])
+
+        def step(_, carry):
+            current, best = carry
+            # The gradient brings the value along, so looking for the best point is free.
+            reached, gradient = jax.value_and_grad(value)(current)
+            return self._move(current, gradient, image), better(best, current, reached)
+
+        last, best = lax.fori_loop(0, self.num_steps, step, (start, best))
+        return better(best, last, value(last))
+
+
+@struct.dataclass
+class EmbedAttack:
+    """PGD that drives an image's features away from its own clean features, without a label.
+
+    It needs the encoder only, so it is downstream-agnostic; zero change is a stationary point of
+    its objective, so its random start is not an option.
+
+    Attributes:
+      threat: What the attacker may do.
+      step_size: Length of a step, pixel units.
+      objective: A distance of features.
+      num_steps: Gradient steps, at least 1.
+      restarts: Independent tries, at least 1.
+      keep_best: Return the best point seen, not the last.
+
+    References:
+      Kim et al., "Adversarial Self-Supervised Contrastive Learning", NeurIPS 2020, Section 3.1
+      (the label-free attack on representations).
+    """
+
+    threat: Threat
+    step_size: jax.Array | float = 2 / 255
+    objective: Objective = struct.field(pytree_node=False, default=objectives.feature_l2)
+    num_steps: int = struct.field(pytree_node=False, default=20)
+    restarts: int = struct.field(pytree_node=False, default=1)
+    keep_best: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients per image."""
+        return self.num_steps * self.restarts
+
+    def __call__(
+        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]; `label` is not looked at."""
+        del label
+        attack = PGD(
+            threat=self.threat,
+            step_size=self.step_size,
+            objective=self.objective,
+            num_steps=self.num_steps,
+            random_start=True,
+            restarts=self.restarts,
+            keep_best=self.keep_best,
+        )
+        return attack(key, model, image)

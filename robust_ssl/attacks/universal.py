@@ -1,0 +1,446 @@
+"""One perturbation for all images: how it is kept, applied and fitted.
+
+Fitting is a pair of pure functions, ``init`` and ``step``, so that `fit` can `jax.vmap` them over
+*members*, that is seeds and budgets: one compilation gives a whole accuracy-against-epsilon curve,
+and the clean images go through the model once for all members.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from robust_ssl import objectives, threats
+from robust_ssl.parallel import Parallel, average, gather
+from robust_ssl.types import AttackInputs, Model, Objective, Outputs, Threat
+
+_GREY = 0.5  # the image around which a perturbation without an image is drawn and projected
+
+
+@struct.dataclass
+class UniversalPerturbation:
+    """A fitted perturbation; it is called like any attack and looks at the image only.
+
+    Attributes:
+      delta: What is added to every image, float ``[H, W, 3]``, pixel units.
+      threat: The budget it was fitted for; `project` makes every attacked image valid.
+      name: For tables and file names.
+
+    Example:
+      >>> attack = UniversalPerturbation(jnp.full((8, 8, 3), 0.1), threats.Linf(0.1))
+      >>> round(float(attack(None, None, jnp.full((8, 8, 3), 0.95)).max()), 4)
+      1.0
+    """
+
+    delta: jax.Array
+    threat: Any
+    name: str = struct.field(pytree_node=False, default="universal")
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients per attacked image: none, they were spent in fitting."""
+        return 0
+
+    def __call__(
+        self,
+        key: jax.Array | None,
+        model: Model | None,
+        image: jax.Array,
+        label: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the adversarial image ``[H, W, 3]``; only `image` is looked at.
+
+        Raises:
+          ValueError: If the image has another size than the perturbation.
+        """
+        del key, model, label
+        if image.shape != self.delta.shape:
+            raise ValueError(
+                f"the perturbation {self.name!r} has size {self.delta.shape}, but the image has "
+                f"size {image.shape}; resize it with .resized({image.shape[:2]})"
+            )
+        return self.threat.project(image + self.delta, image)
+
+    def apply(self, images: jax.Array) -> jax.Array:
+        """Returns the adversarial images ``[batch, H, W, 3]``."""
+        return jax.vmap(lambda image: self(None, None, image))(images)
+
+    def resized(self, size: int | tuple[int, int]) -> UniversalPerturbation:
+        """Returns the perturbation at another image size (bilinear), inside the same budget."""
+        height, width = (size, size) if isinstance(size, int) else size
+        delta = jax.image.resize(self.delta, (height, width, 3), "bilinear")
+        return self.replace(delta=within_budget(delta, self.threat))
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes one ``.npz`` file that NumPy alone can read.
+
+        Raises:
+          ValueError: If this is a stack of perturbations, or its threat is not of this package.
+        """
+        kind = type(self.threat).__name__
+        if np.ndim(self.delta) != 3:
+            raise ValueError(
+                f"save writes one perturbation [H, W, 3], got shape {self.delta.shape}; save the "
+                "members of a fit one by one: fitted.member(i).save(path)"
+            )
+        if kind not in _THREATS:
+            raise ValueError(f"save knows the threats {sorted(_THREATS)}, got {kind}")
+        with open(path, "wb") as file:  # np.savez on a name would append .npz to it
+            np.savez(
+                file,
+                delta=np.asarray(self.delta, np.float32),
+                epsilon=np.asarray(self.threat.epsilon, np.float32),
+                kind=np.asarray(kind),
+                name=np.asarray(self.name),
+            )
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> UniversalPerturbation:
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: If the file is not such a file; the message says what is wrong with it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                entries = {name: stored[name] for name in ("delta", "epsilon", "kind", "name")}
+        except (ValueError, KeyError, EOFError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"{path} is not a saved universal perturbation: {error}") from error
+        delta, kind = entries["delta"], str(entries["kind"])
+        if kind not in _THREATS or delta.ndim != 3 or not np.all(np.isfinite(delta)):
+            raise ValueError(
+                f"{path}: expected a finite delta [H, W, 3] and a threat of {sorted(_THREATS)}, "
+                f"got shape {delta.shape} and {kind!r}"
+            )
+        threats.check_epsilon(entries["epsilon"])
+        threat = _THREATS[kind](jnp.asarray(entries["epsilon"]))
+        return cls(jnp.asarray(delta), threat, name=str(entries["name"]))
+
+
+_THREATS = {"Linf": threats.Linf, "L2": threats.L2}
+
+
+def within_budget(delta: jax.Array, threat: Threat) -> jax.Array:
+    """Returns the allowed perturbation nearest to `delta`, whatever the image.
+
+    A threat speaks of images; a perturbation alone is judged on a grey one, so no entry exceeds
+    half of the pixel range.
+    """
+    grey = jnp.full(delta.shape, _GREY, delta.dtype)
+    return threat.project(grey + delta, grey) - grey
+
+
+def random_delta(key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> jax.Array:
+    """Returns a random allowed perturbation, ``[H, W, 3]``."""
+    grey = jnp.full(image_shape, _GREY)
+    return threat.sample(key, grey) - grey
+
+
+def objective_of_delta(
+    delta: jax.Array,
+    *,
+    objective: Objective,
+    threat: Threat,
+    model: Model,
+    clean: Outputs,
+    images: jax.Array,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Evaluates an objective for one perturbation on the global batch, differentiably.
+
+    What every universal attack's `step` maximises.
+
+    Args:
+      delta: Float ``[H, W, 3]``; the only thing that gets a gradient.
+      objective: What is maximised.
+      threat: Makes the attacked images valid.
+      model: What is attacked.
+      clean: Its outputs for this device's part of the images.
+      images: This device's part, float ``[batch / devices, H, W, 3]``.
+      axis_name: The device axis, or None.
+
+    Returns:
+      The scalar of the global batch, the same on every device.  The mean over devices of its
+      gradients is the gradient for the global batch.
+    """
+    candidates = images + delta.reshape(1, *delta.shape)
+    valid = jax.vmap(threat.project)(candidates, images)
+    # Where delta touches its budget, rounding decides whether `project` lets the gradient through;
+    # only the cut to [0, 1] may stop it, because only there a pixel cannot move.
+    path = jnp.clip(candidates, 0.0, 1.0)
+    adversarial = path + lax.stop_gradient(valid - path)
+    inputs = AttackInputs(
+        clean=lax.stop_gradient(clean),
+        adversarial=model(adversarial),
+        clean_images=images,
+        adversarial_images=adversarial,
+    )
+    return objective(gather(inputs, axis_name))
+
+
+class UniversalAttack(Protocol):
+    """How a perturbation is fitted: a frozen pytree value with three pure functions.
+
+    `state` is any pytree of arrays.  Randomness comes from the key of `init`; a step is a function
+    of the state and the batch.
+    """
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> Any:
+        """Returns the state before the first step."""
+
+    def step(
+        self,
+        state: Any,
+        threat: Threat,
+        model: Model,
+        clean: Outputs,
+        images: jax.Array,
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[Any, jax.Array]:
+        """Returns the next state and the objective before it, equal on all devices."""
+
+    def delta(self, state: Any, threat: Threat) -> jax.Array:
+        """Returns the perturbation, ``[H, W, 3]``, inside the budget."""
+
+
+@struct.dataclass
+class UniversalPGDState:
+    """State of `UniversalPGD`: the perturbation and the running direction, ``[H, W, 3]`` each."""
+
+    delta: jax.Array
+    velocity: jax.Array
+
+
+@struct.dataclass
+class UniversalPGD:
+    """Momentum sign ascent on an objective averaged over the batch, from a random start.
+
+    Attributes:
+      step_size: Length of a step, pixel units.
+      momentum: Share of the last direction that is kept, in [0, 1).
+      objective: What is maximised.
+
+    References:
+      Moosavi-Dezfooli et al., "Universal Adversarial Perturbations", CVPR 2017 (the problem);
+      Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, Algorithm 1 (the step).
+    """
+
+    step_size: jax.Array | float = 2e-3  # UAP-PGD's first rate
+    momentum: jax.Array | float = 0.9
+    objective: Objective = struct.field(pytree_node=False, default=objectives.feature_l2)
+    name: str = struct.field(pytree_node=False, default="universal_pgd")
+
+    def init(self, key, image_shape, threat) -> UniversalPGDState:
+        """Starts at a random allowed perturbation: zero is stationary for feature distances."""
+        start = random_delta(key, image_shape, threat)
+        return UniversalPGDState(delta=start, velocity=jnp.zeros_like(start))
+
+    def step(self, state, threat, model, clean, images, *, axis_name=None):
+        """Moves the perturbation once; returns the new state and the objective before it."""
+        value, gradient = jax.value_and_grad(objective_of_delta)(
+            state.delta,
+            objective=self.objective,
+            threat=threat,
+            model=model,
+            clean=clean,
+            images=images,
+            axis_name=axis_name,
+        )
+        gradient = average(gradient, axis_name)
+        scale = jnp.mean(jnp.abs(gradient))
+        velocity = self.momentum * state.velocity + gradient / jnp.where(scale > 0, scale, 1.0)
+        moved = state.delta + self.step_size * threat.steepest(velocity)
+        return UniversalPGDState(delta=within_budget(moved, threat), velocity=velocity), value
+
+    def delta(self, state, threat) -> jax.Array:
+        """Returns the perturbation, ``[H, W, 3]``."""
+        del threat
+        return state.delta
+
+
+@struct.dataclass
+class RandomNoise:
+    """Baseline: every pixel at the budget with a random sign, never fitted.
+
+    What it does to a model is what any perturbation of that size does; an attack is worth what it
+    does beyond.
+
+    Attributes:
+      objective: What the curve reports.
+    """
+
+    objective: Objective = struct.field(pytree_node=False, default=objectives.feature_l2)
+    name: str = struct.field(pytree_node=False, default="random_noise")
+
+    def init(self, key, image_shape, threat) -> jax.Array:
+        """Draws the signs."""
+        signs = jax.random.rademacher(key, image_shape, jnp.float32)
+        return within_budget(threat.epsilon * signs, threat)
+
+    def step(self, state, threat, model, clean, images, *, axis_name=None):
+        """Changes nothing; returns the state and the objective."""
+        value = objective_of_delta(
+            state,
+            objective=self.objective,
+            threat=threat,
+            model=model,
+            clean=clean,
+            images=images,
+            axis_name=axis_name,
+        )
+        return state, value
+
+    def delta(self, state, threat) -> jax.Array:
+        """Returns the noise, ``[H, W, 3]``."""
+        del threat
+        return state
+
+
+@struct.dataclass
+class FittedUniversal:
+    """What `fit` returns.
+
+    Attributes:
+      perturbations: All members in one value, with a leading member axis.
+      curve: The objective of each step before its update, float ``[steps, members]``.
+    """
+
+    perturbations: UniversalPerturbation
+    curve: np.ndarray
+
+    def __len__(self) -> int:
+        """Returns the number of members."""
+        return len(self.perturbations.delta)
+
+    def member(self, index: int) -> UniversalPerturbation:
+        """Returns one perturbation, ready to be applied or saved."""
+        return jax.tree.map(lambda leaf: leaf[index], self.perturbations)
+
+
+def members(seeds: Sequence[int], epsilons: Sequence[float]) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and budgets of every pair, seed by seed: two arrays of ``len * len``.
+
+    Raises:
+      ValueError: If a list is empty or a budget outside [0, 1].
+
+    Example:
+      >>> keys, epsilons = members(seeds=(0, 1), epsilons=(0.25, 0.5))
+      >>> keys.shape, epsilons.tolist()
+      ((4,), [0.25, 0.5, 0.25, 0.5])
+    """
+    if not len(seeds) or not len(epsilons):
+        raise ValueError(f"need at least one seed and one epsilon, got {seeds} and {epsilons}")
+    threats.check_epsilon(epsilons)
+    keys = jax.vmap(jax.random.key)(jnp.asarray(np.repeat(np.asarray(seeds), len(epsilons))))
+    return keys, jnp.asarray(np.tile(np.asarray(epsilons, np.float32), len(seeds)))
+
+
+def fit(
+    attack: UniversalAttack,
+    model: Model,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    keys: jax.Array,
+    epsilons: jax.Array,
+    image_shape: tuple[int, int, int],
+    parallel: Parallel,
+    threat: Callable[[Any], Threat] = threats.Linf,
+    on_step: Callable[[int, jax.Array], None] | None = None,
+) -> FittedUniversal:
+    """Fits one perturbation per member against a model, all members at once.
+
+    The model is an argument of the compiled step: fitting against another one of the same shapes
+    does not compile again.  The host never waits for a step.
+
+    Args:
+      attack: How to fit.
+      model: What is attacked; it is not changed.
+      batches: Mappings with ``"images"``, float ``[batch, H, W, 3]`` in [0, 1] (surrogate images:
+        the attacker does not have the downstream ones), the batch a multiple of the devices.
+      keys: One random key per member, ``[members]``; see `members`.
+      epsilons: One budget per member, float ``[members]``, pixel units.
+      image_shape: (height, width, 3).
+      parallel: Over which devices, and how; the result does not depend on it.
+      threat: Makes a threat of a budget.
+      on_step: Called with the step's number and its objective ``[members]``, which is still being
+        computed: reading it waits for it.
+
+    Returns:
+      The perturbations and the curve of the objective.
+
+    Raises:
+      ValueError: If there are no batches, an image has another shape, a budget is outside [0, 1],
+        or the numbers of keys and budgets differ.
+
+    Example:
+      >>> from robust_ssl import models
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+      >>> keys, epsilons = members(seeds=(0,), epsilons=(4 / 255, 8 / 255))
+      >>> fitted = fit(UniversalPGD(), encoder, [{"images": np.full((2, 8, 8, 3), 0.5, "f4")}],
+      ...              keys=keys, epsilons=epsilons, image_shape=(8, 8, 3),
+      ...              parallel=Parallel.create(num_devices=1))
+      >>> fitted.curve.shape, fitted.member(1).delta.shape
+      ((1, 2), (8, 8, 3))
+    """
+    threats.check_epsilon(epsilons)
+    if keys.shape != np.shape(epsilons):
+        raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")
+    budgets = jax.vmap(threat)(jnp.asarray(epsilons, jnp.float32))
+    states = _init_members(attack, tuple(image_shape), keys, budgets)
+    constants = parallel.replicate((attack, model, budgets))
+    states, step, curve = parallel.replicate(states), _fit_step(parallel), []
+    for number, batch in enumerate(batches):
+        images = batch["images"]
+        if tuple(images.shape[1:]) != tuple(image_shape):
+            raise ValueError(
+                f"batch {number}: expected images [batch, *{tuple(image_shape)}], got shape "
+                f"{tuple(images.shape)}; resize the data or change image_shape"
+            )
+        states, values = step((constants, states), parallel.put({"images": images}))
+        curve.append(values)
+        if on_step is not None:
+            on_step(number, values)
+    if not curve:
+        raise ValueError("there is nothing to fit on: `batches` is empty")
+    deltas = _deltas_of_members(attack, states, budgets)
+    perturbations = UniversalPerturbation(deltas, budgets, name=attack.name)
+    return FittedUniversal(perturbations, np.stack([np.asarray(values) for values in curve]))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _init_members(attack, image_shape, keys, budgets):
+    return jax.vmap(lambda key, budget: attack.init(key, image_shape, budget))(keys, budgets)
+
+
+@jax.jit
+def _deltas_of_members(attack, states, budgets):
+    return jax.vmap(attack.delta)(states, budgets)
+
+
+@functools.lru_cache(maxsize=16)
+def _fit_step(parallel: Parallel) -> Callable:
+    """Returns the compiled step; kept, so that the next fit finds it compiled."""
+
+    def step(state, batch):
+        (attack, model, budgets), states = state
+        clean = model(batch["images"])  # once for all members
+
+        def one(member, budget):
+            return attack.step(
+                member, budget, model, clean, batch["images"], axis_name=parallel.axis_name
+            )
+
+        return jax.vmap(one)(states, budgets)
+
+    return parallel.compile(step)

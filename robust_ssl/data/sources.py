@@ -1,0 +1,217 @@
+"""`load`: from what a user names to `Examples`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from robust_ssl.data import pictures, tfds_source
+from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+
+
+def load(
+    source: Any,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    data_dir: str | pathlib.Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    memory_limit: int = 4 * 2**30,
+    **options: Any,
+) -> Examples | StreamedExamples:
+    """Reads one split of a data set.
+
+    Args:
+      source: One of
+
+        * a TFDS name, ``"cifar10"``, ``"visual_domain_decathlon/gtsrb"``, ``"cifar10:3.0.2"``:
+          any data set prepared under `data_dir` in the array_record format, also one that TFDS
+          itself does not know; read without TensorFlow;
+        * a folder, a `pathlib.Path` or a string that starts with ``/``, ``.`` or ``~``:
+          ``folder/split/class/*.png``, or ``folder/class/*.png`` for a set that is all training;
+        * arrays: ``(images, labels)``, ``{"images": ..., "labels": ..., "class_names": ...}``, or
+          a mapping from split to either; see `from_arrays`;
+        * a function, or its name as ``"module:function"``: called with `split`, with `seed` and
+          `image_size` where it has such parameters, and with `options`; returns `Examples` or
+          ``(images, labels)``.
+      split: ``"train"``, ``"test"``, ...; for TFDS also a slice such as ``"train[:1000]"``.
+      image_size: Brings each image to this height and width, pixels (Lanczos, centre kept); None
+        takes them as they are.
+      data_dir: Where TFDS sets are; by default ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
+      limit: At most so many examples, drawn by `seed`; None takes all.
+      seed: For `limit`, and for a function that asks for it.
+      memory_limit: A TFDS set or folder with more bytes of pixels than this is not decoded into
+        memory but read on demand.
+      **options: For a function.
+
+    Returns:
+      `Examples`; `StreamedExamples`, which reads the same way, for a set above `memory_limit`.
+
+    Raises:
+      ValueError: If the name, split or file is wrong, or images or labels break what
+        `from_arrays` asks of them.
+      FileNotFoundError: If a folder does not exist or a TFDS set is not prepared yet.
+      TypeError: If `options` are not parameters of the function.
+
+    Example:
+      >>> digits = load("robust_ssl.data:digits", split="test", limit=100)
+      >>> digits.images.shape, digits.num_classes
+      ((100, 32, 32, 3), 10)
+    """
+    if isinstance(source, Mapping) and "images" not in source:
+        source = _pick_split(source, split)
+    if isinstance(source, str) and _names_function(source):
+        source = _find_function(source)
+    if options and not callable(source):
+        raise TypeError(f"options {sorted(options)} are for functions, and {source!r} is none")
+    if callable(source):
+        examples = _from_function(source, split, seed, image_size, options)
+    elif isinstance(source, pathlib.Path) or (
+        isinstance(source, str) and source.startswith(("/", ".", "~"))
+    ):
+        examples = _from_folder(pathlib.Path(source).expanduser(), split, image_size)
+    elif isinstance(source, str):
+        examples = tfds_source.open_split(source, split, image_size, data_dir)
+    else:
+        examples = _from_values(source, split, "arrays")
+    return _fit(examples, image_size, limit, seed, memory_limit)
+
+
+def _fit(examples, image_size, limit, seed, memory_limit) -> Examples | StreamedExamples:
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        if limit < len(examples):
+            examples = examples.subset(limit, seed)
+    if isinstance(examples, StreamedExamples):
+        return examples.in_memory() if examples.nbytes <= memory_limit else examples
+    if image_size is None or examples.image_shape[:2] == (image_size, image_size):
+        return examples
+    resized = np.stack([pictures.resize(image, image_size) for image in examples.images])
+    return dataclasses.replace(examples, images=resized)
+
+
+def _pick_split(source: Mapping, split: str) -> Any:
+    if split not in source:
+        raise ValueError(f"arrays for split {split!r} are missing; there are {sorted(source)}")
+    return source[split]
+
+
+def _from_values(value: Any, split: str, name: str) -> Examples:
+    """`Examples` from what a function returned or a user passed: Examples, tuple or mapping."""
+    if isinstance(value, (Examples, StreamedExamples)):
+        return value
+    if isinstance(value, Mapping):
+        unknown = set(value) - {"images", "labels", "class_names", "name"}
+        if "images" not in value or unknown:
+            raise ValueError(
+                f"{name!r}: a mapping must hold images, and may hold labels, class_names and "
+                f"name; got {sorted(value)}"
+            )
+        return from_arrays(**{"name": name, **value}, split=split)
+    if isinstance(value, tuple) and len(value) == 2:
+        return from_arrays(*value, name=name, split=split)
+    raise ValueError(
+        f"{name!r} must be Examples, (images, labels) or a mapping with images, got "
+        f"{type(value).__name__}; a data set can also be a TFDS name, a folder or a function"
+    )
+
+
+def _names_function(source: str) -> bool:
+    module, colon, function = source.partition(":")
+    # "cifar10:3.0.2" is a TFDS name with a version.
+    return bool(colon) and function.isidentifier() and "/" not in module
+
+
+def _find_function(source: str) -> Callable:
+    module_name, _, function_name = source.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it imports is not
+        raise ValueError(
+            f"data source {source!r}: there is no module {error.name!r}; is its folder on the "
+            "Python path?"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"data source {source!r}: {module_name} has no function {function_name!r}")
+    return function
+
+
+def _from_function(function, split, seed, image_size, options) -> Examples | StreamedExamples:
+    name = getattr(function, "__name__", type(function).__name__)
+    parameters = inspect.signature(function).parameters
+    arguments = dict(options)
+    if "seed" in parameters:
+        arguments["seed"] = seed
+    if "image_size" in parameters and image_size is not None:
+        arguments["image_size"] = image_size
+    try:
+        inspect.signature(function).bind(split, **arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"data function {name!r} cannot be called with split and {sorted(arguments)}: {error}; "
+            f"its parameters are {list(parameters)}"
+        ) from error
+    return _from_values(function(split, **arguments), split, name)
+
+
+def _from_folder(folder: pathlib.Path, split: str, image_size: int | None) -> StreamedExamples:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {str(folder)!r} does not exist")
+    root, class_names = _class_folders(folder, split)
+    files, labels = [], []
+    for label, class_name in enumerate(class_names):
+        if (root / class_name).is_dir():
+            found = sorted(p for p in (root / class_name).iterdir() if _is_picture(p))
+            files += found
+            labels += [label] * len(found)
+    if not files:
+        raise ValueError(
+            f"data folder {str(root)!r} is empty: no {', '.join(PICTURE_SUFFIXES)} files in "
+            f"{root.name}/CLASS/"
+        )
+    labels = np.asarray(labels, np.int32)
+
+    def records(rows):
+        return [(files[row], int(labels[row])) for row in rows]
+
+    rows = np.arange(len(files))
+    name = folder.resolve().name
+    return StreamedExamples(records, rows, image_size, class_names, name, split, labels)
+
+
+def _class_folders(folder: pathlib.Path, split: str) -> tuple[pathlib.Path, list[str]]:
+    """Returns the folder that holds the class folders, and the class names of all splits."""
+    inside = _subfolders(folder)
+    if any(_is_picture(p) for name in inside for p in (folder / name).iterdir()):
+        if split != "train":
+            raise ValueError(
+                f"data folder {str(folder)!r} has class folders and no splits, so it is all "
+                f"'train'; for split {split!r} make {folder.name}/train/CLASS and "
+                f"{folder.name}/{split}/CLASS"
+            )
+        return folder, inside
+    if split not in inside:
+        raise ValueError(f"data folder {str(folder)!r} has no split {split!r}; it has {inside}")
+    # The union, so that a class without test images does not shift the labels of the others.
+    return folder / split, sorted({name for part in inside for name in _subfolders(folder / part)})
+
+
+def _subfolders(folder: pathlib.Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_picture(path: pathlib.Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")

@@ -1,0 +1,169 @@
+"""TensorFlow Datasets without TensorFlow: prepared array_record files, read at random."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from robust_ssl.data.examples import StreamedExamples
+
+
+def open_split(
+    name: str, split: str, image_size: int | None, data_dir: str | pathlib.Path | None
+) -> StreamedExamples:
+    """Opens a split of a prepared TFDS data set; reads no picture yet.
+
+    Args:
+      name: ``"name"``, ``"name/config"``, either with ``":version"``.
+      split: A split or a slice of one, as TFDS writes them.
+      image_size: As in `StreamedExamples`.
+      data_dir: Where data sets are prepared; None takes TFDS's own default.
+
+    Raises:
+      ValueError: If TFDS does not know the name, config or split, or the set has no image.
+      FileNotFoundError: If the set is known but not prepared.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = pathlib.Path(
+        data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    ).expanduser()
+    folder = _find_prepared(name, data_dir)
+    if folder is None:
+        raise _why_not_prepared(name, data_dir)
+    builder = tfds.builder_from_directory(folder)
+    image_key, label_key = _feature_keys(builder.info.features, name)
+    try:
+        # Pillow decodes: TFDS would look for OpenCV, and its errors name no image.
+        source = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise ValueError(
+            f"data set {name!r} in {str(folder)!r} is not stored as array_record, which reading "
+            f"without TensorFlow needs; prepare it anew:\n  {_command(name, data_dir)} --overwrite"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"data set {name!r} has no split {split!r}; its splits are "
+            f"{sorted(builder.info.splits)} ({error})"
+        ) from error
+    names = builder.info.features[label_key].names if label_key else ()
+    base = name.partition(":")[0]
+    rows = np.arange(len(source))
+    records = _reader(source, image_key, label_key)
+    return StreamedExamples(records, rows, image_size, names, base, split)
+
+
+def _reader(source: Any, image_key: str, label_key: str | None) -> Callable:
+    def records(rows):
+        found = source.__getitems__([int(row) for row in rows])
+        return [(r[image_key], r[label_key] if label_key else None) for r in found]
+
+    return records
+
+
+def _find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+    """Returns the folder of the newest (or the named) prepared version."""
+    base, _, version = name.partition(":")
+    versions = [
+        p.parent
+        for p in (data_dir / base).glob("*/dataset_info.json")
+        if re.fullmatch(r"\d+\.\d+\.\d+", p.parent.name)
+    ]
+    if version:
+        versions = [p for p in versions if p.name == version]
+    return max(versions, key=lambda p: [int(n) for n in p.name.split(".")], default=None)
+
+
+def _feature_keys(features: Any, name: str) -> tuple[str, str | None]:
+    """Returns which feature is the image and which the label (None: there is none)."""
+    import tensorflow_datasets as tfds
+
+    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
+    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    image_key = "image" if "image" in images else images[0] if len(images) == 1 else None
+    label_key = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    if image_key is None:
+        raise ValueError(
+            f"data set {name!r} has no feature 'image', nor exactly one image: its features are "
+            f"{sorted(features)}; read it with a function of your own"
+        )
+    dtype = np.dtype(features[image_key].np_dtype)
+    if dtype != np.uint8:
+        raise ValueError(
+            f"images of data set {name!r} are {dtype}, not uint8; read it with a function of your "
+            "own"
+        )
+    return image_key, label_key
+
+
+def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
+    """The error for a name that is not under `data_dir`: unknown, or known and to be prepared."""
+    import tensorflow_datasets as tfds
+
+    base, _, version = name.partition(":")
+    dataset, _, config = base.partition("/")
+    if version and _find_prepared(base, data_dir) is not None:
+        prepared = sorted(p.parent.name for p in (data_dir / base).glob("*/dataset_info.json"))
+        return FileNotFoundError(
+            f"data set {base!r} is prepared under {str(data_dir)!r} in versions {prepared}, "
+            f"not {version!r}; to prepare it:\n  {_command(name, data_dir)}"
+        )
+    known = tfds.list_builders(with_community_datasets=False)
+    if dataset in known:
+        configs = _configs(dataset)
+        if configs and config not in configs:
+            return ValueError(
+                f"data set {dataset!r} comes in configurations and {config!r} is none; write one "
+                "of: " + ", ".join(f"{dataset}/{c}" for c in _near(config, configs) or configs[:20])
+            )
+        return FileNotFoundError(
+            f"data set {name!r} is not prepared under {str(data_dir)!r}; prepare it once (this "
+            f"brings TensorFlow for the purpose):\n  {_command(name, data_dir)}"
+        )
+    local = _prepared_names(data_dir)
+    near = _near(base, [*local, *known, *(f"{d}/{c}" for d in known for c in _configs(d))])
+    folder = (
+        f"; for the folder of that name write './{name}'" if pathlib.Path(name).is_dir() else ""
+    )
+    return ValueError(
+        f"data set {name!r} is not known to TFDS; near are: {', '.join(near) or 'none'}; prepared "
+        f"under {str(data_dir)!r}: {', '.join(local) or 'none'}{folder}"
+    )
+
+
+def _prepared_names(data_dir: pathlib.Path) -> list[str]:
+    found = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
+    return sorted({p.parent.parent.relative_to(data_dir).as_posix() for p in found})
+
+
+def _configs(dataset: str) -> list[str]:
+    import tensorflow_datasets as tfds
+
+    try:
+        return list(tfds.builder_cls(dataset).builder_configs)
+    except ImportError:  # a few builders need pandas or h5py merely to be looked at
+        return []
+
+
+def _near(name: str, candidates: list[str]) -> list[str]:
+    """Returns the candidates that `name` resembles, by whole name or by its last part."""
+    by_word: dict[str, str] = {}
+    for candidate in candidates:
+        for word in (candidate, candidate.rpartition("/")[2]):
+            by_word.setdefault(word.lower(), candidate)
+    words = difflib.get_close_matches(name.lower(), by_word, n=5, cutoff=0.6)
+    return list(dict.fromkeys(by_word[word] for word in words))
+
+
+def _command(name: str, data_dir: pathlib.Path) -> str:
+    default = pathlib.Path("~/tensorflow_datasets").expanduser()
+    where = "" if data_dir == default else f" --data_dir={data_dir}"
+    return (
+        f"pip install 'robust-ssl[prepare]' && tfds build {name} --file_format=array_record{where}"
+    )

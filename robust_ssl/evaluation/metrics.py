@@ -1,0 +1,273 @@
+"""What attacks do to a classifier, image by image, over a whole split.
+
+A short last batch weighs what it holds, adversarial images are scored as a file would hold them,
+and the worst case over several attacks is taken image by image.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl.attacks.per_image import attack_batch
+from robust_ssl.evaluation.counts import PerImage, worst_case
+from robust_ssl.types import Attack, Classifier, Encoder
+
+WORST = "worst"  # the name of the worst case per image over all attacks
+NO_ANSWER = -1  # the prediction of a model whose logits are NaN: never correct
+
+
+def to_pixels(images: jax.Array | np.ndarray) -> jax.Array:
+    """Turns 8-bit images into float32 pixels in [0, 1]; float images pass unchanged."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
+
+
+def quantise(images: jax.Array) -> jax.Array:
+    """Clips to [0, 1] and rounds to 8 bits: the image as a file would hold it.
+
+    A pixel moves by at most 1/510, so an image may leave its epsilon ball by that much and no
+    more.  If the clean image is 8-bit and epsilon a multiple of 1/255, it does not leave at all.
+
+    Args:
+      images: Pixels, float, any shape.
+
+    Returns:
+      Multiples of 1/255 in [0, 1], same shape and type.
+
+    Example:
+      >>> np.asarray(quantise(jnp.array([-0.2, 0.303, 1.7])) * 255).round(3).tolist()
+      [0.0, 77.0, 255.0]
+    """
+    return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
+
+
+def predictions(classifier: Classifier, images: jax.Array) -> jax.Array:
+    """Returns the most likely class of each image.
+
+    Args:
+      classifier: Gives logits; called in evaluation mode.
+      images: uint8, or float pixels in [0, 1], ``[batch, H, W, 3]``.
+
+    Returns:
+      int32 ``[batch]``; -1 where a logit is NaN, so that no broken model scores by chance.
+    """
+    logits = classifier(to_pixels(images)).logits
+    answers = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isnan(logits).any(axis=-1), NO_ANSWER, answers)
+
+
+def _clean_predictions(model: Classifier, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return predictions(model, batch["images"])
+
+
+def _attacked_predictions(constants, batch: Mapping[str, jax.Array]):
+    """Attacks each image by itself; returns predictions and whether all pixels are numbers."""
+    key, model, attack = constants
+    adversarial = attack_batch(
+        attack, key, model, to_pixels(batch["images"]), batch["labels"], batch["indices"]
+    )
+    finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
+    return predictions(model, quantise(adversarial)), finite
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(parallel, function):
+    # Kept, so that a second call with the same structures compiles nothing.
+    return parallel.map(function)
+
+
+def _padded(batches: Iterable[Mapping[str, np.ndarray]]):
+    """Yields (number of images, batch), every batch as long as the first: one shape, one compile.
+
+    What is padded repeats the first image.
+    """
+    start = size = 0
+    for batch in batches:
+        images, labels = np.asarray(batch["images"]), np.asarray(batch["labels"])
+        if images.ndim != 4 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                "a batch must be images [n, H, W, 3] and integer labels [n], got "
+                f"{images.shape} and {labels.dtype} {labels.shape}"
+            )
+        n = len(images)
+        indices = np.asarray(batch.get("indices", np.arange(start, start + n)))
+        size = max(size, n)
+        start += n
+        if n == 0:
+            continue
+        take = np.concatenate([np.arange(n), np.zeros(size - n, int)])
+        whole = {"images": images, "labels": labels.astype(np.int32)}
+        whole["indices"] = indices.astype(np.int32)
+        yield n, {name: values[take] for name, values in whole.items()}
+
+
+def _check_attacks(attacks: Mapping[str, Attack]) -> None:
+    if not attacks or WORST in attacks:
+        raise ValueError(
+            f"name at least one attack, and none {WORST!r} (the worst case over all of them is "
+            f"added); got {sorted(attacks)}"
+        )
+    for name, attack in attacks.items():
+        leaves = jax.tree.leaves(attack)
+        arrays = all(hasattr(x, "dtype") or isinstance(x, (int, float)) for x in leaves)
+        if not arrays or not callable(attack):
+            raise TypeError(
+                f"attack {name!r} must be a callable pytree of arrays (a flax.struct.dataclass "
+                f"with __call__, or jax.tree_util.Partial of a function), got {attack!r}"
+            )
+
+
+def score(
+    classifier: Classifier,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    attacks: Mapping[str, Attack],
+    *,
+    key: jax.Array,
+    parallel: Any,
+) -> dict[str, PerImage]:
+    """Attacks every image of a split with every attack, and counts what happens.
+
+    Adversarial images are clipped and rounded to 8 bits (`quantise`) before they are classified.
+    Attacks of one structure (the same class and static choices, another epsilon or perturbation)
+    share one compiled function.
+
+    Args:
+      classifier: The model under attack; its batch statistics are read, never written.
+      batches: NumPy ``{"images": uint8, or float in [0, 1], [n, H, W, 3], "labels": integer
+        [n]}`` and, where it is not just counted up, ``"indices"``, the place of each image in
+        the split; for example `robust_ssl.data.epoch_batches`.  A short last batch counts each
+        of its images once.
+      attacks: Attacks by name.  Each is called as ``attack(key, model, image, label)``.
+      key: Random key; the image at place i gets ``fold_in(key, i)`` whatever the batch size, the
+        devices or the other attacks.
+      parallel: A `robust_ssl.parallel.Parallel`.
+
+    Returns:
+      One `PerImage` per attack, and the worst case over them under ``"worst"``.
+
+    Raises:
+      ValueError: If there is no image or no attack, a batch is malformed, or an attack makes
+        pixels that are not numbers.
+      TypeError: If an attack is not a pytree value.
+    """
+    _check_attacks(attacks)
+    classify = _compiled(parallel, _clean_predictions)
+    strike = _compiled(parallel, _attacked_predictions)
+    model = parallel.replicate(classifier)
+    constants = {name: parallel.replicate((key, classifier, a)) for name, a in attacks.items()}
+    labels, clean, seconds = [], [], dict.fromkeys(attacks, 0.0)
+    adversarial: dict[str, list[np.ndarray]] = {name: [] for name in attacks}
+    for n, batch in _padded(batches):
+        labels.append(batch["labels"][:n])
+        clean.append(classify(model, batch)[:n])
+        for name in attacks:
+            begun = time.perf_counter()
+            answers, finite = strike(constants[name], batch)
+            seconds[name] += time.perf_counter() - begun
+            if not finite.all():
+                broken = batch["indices"][~finite][:5].tolist()
+                raise ValueError(
+                    f"attack {name!r} made pixels that are not finite, in images {broken} of the "
+                    "split; a perturbed image may hold neither NaN nor infinity"
+                )
+            adversarial[name].append(answers[:n])
+    if not labels:
+        raise ValueError("no images to score: the split is empty")
+    truth, before = np.concatenate(labels), np.concatenate(clean)
+    results = {}
+    for name in attacks:
+        after = np.concatenate(adversarial[name])
+        results[name] = PerImage(before == truth, after == truth, after != before, seconds[name])
+    return {**results, WORST: worst_case(results.values())}
+
+
+def accuracy_against_epsilon(
+    classifier: Classifier,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    attacks: Mapping[float, Attack],
+    *,
+    key: jax.Array,
+    parallel: Any,
+) -> list[tuple[float, float, float, float]]:
+    """Returns the accuracy curve over the attacker's budget, with its 95 % interval.
+
+    Args:
+      classifier: The model under attack.
+      batches: As for `score`.
+      attacks: One attack per epsilon (pixel units); of one structure, they compile once.
+      key: Random key.
+      parallel: A `robust_ssl.parallel.Parallel`.
+
+    Returns:
+      ``(epsilon, accuracy, low, high)`` by rising epsilon, from the clean accuracy at 0.
+    """
+    results = score(
+        classifier, batches, {str(e): a for e, a in attacks.items()}, key=key, parallel=parallel
+    )
+    counts = results[WORST].counts
+    points = {0.0: (counts.clean_accuracy, *counts.ci95["clean_accuracy"])}
+    for epsilon in attacks:
+        counts = results[str(epsilon)].counts
+        points[float(epsilon)] = (counts.robust_accuracy, *counts.ci95["robust_accuracy"])
+    return [(epsilon, *points[epsilon]) for epsilon in sorted(points)]
+
+
+@jax.jit
+def _drift(encoder: Encoder, clean: jax.Array, adversarial: jax.Array):
+    def activations(images):
+        outputs = encoder(to_pixels(images))
+        return {**outputs.taps, "features": outputs.features}
+
+    def compare(x, y):
+        x, y = (a.reshape(len(a), -1).astype(jnp.float32) for a in (x, y))
+        norm_x, norm_y = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(y, axis=1)
+        product, change = norm_x * norm_y, jnp.linalg.norm(y - x, axis=1)
+        # A zero activation has no direction: it agrees with another zero and with nothing else.
+        same = jnp.where(change == 0, 1.0, 0.0)
+        cosine = jnp.where(product > 0, jnp.sum(x * y, axis=1) / jnp.maximum(product, 1e-30), same)
+        return {
+            "cosine": cosine.mean(),
+            "relative_drift": (change / jnp.maximum(norm_x, 1e-12)).mean(),
+        }
+
+    return jax.tree.map(compare, activations(clean), activations(adversarial))
+
+
+def per_layer_stability(
+    encoder: Encoder, clean_images: jax.Array, adversarial_images: jax.Array
+) -> dict[str, dict[str, float]]:
+    r"""Measures, tap by tap, how far an attack moves what the encoder computes.
+
+    ``cosine`` is 1 where the direction of the activation is kept; ``relative_drift`` is
+    :math:`\|\tilde a - a\| / \|a\|`, 0 where nothing moved.  Both are means over the images.
+
+    Args:
+      encoder: Any model with taps.
+      clean_images: uint8, or float pixels in [0, 1], ``[n, H, W, 3]``.
+      adversarial_images: The same images under attack, same shape.
+
+    Returns:
+      ``{tap: {"cosine": ..., "relative_drift": ...}}`` from the first layer to ``"features"``.
+
+    Raises:
+      ValueError: If the shapes differ.
+    """
+    if clean_images.shape != adversarial_images.shape:
+        raise ValueError(
+            f"clean and adversarial images must have one shape, got {clean_images.shape} and "
+            f"{adversarial_images.shape}"
+        )
+    drift = jax.device_get(_drift(encoder, clean_images, adversarial_images))
+    order: list[str] = []  # a jitted function returns its dictionary sorted by name
+    jax.eval_shape(lambda model, x: order.extend(model(x).taps), encoder, to_pixels(clean_images))
+    return {
+        tap: {name: float(value) for name, value in drift[tap].items()}
+        for tap in [*order, "features"]
+    }

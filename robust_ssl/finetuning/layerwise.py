@@ -1,0 +1,324 @@
+"""Which parameter learns how fast: path patterns, learning rates, and what stays frozen.
+
+A path is ``encoder/stage1/block1/conv1/conv/kernel``.  In a pattern ``*`` stands for any letters
+within one name, ``**`` for any number of whole names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+FREEZE = "freeze"
+Rate = float | str  # a learning rate, or "freeze"
+
+
+class LayerRow(NamedTuple):
+    """One line of the table that is printed before training."""
+
+    layer: str
+    size: int
+    rate: Rate
+
+
+def match_paths(paths: Iterable[str], pattern: str) -> list[str]:
+    """Returns the paths that a pattern matches, in order.
+
+    Args:
+      paths: Such as ``encoder/stem/conv/kernel``.
+      pattern: ``*`` within one name, ``**`` for any number of whole names.
+
+    Returns:
+      The matching paths; at least one.
+
+    Raises:
+      ValueError: If nothing matches; the message lists near paths.
+
+    Example:
+      >>> match_paths(["encoder/stem/kernel", "head/kernel", "head/bias"], "**/kernel")
+      ['encoder/stem/kernel', 'head/kernel']
+    """
+    paths = list(paths)
+    globs = pattern.strip("/").split("/")
+    found = [path for path in paths if _matches(path.split("/"), globs)]
+    if not found:
+        # Layers, too, are near names: who writes "encoder/stage9/**" looks for a stage.
+        layers = {"/".join(p.split("/")[:depth]) for p in paths for depth in range(1, 9)}
+        wanted = pattern.replace("/**", "").replace("**/", "")
+        near = difflib.get_close_matches(wanted, sorted(layers), n=5, cutoff=0.4)
+        raise ValueError(
+            f"pattern {pattern!r} matches no parameter; near names: "
+            f"{', '.join(near or sorted(paths)[:5])}"
+        )
+    return found
+
+
+def _matches(names: list[str], globs: list[str]) -> bool:
+    if not globs:
+        return not names
+    if globs[0] == "**":
+        return any(_matches(names[i:], globs[1:]) for i in range(len(names) + 1))
+    return (
+        bool(names) and fnmatch.fnmatchcase(names[0], globs[0]) and _matches(names[1:], globs[1:])
+    )
+
+
+def label_paths(params: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives every parameter exactly one label.
+
+    Args:
+      params: Nested mapping of parameters.
+      rules: Pattern to label, in order; **a later rule overrides an earlier one**, so write the
+        general rule first and the exception after it.
+
+    Returns:
+      Path to label, for every parameter.
+
+    Raises:
+      ValueError: If a parameter has no label, or a pattern matches nothing.
+
+    Example:
+      >>> params = {"encoder": {"kernel": 1.0}, "head": {"kernel": 1.0, "bias": 0.0}}
+      >>> label_paths(params, {"**": "slow", "head/bias": "fast"})
+      {'encoder/kernel': 'slow', 'head/kernel': 'slow', 'head/bias': 'fast'}
+    """
+    paths = list(flatten_dict(params, sep="/"))
+    labels: dict[str, Any] = {}
+    for pattern, label in rules.items():
+        labels.update(dict.fromkeys(match_paths(paths, pattern), label))
+    uncovered = [path for path in paths if path not in labels]
+    if uncovered:
+        shown = ", ".join(uncovered[:10]) + (", ..." if len(uncovered) > 10 else "")
+        raise ValueError(
+            f"no label covers {shown} ({len(uncovered)} of {len(paths)} parameters); "
+            f"patterns tried: {', '.join(map(repr, rules)) or 'none'}; add a rule such as "
+            f"'**': \"freeze\" before the others"
+        )
+    return {path: labels[path] for path in paths}
+
+
+def layer_rates(params: Mapping[str, Any], rules: Mapping[str, Rate]) -> dict[str, Rate]:
+    """Gives every parameter a learning rate, or freezes it.
+
+    Args:
+      params: Nested mapping of parameters, as ``classifier.variables["params"]``.
+      rules: Pattern to learning rate (a float, 0 or more) or ``"freeze"``; a later rule overrides
+        an earlier one.
+
+    Returns:
+      Path to rate, for every parameter.
+
+    Raises:
+      ValueError: If a rate is negative, not finite or a word other than ``"freeze"``; if a
+        parameter has no rule; if a pattern matches nothing.
+
+    Example:
+      >>> params = {"encoder": {"stem": 1.0, "stage1": 1.0}, "head": {"bias": 0.0}}
+      >>> layer_rates(params, {"encoder/**": 1e-4, "encoder/stem": "freeze", "head/**": 5e-3})
+      {'encoder/stem': 'freeze', 'encoder/stage1': 0.0001, 'head/bias': 0.005}
+    """
+    for pattern, rate in rules.items():
+        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate != FREEZE and not (number and math.isfinite(rate) and rate >= 0):
+            raise ValueError(
+                f"the rate of {pattern!r} must be a learning rate of at least 0 or {FREEZE!r}, "
+                f"got {rate!r}"
+            )
+    return label_paths(params, rules)
+
+
+def adam_l2(
+    rate: float,
+    *,
+    weight_decay: float = 8e-4,
+    decay: float = 0.96,
+    steps_per_epoch: int | None = None,
+) -> optax.GradientTransformation:
+    """Adam as Gen-AF uses it: weight decay inside the gradient, a little slower every epoch.
+
+    Args:
+      rate: Learning rate of the first epoch.
+      weight_decay: Times the weights, added to the gradient before Adam (L2, unlike AdamW).
+      decay: The rate is multiplied by this after each epoch.
+      steps_per_epoch: Updates per epoch; None keeps the rate constant.
+
+    Returns:
+      An optax transformation.
+
+    Example:
+      >>> tx = adam_l2(0.1, weight_decay=0.0)
+      >>> updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+      >>> updates.round(3).tolist()
+      [-0.1..., -0.1...]
+
+    References:
+      Zhou et al., IEEE S&P 2024, released code (both tracks).
+    """
+    schedule = rate
+    if steps_per_epoch is not None:
+        schedule = optax.exponential_decay(rate, steps_per_epoch, decay, staircase=True)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_adam(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def layerwise_optimizer(
+    params: Mapping[str, Any],
+    rates: Mapping[str, Rate],
+    make_tx: Callable[[float], optax.GradientTransformation] = adam_l2,
+) -> optax.GradientTransformation:
+    """Builds one optimiser per learning rate; a frozen parameter gets an update of zero.
+
+    Args:
+      params: The parameters, for their structure only.
+      rates: Path to rate, as `layer_rates` returns.
+      make_tx: Learning rate to transformation.  Parameters of one rate share one.
+
+    Returns:
+      An optax transformation of the whole tree.  Weight decay inside `make_tx` never reaches a
+      frozen parameter.
+
+    Example:
+      >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+      >>> rates = layer_rates(params, {"encoder": "freeze", "head": 0.5})
+      >>> tx = layerwise_optimizer(params, rates, optax.sgd)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> updates["encoder"].tolist(), updates["head"].tolist()
+      ([0.0, 0.0], [-0.5, -0.5])
+    """
+    # Labels are strings: optax keeps its states in a dict, whose keys JAX must be able to sort.
+    transforms = {
+        str(rate): optax.set_to_zero() if rate == FREEZE else make_tx(rate)
+        for rate in dict.fromkeys(rates.values())
+    }
+    paths = flatten_dict(params, sep="/")
+    labels = unflatten_dict({tuple(path.split("/")): str(rates[path]) for path in paths})
+    return optax.multi_transform(transforms, labels)
+
+
+def frozen_paths(rates: Mapping[str, Rate]) -> frozenset[str]:
+    """Returns the paths that are frozen; what a fine-tuning step takes as `frozen`.
+
+    Example:
+      >>> sorted(frozen_paths({"encoder/kernel": "freeze", "head/kernel": 0.1}))
+      ['encoder/kernel']
+    """
+    return frozenset(path for path, rate in rates.items() if rate == FREEZE)
+
+
+def keep_frozen(new: Mapping[str, Any], old: Mapping[str, Any], frozen: Collection[str]) -> dict:
+    """Returns the new variables with every frozen leaf taken, bit by bit, from the old ones.
+
+    A batch norm's statistics (``.../norm/mean``) are frozen with the parameters of that norm
+    (``.../norm/scale``, ``.../norm/bias``); of a norm without parameters, with those of the
+    smallest module around it that has any.
+
+    Args:
+      new: ``{"params": ..., "batch_stats": ...}`` after an update.
+      old: The same before it.
+      frozen: Paths of frozen parameters.
+
+    Returns:
+      Variables of the same structure.
+
+    Example:
+      >>> old = {"params": {"norm": {"scale": 1}}, "batch_stats": {"norm": {"mean": 2}}}
+      >>> new = {"params": {"norm": {"scale": 3}}, "batch_stats": {"norm": {"mean": 4}}}
+      >>> keep_frozen(new, old, {"norm/scale"})
+      {'params': {'norm': {'scale': 1}}, 'batch_stats': {'norm': {'mean': 2}}}
+    """
+    params = list(flatten_dict(old["params"], sep="/"))
+
+    def is_frozen(collection, path):
+        if collection == "params":
+            return path in frozen
+        owners = []
+        while "/" in path and not owners:
+            path = path.rpartition("/")[0]
+            owners = [p for p in params if p.startswith(f"{path}/")]
+        return bool(owners) and all(p in frozen for p in owners)
+
+    flat = {collection: flatten_dict(tree, sep="/") for collection, tree in old.items()}
+    kept = {
+        collection: {
+            path: flat[collection][path] if is_frozen(collection, path) else leaf
+            for path, leaf in flatten_dict(tree, sep="/").items()
+        }
+        for collection, tree in new.items()
+    }
+    return {collection: unflatten_dict(tree, sep="/") for collection, tree in kept.items()}
+
+
+def stop_frozen(params: Mapping[str, Any], frozen: Collection[str]) -> dict:
+    """Returns the parameters with no gradient into the frozen ones; the compiler skips it.
+
+    Raises:
+      ValueError: If `frozen` names a parameter that is not there.
+
+    Example:
+      >>> loss = lambda p: sum(jax.tree.leaves(stop_frozen(p, {"a"})))
+      >>> jax.tree.map(float, jax.grad(loss)({"a": 1.0, "b": 1.0}))
+      {'a': 0.0, 'b': 1.0}
+    """
+    flat = flatten_dict(params, sep="/")
+    unknown = sorted(set(frozen) - set(flat))
+    if unknown:
+        raise ValueError(f"frozen names parameters that do not exist: {', '.join(unknown[:10])}")
+    stopped = {p: jax.lax.stop_gradient(x) if p in frozen else x for p, x in flat.items()}
+    return unflatten_dict(stopped, sep="/")
+
+
+def layer_table(params: Mapping[str, Any], rates: Mapping[str, Rate]) -> list[LayerRow]:
+    """Lists every layer with its size and rate.
+
+    Args:
+      params: Nested mapping of parameters.
+      rates: Path to rate, as `layer_rates` returns.
+
+    Returns:
+      One row per layer, in the order of `params`; a layer whose parameters differ in rate has one
+      row per parameter.  Sizes are numbers of parameters.
+
+    Example:
+      >>> params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+      >>> layer_table(params, {"head/kernel": 0.1, "head/bias": 0.1})
+      [LayerRow(layer='head', size=9, rate=0.1)]
+    """
+    layers: dict[str, list[LayerRow]] = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        layer = path.rpartition("/")[0] or path
+        layers.setdefault(layer, []).append(LayerRow(path, leaf.size, rates[path]))
+    table = []
+    for layer, rows in layers.items():
+        if len({row.rate for row in rows}) == 1:
+            rows = [LayerRow(layer, sum(row.size for row in rows), rows[0].rate)]
+        table.extend(rows)
+    return table
+
+
+def render_table(rows: Iterable[LayerRow]) -> str:
+    """Returns the table as text, with the totals that learn and that are frozen.
+
+    Example:
+      >>> print(render_table([LayerRow("stem", 432, "freeze"), LayerRow("head", 90, 0.005)]))
+      layer  size    rate
+      stem    432  freeze
+      head     90   0.005
+      90 of 522 parameters are trained
+    """
+    rows = list(rows)
+    cells = [("layer", "size", "rate"), *((r.layer, f"{r.size:,}", str(r.rate)) for r in rows)]
+    layer, size, rate = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [f"{a:<{layer}}  {b:>{size}}  {c:>{rate}}" for a, b, c in cells]
+    trained = sum(row.size for row in rows if row.rate != FREEZE)
+    total = sum(row.size for row in rows)
+    return "\n".join([*lines, f"{trained:,} of {total:,} parameters are trained"])

@@ -1,0 +1,159 @@
+"""The manifest of a stage: what was run, on what, with what outcome, as one JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+SCHEMA = 1
+PACKAGES = ("robust-ssl", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class ConfigChangedError(ValueError):
+    """A stage directory holds the work of another configuration."""
+
+
+class WorkdirError(ValueError):
+    """The working directory cannot be made, written or understood."""
+
+
+def make_directory(path: str | os.PathLike) -> pathlib.Path:
+    """Makes a directory with its parents and makes sure that it can be written.
+
+    Raises:
+      WorkdirError: If that fails, with the reason.
+    """
+    path = pathlib.Path(path).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write to {path}: {error.strerror or error}; "
+            "give --workdir a directory that you may write to"
+        ) from error
+    return path
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the manifest of a stage directory.
+
+    Raises:
+      WorkdirError: If it is missing, is not JSON, or is of another kind or version.
+    """
+    file = pathlib.Path(path) / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WorkdirError(
+            f"{file} cannot be read ({error}); bring it back from a copy, or remove "
+            f"{file.parent} to run this stage again"
+        ) from error
+    needed = {"schema", "stage", "status", "config", "inputs", "seed", "started", "seconds"}
+    missing = needed - set(manifest) if isinstance(manifest, dict) else needed
+    if missing:
+        raise WorkdirError(
+            f"{file} is no stage manifest: it lacks {', '.join(sorted(missing))}; remove "
+            f"{file.parent} to run this stage again"
+        )
+    if manifest["schema"] != SCHEMA:
+        raise WorkdirError(
+            f"{file} has schema {manifest['schema']!r}, this version reads {SCHEMA}; "
+            "take another --workdir"
+        )
+    return manifest
+
+
+def json_ready(value: Any) -> Any:
+    """Returns the value as JSON can say it: arrays as lists, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(entry) for entry in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return json_ready(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+def check_unchanged(path: pathlib.Path, old: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compares what is asked for with what a manifest says was done.
+
+    Args:
+      path: The stage directory, for the message.
+      old: The manifest found there.
+      asked: The entries that must agree with it: config, inputs, seed.
+
+    Raises:
+      ConfigChangedError: If any value differs; each is named as ``config.epochs: 1 -> 2``.
+    """
+    before = _dotted({name: old[name] for name in asked})
+    after = _dotted(asked)
+    changes = [
+        f"  {name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
+        for name in sorted(before | after)
+        if before.get(name) != after.get(name)
+    ]
+    if changes:
+        raise ConfigChangedError(
+            f"{path} holds work made with other settings (old -> new):\n"
+            + "\n".join(changes)
+            + "\ntake another --workdir, or go back to the old value; nothing was changed"
+        )
+
+
+def _dotted(value: Any, prefix: str = "") -> dict[str, str]:
+    """Returns the leaves of nested mappings as JSON text, by dotted name."""
+    if not isinstance(value, Mapping) or (prefix and not value):
+        return {prefix: json.dumps(value)}
+    leaves: dict[str, str] = {}
+    for key, entry in value.items():
+        leaves |= _dotted(entry, f"{prefix}.{key}" if prefix else key)
+    return leaves
+
+
+def write_atomically(file: pathlib.Path, text: str) -> None:
+    """Replaces a file as a whole: a reader, or a sudden end, finds the old text or the new."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of Python and of each package a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # run from a checkout
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """Returns platform, number and kind of all devices, on all processes."""
+    first, *others = jax.devices()
+    return {"platform": first.platform, "count": 1 + len(others), "kind": first.device_kind}
+
+
+def now() -> str:
+    """Returns the time in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,117 @@
+"""SimCLR (Chen et al., ICML 2020): two views of an image agree, views of others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from robust_ssl import parallel
+from robust_ssl.pretraining.augmentation import simclr_view
+from robust_ssl.types import Encoder
+
+
+def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.2) -> jax.Array:
+    r"""The normalised temperature-scaled cross-entropy between two views.
+
+    .. math:: \ell_i = -\log \frac{\exp(\cos(z_i, z_i') / \tau)}
+                                  {\sum_{k \ne i} \exp(\cos(z_i, z_k) / \tau)}
+
+    where the sum runs over all other projections of both views; averaged over both directions.
+    With n images it is ``log(2 n - 1)`` when all projections are equal.
+
+    Args:
+      first: Projections of one view, float ``[batch, dim]``, of the global batch.
+      second: Projections of the other view, ``[batch, dim]``.
+      temperature: How sharply near negatives are pushed away; 0.2 is solo-learn's on CIFAR.
+
+    Returns:
+      One loss per image, ``[batch]``, at least 0.
+
+    Raises:
+      AssertionError: If the shapes differ or are not rank 2.
+
+    Example:
+      >>> losses = nt_xent(jnp.ones((2, 3)), jnp.ones((2, 3)))
+      >>> losses.shape, round(float(losses[0]), 4)  # log 3
+      ((2,), 1.0986)
+
+    References:
+      Chen et al., ICML 2020, Eq. 1.
+    """
+    chex.assert_rank([first, second], 2)
+    chex.assert_equal_shape([first, second])
+    n = first.shape[0]
+    both = jnp.concatenate([first, second])
+    norms = jnp.sqrt(jnp.maximum(jnp.sum(both**2, axis=1, keepdims=True), 1e-12))
+    both = both / norms
+    similarity = both @ both.T / temperature
+    similarity = jnp.where(jnp.eye(2 * n, dtype=bool), -jnp.inf, similarity)
+    positive = jnp.sum(both[:n] * both[n:], axis=1) / temperature
+    losses = jax.nn.logsumexp(similarity, axis=1) - jnp.concatenate([positive, positive])
+    return (losses[:n] + losses[n:]) / 2
+
+
+class Projector(nn.Module):
+    """Dense, ReLU, dense: what the loss sees instead of the features."""
+
+    hidden: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Returns projections, float ``[batch, dim]``."""
+        return nn.Dense(self.dim, name="output")(
+            nn.relu(nn.Dense(self.hidden, name="hidden")(features))
+        )
+
+
+@struct.dataclass
+class SimCLR:
+    """The method as a value: see `robust_ssl.pretraining.step.Method`.
+
+    Attributes:
+      temperature: Of `nt_xent`.
+      hidden: Width of the projector's hidden layer.
+      projection_dim: Size of the projections.
+      min_scale: Smallest share of the area that a view's crop keeps.
+    """
+
+    temperature: float = struct.field(pytree_node=False, default=0.2)  # solo-learn, CIFAR
+    hidden: int = struct.field(pytree_node=False, default=2048)  # solo-learn, CIFAR
+    projection_dim: int = struct.field(pytree_node=False, default=256)  # solo-learn, CIFAR
+    min_scale: float = struct.field(pytree_node=False, default=0.2)  # solo-learn, CIFAR
+
+    def init(self, key: jax.Array, encoder: Encoder) -> Mapping[str, Any]:
+        """Returns the method's own parameters, ``{"projector": ...}``."""
+        projector = Projector(self.hidden, self.projection_dim)
+        return {"projector": projector.init(key, jnp.zeros((1, encoder.dim)))["params"]}
+
+    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns two random views of one image, ``[H, W, 3]`` each."""
+        first, second = jax.random.split(key)
+        return (
+            simclr_view(first, image, min_scale=self.min_scale),
+            simclr_view(second, image, min_scale=self.min_scale),
+        )
+
+    def loss(
+        self,
+        params: Mapping[str, Any],
+        encoder: Encoder,
+        views: tuple[jax.Array, jax.Array],
+        axis_name: str | None,
+    ) -> tuple[jax.Array, Mapping[str, Any]]:
+        """Returns the loss per image of the global batch, and the new batch statistics."""
+        n = views[0].shape[0]
+        outputs, batch_stats = encoder.apply_train(jnp.concatenate(views), axis_name=axis_name)
+        projections = Projector(self.hidden, self.projection_dim).apply(
+            {"params": params["projector"]}, outputs.features
+        )
+        first, second = parallel.gather((projections[:n], projections[n:]), axis_name)
+        return nt_xent(first, second, temperature=self.temperature), batch_stats

@@ -1,0 +1,31 @@
+"""What a run leaves for people and for programs: tables, figures, `report.md`, `results.json`."""
+
+from robust_ssl.report.figures import (
+    figure_epsilon,
+    figure_examples,
+    figure_sensitivity,
+    figure_stability,
+)
+from robust_ssl.report.page import write_report
+from robust_ssl.report.results import (
+    check_results,
+    read_results,
+    results_schema,
+    write_results,
+)
+from robust_ssl.report.tables import conclusions, print_table, summary_table
+
+__all__ = [
+    "check_results",
+    "conclusions",
+    "figure_epsilon",
+    "figure_examples",
+    "figure_sensitivity",
+    "figure_stability",
+    "print_table",
+    "read_results",
+    "results_schema",
+    "summary_table",
+    "write_report",
+    "write_results",
+]

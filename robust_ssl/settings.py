@@ -1,0 +1,299 @@
+"""Config files and what is typed over them: fractions, checked overrides, plain JSON."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import config_dict
+
+_NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
+_FRACTION = re.compile(rf"(?<![\w./]){_NUMBER}/{_NUMBER}(?![\w./])", re.IGNORECASE)
+_NUMBERS_ONLY = re.compile(r"[\d\s.,/e+()\[\]-]+", re.IGNORECASE)
+_FUNCTION = re.compile(r"[\w./-]+:[A-Za-z_]\w*")
+
+
+class SettingsError(ValueError):
+    """A config file, an argument of one, or an override that cannot be used."""
+
+
+def parse_fraction(text: str) -> float:
+    """Returns the number a text such as ``"8/255"`` or ``"0.03"`` stands for.
+
+    Raises:
+      SettingsError: If it is neither a number nor one number over another.
+
+    Example:
+      >>> parse_fraction("8/255") == 8 / 255
+      True
+    """
+    try:
+        over, slash, under = text.partition("/")
+        value = float(over) / float(under) if slash else float(over)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise SettingsError(f"{text!r} is no number; write for example 0.03 or 8/255")
+    return value
+
+
+def expand_fractions(argv: Iterable[str]) -> list[str]:
+    """Replaces fractions of numbers in ``--config.KEY=VALUE`` by decimal numbers.
+
+    Only values made of numbers, brackets and commas are touched, so names with a slash stay.
+
+    Example:
+      >>> expand_fractions(["--config.epsilon=1/4", "--config.epsilons=(1/4, 1/2)", "a=1/4"])
+      ['--config.epsilon=0.25', '--config.epsilons=(0.25, 0.5)', 'a=1/4']
+    """
+    expanded = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--config.") and equals and _NUMBERS_ONLY.fullmatch(value):
+            value = _FRACTION.sub(lambda match: repr(parse_fraction(match.group())), value)
+        expanded.append(name + equals + value)
+    return expanded
+
+
+def parse_arguments(text: str | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what follows the colon in ``configs/gen_af.py:downstream=cifar10,epsilon=10/255``.
+
+    Args:
+      text: ``name=value`` pairs between commas; None or empty for the defaults.
+      defaults: Every known name with its default, whose type the value is read as.
+
+    Returns:
+      The defaults with what was given in their place.
+
+    Raises:
+      SettingsError: If a name is not known, given twice, or its value is of another type.
+
+    Example:
+      >>> parse_arguments("epsilon=1/4", {"downstream": "cifar10", "epsilon": 0.1})
+      {'downstream': 'cifar10', 'epsilon': 0.25}
+    """
+    given: dict[str, Any] = {}
+    for pair in filter(None, (text or "").split(",")):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise SettingsError(f"{pair!r} is no name=value; known names: {', '.join(defaults)}")
+        if name not in defaults:
+            raise SettingsError(f"unknown argument {name!r}{_near(name, defaults)}")
+        if name in given:
+            raise SettingsError(f"argument {name!r} is given twice")
+        given[name] = _like(name, value, defaults[name])
+    return {**defaults, **given}
+
+
+def _like(name: str, value: str, default: Any) -> Any:
+    """Reads a value as the type of its default."""
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise SettingsError(f"{name}={value}: write true or false")
+        return value.lower() == "true"
+    if isinstance(default, int):
+        try:
+            return int(value)
+        except ValueError:
+            raise SettingsError(f"{name}={value}: must be a whole number") from None
+    if isinstance(default, float):
+        try:
+            return parse_fraction(value)
+        except SettingsError as error:
+            raise SettingsError(f"{name}={value}: {error}") from None
+    return value
+
+
+def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
+    """Loads a config file and applies what the command line says over it.
+
+    Args:
+      path_with_arguments: ``configs/gen_af.py`` or ``configs/gen_af.py:downstream=gtsrb32``; the
+        file defines ``get_config()`` or ``get_config(text)``, and gets what follows the colon.
+      overrides: ``--config.KEY=VALUE`` texts, with the meaning of `ml_collections.config_flags`:
+        the key must exist and the value must have its type.  Fractions may be written as such.
+
+    Returns:
+      The config, locked.
+
+    Raises:
+      SettingsError: If there is no such file, it fails, a key is unknown, or a value does not fit.
+    """
+    path, colon, text = path_with_arguments.partition(":")
+    config = _run_file(path, (text,) if colon else ())
+    if not isinstance(config, config_dict.ConfigDict):
+        raise SettingsError(
+            f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict"
+        )
+    overrides = expand_fractions(overrides)
+    typed = [argument for argument in overrides if not _set_untyped(config, argument)]
+    _set_typed(config, typed)
+    return config.lock()
+
+
+def _run_file(path: str, arguments: tuple[str, ...]) -> Any:
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        files = [os.path.join(folder, name) for name in names if name.endswith(".py")]
+        raise SettingsError(f"there is no config file {path}{_near(path, files)}")
+    name = "config_" + re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise SettingsError("defines no get_config()")
+        return module.get_config(*arguments)
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    except Exception as error:
+        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {places[-1]}" if places else path
+        raise SettingsError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
+    """Sets an entry that is None or a list by default, which config_flags cannot; else False."""
+    from ml_collections.config_flags import config_path
+
+    match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
+    if match is None:
+        raise SettingsError(f"cannot read {argument!r}: write --config.KEY=VALUE")
+    key, text = match.groups()
+    _check_key(config, key, config_path)
+    kind = config_path.get_type(key, config)
+    if kind not in (type(None), list):
+        return False
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        value = text
+    if kind is list:
+        value = list(value) if isinstance(value, list | tuple) else [value]
+    config_path.set_value(key, config, value)
+    return True
+
+
+def _check_key(config: config_dict.ConfigDict, key: str, config_path: Any) -> None:
+    node, walked = config, "config"
+    try:
+        fields = config_path.split(key)
+    except ValueError as error:
+        raise SettingsError(f"--config.{key}: cannot read this name ({error})") from None
+    for field in fields:
+        if isinstance(node, config_dict.ConfigDict) and field not in node:
+            raise SettingsError(f"--config.{key}: no {field!r} in {walked}{_near(field, node)}")
+        try:
+            node = node[field]
+        except (TypeError, KeyError, IndexError):
+            raise SettingsError(
+                f"--config.{key}: {walked} is {node!r} and has no {field!r}"
+            ) from None
+        walked += f".{field}"
+
+
+def _set_typed(config: config_dict.ConfigDict, overrides: list[str]) -> None:
+    from absl import flags
+    from ml_collections import config_flags
+
+    argv = ["robust-ssl", *overrides]
+    parsed = flags.FlagValues()  # our own: the global flags belong to whoever imports us
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=argv)
+        parsed(argv)
+    except (flags.Error, TypeError, ValueError, KeyError) as error:
+        raise SettingsError(str(error).replace("flag --", "--")) from error
+
+
+def _near(name: Any, known: Iterable[Any]) -> str:
+    """Returns what to say after naming something unknown."""
+    known = [str(entry) for entry in known]
+    close = difflib.get_close_matches(str(name), known, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"{hint} (known: {', '.join(known)})" if known else hint
+
+
+def to_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config as plain JSON values, references resolved.
+
+    Tuples become lists and functions ``"module:name"``.
+
+    Raises:
+      SettingsError: If a value is NaN, infinite or has no meaning in JSON.
+
+    Example:
+      >>> config = config_dict.ConfigDict({"a": {"sizes": (1, 2)}})
+      >>> to_json(config)
+      {'a': {'sizes': [1, 2]}}
+    """
+    return _plain(config, "config")
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, config_dict.FieldReference):
+        value = value.get()
+    if isinstance(value, Mapping | config_dict.ConfigDict):
+        return {str(key): _plain(value[key], f"{name}.{key}") for key in value}
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{name} is {value}; it must be a finite number")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    raise SettingsError(
+        f"{name} is {value!r}; a config holds numbers, texts, lists and functions only"
+    )
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Returns every entry of a config, one a line, functions with what they are for.
+
+    An entry ``"module:function"`` is followed by the first line of that function's docstring, or
+    by the reason why there is no such function.
+
+    Example:
+      >>> print(describe({"seed": 0, "loss": "robust_ssl.settings:to_json"}))
+      config.seed = 0
+      config.loss = "robust_ssl.settings:to_json"
+          Returns a config as plain JSON values, references resolved.
+    """
+    lines: list[str] = []
+    _describe(to_json(config), "config", lines)
+    return "\n".join(lines)
+
+
+def _describe(value: Any, name: str, lines: list[str]) -> None:
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            _describe(entry, f"{name}.{key}" if key.isidentifier() else f'{name}["{key}"]', lines)
+    elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        for i, entry in enumerate(value):
+            _describe(entry, f"{name}[{i}]", lines)
+    else:
+        lines.append(f"{name} = {json.dumps(value)}")
+        names = value if isinstance(value, list) else [value]
+        functions = [n for n in names if isinstance(n, str) and _FUNCTION.fullmatch(n)]
+        lines.extend(f"    {_first_line(function)}" for function in functions)
+
+
+def _first_line(name: str) -> str:
+    from robust_ssl import conformance
+
+    try:
+        function = conformance.resolve(name)
+    except Exception as error:  # importing a stranger's module may raise anything
+        return f"NOT FOUND: {error}"
+    return (function.__doc__ or "(no docstring)").strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""The story of a run: pretrain, attack, finetune, sensitivity, evaluate."""

@@ -1,0 +1,187 @@
+"""The `pretrain` stage: images without labels in, a public encoder out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from robust_ssl import checkpoints, data, models, pretraining, weights
+from robust_ssl.conformance import resolve
+from robust_ssl.stages.run import Run
+from robust_ssl.stages.training import stage_key, train
+from robust_ssl.types import Encoder
+
+_log = logging.getLogger(__name__)
+
+
+def features_of(encoder: Encoder, examples, parallel, batch_size: int = 500) -> np.ndarray:
+    """Returns the features of a whole split in evaluation mode, float32 ``[n, dim]``."""
+    extract = parallel.map(
+        lambda model, batch: model(batch["images"].astype(jnp.float32) / 255.0).features
+    )
+    return np.concatenate(
+        [
+            extract(encoder, {"images": batch["images"]})
+            for batch in data.epoch_batches(examples, batch_size)
+        ]
+    )
+
+
+def optimizer(
+    name: str,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """Returns SGD with momentum, LARS or AdamW under a cosine schedule with linear warm-up.
+
+    Args:
+      name: ``"sgd"``, ``"lars"`` or ``"adamw"``.
+      learning_rate: At the schedule's peak.
+      total_steps: Where the cosine reaches zero.
+      warmup_steps: How long the rate rises linearly from zero.
+      weight_decay: Of kernels only; biases and norms have none.
+
+    Raises:
+      ValueError: If the name is not known.
+
+    Example:
+      >>> tx = optimizer("sgd", learning_rate=0.1, total_steps=10, warmup_steps=1,
+      ...                weight_decay=0.0)
+      >>> tx.init({"w": jnp.zeros(2)}) is not None
+      True
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
+    kernels = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+    if name == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay, kernels),
+            optax.sgd(schedule, momentum=0.9),
+        )
+    if name == "lars":
+        return optax.lars(
+            schedule, weight_decay, weight_decay_mask=kernels, trust_ratio_mask=kernels
+        )
+    if name == "adamw":
+        return optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
+    raise ValueError(f"optimizer must be 'sgd', 'lars' or 'adamw', got {name!r}")
+
+
+def build_encoder(key: jax.Array, options: dict[str, Any]) -> Encoder:
+    """Builds an encoder with random weights from ``{"builder": ..., **options}``."""
+    options = dict(options)
+    name = options.pop("builder")
+    builder = getattr(models, name) if ":" not in name else resolve(name)
+    return builder(key, **options)
+
+
+def pretrain(run: Run) -> checkpoints.StageDirectory:
+    """Pre-trains ``config.pretrain.encoder`` on ``config.pretrain.data`` and writes the encoder.
+
+    Every few epochs the log gets k-NN accuracy and, to show collapse, `feature_std` and
+    `effective_rank`; at the end the linear probe is fitted as well.  Labels are used for this
+    monitoring only.
+
+    Returns:
+      The stage's directory; ``encoder/`` in it is what `robust_ssl.load_encoder` takes.
+    """
+    config = run.config["pretrain"]
+    train_set = run.load("pretrain", config["data"], split="train")
+    test_set = run.load("pretrain", config["data"], split="test")
+    inputs = {"train": train_set.fingerprint(), "test": test_set.fingerprint()}
+    with run.open("pretrain", config, inputs) as stage:
+        if stage.done:
+            return stage
+        key = stage_key(run.seed, "pretrain")
+        encoder = build_encoder(jax.random.fold_in(key, 0), config["encoder"])
+        data.check_image_size(train_set, encoder.image_size)
+        method = resolve(config["method"])(**config["method_options"])
+        batches = data.Batches(
+            data.from_arrays(train_set.images, name=train_set.name, split=train_set.split),
+            config["batch_size"],
+            seed=run.seed,
+            stage="pretrain",
+            parallel=run.parallel,
+        )
+        tx = optimizer(
+            config["optimizer"],
+            learning_rate=config["learning_rate"],
+            total_steps=config["epochs"] * batches.steps_per_epoch,
+            warmup_steps=int(config["warmup_epochs"] * batches.steps_per_epoch),
+            weight_decay=config["weight_decay"],
+        )
+        state = pretraining.init_state(jax.random.fold_in(key, 1), encoder, method, tx)
+        step = pretraining.make_step(
+            encoder,
+            method,
+            tx,
+            key=jax.random.fold_in(key, 2),
+            axis_name=run.parallel.axis_name,
+        )
+        monitor = functools.partial(
+            _monitor, encoder, train_set, test_set, config["monitor"], run.parallel
+        )
+        state = train(
+            stage,
+            state,
+            step,
+            batches,
+            epochs=config["epochs"],
+            parallel=run.parallel,
+            progress=run.progress,
+            checkpoint_every=config["checkpoint_every"],
+            at_epoch_end=lambda epoch, state: monitor(epoch, state),
+        )
+        trained = pretraining.trained_encoder(encoder, jax.device_get(state.variables))
+        results = _probe(trained, train_set, test_set, run.parallel)
+        _log.info("pretrain: %s", ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
+        weights.save_encoder(
+            trained,
+            stage.path / "encoder",
+            card={
+                **results,
+                "data": {"train": len(train_set), "test": len(test_set), "name": train_set.name},
+                "config": dict(config),
+                "devices": stage.manifest["devices"],
+                "versions": stage.manifest["versions"],
+                "seed": run.seed,
+            },
+        )
+        stage.finish(trained.variables, results)
+    return stage
+
+
+def _monitor(encoder, train_set, test_set, config, parallel, epoch, state) -> dict[str, float]:
+    if (epoch + 1) % config["every_epochs"]:
+        return {}
+    trained = pretraining.trained_encoder(encoder, jax.device_get(state.variables))
+    bank = train_set.subset(min(config["images"], len(train_set)))
+    queries = test_set.subset(min(config["images"], len(test_set)))
+    bank_features = features_of(trained, bank, parallel)
+    query_features = features_of(trained, queries, parallel)
+    results = {
+        "knn_accuracy": pretraining.knn_accuracy(
+            bank_features, bank.labels, query_features, queries.labels
+        ),
+        "feature_std": float(pretraining.feature_std(jnp.asarray(query_features))),
+        "effective_rank": float(pretraining.effective_rank(jnp.asarray(query_features))),
+    }
+    _log.info("epoch %d: %s", epoch + 1, {k: round(v, 4) for k, v in results.items()})
+    return results
+
+
+def _probe(encoder, train_set, test_set, parallel) -> dict[str, float]:
+    fitted = features_of(encoder, train_set, parallel), np.asarray(train_set.labels)
+    scored = features_of(encoder, test_set, parallel), np.asarray(test_set.labels)
+    return {
+        "knn_accuracy": pretraining.knn_accuracy(*fitted, *scored),
+        "linear_accuracy": pretraining.linear_accuracy(*fitted, *scored),
+    }

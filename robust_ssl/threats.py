@@ -1,0 +1,122 @@
+"""What an attacker may do to an image: a ball around it, cut to valid pixels.
+
+A threat is a frozen value with three methods, ``sample``, ``project`` and ``steepest``, written for
+one image ``[H, W, 3]``; `jax.vmap` makes a batch of it.  Its budget `epsilon` is a pytree leaf:
+another budget needs no new compilation, and `jax.vmap` over it gives a whole accuracy-against-
+epsilon curve.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+def check_epsilon(epsilon) -> None:
+    """Raises ValueError unless every budget is a finite number in [0, 1].
+
+    For the host, before anything is compiled: inside a compiled function a budget is an array
+    whose value nobody can look at.
+
+    Args:
+      epsilon: One budget or several, in [0, 1] pixel units.
+
+    Raises:
+      ValueError: If a budget is negative, above 1 or not a number.
+
+    Example:
+      >>> check_epsilon([0.0, 8 / 255])
+      >>> check_epsilon(8)
+      Traceback (most recent call last):
+      ValueError: epsilon must lie in [0, 1] (pixel units, for example 8/255), got 8.0
+    """
+    for value in np.asarray(epsilon, np.float64).reshape(-1):
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"epsilon must lie in [0, 1] (pixel units, for example 8/255), got {value}"
+            )
+
+
+@struct.dataclass
+class Linf:
+    r"""Every pixel value may move by at most `epsilon`.
+
+    .. math:: \{x' \in [0, 1]^d : \max_i |x'_i - x_i| \le \epsilon\}
+
+    Attributes:
+      epsilon: Budget in [0, 1] pixel units, float scalar.
+
+    Example:
+      >>> threat = Linf(0.25)
+      >>> threat.project(jnp.array([0.9, 1.4]), jnp.array([0.5, 1.0])).tolist()
+      [0.75, 1.0]
+
+    References:
+      Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018,
+      Section 2.
+    """
+
+    epsilon: jax.Array | float
+
+    def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns an image drawn uniformly from the ball, then cut to [0, 1]; same shape."""
+        noise = jax.random.uniform(key, image.shape, image.dtype, -1.0, 1.0)
+        return self.project(image + self.epsilon * noise, image)
+
+    def project(self, candidate: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns the allowed image nearest to `candidate`; `image` must be in [0, 1]."""
+        in_ball = jnp.clip(candidate, image - self.epsilon, image + self.epsilon)
+        return jnp.clip(in_ball, 0.0, 1.0)
+
+    def steepest(self, gradient: jax.Array) -> jax.Array:
+        """Returns the sign of the gradient: all pixels move by one, zeros stay."""
+        return jnp.sign(gradient)
+
+
+@struct.dataclass
+class L2:
+    r"""The whole image may move by at most `epsilon` in Euclidean length.
+
+    .. math:: \{x' \in [0, 1]^d : \|x' - x\|_2 \le \epsilon\}
+
+    All entries of an array count into one length, so a batch goes through `jax.vmap`.
+
+    Attributes:
+      epsilon: Budget in [0, 1] pixel units, float scalar.
+
+    Example:
+      >>> L2(0.25).project(jnp.array([0.0, 1.0]), jnp.zeros(2)).tolist()
+      [0.0, 0.25]
+    """
+
+    epsilon: jax.Array | float
+
+    def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns an image drawn uniformly from the ball, then cut to [0, 1]; same shape."""
+        direction_key, radius_key = jax.random.split(key)
+        direction = self.steepest(jax.random.normal(direction_key, image.shape, image.dtype))
+        radius = jax.random.uniform(radius_key, (), image.dtype) ** (1 / image.size)
+        return self.project(image + self.epsilon * radius * direction, image)
+
+    def project(self, candidate: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns `candidate` pulled straight towards `image` into the ball, then cut to [0, 1].
+
+        Cutting moves every pixel nearer to `image`, which is in [0, 1], so the result stays in
+        the ball.  It is the nearest allowed image wherever the cut changes nothing.
+        """
+        change = candidate - image
+        squared = jnp.sum(change**2)
+        inside = squared <= self.epsilon**2
+        length = jnp.sqrt(jnp.where(inside, 1.0, squared))  # never the root of zero: its gradient
+        shrunk = image + change * (self.epsilon / length)
+        return jnp.clip(jnp.where(inside, candidate, shrunk), 0.0, 1.0)
+
+    def steepest(self, gradient: jax.Array) -> jax.Array:
+        """Returns the gradient scaled to length one; a zero gradient stays zero."""
+        # Dividing by the largest entry first keeps the squares of tiny gradients from vanishing.
+        largest = jnp.max(jnp.abs(gradient))
+        scaled = gradient / jnp.where(largest > 0, largest, 1.0)
+        length = jnp.sqrt(jnp.sum(scaled**2))
+        return scaled / jnp.where(length > 0, length, 1.0)

@@ -1,0 +1,317 @@
+"""Encoders on disk: a safetensors file and a JSON card beside it, and the ones the package ships.
+
+A saved encoder is a directory of two files.  ``encoder.safetensors`` holds every variable in
+float32 under its path, ``params/stem/conv/kernel``.  ``encoder.json`` says how to build the network
+those belong to, the SHA-256 of the weights (safetensors itself does not notice a flipped bit), and
+whatever its maker wants to tell: how it was trained, how accurate it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from robust_ssl.models import resnet, vit
+from robust_ssl.types import Encoder
+
+SCHEMA = 1
+WEIGHTS_FILE = "encoder.safetensors"
+CARD_FILE = "encoder.json"
+
+# A card names its builder; only these names are ever called, whatever the card says.
+_BUILDERS = {
+    f"robust_ssl.models:{builder.__name__}": builder
+    for builder in (
+        resnet.resnet18, resnet.resnet34, resnet.resnet50,
+        vit.vit_tiny, vit.vit_small, vit.vit_base,
+    )
+}  # fmt: skip
+_RESNETS = {
+    (resnet.BasicBlock, (2, 2, 2, 2)): "resnet18",
+    (resnet.BasicBlock, (3, 4, 6, 3)): "resnet34",
+    (resnet.Bottleneck, (3, 4, 6, 3)): "resnet50",
+}
+_VITS = {shape: f"vit_{size}" for size, shape in vit.SIZES.items()}
+
+
+def save_encoder(
+    encoder: Encoder,
+    directory: str | os.PathLike,
+    card: Mapping[str, Any] | None = None,
+    *,
+    builder: Callable[..., Encoder] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes an encoder as ``encoder.safetensors`` and ``encoder.json``.
+
+    Args:
+      encoder: What to save; every variable float32 and finite.
+      directory: Made if it is not there; the two files in it are replaced.
+      card: Anything JSON can say: configuration, accuracy, provenance.
+      builder: Only for a network that is not one of `robust_ssl.models`: the function
+        ``builder(key, **options) -> Encoder`` that makes it, needed again to load it.
+      options: Keyword arguments of `builder`, as JSON values.
+
+    Returns:
+      The directory.
+
+    Raises:
+      ValueError: If the encoder cannot be rebuilt from what would be written, a variable is not
+        finite float32, or the card is not JSON (NaN is not).
+
+    Example:
+      >>> import tempfile
+      >>> from robust_ssl import models
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=16)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = save_encoder(encoder, folder, {"data": "none"})
+      ...     load_encoder(folder).name
+      'resnet18'
+    """
+    from safetensors.numpy import save
+
+    if builder is None:
+        builder_name, options = _builder_of(encoder)
+        builder = _BUILDERS[builder_name]
+    else:
+        builder_name = f"{builder.__module__}:{builder.__qualname__}"
+        options = dict(options or {})
+    arrays = {path: np.asarray(leaf) for path, leaf in _flat(encoder.variables).items()}
+    skeleton = _build(builder, options, "the encoder to save").replace(name=encoder.name)
+    if _static(skeleton) != _static(encoder):
+        raise ValueError(
+            f"{builder_name}({options}) does not rebuild this encoder:\n  {_static(skeleton)}\n"
+            f"against\n  {_static(encoder)}\npass builder= and options= that do"
+        )
+    _check(arrays, _flat(skeleton.variables), "the encoder to save")
+    weights = save(arrays)
+    record = {
+        "schema": SCHEMA,
+        "name": encoder.name,
+        "builder": builder_name,
+        "options": options,
+        "weights": {
+            "file": WEIGHTS_FILE,
+            "bytes": len(weights),
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        },
+        "card": dict(card or {}),
+    }
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / WEIGHTS_FILE, weights)  # first: an interruption shows as a wrong sum
+    _replace(directory / CARD_FILE, text.encode())
+    return directory
+
+
+def load_encoder(
+    name_or_path: str | os.PathLike, *, builder: Callable[..., Encoder] | None = None
+) -> Encoder:
+    """Reads an encoder and checks all of it before a single weight is used.
+
+    Nothing that the files say is executed: the card may only name a public builder of
+    `robust_ssl.models`, and its options are data.
+
+    Args:
+      name_or_path: A name of `list_encoders`, or the directory that `save_encoder` wrote (write
+        ``"./name"`` for a directory that is called like a shipped encoder).
+      builder: ``builder(key, **options) -> Encoder``, for a network of your own; it is called
+        under `jax.eval_shape`, so no weights are made.
+
+    Returns:
+      The `Encoder`, bit-equal to the one that was saved.
+
+    Raises:
+      ValueError: If the name is not known, the card is not valid, or the weights differ from the
+        card or from the network: truncated, changed, missing, unexpected, wrong in shape or
+        dtype, not finite.
+      FileNotFoundError: If the directory or one of its files is not there.
+
+    Example:
+      >>> load_encoder("resnet-of-dreams")
+      Traceback (most recent call last):
+      ...
+      ValueError: no encoder named 'resnet-of-dreams'...
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    folder = _locate(name_or_path)
+    record = _read_card(folder)
+    if builder is None:
+        builder = _allowed_builder(record["builder"], folder)
+    skeleton = _build(builder, record["options"], f"{folder}/{CARD_FILE}")
+    where = f"{folder}/{WEIGHTS_FILE}"
+    weights = _read_weights(folder, record["weights"], where)
+    try:
+        arrays = load(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{where} is not a safetensors file: {error}") from error
+    _check(arrays, _flat(skeleton.variables), where)
+    leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
+    variables = traverse_util.unflatten_dict(leaves, sep="/")
+    return skeleton.replace(variables=variables, name=record["name"])
+
+
+def encoder_card(name_or_path: str | os.PathLike) -> dict[str, Any]:
+    """Returns what ``encoder.json`` says, without reading any weights.
+
+    Args:
+      name_or_path: As in `load_encoder`.
+
+    Returns:
+      ``{"name", "builder", "options", "weights": {"sha256", ...}, "card": {...}}``.
+
+    Raises:
+      ValueError: If the name is not known or the card is not valid.
+      FileNotFoundError: If the directory or its card is not there.
+    """
+    return _read_card(_locate(name_or_path))
+
+
+def list_encoders() -> list[str]:
+    """Returns the names of the encoders that the package ships, sorted."""
+    zoo = resources.files("robust_ssl.zoo")
+    return sorted(entry.name for entry in zoo.iterdir() if entry.joinpath(CARD_FILE).is_file())
+
+
+def _locate(name_or_path):
+    """A directory of the zoo (a `Traversable`, which may lie in a zip) or of the file system."""
+    names = list_encoders()
+    if isinstance(name_or_path, str) and name_or_path in names:
+        return resources.files("robust_ssl.zoo").joinpath(name_or_path)
+    path = pathlib.Path(name_or_path)
+    if path.is_dir():
+        return path
+    if len(path.parts) > 1 or not isinstance(name_or_path, str):
+        raise FileNotFoundError(f"no directory {path}: an encoder is a directory of two files")
+    near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.4)
+    raise ValueError(
+        f"no encoder named {name_or_path!r} and no directory of this name; "
+        + (f"near: {', '.join(near)}; " if near else "")
+        + f"shipped: {', '.join(names) or 'none'}"
+    )
+
+
+def _read(folder, name: str) -> bytes:
+    file = folder.joinpath(name)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {name}; save_encoder writes {WEIGHTS_FILE} and {CARD_FILE}"
+        )
+    return file.read_bytes()
+
+
+def _read_card(folder) -> dict[str, Any]:
+    where = f"{folder}/{CARD_FILE}"
+    try:
+        record = json.loads(_read(folder, CARD_FILE))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f'{where} must be an object with "schema": {SCHEMA}')
+    kinds = {"name": str, "builder": str, "options": dict, "weights": dict, "card": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    if not wrong and not isinstance(record["weights"].get("sha256"), str):
+        wrong.append("weights/sha256")
+    if wrong:
+        raise ValueError(f"{where}: missing or of the wrong type: {', '.join(wrong)}")
+    return record
+
+
+def _read_weights(folder, promised: Mapping[str, Any], where: str) -> bytes:
+    weights = _read(folder, WEIGHTS_FILE)
+    found = hashlib.sha256(weights).hexdigest()
+    if found != promised["sha256"]:
+        size = promised.get("bytes")
+        cut = f" (it has {len(weights)} bytes instead of {size})" if size != len(weights) else ""
+        raise ValueError(
+            f"{where} is not the file its card describes{cut}: SHA-256 is {found}, the card says "
+            f"{promised['sha256']}; fetch or save it again"
+        )
+    return weights
+
+
+def _allowed_builder(name: str, folder) -> Callable[..., Encoder]:
+    if name not in _BUILDERS:
+        raise ValueError(
+            f"{folder}/{CARD_FILE} names the builder {name!r}, which is not one of "
+            f"{sorted(_BUILDERS)}; if you trust it, pass the function itself as builder="
+        )
+    return _BUILDERS[name]
+
+
+def _build(builder: Callable[..., Encoder], options: Mapping[str, Any], where: str) -> Encoder:
+    """The encoder with shapes in place of weights: nothing is computed, whatever the options."""
+    try:
+        inspect.signature(builder).bind(None, **options)
+        return jax.eval_shape(functools.partial(builder, **options), jax.random.key(0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
+
+
+def _builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
+    """The public builder and the options that make an encoder like this one."""
+    module = encoder.module
+    if isinstance(module, resnet.ResNet):
+        name = _RESNETS.get((module.block, tuple(module.depths)))
+        keys = ("width", "stem", "stem_padding")
+    elif isinstance(module, vit.ViT):
+        name = _VITS.get((module.width, module.heads))
+        keys = ("depth", "patch_size", "pooling")
+    else:
+        name, keys = None, ()
+    if name is None:
+        raise ValueError(
+            f"no builder of robust_ssl.models makes {type(module).__name__}; pass the function "
+            f"that does as builder= and its arguments as options="
+        )
+    options = {key: getattr(module, key) for key in keys}
+    options |= {"image_size": encoder.image_size, "dtype": jnp.dtype(module.dtype).name}
+    options |= {"mean": list(encoder.mean), "std": list(encoder.std)}
+    return f"robust_ssl.models:{name}", options
+
+
+def _static(encoder: Encoder) -> tuple:
+    return encoder.module, encoder.mean, encoder.std, encoder.image_size, encoder.dim, encoder.name
+
+
+def _flat(variables) -> dict[str, Any]:
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def _check(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError that lists every difference between the arrays and the network."""
+    problems = [f"missing {path}" for path in sorted(expected.keys() - arrays.keys())]
+    problems += [f"unexpected {path}" for path in sorted(arrays.keys() - expected.keys())]
+    for path in sorted(arrays.keys() & expected.keys()):
+        array, leaf = arrays[path], expected[path]
+        if array.shape != leaf.shape:
+            problems.append(f"{path} has shape {array.shape}, the network needs {leaf.shape}")
+        elif array.dtype != np.float32 or leaf.dtype != np.float32:
+            problems.append(f"{path} is {array.dtype} for {leaf.dtype}; both must be float32")
+        elif not np.isfinite(array).all():
+            problems.append(f"{path} has NaN or infinite values")
+    if problems:
+        raise ValueError(f"{where}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+
+
+def _replace(file: pathlib.Path, content: bytes) -> None:
+    """Writes beside the file and renames, so that nobody ever reads half of it."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)

@@ -1,0 +1,140 @@
+import sys
+import types
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import struct
+
+from robust_ssl import losses
+from robust_ssl.attacks import PGD, EmbedAttack
+from robust_ssl.conformance import check_attack, check_loss, resolve
+from robust_ssl.threats import Linf
+
+
+def first_image_matters(inputs):
+    value = losses.clean_cross_entropy(inputs)
+    return value * jnp.arange(1.0, 1 + len(value))
+
+
+@pytest.mark.parametrize(
+    ("loss", "law"),
+    [
+        (lambda x: losses.clean_cross_entropy(x).mean(), r"must return \[batch\]"),
+        (lambda x: x.labels, "must be float"),
+        (lambda x: jnp.log(jnp.sum(jnp.square(x.clean.logits), axis=1)), "not finite at zero"),
+        (
+            lambda x: jnp.linalg.norm(x.clean.features - x.adversarial.features, axis=1),
+            "gradient that is not finite at clean = adversarial, in .clean.features",
+        ),
+        (first_image_matters, "first_image_matters does not follow a permutation"),
+        (
+            lambda x: x.clean.logits[:, 0] * (2.0 if isinstance(x.labels, jax.core.Tracer) else 1),
+            "something else under jax.jit",
+        ),
+    ],
+)
+def test_check_loss_names_the_broken_law(loss, law):
+    with pytest.raises(AssertionError, match=law):
+        check_loss(loss)
+
+
+@struct.dataclass
+class Sloppy:
+    """An attack that breaks one law at a time."""
+
+    how: str = struct.field(pytree_node=False)
+    threat: Any = field(default_factory=lambda: Linf(0.1))
+
+    def __call__(self, key, model, image, label=None):
+        if self.how == "range":
+            return image + self.threat.epsilon
+        if self.how == "budget":
+            return jnp.clip(image + 2 * self.threat.epsilon, 0.0, 1.0)
+        if self.how == "shape":
+            return image[None]
+        if self.how == "nan":
+            return image * jnp.nan
+        if self.how == "state":
+            Sloppy.calls = getattr(Sloppy, "calls", 0) + 1
+            return self.threat.project(image + 0.01 * Sloppy.calls, image)
+        if self.how == "zero":
+            return jnp.clip(image + 0.05 * (self.threat.epsilon == 0.0), 0.0, 1.0)
+        return self.threat.project(image + jax.random.normal(key, image.shape), image)
+
+
+@pytest.mark.parametrize(
+    ("how", "law"),
+    [
+        ("range", r"leaves \[0, 1\]"),
+        ("budget", "leaves the budget"),
+        ("shape", "must return"),
+        ("nan", "not finite"),
+        ("state", "another image for the same key"),
+        ("zero", "leaves the budget|although epsilon is 0"),
+    ],
+)
+def test_check_attack_names_the_broken_law(how, law):
+    with pytest.raises(AssertionError, match=law):
+        check_attack(Sloppy(how))
+
+
+def test_good_attacks_pass():
+    check_attack(Sloppy("random"))
+    check_attack(PGD(Linf(8 / 255), num_steps=2), needs_label=True)
+    check_attack(EmbedAttack(Linf(8 / 255), num_steps=2))
+
+
+def test_an_attack_without_a_threat_needs_one():
+    def nothing(key, model, image, label=None):
+        return image
+
+    with pytest.raises(ValueError, match="pass threat="):
+        check_attack(nothing)
+    check_attack(nothing, threat=Linf(0.1))
+
+
+def test_resolve_finds_modules_files_and_notebook_cells(tmp_path, monkeypatch):
+    (tmp_path / "my_own_losses.py").write_text(
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Value:\n"
+        "    x: 'int'\n"
+        "def tilted(inputs):\n"
+        "    return inputs\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert resolve(len) is len
+    assert resolve("robust_ssl.losses:trades_kl") is losses.trades_kl
+    assert resolve("my_own_losses:tilted")(3) == 3
+    assert resolve(f"{tmp_path}/my_own_losses.py:tilted")(4) == 4
+    main = types.ModuleType("__main__")
+    main.cell = lambda inputs: inputs
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert resolve("__main__:cell") is main.cell
+    sys.modules.pop("my_own_losses", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tilted", "names no function"),
+        (":tilted", "names no function"),
+        ("no_such_module:tilted", "there is no module 'no_such_module'"),
+        ("robust_ssl.no_such:tilted", "there is no module"),
+        ("no/such/file.py:tilted", "there is no file"),
+        ("robust_ssl.losses:trades", "did you mean trades_kl"),
+        ("robust_ssl.losses:__doc__", "is a str, not a function"),
+    ],
+)
+def test_resolve_explains_what_is_missing(name, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(name)
+
+
+def test_an_error_inside_the_module_is_not_hidden(tmp_path):
+    (tmp_path / "broken.py").write_text("import surely_not_installed\n")
+    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+        resolve(f"{tmp_path}/broken.py:f")

@@ -1,0 +1,375 @@
+"""The command line: exit codes, settings as one types them, and errors one can act on."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from ml_collections import config_dict
+
+import robust_ssl
+from robust_ssl import checkpoints, main, progress, settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CONFIG = """
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+from robust_ssl import settings
+
+def get_config(arguments=None):
+    chosen = settings.parse_arguments(arguments, {"downstream": "digits", "epsilon": 8 / 255})
+    return ConfigDict({
+        "seed": 0,
+        "downstream": chosen["downstream"],
+        "attack": {"epsilon": chosen["epsilon"], "epsilons": (0.1, 0.2), "random_start": True},
+        "finetune": {"adv_ratio": 1.0, "limit": None, "rates": {"encoder/*": 1e-4}, "seeds": [0]},
+        "width": placeholder(int),
+    })
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "gen_af.py"
+    file.write_text(CONFIG)
+    return str(file)
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    """A stand-in for what runs; tests set its `run`."""
+    fake = types.ModuleType("robust_ssl.stages")
+    fake.UsageError = type("UsageError", (ValueError,), {})
+    fake.run = lambda config, workdir, *, parallel: {}
+    fake.describe = settings.describe
+    monkeypatch.setitem(sys.modules, "robust_ssl.stages", fake)
+    monkeypatch.setattr(robust_ssl, "stages", fake, raising=False)
+    monkeypatch.setattr(main, "_start_jax", lambda arguments, several: None)
+    yield fake
+    progress.set_mode("auto")
+    progress.clear_stop()
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+
+def test_fractions_are_the_numbers_python_means():
+    assert settings.parse_fraction("8/255") == 8 / 255
+    assert settings.parse_fraction("3e-2") == 0.03
+    for text in ("", "a/b", "1/0", "1/2/3", "nan", "inf"):
+        with pytest.raises(settings.SettingsError, match="8/255"):
+            settings.parse_fraction(text)
+
+
+def test_only_numbers_are_expanded():
+    kept = [
+        "--config.path=runs/1/2",
+        "--config.name=cifar10/3",
+        "--config.date=2024/01/02",
+        "--workdir=1/2",
+    ]
+    assert settings.expand_fractions(kept) == kept
+    assert settings.expand_fractions(["--config.a.b=8/255"]) == [f"--config.a.b={8 / 255!r}"]
+    assert settings.expand_fractions(["--config.a=[1/2,0.5]"]) == ["--config.a=[0.5,0.5]"]
+    assert settings.expand_fractions(["--config.a=-1/4"]) == ["--config.a=-0.25"]
+
+
+def test_arguments_have_the_type_of_their_defaults():
+    defaults = {"name": "x", "epsilon": 0.1, "steps": 3, "fast": False, "path": None}
+    text = "name=y, epsilon=10/255, steps=7, fast=true, path=a/b"
+    assert settings.parse_arguments(text, defaults) == {
+        "name": "y",
+        "epsilon": 10 / 255,
+        "steps": 7,
+        "fast": True,
+        "path": "a/b",
+    }
+    assert settings.parse_arguments(None, defaults) == defaults
+    for wrong, message in [
+        ("epsilom=1", "did you mean epsilon"),
+        ("steps=1.5", "whole number"),
+        ("fast=yes", "true or false"),
+        ("epsilon=big", "epsilon=big"),
+        ("cifar10", "known names: name, epsilon"),
+        ("steps=1,steps=2", "twice"),
+    ]:
+        with pytest.raises(settings.SettingsError, match=message):
+            settings.parse_arguments(wrong, defaults)
+
+
+def test_a_config_is_loaded_overridden_and_locked(config_file):
+    overrides = [
+        "--config.finetune.adv_ratio=0.5",
+        "--config.attack.random_start=false",
+        "--config.attack.epsilons=(4/255, 8/255)",
+        "--config.finetune.limit=3",
+        "--config.finetune.seeds=[1, 2]",
+        "--config.finetune.rates['encoder/*']=1/1000",
+        "--config.width=8",
+        "--config.seed=1",
+        "--config.seed=2",
+    ]
+    config = settings.load_config(config_file + ":downstream=gtsrb32,epsilon=10/255", overrides)
+    assert config.is_locked
+    assert settings.to_json(config) == {
+        "seed": 2,
+        "downstream": "gtsrb32",
+        "attack": {"epsilon": 10 / 255, "epsilons": [4 / 255, 8 / 255], "random_start": False},
+        "finetune": {
+            "adv_ratio": 0.5,
+            "limit": 3,
+            "rates": {"encoder/*": 0.001},
+            "seeds": [1, 2],
+        },
+        "width": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.finetune.adv_ratoi=1", "no 'adv_ratoi' in config.finetune; .*adv_ratio"),
+        ("--config.sed=1", "did you mean seed"),
+        ("--config.seed.deeper=1", "config.seed is 0 and has no 'deeper'"),
+        ("--config.seed=1.5", "seed"),
+        ("--config.finetune.adv_ratio=half", "adv_ratio"),
+        ("--config.seed", "write --config.KEY=VALUE"),
+    ],
+)
+def test_an_override_that_does_not_fit_is_an_error(config_file, override, message):
+    with pytest.raises(settings.SettingsError, match=message):
+        settings.load_config(config_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "no get_config"),
+        ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
+        ("def get_config(:", "SyntaxError"),
+        ("def get_config():\n    return {}", "returned a dict"),
+    ],
+)
+def test_a_config_file_that_fails_is_named(tmp_path, text, message):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(settings.SettingsError, match=rf"broken\.py.*{message}|{message}.*broken"):
+        settings.load_config(str(file))
+    with pytest.raises(settings.SettingsError, match=r"did you mean .*broken\.py"):
+        settings.load_config(str(tmp_path / "brokn.py"))
+
+
+def test_json_has_no_nan_and_names_functions():
+    config = config_dict.ConfigDict({"f": settings.parse_fraction, "a": 1})
+    assert settings.to_json(config) == {"f": "robust_ssl.settings:parse_fraction", "a": 1}
+    with pytest.raises(settings.SettingsError, match=r"config\.a\.b\[1\] is nan"):
+        settings.to_json({"a": {"b": [1.0, float("nan")]}})
+    with pytest.raises(settings.SettingsError, match=r"config\.a is <object"):
+        settings.to_json({"a": object()})
+
+
+def test_describe_says_what_functions_do_and_which_are_missing():
+    text = settings.describe(
+        {
+            "losses": {"a/b": 1},
+            "f": ["robust_ssl.progress:stop_requested"],
+            "g": "robust_ssl.progress:stop_request",
+        }
+    )
+    assert text.splitlines()[:3] == [
+        'config.losses["a/b"] = 1',
+        'config.f = ["robust_ssl.progress:stop_requested"]',
+        "    Whether somebody asked to stop; a stage looks after every step.",
+    ]
+    assert "NOT FOUND" in text and "stop_requested" in text.splitlines()[-1]
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+def _call(command: str, config_file: str, tmp_path, *more: str) -> int:
+    flags = [f"--config={config_file}", *more]
+    if command == "run":
+        flags.append(f"--workdir={tmp_path / 'run'}")
+    return main.main([command, *flags])
+
+
+def test_run_hands_config_workdir_and_devices_to_stages(stages, config_file, tmp_path):
+    seen = {}
+    stages.run = lambda config, workdir, *, parallel: seen.update(
+        config=config, workdir=workdir, parallel=parallel
+    )
+    flags = ["--config.attack.epsilon=4/255", "--devices=2", "--method=jit", "--no-progress"]
+    assert _call("run", config_file, tmp_path, *flags) == 0
+    assert seen["config"].attack.epsilon == 4 / 255
+    assert seen["workdir"] == str(tmp_path / "run")
+    assert len(seen["parallel"].devices) == 2 and seen["parallel"].method == "jit"
+
+
+def test_describe_prints_every_setting(stages, config_file, tmp_path, capsys):
+    assert _call("describe", config_file, tmp_path, "--config.seed=4") == 0
+    out = capsys.readouterr().out
+    assert "config.seed = 4" in out and "config.finetune.adv_ratio = 1.0" in out
+
+
+def _raise(error):
+    def run(config, workdir, *, parallel):
+        raise error
+
+    return run
+
+
+def test_errors_have_their_exit_code_and_no_traceback(stages, config_file, tmp_path, capsys):
+    for error, code in [
+        (stages.UsageError("adv_ratio is 2"), 2),
+        (checkpoints.ConfigChangedError("seed: 0 -> 1"), 2),
+        (checkpoints.WorkdirError("cannot write"), 2),
+        (ValueError("shapes"), 1),
+        (RuntimeError("out of memory"), 1),
+        (progress.Stopped("stopped at step 7"), 75),
+        (KeyboardInterrupt(), 75),
+    ]:
+        stages.run = _raise(error)
+        assert _call("run", config_file, tmp_path) == code, error
+        err = capsys.readouterr().err
+        assert str(error) in err
+        assert "Traceback" not in err
+        assert ("run the same command again" in err) == (code == 75)
+    stages.run = _raise(RuntimeError("out of memory"))
+    assert _call("run", config_file, tmp_path, "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.finetune.adv_rati=1", "did you mean adv_ratio"),
+        ("--devices=99", "num_devices=99"),
+        ("--num-processes=2", "give all three"),
+    ],
+)
+def test_wrong_usage_is_2_and_says_what_to_do(stages, config_file, tmp_path, capsys, flag, message):
+    assert _call("run", config_file, tmp_path, flag) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_made_is_wrong_usage(stages, config_file, tmp_path, capsys):
+    (tmp_path / "run").write_text("in the way")
+    assert _call("run", config_file, tmp_path) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_a_changed_config_is_refused_through_the_command_line(
+    stages, config_file, tmp_path, capsys
+):
+    def run(config, workdir, *, parallel):
+        checkpoints.open_stage(workdir, "stage1", settings.to_json(config), {}, config.seed)
+
+    stages.run = run
+    assert _call("run", config_file, tmp_path) == 0
+    assert _call("run", config_file, tmp_path) == 0
+    assert _call("run", config_file, tmp_path, "--config.finetune.adv_ratio=1/2") == 2
+    assert "config.finetune.adv_ratio: 1.0 -> 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["run"], ["train"], ["run", "--config=a.py", "--workdir=b", "--confg.x=1"]]
+)
+def test_flags_argparse_does_not_know_are_2(argv):
+    with pytest.raises(SystemExit) as caught:
+        main.main(argv)
+    assert caught.value.code == 2
+
+
+def test_the_cache_has_a_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main._cache_directory(None) == str(tmp_path / "robust_ssl" / "xla")
+    assert (tmp_path / "robust_ssl" / "xla").is_dir()
+    assert main._cache_directory("") is None
+    assert main._cache_directory(str(tmp_path / "own")) == str(tmp_path / "own")
+    (tmp_path / "file").write_text("")
+    assert main._cache_directory(str(tmp_path / "file" / "no")) is None
+
+
+def test_help_and_mistakes_do_not_wait_for_jax():
+    code = (
+        "import sys; from robust_ssl import main\n"
+        "try: main.main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "assert main.main(['run', '--config=none.py', '--workdir=x']) == 2\n"
+        "assert 'jax' not in sys.modules, 'imported too early'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
+
+
+# A small stage that saves when it is asked to stop; the module stands in for the real stages.
+SCRIPT = """
+import sys, time, types
+fake = types.ModuleType("robust_ssl.stages")
+class UsageError(ValueError): pass
+fake.UsageError = UsageError
+
+def run(config, workdir, *, parallel):
+    import jax.numpy as jnp
+    from robust_ssl import checkpoints, progress
+    with checkpoints.open_stage(workdir, "stage1", {}, {}, seed=0) as stage:
+        if stage.done:
+            return
+        step, state = stage.restore_latest({"w": jnp.zeros(3)}) or (0, {"w": jnp.zeros(3)})
+        print("from", step, len(parallel.devices), flush=True)
+        while step < 3 or not step_limit():
+            state, step = {"w": state["w"] + 1}, step + 1
+            if progress.stop_requested():
+                stage.save(step, state)
+                raise progress.Stopped(f"stopped at step {step}")
+            time.sleep(0.01)
+        stage.finish(state)
+
+def step_limit():
+    return "--finish" in sys.argv
+
+fake.run = run
+sys.modules["robust_ssl.stages"] = fake
+from robust_ssl import main
+sys.exit(main.main([a for a in sys.argv[1:] if a != "--finish"]))
+"""
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
+    script = tmp_path / "run_it.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [
+        sys.executable,
+        str(script),
+        "run",
+        f"--config={config_file}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline().startswith("from 0")
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopping after this step" in err and "run the same command again" in err
+    saved = [int(entry.name) for entry in (tmp_path / "run/stage1/checkpoints").iterdir()]
+    again = subprocess.run(
+        [*command, "--finish"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert again.returncode == 0, again.stderr
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert again.stdout.split() == ["from", str(saved[0]), str(cores)]
+    final = checkpoints.open_stage(tmp_path / "run", "stage1", {}, {}, seed=0).read_final()
+    assert final["w"].tolist() == [max(3, saved[0])] * 3

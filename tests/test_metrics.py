@@ -1,0 +1,322 @@
+"""Laws of the counts, the intervals and the scoring of attacked images."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from robust_ssl import evaluation, models
+from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
+from robust_ssl.parallel import METHODS, Parallel
+from robust_ssl.types import Classifier, Encoder, Outputs
+
+CLASSES = 4
+
+
+class FirstPixel(nn.Module):
+    """The class is written in the red value of the first pixel: level k is class k."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        level = jnp.round(x[:, 0, 0, 0] * 255)
+        distance = level[:, None] - jnp.arange(CLASSES, dtype=x.dtype)[None, :]
+        return -jnp.square(distance), {"pixel": x[:, 0, 0, :]}
+
+
+class Identity(nn.Module):
+    @nn.compact
+    def __call__(self, features, *, train=False):
+        return features
+
+
+def first_pixel_classifier():
+    encoder = Encoder(
+        variables={},
+        module=FirstPixel(),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        image_size=2,
+        dim=CLASSES,
+    )
+    return Classifier(encoder=encoder, head_variables={}, head=Identity(), num_classes=CLASSES)
+
+
+@struct.dataclass
+class Shift:
+    """Adds `levels` 8-bit steps to every pixel of the images whose label is `victim`."""
+
+    levels: jax.Array
+    victim: jax.Array
+
+    def __call__(self, key, model, image, label=None):
+        return image + jnp.where(label == self.victim, self.levels, 0.0) / 255
+
+
+@struct.dataclass
+class Lottery:
+    """Writes a random class into the image."""
+
+    def __call__(self, key, model, image, label=None):
+        return jnp.full_like(image, jax.random.randint(key, (), 0, CLASSES) / 255)
+
+
+@struct.dataclass
+class Tracer:
+    """Counts how often Python runs it, which is once per compilation."""
+
+    epsilon: jax.Array
+
+    def __call__(self, key, model, image, label=None):
+        TRACES.append(1)
+        return image + self.epsilon
+
+
+@struct.dataclass
+class Broken:
+    def __call__(self, key, model, image, label=None):
+        return jnp.where(label == 1, jnp.nan, image)
+
+
+TRACES: list[int] = []
+
+
+def images_of(levels):
+    return np.repeat(np.asarray(levels, np.uint8), 2 * 2 * 3).reshape(-1, 2, 2, 3)
+
+
+def batches_of(levels, labels, size):
+    for start in range(0, len(levels), size):
+        stop = start + size
+        yield {
+            "images": images_of(levels[start:stop]),
+            "labels": np.asarray(labels[start:stop], np.int64),
+        }
+
+
+@pytest.fixture(scope="module")
+def two():
+    return Parallel.create(num_devices=2)
+
+
+def test_wilson_is_the_root_of_its_equation():
+    # Both ends p solve (k/n - p)^2 = z^2 p (1 - p) / n.
+    z = 1.959963984540054
+    for successes, n in ((1, 7), (3, 10), (50, 100), (2399, 2401)):
+        for p in wilson_interval(successes, n):
+            assert math.isclose(
+                (successes / n - p) ** 2, z**2 * p * (1 - p) / n, rel_tol=1e-9, abs_tol=1e-15
+            )
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Newcombe 1998, Table I, method 3.
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_gives_the_published_values(successes, n, low, high):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_at_its_ends():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 9)[0] == 0.0
+    assert wilson_interval(9, 9)[1] == 1.0
+    low, high = wilson_interval(3, 9, confidence=0.5)
+    assert wilson_interval(3, 9)[0] < low < 3 / 9 < high < wilson_interval(3, 9)[1]
+    for bad in ((-1, 4, 0.95), (5, 4, 0.95), (1, 4, 1.0), (1, 4, 0.0)):
+        with pytest.raises(ValueError, match="between 0 and"):
+            wilson_interval(*bad)
+
+
+def test_counts_without_a_correct_image_are_zero_and_say_that_nothing_is_known():
+    counts = Counts(n=5, clean_correct=0, robust_correct=0, succeeded=0, flipped=2)
+    assert counts.attack_success_rate == 0.0
+    assert counts.ci95["attack_success_rate"] == (0.0, 1.0)
+    nothing = Counts(n=0, clean_correct=0, robust_correct=0, succeeded=0, flipped=0).as_dict()
+    assert all(not math.isnan(v) for v in nothing.values() if isinstance(v, float))
+
+
+def test_impossible_counts_are_refused():
+    with pytest.raises(ValueError, match="flipped=6"):
+        Counts(n=5, clean_correct=0, robust_correct=0, succeeded=0, flipped=6)
+    with pytest.raises(ValueError, match="succeeded=3"):
+        Counts(n=5, clean_correct=2, robust_correct=0, succeeded=3, flipped=3)
+
+
+def test_intervals_hold_their_shares():
+    counts = Counts(n=16, clean_correct=10, robust_correct=2, succeeded=9, flipped=12).as_dict()
+    for name, (low, high) in counts["ci95"].items():
+        assert 0 <= low <= counts[name] <= high <= 1
+
+
+def test_worst_case_is_per_image_and_at_most_each():
+    rng = np.random.default_rng(0)
+    clean = rng.random(200) < 0.8
+    each = [PerImage(clean, rng.random(200) < 0.7, rng.random(200) < 0.3, 1.5) for _ in range(3)]
+    worst = worst_case(each)
+    assert worst.seconds == 4.5
+    expected = sum(all(r.robust_correct[i] for r in each) for i in range(200))
+    assert worst.counts.robust_correct == expected
+    for result in each:
+        assert worst.counts.robust_accuracy <= result.counts.robust_accuracy
+        assert worst.counts.attack_success_rate >= result.counts.attack_success_rate
+        assert worst.counts.fooling_rate >= result.counts.fooling_rate
+
+
+def test_quantise_rounds_by_at_most_half_a_level_and_keeps_whole_levels():
+    pixels = jnp.linspace(-0.1, 1.1, 997)
+    stored = evaluation.quantise(pixels)
+    assert float(jnp.max(jnp.abs(stored - jnp.clip(pixels, 0, 1)))) <= 1 / 510 + 1e-7
+    levels = evaluation.to_pixels(np.arange(256, dtype=np.uint8))
+    np.testing.assert_array_equal(evaluation.quantise(levels), levels)
+    # 8-bit image, epsilon of whole levels: rounding stays inside the ball.
+    moved = evaluation.quantise(levels + 8 / 255) - levels
+    assert float(jnp.max(jnp.abs(moved))) <= 8 / 255 + 1e-6
+
+
+def test_a_model_of_given_logits_scores_two_of_sixteen(two):
+    levels = [0, 1] + [3] * 14  # two are right under labels 0, 1, 2, 2, ...
+    labels = [0, 1] + [2] * 14
+    nobody = Shift(jnp.float32(0), jnp.int32(-5))
+    results = score(
+        first_pixel_classifier(),
+        batches_of(levels, labels, 5),  # 5, 5, 5, 1: a short last batch, odd on two devices
+        {"none": nobody},
+        key=jax.random.key(0),
+        parallel=two,
+    )
+    counts = results["none"].counts
+    assert (counts.n, counts.clean_correct, counts.robust_correct) == (16, 2, 2)
+    assert counts.clean_accuracy == counts.robust_accuracy == 2 / 16
+    assert counts.flipped == counts.succeeded == 0
+
+
+def test_attacks_are_counted_apart_and_together(two):
+    levels = labels = [0, 0, 0, 1, 1, 2, 2, 2, 2, 1]
+    attacks = {
+        "zeros": Shift(jnp.float32(1), jnp.int32(0)),  # three images
+        "twos": Shift(jnp.float32(-2), jnp.int32(2)),  # four others
+        "rounds away": Shift(jnp.float32(0.4), jnp.int32(1)),  # not half a level
+    }
+    results = score(
+        first_pixel_classifier(),
+        batches_of(levels, labels, 4),
+        attacks,
+        key=jax.random.key(0),
+        parallel=two,
+    )
+    assert [results[a].counts.succeeded for a in (*attacks, "worst")] == [3, 4, 0, 7]
+    assert results["worst"].counts.robust_accuracy == 0.3
+    np.testing.assert_array_equal(results["zeros"].flipped, [True] * 3 + [False] * 7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_do_not_depend_on_batches_or_devices(method):
+    levels = labels = list(np.arange(10) % CLASSES)
+    runs = [
+        score(
+            first_pixel_classifier(),
+            batches_of(levels, labels, size),
+            {"lottery": Lottery()},
+            key=jax.random.key(3),
+            parallel=Parallel.create(num_devices=devices, method=method),
+        )["lottery"]
+        for size, devices in ((10, 1), (4, 2))
+    ]
+    np.testing.assert_array_equal(runs[0].robust_correct, runs[1].robust_correct)
+    # The key of an image is that of its place in the split.
+    keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(10)]
+    drawn = [int(jax.random.randint(key, (), 0, CLASSES)) for key in keys]
+    np.testing.assert_array_equal(runs[0].robust_correct, np.array(drawn) == np.array(labels))
+
+
+def test_one_compilation_serves_all_epsilons_and_the_short_batch(two):
+    TRACES.clear()
+    curve = evaluation.accuracy_against_epsilon(
+        first_pixel_classifier(),
+        batches_of([0, 0, 1, 1, 2], [0, 0, 1, 1, 2], 2),
+        {e / 255: Tracer(jnp.float32(e / 255)) for e in (2, 1)},
+        key=jax.random.key(0),
+        parallel=two,
+    )
+    assert len(TRACES) == 1
+    assert [point[0] for point in curve] == [0.0, 1 / 255, 2 / 255]
+    assert [point[1] for point in curve] == [1.0, 0.0, 0.0]
+    assert curve[0][2:] == wilson_interval(5, 5)
+
+
+def test_nan_logits_are_never_correct():
+    class NaNLogits(nn.Module):
+        @nn.compact
+        def __call__(self, features, *, train=False):
+            return jnp.full_like(features, jnp.nan)
+
+    broken = first_pixel_classifier().replace(head=NaNLogits())
+    answers = evaluation.predictions(broken, images_of([0, 1]))
+    assert answers.tolist() == [-1, -1]
+    assert answers.dtype == jnp.int32
+
+
+def test_bad_input_is_refused_before_it_is_counted(two):
+    def run(batches, attacks):
+        key = jax.random.key(0)
+        return score(first_pixel_classifier(), batches, attacks, key=key, parallel=two)
+
+    good = [{"images": images_of([0, 1]), "labels": np.array([0, 1])}]
+    nobody = {"none": Shift(jnp.float32(0), jnp.int32(-5))}
+    with pytest.raises(
+        ValueError, match=r"'broken' made pixels that are not finite, in images \[1\]"
+    ):
+        run(good, {"broken": Broken()})
+    with pytest.raises(ValueError, match="the split is empty"):
+        run([], nobody)
+    with pytest.raises(ValueError, match="at least one attack"):
+        run(good, {})
+    with pytest.raises(ValueError, match="'worst'"):
+        run(good, {"worst": nobody["none"]})
+    with pytest.raises(TypeError, match="'closure' must be a callable pytree"):
+        run(good, {"closure": lambda key, model, image, label: image})
+    with pytest.raises(ValueError, match="integer labels"):
+        run([{**good[0], "labels": np.array([0.0, 1.0])}], nobody)
+
+
+def test_stability_is_one_and_zero_where_nothing_moved_and_keeps_the_order():
+    encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
+    still = evaluation.per_layer_stability(encoder, images, images)
+    assert next(iter(still)) == "stem"
+    assert list(still)[-2:] == ["stage4/block2", "features"]
+    for numbers in still.values():
+        assert numbers == pytest.approx({"cosine": 1.0, "relative_drift": 0.0}, abs=1e-5)
+    with pytest.raises(ValueError, match="one shape"):
+        evaluation.per_layer_stability(encoder, images, images[:1])
+
+
+@struct.dataclass
+class Pixels:
+    """Its features are the pixels."""
+
+    def __call__(self, images):
+        return Outputs(features=images.reshape(len(images), -1))
+
+
+def test_stability_has_its_closed_form_and_is_never_nan():
+    image = jnp.zeros((1, 1, 1, 3)).at[0, 0, 0, 0].set(0.5)
+    turned = jnp.zeros((1, 1, 1, 3)).at[0, 0, 0, 1].set(0.5)
+    zero = jnp.zeros((1, 1, 1, 3))
+    features = evaluation.per_layer_stability(Pixels(), image, turned)["features"]
+    assert features == pytest.approx({"cosine": 0.0, "relative_drift": math.sqrt(2)})
+    features = evaluation.per_layer_stability(Pixels(), image, image / 2)["features"]
+    assert features == pytest.approx({"cosine": 1.0, "relative_drift": 0.5})
+    features = evaluation.per_layer_stability(Pixels(), zero, zero)["features"]
+    assert features == {"cosine": 1.0, "relative_drift": 0.0}
+    assert evaluation.per_layer_stability(Pixels(), zero, image)["features"]["cosine"] == 0.0

@@ -1,0 +1,196 @@
+"""Results do not depend on how many devices there are, nor on how a step is spread over them."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from robust_ssl import parallel
+from robust_ssl.parallel import METHODS, Parallel
+
+LAYOUTS = [(devices, method) for method in METHODS for devices in (1, 2, 4)]
+WEIGHTS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)
+IMAGES = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
+
+
+def pairwise_loss(features):
+    """Each image against every other one of the global batch: a contrastive loss in small."""
+    similarity = features @ features.T
+    return -jnp.diagonal(jax.nn.log_softmax(similarity, axis=-1))
+
+
+def train_step(axis_name):
+    def step(weights, batch):
+        def loss(weights):
+            features = parallel.gather(jnp.tanh(batch["x"] @ weights), axis_name)
+            return jnp.mean(pairwise_loss(features))
+
+        value, gradient = jax.value_and_grad(loss)(weights)
+        gradient = parallel.average(gradient, axis_name)
+        return weights - 0.1 * gradient, {"loss": value, "gradient": gradient}
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Two steps as a plain function of the whole batch, with no layout at all."""
+    step = jax.jit(train_step(None))
+    weights, first = step(WEIGHTS, {"x": IMAGES})
+    weights, second = step(weights, {"x": IMAGES[::-1]})
+    return weights, first, second
+
+
+@pytest.mark.parametrize("devices,method", LAYOUTS)
+def test_a_pairwise_loss_has_the_same_gradient_on_every_layout(devices, method, on_one_device):
+    layout = Parallel.create(num_devices=devices, method=method)
+    step = layout.compile(train_step(layout.axis_name))
+    weights, first = step(layout.replicate(WEIGHTS), layout.put({"x": IMAGES}))
+    weights, second = step(weights, layout.put({"x": IMAGES[::-1].copy()}))
+    for ours, expected in zip(
+        jax.tree.leaves((weights, first, second)), jax.tree.leaves(on_one_device), strict=True
+    ):
+        assert ours.shape == expected.shape  # state and info come out unstacked
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_gather_the_gradient_would_be_another_one(on_one_device):
+    layout = Parallel.create(num_devices=4)
+
+    def step(weights, batch):
+        loss = lambda w: jnp.mean(pairwise_loss(jnp.tanh(batch["x"] @ w)))  # noqa: E731
+        return weights, parallel.average(jax.grad(loss)(weights), layout.axis_name)
+
+    _, gradient = layout.compile(step)(WEIGHTS, layout.put({"x": IMAGES}))
+    expected = on_one_device[1]["gradient"]
+    assert optax.global_norm(gradient - expected) > 0.1 * optax.global_norm(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gather_returns_the_batch_in_order(method):
+    layout = Parallel.create(num_devices=4, method=method)
+
+    def step(state, batch):
+        return state, parallel.gather({"i": batch["i"]}, layout.axis_name)
+
+    _, info = layout.compile(step)(jnp.zeros(()), layout.put({"i": np.arange(8)}))
+    assert info["i"].tolist() == list(range(8))
+
+
+def test_gather_and_average_are_the_identity_without_an_axis():
+    tree = {"x": jnp.arange(3.0)}
+    assert parallel.gather(tree, None) is tree
+    assert parallel.average(tree, None) is tree
+
+
+@pytest.mark.parametrize("devices,method", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 5, 8])
+def test_map_counts_every_image_once(devices, method, size):
+    layout = Parallel.create(num_devices=devices, method=method)
+    double = layout.map(lambda scale, batch: {"y": scale * batch["x"], "first": batch["x"][:, 0]})
+    result = double(jnp.float32(2), {"x": IMAGES[:size]})
+    assert isinstance(result["y"], np.ndarray)
+    np.testing.assert_array_equal(result["y"], 2 * IMAGES[:size])
+    np.testing.assert_array_equal(result["first"], IMAGES[:size, 0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_donated_state_gives_the_same_result(method):
+    layout = Parallel.create(num_devices=2, method=method)
+    step = layout.compile(train_step(layout.axis_name), donate=True)
+    plain = layout.compile(train_step(layout.axis_name))
+    batch = layout.put({"x": IMAGES})
+    state, expected = layout.replicate(jnp.array(WEIGHTS)), layout.replicate(WEIGHTS)
+    for _ in range(3):
+        state, _ = step(state, batch)
+        expected, _ = plain(expected, batch)
+    np.testing.assert_array_equal(state, expected)
+
+
+def test_put_spreads_and_leaves_alone_what_is_spread():
+    layout = Parallel.create(num_devices=4)
+    batch = layout.put({"x": IMAGES})
+    assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
+    assert layout.put(batch)["x"] is batch["x"]
+    np.testing.assert_array_equal(parallel.to_host(batch["x"]), IMAGES)
+
+
+def test_replicate_puts_the_whole_on_every_device():
+    layout = Parallel.create(num_devices=4)
+    weights = layout.replicate({"w": WEIGHTS})["w"]
+    assert len(weights.addressable_shards) == 4
+    for shard in weights.addressable_shards:
+        np.testing.assert_array_equal(shard.data, WEIGHTS)
+
+
+def test_all_devices_and_pmap_are_the_default():
+    layout = Parallel.create()
+    assert (len(layout.devices), layout.method) == (jax.device_count(), "pmap") == (4, "pmap")
+
+
+@pytest.mark.parametrize("devices", [0, 5, -1])
+def test_a_wrong_number_of_devices_is_refused(devices):
+    with pytest.raises(ValueError, match=f"num_devices={devices}, but there are 4"):
+        Parallel.create(num_devices=devices)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"method must be one of .*'shard_map'.*got 'xmap'"):
+        Parallel.create(method="xmap")
+
+
+@pytest.mark.parametrize("size", [0, 3, 6])
+def test_a_batch_that_does_not_divide_is_refused(size):
+    layout = Parallel.create(num_devices=4)
+    with pytest.raises(ValueError, match=f"a batch of {size} does not divide over 4 devices"):
+        layout.put({"x": IMAGES[:size]})
+
+
+def test_per_device_batch_rounds_up():
+    assert [parallel.per_device_batch(n, 4) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
+
+
+def test_asking_for_every_core_after_jax_has_started_changes_nothing():
+    parallel.use_every_core()
+    assert jax.device_count() == 4
+
+
+def test_prefetch_keeps_the_order():
+    assert list(parallel.prefetch(iter(range(20)), depth=3)) == list(range(20))
+    assert list(parallel.prefetch([])) == []
+
+
+def test_prefetch_raises_where_the_item_would_have_come():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("disk gone")
+
+    stream = parallel.prefetch(items(), depth=5)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)
+
+
+def test_prefetch_runs_no_further_ahead_than_asked_and_stops_when_closed():
+    made = []
+
+    def items():
+        for i in range(1000):
+            made.append(i)
+            yield i
+
+    stream = parallel.prefetch(items(), depth=2)
+    assert next(stream) == 0
+    time.sleep(0.3)
+    assert len(made) <= 1 + 2 + 1  # taken, waiting in the queue, in the thread's hand
+    stream.close()
+    deadline = time.time() + 5
+    while any(t.name == "prefetch" for t in threading.enumerate()) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not any(t.name == "prefetch" for t in threading.enumerate())
+    assert len(made) <= 5

@@ -1,0 +1,83 @@
+"""Threats: what they allow is in the budget and in [0, 1], and allowed points stay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robust_ssl import threats
+
+SHAPE = (6, 5, 3)
+BOTH = [threats.Linf(0.1), threats.L2(0.7)]
+
+
+def _size(threat, change):
+    change = np.asarray(change, np.float64)
+    return np.abs(change).max() if isinstance(threat, threats.Linf) else np.linalg.norm(change)
+
+
+def _image_and_candidate():
+    image_key, candidate_key = jax.random.split(jax.random.key(0))
+    image = jnp.round(jax.random.uniform(image_key, SHAPE) * 4) / 4  # with exact zeros and ones
+    return image, image + 0.5 * jax.random.normal(candidate_key, SHAPE)
+
+
+@pytest.mark.parametrize("threat", BOTH)
+def test_project_lands_in_the_ball_and_in_the_pixel_range(threat):
+    image, candidate = _image_and_candidate()
+    assert _size(threat, candidate - image) > 2 * threat.epsilon
+    projected = threat.project(candidate, image)
+    assert _size(threat, projected - image) <= threat.epsilon + 1e-6
+    assert projected.min() >= 0 and projected.max() <= 1
+
+
+@pytest.mark.parametrize("threat", BOTH)
+def test_project_is_idempotent_and_leaves_allowed_points_alone(threat):
+    image, candidate = _image_and_candidate()
+    once = threat.project(candidate, image)
+    np.testing.assert_allclose(threat.project(once, image), once, atol=1e-6)
+    inside = jnp.clip(image + 0.01, 0, 1)
+    np.testing.assert_array_equal(threat.project(inside, image), inside)
+
+
+@pytest.mark.parametrize("threat", BOTH)
+def test_epsilon_zero_allows_the_image_only(threat):
+    image, candidate = _image_and_candidate()
+    threat = threat.replace(epsilon=0.0)
+    np.testing.assert_array_equal(threat.project(candidate, image), image)
+    np.testing.assert_array_equal(threat.sample(jax.random.key(1), image), image)
+
+
+@pytest.mark.parametrize("threat", BOTH)
+def test_samples_are_allowed_differ_and_fill_the_budget(threat):
+    image = jnp.full(SHAPE, 0.5)
+    keys = jax.random.split(jax.random.key(2), 50)
+    samples = jax.vmap(lambda key: threat.sample(key, image))(keys)
+    sizes = [_size(threat, sample - image) for sample in samples]
+    assert max(sizes) <= threat.epsilon + 1e-6 and max(sizes) > 0.95 * threat.epsilon
+    assert not np.array_equal(samples[0], samples[1])
+
+
+@pytest.mark.parametrize("threat", BOTH)
+def test_steepest_raises_a_linear_function_the_most_and_is_finite_at_zero(threat):
+    gradient = jax.random.normal(jax.random.key(3), SHAPE)
+    best = jnp.vdot(gradient, threat.steepest(gradient))
+    dual = (
+        jnp.abs(gradient).sum() if isinstance(threat, threats.Linf) else (gradient**2).sum() ** 0.5
+    )
+    np.testing.assert_allclose(best, dual, rtol=1e-5)
+    np.testing.assert_array_equal(threat.steepest(jnp.zeros(SHAPE)), jnp.zeros(SHAPE))
+    np.testing.assert_allclose(threat.steepest(1e-30 * gradient), threat.steepest(gradient), 1e-5)
+
+
+def test_l2_project_has_a_finite_gradient_everywhere():
+    image = jnp.full(SHAPE, 0.5)
+    for epsilon in (0.0, 0.7):
+        gradient = jax.grad(lambda x, e=epsilon: threats.L2(e).project(x, image).sum())(image)
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("epsilon", [-0.01, 1.5, float("nan"), [0.1, 8.0]])
+def test_bad_epsilon_is_refused(epsilon):
+    with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\]"):
+        threats.check_epsilon(epsilon)
