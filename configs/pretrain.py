@@ -1,6 +1,6 @@
 """Self-supervised pre-training of a public encoder.
 
-    robust-ssl run --config=configs/pretrain.py --workdir=runs/pretrain
+robust-ssl run --config=configs/pretrain.py --workdir=runs/pretrain
 """
 
 from ml_collections import ConfigDict

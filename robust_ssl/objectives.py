@@ -248,7 +248,7 @@ def high_pass(
       True
 
     References:
-      Zhou et al., ICCV 2023, Section 3.3, and its released code (a mask with a hard edge).
+      Zhou et al., ICCV 2023, and its released code (a mask with a hard edge).
     """
     _, height, width, _ = images.shape
     vertical = jnp.fft.fftfreq(height).reshape(height, 1)
@@ -271,7 +271,7 @@ def high_frequency_change(inputs: AttackInputs, *, cutoff: float = 8 / 64) -> ja
       Mean over the batch, at least 0 and at most `pixel_l2`.
 
     References:
-      Zhou et al., ICCV 2023, Section 3.3.
+      Zhou et al., ICCV 2023.
     """
     change = high_pass(inputs.adversarial_images - inputs.clean_images, cutoff=cutoff)
     return jnp.mean(safe_norm(change, axis=(1, 2, 3)))
@@ -289,7 +289,7 @@ def advencoder_paper(inputs: AttackInputs) -> jax.Array:
       Scalar.
 
     References:
-      Zhou et al., ICCV 2023, Section 3.3; weights as other papers' comparisons report them.
+      Zhou et al., ICCV 2023; weights as other papers' comparisons report them.
     """
     return info_nce(inputs) + 5.0 * high_frequency_change(inputs) - pixel_l2(inputs)
 

@@ -243,7 +243,7 @@ def _fit(
 FITTED = [
     attacks.UniversalPGD(step_size=0.02),
     attacks.UniversalPGD(step_size=0.02, objective=objectives.info_nce),
-    attacks.AdvEncoderPER(learning_rate=5e-3, width=8, noise_vectors=2),
+    attacks.AdvEncoderPER(learning_rate=5e-3, form="paper", width=8, noise_vectors=2),
     attacks.AdvEncoderPER(learning_rate=5e-3, form="released", width=8, noise_vectors=2),
 ]
 

@@ -147,7 +147,7 @@ def test_the_terminal_table_fits_eighty_columns():
     import rich.console
 
     out = io.StringIO()
-    results = three() + [entry("stage2", attack="worst", clean=50, robust=50)]
+    results = [*three(), entry("stage2", attack="worst", clean=50, robust=50)]
     report.print_table(results, COSTS, console=rich.console.Console(file=out, width=80))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
@@ -185,11 +185,12 @@ def assert_drawn(png):
 
 
 def test_figures_leave_png_svg_and_their_numbers(tmp_path):
-    clean = np.full((2, 4, 4, 3), 0.5, np.float32)
+    clean = np.full((10, 4, 4, 3), 0.5, np.float32)
     attacked = clean + np.float32(10 / 255)
-    png = report.figure_examples(tmp_path, clean, attacked, predictions=[("3", "3"), ("4", "9")])
+    png = report.figure_examples(tmp_path, clean, attacked, predictions=[(3, 3), (4, 9)] * 5)
     assert_drawn(png)
-    second = rows_of(png.with_suffix(".csv"))[1]
+    _, second, *others = rows_of(png.with_suffix(".csv"))
+    assert len(others) == 6  # the first eight are drawn
     assert (second["clean"], second["under_attack"]) == ("4", "9")
     assert float(second["largest_change_255"]) == pytest.approx(10, abs=1e-4)
 

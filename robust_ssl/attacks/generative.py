@@ -42,9 +42,10 @@ class AdvEncoderPER:
     structured perturbations.  After fitting only its one output is kept.
 
     Attributes:
-      learning_rate: Of Adam.
-      form: ``"paper"`` (`objectives.advencoder_paper`) or ``"released"``
-        (`objectives.advencoder_released`), or any objective of one's own.
+      learning_rate: Of Adam.  The default is meant for some 4,000 steps; with 100 steps, 2e-3.
+      form: ``"released"`` (`objectives.advencoder_released`) or ``"paper"``
+        (`objectives.advencoder_paper`), or any objective of one's own.  In the paper's form the
+        frequency term can outweigh the features and leave little but noise.
       width: Channels of the generator's last hidden layer.
       noise_vectors: How many images are mixed to one.  The released code takes as many as its
         batch, 256, and then works at that batch size only; they are independent of it here.
@@ -61,12 +62,12 @@ class AdvEncoderPER:
       ((8, 8, 3), True)
 
     References:
-      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, Section 3.3; the authors'
+      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023; the authors'
       code, github.com/CGCL-codes/AdvEncoder, commit 3dd1c4e.
     """
 
     learning_rate: jax.Array | float = 2e-4  # the released code
-    form: Any = struct.field(pytree_node=False, default="paper")
+    form: Any = struct.field(pytree_node=False, default="released")
     width: int = struct.field(pytree_node=False, default=128)
     noise_vectors: int = struct.field(pytree_node=False, default=16)
     name: str = struct.field(pytree_node=False, default="advencoder")

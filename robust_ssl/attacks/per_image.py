@@ -242,7 +242,7 @@ class EmbedAttack:
       keep_best: Return the best point seen, not the last.
 
     References:
-      Kim et al., "Adversarial Self-Supervised Contrastive Learning", NeurIPS 2020, Section 3.1
+      Kim et al., "Adversarial Self-Supervised Contrastive Learning", NeurIPS 2020
       (the label-free attack on representations).
     """
 

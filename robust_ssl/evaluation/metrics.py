@@ -24,7 +24,12 @@ NO_ANSWER = -1  # the prediction of a model whose logits are NaN: never correct
 
 
 def to_pixels(images: jax.Array | np.ndarray) -> jax.Array:
-    """Turns 8-bit images into float32 pixels in [0, 1]; float images pass unchanged."""
+    """Turns 8-bit images into float32 pixels in [0, 1]; float images pass unchanged.
+
+    Example:
+      >>> to_pixels(np.array([0, 255], np.uint8)).tolist()
+      [0.0, 1.0]
+    """
     images = jnp.asarray(images)
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 

@@ -96,7 +96,7 @@ class Generator(nn.Module):
       channels: Of the last hidden layer; each layer before it has twice as many.
 
     References:
-      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, Section 3.3, and its
+      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, and its
       released code.
     """
 

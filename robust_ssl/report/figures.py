@@ -90,7 +90,7 @@ def figure_examples(
     delta = adversarial.astype(np.float64) - clean
     largest = np.abs(delta).max()
     gain = 0.5 / largest if largest > 0 else 1.0
-    texts = [("", "") if p is None else p for p in (predictions or [None] * len(clean))]
+    texts = [("", "")] * len(clean) if predictions is None else list(predictions)[: len(clean)]
     rows = (
         ("clean", clean, [(str(before), False) for before, _ in texts]),
         ("under attack", adversarial, [(str(after), after != before) for before, after in texts]),

@@ -1,1 +1,156 @@
-"""The story of a run: pretrain, attack, finetune, sensitivity, evaluate."""
+"""The story of a run: pretrain, attack, finetune, sensitivity, evaluate.
+
+``run(config, workdir)`` is what the command line, a notebook and a test call.  A finished stage is
+skipped, an unfinished one goes on.  Everything a config can get wrong is found before the first
+step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from robust_ssl import checkpoints, data, finetuning, report, settings, threats
+from robust_ssl.conformance import resolve
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.settings import describe
+from robust_ssl.stages import attack as attack_stage
+from robust_ssl.stages import evaluate as evaluate_stage
+from robust_ssl.stages import finetune as finetune_stages
+from robust_ssl.stages.pretrain import pretrain
+from robust_ssl.stages.run import Run, UsageError
+
+__all__ = ["STAGES", "Run", "UsageError", "check", "describe", "run"]
+
+_log = logging.getLogger(__name__)
+
+STAGES = {
+    "pretrain": pretrain,
+    "attack": attack_stage.attack,
+    "usual": finetune_stages.usual,
+    "stage1": finetune_stages.stage1,
+    "sensitivity": finetune_stages.sensitivity,
+    "stage2": finetune_stages.stage2,
+    "evaluate": evaluate_stage.evaluate,
+}
+
+
+def run(
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    parallel: Parallel | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Runs the stages that ``config.stages`` names, in order.
+
+    Args:
+      config: Resolved configuration, a mapping or an ``ml_collections.ConfigDict``.
+      workdir: Where each stage has its directory; made if it does not exist.
+      parallel: The devices; None is `pmap` over all of them.
+      progress: How to report; None is a bar on a terminal and lines elsewhere.
+
+    Returns:
+      Stage name to its results; for a run with an `evaluate` stage ``results.json`` holds the
+      same under its contract.
+
+    Raises:
+      UsageError: If the config, or the data it names, cannot be used.  Nothing has been run.
+      checkpoints.ConfigChangedError: If the workdir holds the work of another config.
+      checkpoints.WorkdirError: If the workdir cannot be written.
+      progress.Stopped: If a stop was asked for; run again to go on.
+    """
+    workdir = checkpoints.make_directory(workdir)
+    whole = Run(
+        config=settings.to_json(config),
+        workdir=pathlib.Path(workdir),
+        parallel=parallel or Parallel.create(),
+        progress=progress or Progress(),
+    )
+    check(whole)
+    results = {}
+    for name in whole.config["stages"]:
+        stage = STAGES[name](whole)
+        results[name] = stage.results
+        _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
+    if "evaluate" in results and jax.process_index() == 0:
+        document = report.read_results(whole.workdir / "results.json")
+        report.print_table(document["results"], document["run"]["costs"])
+    return results
+
+
+def check(run: Run) -> None:
+    """Builds everything a run needs, without a step of it.
+
+    Raises:
+      UsageError: With what is wrong, where in the config, and what to do.
+    """
+    try:
+        _check(run)
+    except (ValueError, TypeError, KeyError, FileNotFoundError, AttributeError) as error:
+        if isinstance(error, checkpoints.ConfigChangedError | checkpoints.WorkdirError):
+            raise
+        missing = isinstance(error, KeyError)
+        message = f"the config has no entry {error}" if missing else str(error)
+        raise UsageError("; ".join([message, *getattr(error, "__notes__", [])])) from error
+
+
+def _check(run: Run) -> None:
+    config, stages = run.config, run.config["stages"]
+    unknown = [name for name in stages if name not in STAGES]
+    if unknown or not stages:
+        raise ValueError(f"config.stages: {unknown or 'empty'}; there are {', '.join(STAGES)}")
+    if "pretrain" in stages:
+        _check_pretrain(run)
+    if set(stages) == {"pretrain"}:
+        return
+    if "pretrain" not in stages or (run.workdir / "pretrain" / "encoder").exists():
+        _check_downstream(run)
+    for batch in (config["attack"]["batch_size"], config["finetune"]["batch_size"]):
+        run.parallel.check_batch(batch)
+
+
+def _check_pretrain(run: Run) -> None:
+    config = run.config["pretrain"]
+    resolve(config["method"])(**config["method_options"])
+    train = run.load(config["data"], "train")
+    data.steps_per_epoch(len(train), config["batch_size"])
+    run.parallel.check_batch(config["batch_size"])
+
+
+def _check_downstream(run: Run) -> None:
+    config = run.config
+    threats.check_epsilon(attack_stage.budgets(config["attack"], curve=True))
+    attack_stage.build_attacks(config["attack"]["methods"])
+    data.steps_per_epoch(len(run.surrogate), config["attack"]["batch_size"])
+    evaluate_stage.build_per_image(config["evaluate"]["per_image"])
+    train, _ = run.downstream
+    len(run.test)
+    classifier = run.classifier(config["downstream_head"])
+    pgd = finetune_stages.build_pgd(config["finetune"]["attack"])
+    for name, entry, losses in (
+        ("usual", config["usual"], finetuning.mixed_losses(0.0)),
+        ("finetune", config["finetune"], finetune_stages.build_losses(config["finetune"])),
+    ):
+        try:
+            steps = data.steps_per_epoch(len(train), entry["batch_size"])
+            finetune_stages.build_optimizer(classifier, entry, steps)
+            finetuning.make_step(
+                classifier,
+                optax.identity(),
+                losses=losses,
+                key=jax.random.key(0),
+                attack=pgd if name == "finetune" else None,
+                pretrained=run.encoder if entry.get("compare_with_pretrained") else None,
+                batch_statistics=entry["batch_statistics"],
+            )
+        except (ValueError, AttributeError) as error:
+            error.add_note(f"in config.{name}")
+            raise

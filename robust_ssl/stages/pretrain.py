@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,26 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from robust_ssl import checkpoints, data, models, pretraining, weights
+from robust_ssl import checkpoints, data, pretraining, weights
 from robust_ssl.conformance import resolve
-from robust_ssl.stages.run import Run
+from robust_ssl.parallel import Parallel
+from robust_ssl.stages.run import Run, build_encoder
 from robust_ssl.stages.training import stage_key, train
-from robust_ssl.types import Encoder
+from robust_ssl.types import Encoder, Variables
 
 _log = logging.getLogger(__name__)
-
-
-def features_of(encoder: Encoder, examples, parallel, batch_size: int = 500) -> np.ndarray:
-    """Returns the features of a whole split in evaluation mode, float32 ``[n, dim]``."""
-    extract = parallel.map(
-        lambda model, batch: model(batch["images"].astype(jnp.float32) / 255.0).features
-    )
-    return np.concatenate(
-        [
-            extract(encoder, {"images": batch["images"]})
-            for batch in data.epoch_batches(examples, batch_size)
-        ]
-    )
 
 
 def optimizer(
@@ -75,27 +64,40 @@ def optimizer(
     raise ValueError(f"optimizer must be 'sgd', 'lars' or 'adamw', got {name!r}")
 
 
-def build_encoder(key: jax.Array, options: dict[str, Any]) -> Encoder:
-    """Builds an encoder with random weights from ``{"builder": ..., **options}``."""
-    options = dict(options)
-    name = options.pop("builder")
-    builder = getattr(models, name) if ":" not in name else resolve(name)
-    return builder(key, **options)
+def _extract(encoder: Encoder, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return encoder(batch["images"].astype(jnp.float32) / 255.0).features
+
+
+@functools.lru_cache(maxsize=4)
+def _extractor(parallel: Parallel):
+    return parallel.map(_extract)
+
+
+def features_of(
+    encoder: Encoder, examples, parallel: Parallel, batch_size: int = 500
+) -> np.ndarray:
+    """Returns the features of a whole split in evaluation mode, float32 ``[n, dim]``."""
+    extract = _extractor(parallel)
+    return np.concatenate(
+        [
+            extract(encoder, {"images": batch["images"]})
+            for batch in data.epoch_batches(examples, batch_size)
+        ]
+    )
 
 
 def pretrain(run: Run) -> checkpoints.StageDirectory:
     """Pre-trains ``config.pretrain.encoder`` on ``config.pretrain.data`` and writes the encoder.
 
-    Every few epochs the log gets k-NN accuracy and, to show collapse, `feature_std` and
+    Every few epochs the log gets the k-NN accuracy and, to show collapse, `feature_std` and
     `effective_rank`; at the end the linear probe is fitted as well.  Labels are used for this
-    monitoring only.
+    monitoring only, and the test split's are in no decision.
 
     Returns:
       The stage's directory; ``encoder/`` in it is what `robust_ssl.load_encoder` takes.
     """
     config = run.config["pretrain"]
-    train_set = run.load("pretrain", config["data"], split="train")
-    test_set = run.load("pretrain", config["data"], split="test")
+    train_set, test_set = (run.load(config["data"], split) for split in ("train", "test"))
     inputs = {"train": train_set.fingerprint(), "test": test_set.fingerprint()}
     with run.open("pretrain", config, inputs) as stage:
         if stage.done:
@@ -118,67 +120,67 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
             warmup_steps=int(config["warmup_epochs"] * batches.steps_per_epoch),
             weight_decay=config["weight_decay"],
         )
-        state = pretraining.init_state(jax.random.fold_in(key, 1), encoder, method, tx)
-        step = pretraining.make_step(
-            encoder,
-            method,
-            tx,
-            key=jax.random.fold_in(key, 2),
-            axis_name=run.parallel.axis_name,
-        )
-        monitor = functools.partial(
-            _monitor, encoder, train_set, test_set, config["monitor"], run.parallel
-        )
-        state = train(
+        state, _ = train(
             stage,
-            state,
-            step,
+            pretraining.init_state(jax.random.fold_in(key, 1), encoder, method, tx),
+            pretraining.make_step(
+                encoder,
+                method,
+                tx,
+                key=jax.random.fold_in(key, 2),
+                axis_name=run.parallel.axis_name,
+            ),
             batches,
             epochs=config["epochs"],
             parallel=run.parallel,
             progress=run.progress,
             checkpoint_every=config["checkpoint_every"],
-            at_epoch_end=lambda epoch, state: monitor(epoch, state),
+            at_epoch_end=functools.partial(
+                _monitor, encoder, train_set, test_set, config["monitor"], run.parallel
+            ),
         )
         trained = pretraining.trained_encoder(encoder, jax.device_get(state.variables))
         results = _probe(trained, train_set, test_set, run.parallel)
         _log.info("pretrain: %s", ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
-        weights.save_encoder(
-            trained,
-            stage.path / "encoder",
-            card={
-                **results,
-                "data": {"train": len(train_set), "test": len(test_set), "name": train_set.name},
-                "config": dict(config),
-                "devices": stage.manifest["devices"],
-                "versions": stage.manifest["versions"],
-                "seed": run.seed,
-            },
-        )
+        weights.save_encoder(trained, stage.path / "encoder", card=_card(run, stage, results))
         stage.finish(trained.variables, results)
     return stage
 
 
-def _monitor(encoder, train_set, test_set, config, parallel, epoch, state) -> dict[str, float]:
-    if (epoch + 1) % config["every_epochs"]:
-        return {}
-    trained = pretraining.trained_encoder(encoder, jax.device_get(state.variables))
-    bank = train_set.subset(min(config["images"], len(train_set)))
-    queries = test_set.subset(min(config["images"], len(test_set)))
-    bank_features = features_of(trained, bank, parallel)
-    query_features = features_of(trained, queries, parallel)
-    results = {
-        "knn_accuracy": pretraining.knn_accuracy(
-            bank_features, bank.labels, query_features, queries.labels
-        ),
-        "feature_std": float(pretraining.feature_std(jnp.asarray(query_features))),
-        "effective_rank": float(pretraining.effective_rank(jnp.asarray(query_features))),
+def _card(run: Run, stage: checkpoints.StageDirectory, results: Mapping[str, float]) -> dict:
+    return {
+        **results,
+        "config": run.config["pretrain"],
+        "devices": stage.manifest["devices"],
+        "versions": stage.manifest["versions"],
+        "seed": run.seed,
     }
-    _log.info("epoch %d: %s", epoch + 1, {k: round(v, 4) for k, v in results.items()})
+
+
+def _monitor(
+    encoder: Encoder,
+    train_set,
+    test_set,
+    config: Mapping[str, Any],
+    parallel: Parallel,
+    epoch: int,
+    variables: Variables,
+) -> dict[str, float]:
+    if epoch % config["every_epochs"]:
+        return {}
+    trained = pretraining.trained_encoder(encoder, jax.device_get(variables))
+    bank, queries = (s.subset(min(config["images"], len(s))) for s in (train_set, test_set))
+    known, asked = (features_of(trained, part, parallel) for part in (bank, queries))
+    results = {
+        "knn_accuracy": pretraining.knn_accuracy(known, bank.labels, asked, queries.labels),
+        "feature_std": float(pretraining.feature_std(jnp.asarray(asked))),
+        "effective_rank": float(pretraining.effective_rank(jnp.asarray(asked))),
+    }
+    _log.info("epoch %d: %s", epoch, {name: round(v, 4) for name, v in results.items()})
     return results
 
 
-def _probe(encoder, train_set, test_set, parallel) -> dict[str, float]:
+def _probe(encoder: Encoder, train_set, test_set, parallel: Parallel) -> dict[str, float]:
     fitted = features_of(encoder, train_set, parallel), np.asarray(train_set.labels)
     scored = features_of(encoder, test_set, parallel), np.asarray(test_set.labels)
     return {

@@ -1,4 +1,4 @@
-"""What the stages of one run share."""
+"""What the stages of one run share: its configuration, its data, its public encoder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from robust_ssl import checkpoints, data
+import jax
+
+from robust_ssl import checkpoints, data, models, weights
+from robust_ssl.conformance import resolve
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
+from robust_ssl.types import Classifier, Encoder
+
+
+class UsageError(ValueError):
+    """The config, or the data it names, cannot be used; found before the first step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run: its configuration, where it writes, and what it runs on.
+    """One run.
 
     Attributes:
       config: The resolved configuration, plain nested dicts.
@@ -40,24 +48,120 @@ class Run:
         """Opens the directory of a stage; see `checkpoints.open_stage`."""
         return checkpoints.open_stage(self.workdir, name, config, inputs, self.seed)
 
-    def load(self, entry: str, config: Mapping[str, Any], *, split: str):
-        """Loads a split of the data set that a config entry describes, once per run.
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The public encoder: what the attacker knows and the defender starts from."""
+        options = dict(self.config["encoder"])
+        path = options.pop("path", None)
+        if path is not None and options:
+            raise ValueError(f"config.encoder has a path and also {sorted(options)}; give one")
+        if path is not None:
+            return weights.load_encoder(path)
+        if options:
+            return build_encoder(jax.random.key(self.seed), options)
+        return weights.load_encoder(self.workdir / "pretrain" / "encoder")
+
+    @functools.cached_property
+    def surrogate(self):
+        """The attacker's images; their labels, if there are any, are dropped."""
+        images = self.load(self.config["surrogate"], "train")
+        data.check_image_size(images, self.encoder.image_size)
+        if isinstance(images, data.Examples):
+            return data.from_arrays(images.images, name=images.name, split=images.split)
+        return images
+
+    @functools.cached_property
+    def downstream(self):
+        """The defender's data: train and validation, carved from the training split."""
+        config = self.config["downstream"]
+        whole = self.load(config, "train")
+        data.check_image_size(whole, self.encoder.image_size)
+        return data.carve(whole, config["validation"], seed=self.seed)
+
+    @functools.cached_property
+    def test(self):
+        """The defender's test split; only `evaluate` scores anything on it."""
+        test = self.load(self.config["downstream"], "test")
+        data.check_image_size(test, self.encoder.image_size)
+        data.check_classes(test, self.num_classes)
+        return test
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the downstream task, of which a config may say how many it expects."""
+        train = self.downstream[0]
+        expected = self.config["downstream"].get("num_classes")
+        if expected is not None:
+            data.check_classes(train, expected)
+        return expected or train.num_classes
+
+    def classifier(self, head: str) -> Classifier:
+        """Returns the public encoder with a fresh head, the same one in every stage."""
+        module = head if ":" not in head else resolve(head)(self.num_classes)
+        key = jax.random.fold_in(jax.random.key(self.seed), 1)
+        return models.classifier(key, self.encoder, self.num_classes, head=module)
+
+    def load(self, config: Mapping[str, Any], split: str):
+        """Loads a split of a data set, once per run.
 
         Args:
-          entry: Where in the config it stands, for error messages.
-          config: ``{"source": ..., "train_split"?: ..., "test_split"?: ..., **options}``.
-          split: ``"train"`` or ``"test"``: the config's own names for them are looked up.
+          config: ``{"source": ..., **options}`` of `data.load`; ``train_split`` and
+            ``test_split`` rename the splits, ``train_limit`` and ``test_limit`` take a random
+            part of them.
+          split: ``"train"`` or ``"test"``.
         """
-        return _load(self.seed, _freeze(config), split)
+        return self._loaded(_freeze(config), split)
+
+    @functools.cache  # noqa: B019 (a run lives as long as its process)
+    def _loaded(self, config: tuple, split: str):
+        options = {name: _thaw(value) for name, value in config if value is not None}
+        for mine in ("validation", "num_classes"):
+            options.pop(mine, None)
+        names = {s: options.pop(f"{s}_split", s) for s in ("train", "test")}
+        limits = {s: options.pop(f"{s}_limit", None) for s in ("train", "test")}
+        return data.load(
+            options.pop("source"),
+            split=names[split],
+            limit=limits[split],
+            seed=self.seed,
+            **options,
+        )
+
+    def __hash__(self) -> int:
+        """Runs are told apart by identity."""
+        return id(self)
 
 
-def _freeze(config: Mapping[str, Any]) -> tuple:
-    return tuple(sorted(config.items(), key=lambda item: item[0]))
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((key, _freeze(entry)) for key, entry in sorted(value.items()))
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
-@functools.lru_cache(maxsize=8)
-def _load(seed: int, config: tuple, split: str):
-    options = {name: value for name, value in config if value is not None}
-    source = options.pop("source")
-    names = {"train": options.pop("train_split", "train"), "test": options.pop("test_split", "test")}
-    return data.load(source, split=names[split], seed=seed, **options)
+def _thaw(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def build_encoder(key: jax.Array, options: Mapping[str, Any]) -> Encoder:
+    """Builds an encoder from ``{"builder": ..., **options}``.
+
+    Args:
+      key: Random key of the initialisation.
+      options: ``builder`` is a name in `robust_ssl.models` or the user's own ``"module:function"``
+        or ``"file.py:function"``, called as ``builder(key, **options)``.
+
+    Raises:
+      ValueError: If there is no such builder.
+
+    Example:
+      >>> options = {"builder": "resnet18", "width": 8, "image_size": 8}
+      >>> build_encoder(jax.random.key(0), options).dim
+      64
+    """
+    options = dict(options)
+    name = options.pop("builder")
+    if ":" in name:
+        return resolve(name)(key, **options)
+    if name not in models.__all__:
+        raise ValueError(f"no builder {name!r} in robust_ssl.models; there are {models.__all__}")
+    return getattr(models, name)(key, **options)

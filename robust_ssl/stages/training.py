@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.data import Batches
+from robust_ssl.finetuning import raise_if_stuck
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress, Stopped, stop_requested
-from robust_ssl.types import TrainState
+from robust_ssl.types import TrainState, Variables
 
 _AHEAD = 3  # steps that may be in flight before the loop waits for the oldest
 
@@ -22,6 +25,26 @@ _AHEAD = 3  # steps that may be in flight before the loop waits for the oldest
 def stage_key(seed: int, stage: str) -> jax.Array:
     """Returns the random key of a stage: a function of the run's seed and the stage's name."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+
+
+@struct.dataclass
+class Best:
+    """The best epoch so far, by validation.
+
+    Attributes:
+      variables: Its weights.
+      score: Its score, float32 scalar; -1 before the first epoch.
+      epoch: Its number, from 1, int32 scalar.
+    """
+
+    variables: Variables
+    score: jax.Array
+    epoch: jax.Array
+
+    @classmethod
+    def none_yet(cls, variables: Variables) -> Best:
+        """Returns what any epoch is better than."""
+        return cls(variables, jnp.asarray(-1.0, jnp.float32), jnp.asarray(0, jnp.int32))
 
 
 def train(
@@ -34,8 +57,9 @@ def train(
     parallel: Parallel,
     progress: Progress,
     checkpoint_every: int | None = None,
-    at_epoch_end: Callable[[int, TrainState], Mapping[str, float]] | None = None,
-) -> TrainState:
+    at_epoch_end: Callable[[int, Variables], Mapping[str, float]] | None = None,
+    score: str | None = None,
+) -> tuple[TrainState, Best | None]:
     """Trains from the stage's newest checkpoint to its end.
 
     Args:
@@ -47,45 +71,61 @@ def train(
       parallel: The devices.
       progress: Shows how far it is.
       checkpoint_every: Steps between checkpoints; None is once an epoch.
-      at_epoch_end: Called with the epoch, from 0, and the state; what it returns is logged.
+      at_epoch_end: Called with the number of finished epochs and the variables; what it returns
+        is logged.
+      score: Which entry of that decides the best epoch; None keeps none.
 
     Returns:
-      The state after the last step.
+      The state after the last step, and the best epoch (None without `score`).
 
     Raises:
       Stopped: If a stop was asked for; the state has been saved.
+      FloatingPointError: If too many updates in a row were not finite.
     """
     total = epochs * batches.steps_per_epoch
-    state = parallel.replicate(state)
-    restored = stage.restore_latest(state)
-    first, state = restored or (0, state)
+    kept = {"state": state} | ({"best": Best.none_yet(state.variables)} if score else {})
+    kept = parallel.replicate(kept)
+    first, kept = stage.restore_latest(kept) or (0, kept)
     compiled = parallel.compile(step)
-    pending: collections.deque = collections.deque()
-    unwritten: list[tuple[int, Mapping[str, jax.Array]]] = []
+    in_flight: collections.deque = collections.deque()
+    unwritten: list[tuple[int, Mapping[str, Any]]] = []
     with progress.stage(stage.path.name, total, batches.batch_size, first) as bar:
         for index in range(first, total):
-            state, metrics = compiled(state, batches(index))
-            unwritten.append((index, metrics))
-            pending.append(metrics)
-            if len(pending) > _AHEAD:
-                jax.block_until_ready(pending.popleft())
+            state, metrics = compiled(kept["state"], batches(index))
+            kept = {**kept, "state": state}
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > _AHEAD:
+                jax.block_until_ready(in_flight.popleft())
             bar.update(index + 1, loss=metrics["loss"])
-            done = index + 1
-            epoch, inside = divmod(done, batches.steps_per_epoch)
+            done, epoch_ends = index + 1, (index + 1) % batches.steps_per_epoch == 0
+            if epoch_ends:
+                epoch = done // batches.steps_per_epoch
+                extra = at_epoch_end(epoch, state.variables) if at_epoch_end else {}
+                metrics = {**metrics, "epoch": epoch, **extra}
+                kept = _keep_best(kept, extra.get(score), epoch, parallel)
+            unwritten.append((index, metrics))
             stopping = stop_requested() or stage.reached_preemption(done)
-            if inside == 0:
-                extra = at_epoch_end(epoch - 1, state) if at_epoch_end else {}
-                unwritten[-1] = (index, {**metrics, "epoch": epoch, **extra})
-            save_now = done % (checkpoint_every or batches.steps_per_epoch) == 0 or stopping
-            if save_now or inside == 0:
+            saving = stopping or done % (checkpoint_every or batches.steps_per_epoch) == 0
+            if saving or epoch_ends:
                 _write(stage, unwritten)
-            if save_now and done < total:
-                stage.save(done, state)
+                if "skipped_in_a_row" in state.counters:
+                    raise_if_stuck(state)
+            if saving and done < total:
+                stage.save(done, kept)
             if stopping and done < total:
                 stage.wait()
                 raise Stopped(f"{stage.path.name} stopped after step {done} of {total}")
     batches.close()
-    return state
+    return kept["state"], kept.get("best")
+
+
+def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) -> dict:
+    # `>=`: of equal epochs the later one, which has seen more.
+    if score is None or score < float(kept["best"].score):
+        return kept
+    scalars = {"score": jnp.asarray(score, jnp.float32), "epoch": jnp.asarray(epoch, jnp.int32)}
+    best = Best(variables=kept["state"].variables, **parallel.replicate(scalars))
+    return {**kept, "best": best}
 
 
 def _write(stage: StageDirectory, unwritten: list) -> None:
