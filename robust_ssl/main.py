@@ -263,6 +263,7 @@ class _StderrHandler(logging.Handler):
 def _log_to_stderr() -> None:
     logger = logging.getLogger("robust_ssl")
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries that set up the root logger would show a line twice
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
 
