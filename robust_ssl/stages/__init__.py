@@ -81,9 +81,23 @@ def run(
         results[name] = stage.results
         _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
     if "evaluate" in results and jax.process_index() == 0:
-        document = report.read_results(whole.workdir / "results.json")
-        report.print_table(document["results"], document["run"]["costs"])
+        _print_table(whole)
     return results
+
+
+def _print_table(run: Run) -> None:
+    """Prints what the public encoder's perturbations do; the report has everything else."""
+    document = report.read_results(run.workdir / "results.json")
+    epsilon = run.config["attack"]["epsilon"]
+    shown = [
+        entry
+        for entry in document["results"]
+        if (entry["crafted_against"], entry["epsilon"]) == ("public", epsilon)
+    ]
+    report.print_table(shown, document["run"]["costs"])
+    for sentence in report.conclusions(document["results"]):
+        print(sentence)
+    print(f"every attack, crafted again on each model too: {run.workdir / 'report.md'}")
 
 
 def check(run: Run) -> None:

@@ -75,7 +75,10 @@ def attack(
             return stage
         epsilons = budgets(config, curve=public)
         tree, results = {}, {}
-        for number, (method, universal) in enumerate(build_attacks(config["methods"]).items()):
+        methods = build_attacks(config["methods"])
+        if not public:  # noise does not look at the encoder: there is nothing to craft again
+            methods = {m: u for m, u in methods.items() if not _is_noise(u)}
+        for number, (method, universal) in enumerate(methods.items()):
             begun = time.monotonic()
             fitted = _fit(run, stage.path.name, universal, encoder, epsilons)
             tree[method] = {"delta": fitted.perturbations.delta, "curve": fitted.curve}
@@ -97,7 +100,7 @@ def load_perturbations(
     """Returns what an attack stage fitted, by (method, seed, epsilon)."""
     stored, found = stage.read_final(), {}
     epsilons = budgets(config, curve=curve)
-    for method in config["methods"]:
+    for method in (m for m in config["methods"] if m in stored):
         for index, (seed, epsilon) in enumerate((s, e) for s in config["seeds"] for e in epsilons):
             found[method, seed, epsilon] = attacks.UniversalPerturbation(
                 delta=jnp.asarray(stored[method]["delta"][index]),
@@ -108,7 +111,7 @@ def load_perturbations(
 
 def _fit(run: Run, stage: str, universal, encoder: Encoder, epsilons) -> attacks.FittedUniversal:
     config = run.config["attack"]
-    steps = 1 if isinstance(universal, attacks.RandomNoise) else config["num_steps"]
+    steps = 1 if _is_noise(universal) else config["num_steps"]
     keys, members = attacks.members(config["seeds"], epsilons)
     images = run.config["attack"]["batch_size"]
     with run.progress.stage(f"{stage} {universal.name}", steps, images) as bar:
@@ -145,8 +148,11 @@ def _surrogate_batches(run: Run, steps: int) -> Iterator[dict[str, jax.Array]]:
 
 def _gradients(universal, config: Mapping[str, Any]) -> int:
     """Gradients with respect to an image that one perturbation cost."""
-    noise = isinstance(universal, attacks.RandomNoise)
-    return 0 if noise else config["num_steps"] * config["batch_size"]
+    return 0 if _is_noise(universal) else config["num_steps"] * config["batch_size"]
+
+
+def _is_noise(universal) -> bool:
+    return isinstance(universal, attacks.RandomNoise)
 
 
 def _save(stage, fitted: attacks.FittedUniversal, seeds, epsilons) -> None:

@@ -13,7 +13,7 @@ from robust_ssl import attacks, data, evaluation, report, threats
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages import finetune
-from robust_ssl.stages.attack import attack, budgets, load_perturbations
+from robust_ssl.stages.attack import attack, budgets, build_attacks, load_perturbations
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import stage_key
 from robust_ssl.trees import fingerprint
@@ -110,6 +110,12 @@ def _score_model(
     """Returns the entries of ``results.json`` for one model."""
     universal, per_image = run.config["attack"], run.config["evaluate"]["per_image"]
     same = public.path == crafted.path
+    # Noise looks at no encoder: it is not crafted again.
+    unfitted = [
+        method
+        for method, value in build_attacks(universal["methods"]).items()
+        if isinstance(value, attacks.RandomNoise)
+    ]
     entries = []
     for against, stage in (("public", public), ("hardened", crafted)):
         found = load_perturbations(stage, universal, curve=against == "public" or same)
@@ -117,7 +123,7 @@ def _score_model(
         chosen = {
             method if len(seeds) == 1 else f"{method}-seed{seed}": perturbation
             for (method, seed, epsilon), perturbation in found.items()
-            if epsilon == universal["epsilon"]
+            if epsilon == universal["epsilon"] and (against == "public" or method not in unfitted)
         }
         costs = {label: stage.results[label.rpartition("-seed")[0] or label] for label in chosen}
         entries += _entries(run, name, model, against, universal["epsilon"], chosen, costs)

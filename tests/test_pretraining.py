@@ -1,0 +1,365 @@
+"""Contrastive pre-training: the loss in closed form, honest views, one result on any layout."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from robust_ssl import load_encoder, pretraining, stages
+from robust_ssl.parallel import Parallel
+from robust_ssl.pretraining import augmentation
+from robust_ssl.progress import Progress
+
+RANDOM = np.random.default_rng(0)
+FIRST, SECOND = (RANDOM.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
+NOISE = RANDOM.uniform(size=(8, 8, 3)).astype(np.float32)
+KEYS = jax.random.split(jax.random.key(3), 64)
+
+nt_xent = jax.jit(pretraining.nt_xent, static_argnames="temperature")
+
+
+# --- NT-Xent ----------------------------------------------------------------------------------
+
+
+def nt_xent_float64(first, second, temperature):
+    """Eq. 1 of the paper, pair by pair."""
+    both = np.concatenate([first, second]).astype(np.float64)
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    n, losses = len(first), []
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        terms = [np.exp(both[i] @ both[k] / temperature) for k in range(2 * n) if k != i]
+        losses.append(-both[i] @ both[partner] / temperature + np.log(np.sum(terms)))
+    return (np.array(losses[:n]) + np.array(losses[n:])) / 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_equal_projections_leave_a_guess_among_all_others(n):
+    ones = np.ones((n, 3), np.float32)
+    losses = nt_xent(ones, 5 * ones, temperature=0.1)
+    np.testing.assert_allclose(losses, np.full(n, np.log(2 * n - 1)), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
+def test_nt_xent_is_the_papers_formula(temperature):
+    losses = nt_xent(FIRST, SECOND, temperature=temperature)
+    assert losses.shape == (6,)
+    expected = nt_xent_float64(FIRST, SECOND, temperature)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+def test_nt_xent_is_optax_ntxent():
+    labels = np.concatenate([np.arange(6), np.arange(6)])
+    theirs = jax.jit(lambda both: optax.losses.ntxent(both, labels, temperature=0.2))
+    with jax.numpy_rank_promotion("allow"):  # inside optax
+        expected = theirs(np.concatenate([FIRST, SECOND]))
+    np.testing.assert_allclose(np.mean(nt_xent(FIRST, SECOND)), expected, rtol=2e-5)
+
+
+def test_nt_xent_sees_directions_only_and_either_view_first():
+    losses = nt_xent(FIRST, SECOND)
+    np.testing.assert_allclose(nt_xent(3 * FIRST, 0.1 * SECOND), losses, rtol=1e-5)
+    np.testing.assert_allclose(nt_xent(SECOND, FIRST), losses, rtol=1e-5)
+
+
+def test_gradients_are_finite_at_zero_projections_and_at_equal_ones():
+    gradient = jax.jit(jax.grad(lambda views: jnp.mean(nt_xent(*views))))
+    zeros = np.zeros_like(FIRST)
+    for views in ((zeros, zeros), (FIRST, zeros), (FIRST, FIRST)):
+        assert all(np.isfinite(leaf).all() for leaf in gradient(views))
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(AssertionError):
+        nt_xent(FIRST, SECOND[:5])
+    with pytest.raises(AssertionError):
+        nt_xent(FIRST[0], SECOND[0])
+
+
+# --- Views ------------------------------------------------------------------------------------
+
+VIEWS = {
+    "crop": augmentation.random_resized_crop,
+    "colours": augmentation.color_jitter,
+    "simclr": augmentation.simclr_view,
+    "flip_and_shift": augmentation.flip_and_shift,
+    "shift_only": augmentation.shift_only,
+}
+
+
+@functools.cache
+def over_keys(name):
+    return jax.jit(jax.vmap(VIEWS[name], (0, None)))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_an_image_and_a_function_of_its_key(name):
+    extremes = np.round(NOISE)  # blacks and whites, where colours overflow first
+    views = over_keys(name)(KEYS, extremes)
+    assert views.shape == (64, 8, 8, 3)
+    assert float(views.min()) >= -1e-6 and float(views.max()) <= 1 + 1e-6
+    again = over_keys(name)(KEYS[::-1], extremes)[::-1]  # other neighbours, the same keys
+    np.testing.assert_array_equal(views, again)
+    assert len({np.asarray(view).tobytes() for view in views}) > 16
+
+
+def test_views_of_zero_strength_are_the_image():
+    key = KEYS[0]
+    whole = augmentation.random_resized_crop(key, NOISE, scale=(1.0, 1.0), log_ratio=0.0)
+    np.testing.assert_allclose(whole, NOISE, atol=1e-6)
+    none = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    np.testing.assert_allclose(augmentation.color_jitter(key, NOISE, **none), NOISE, atol=1e-5)
+    np.testing.assert_array_equal(augmentation.shift_only(key, NOISE, shift=0), NOISE)
+
+
+def test_a_crop_of_one_colour_is_that_colour_up_to_the_border():
+    colour = np.broadcast_to(np.float32([0.2, 0.5, 0.9]), (8, 8, 3))
+    views = over_keys("crop")(KEYS, colour)
+    np.testing.assert_allclose(views, np.broadcast_to(colour, views.shape), atol=1e-5)
+
+
+def test_a_crop_has_the_area_and_the_shape_it_says():
+    # On a ramp along each axis, a crop is a ramp whose slope is the crop's share of that axis.
+    size = 32
+    across, down = np.meshgrid(np.arange(size) / size, np.arange(size) / size)
+    ramps = np.stack([down, across, 0 * across], axis=-1).astype(np.float32)
+    crop = functools.partial(augmentation.random_resized_crop, scale=(0.2, 0.5))
+    views = np.asarray(jax.jit(jax.vmap(crop, (0, None)))(KEYS, ramps))
+    middle = size // 2
+    height = (views[:, middle + 4, middle, 0] - views[:, middle - 4, middle, 0]) * size / 8
+    width = (views[:, middle, middle + 4, 1] - views[:, middle, middle - 4, 1]) * size / 8
+    area, ratio = height * width, width / height
+    assert 0.2 - 1e-3 <= area.min() < 0.3 and 0.4 < area.max() <= 0.5 + 1e-3
+    assert 0.75 - 1e-2 <= ratio.min() < 0.85 and 1.2 < ratio.max() <= 4 / 3 + 1e-2
+    corner = views[:, 0, 0, :2]  # where it begins, which differs from crop to crop
+    assert corner.std(axis=0).min() > 0.05
+
+
+def test_half_of_the_images_are_mirrored():
+    flip = jax.jit(jax.vmap(functools.partial(augmentation.flip_and_shift, shift=0), (0, None)))
+    views = np.asarray(flip(jax.random.split(jax.random.key(0), 400), NOISE))
+    kept = (views == NOISE).all(axis=(1, 2, 3))
+    mirrored = (views == NOISE[:, ::-1]).all(axis=(1, 2, 3))
+    assert (kept ^ mirrored).all()
+    assert 160 < mirrored.sum() < 240  # four standard deviations
+
+
+def test_colours_do_not_touch_what_has_none():
+    grey = np.broadcast_to(NOISE[..., :1], NOISE.shape)
+    turned = augmentation.color_jitter(KEYS[1], grey, brightness=0.0, contrast=0.0)
+    np.testing.assert_allclose(turned, grey, atol=1e-3)  # the greys' weights add up to 0.9999
+    black = augmentation.color_jitter(KEYS[1], np.zeros_like(NOISE))
+    np.testing.assert_array_equal(black, np.zeros_like(NOISE))
+
+
+def test_a_fifth_of_the_views_is_grey():
+    views = over_keys("simclr")(KEYS, NOISE)
+    grey = (np.ptp(np.asarray(views), axis=-1) < 1e-6).all(axis=(1, 2))
+    assert 3 <= grey.sum() <= 25  # 12.8 expected, deviation 3.2
+
+
+# --- The step ---------------------------------------------------------------------------------
+
+METHOD = pretraining.SimCLR(hidden=16, projection_dim=8)
+TX = optax.sgd(0.1, momentum=0.9)
+BATCH = {
+    "images": RANDOM.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8),
+    "indices": np.arange(8, dtype=np.int32),
+}
+
+
+def two_steps(layout):
+    encoder = tiny.encoder()
+    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, TX)
+    step = layout.compile(
+        pretraining.make_step(
+            encoder, METHOD, TX, key=jax.random.key(2), axis_name=layout.axis_name
+        )
+    )
+    state, first = step(layout.replicate(state), layout.put(BATCH))
+    state, second = step(state, layout.put(BATCH))
+    return jax.device_get((state, first, second))
+
+
+@functools.cache
+def on_one_device():
+    return two_steps(Parallel.create(num_devices=1))
+
+
+@pytest.mark.parametrize(
+    "devices,method", [(2, "pmap"), (4, "pmap"), (2, "shard_map"), (4, "shard_map"), (4, "jit")]
+)
+def test_a_step_does_not_depend_on_the_devices(devices, method):
+    ours = two_steps(Parallel.create(num_devices=devices, method=method))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours, on_one_device()
+    )
+
+
+def test_a_step_moves_encoder_method_and_statistics():
+    state, first, second = on_one_device()
+    before = pretraining.init_state(jax.random.key(1), tiny.encoder(), METHOD, TX)
+    for part in (("params", "encoder"), ("params", "method"), ("batch_stats",)):
+        old, new = (functools.reduce(dict.get, part, s.variables) for s in (before, state))
+        moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), old, new)
+        assert sum(jax.tree.leaves(moved)) > 0, part
+    assert int(state.step) == 2
+    assert first["loss"] != second["loss"]  # fresh views, moved weights
+
+
+def test_training_makes_two_views_agree():
+    encoder, tx = tiny.encoder(), optax.adam(1e-2)
+    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, tx)
+    step = jax.jit(pretraining.make_step(encoder, METHOD, tx, key=jax.random.key(2)))
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    trained = pretraining.trained_encoder(encoder, state.variables)
+    assert trained(NOISE).features.shape == (8,)
+
+
+# --- Monitoring -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_feature_std_is_one_for_even_directions_and_zero_for_collapse(dim):
+    even = np.concatenate([np.eye(dim), -np.eye(dim)]).astype(np.float32)
+    np.testing.assert_allclose(pretraining.feature_std(7 * even), 1.0, rtol=1e-6)
+    collapsed = np.tile(RANDOM.normal(size=(1, dim)), (9, 1)).astype(np.float32)
+    assert float(pretraining.feature_std(collapsed)) < 1e-6
+    assert float(pretraining.feature_std(np.zeros((4, dim), np.float32))) == 0.0
+
+
+def test_effective_rank_counts_directions():
+    even = np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32)
+    np.testing.assert_allclose(pretraining.effective_rank(even), 4.0, rtol=1e-5)
+    np.testing.assert_allclose(pretraining.effective_rank(even + 3), 4.0, rtol=1e-5)  # centred
+    line = np.outer(np.arange(5.0), np.ones(3)).astype(np.float32)
+    np.testing.assert_allclose(pretraining.effective_rank(line), 1.0, rtol=1e-3)
+    np.testing.assert_allclose(pretraining.effective_rank(np.ones((5, 3), np.float32)), 1.0)
+    features = RANDOM.normal(size=(20, 6)).astype(np.float32)
+    values = np.linalg.svd(features.astype(np.float64) - features.mean(0), compute_uv=False)
+    shares = values / values.sum()
+    expected = np.exp(-np.sum(shares * np.log(shares)))
+    np.testing.assert_allclose(pretraining.effective_rank(features), expected, rtol=1e-5)
+
+
+def blobs(count, seed):
+    random, labels = np.random.default_rng(seed), np.arange(count) % 3
+    centres = 4 * np.eye(3, 6)[labels]
+    return (centres + 0.1 * random.normal(size=(count, 6))).astype(np.float32), labels
+
+
+@pytest.mark.parametrize(
+    "accuracy", [pretraining.knn_accuracy, pretraining.linear_accuracy], ids=["knn", "linear"]
+)
+def test_separable_features_are_told_apart(accuracy):
+    train, (features, labels) = blobs(60, 0), blobs(31, 1)
+    assert accuracy(*train, features, labels) == 1.0
+    assert accuracy(*train, features, (labels + 1) % 3) == 0.0
+    labels[:4] = (labels[:4] + 1) % 3  # four of 31 are now called something else
+    assert accuracy(*train, features, labels) == pytest.approx(27 / 31)
+
+
+def test_neighbours_weigh_by_likeness():
+    bank = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], np.float32)
+    asked = (bank, np.array([0, 1, 1]), np.array([[2.0, 1.0]], np.float32), np.array([0]))
+    assert pretraining.knn_accuracy(*asked, temperature=0.07) == 1.0  # the nearest one
+    assert pretraining.knn_accuracy(*asked, temperature=100.0) == 0.0  # the many
+    assert pretraining.knn_accuracy(*asked, temperature=100.0, neighbours=1) == 1.0
+
+
+def test_knn_counts_a_short_last_chunk_once():
+    train, asked = blobs(60, 0), blobs(31, 1)
+    chunks = {pretraining.knn_accuracy(*train, *asked, chunk=size) for size in (7, 31, 500)}
+    assert chunks == {1.0}
+
+
+# --- The stage, with a method of one's own ----------------------------------------------------
+
+MINE = '''
+import jax, jax.numpy as jnp
+from flax import struct
+
+@struct.dataclass
+class Mine:
+    """Two noisy copies have the same features, in directions that are spread."""
+    noise: float = struct.field(pytree_node=False, default=0.1)
+
+    def init(self, key, encoder):
+        return {"scale": jnp.ones(())}
+
+    def views(self, key, image):
+        return image, jnp.clip(image + self.noise * jax.random.normal(key, image.shape), 0, 1)
+
+    def loss(self, params, encoder, views, axis_name):
+        clean, _ = encoder.apply_train(views[0], axis_name=axis_name)
+        noisy, statistics = encoder.apply_train(views[1], axis_name=axis_name)
+        return jnp.sum((params["scale"] * clean.features - noisy.features) ** 2, 1), statistics
+'''
+
+
+def pretrain_config(**changes):
+    return {
+        "seed": 0,
+        "stages": ["pretrain"],
+        "pretrain": {
+            "data": {"source": "tiny:images"},
+            "encoder": {
+                "builder": "robust_ssl.models.vit:vit_tiny",
+                "depth": 1,
+                "image_size": 8,
+                "name": "mine",
+            },
+            "method": "robust_ssl.pretraining:SimCLR",
+            "method_options": {},
+            "batch_size": 16,
+            "epochs": 2,
+            "optimizer": "adamw",
+            "learning_rate": 1e-3,
+            "warmup_epochs": 1,
+            "weight_decay": 1e-4,
+            "checkpoint_every": 3,
+            "monitor": {"every_epochs": 1, "images": 32},
+            **changes,
+        },
+    }
+
+
+def test_a_method_from_a_users_file_pretrains_an_encoder(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    name = f"{tmp_path}/mine.py:Mine"
+    config = pretrain_config(method=name, method_options={"noise": 0.2})
+    layout = Parallel.create(num_devices=2)
+    results = stages.run(config, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
+    assert set(results["pretrain"]) == {"knn_accuracy", "linear_accuracy"}
+    encoder = load_encoder(tmp_path / "run" / "pretrain" / "encoder")
+    assert encoder.name == "mine"
+
+    run = stages.Run(config, tmp_path / "run", layout, Progress("quiet"))
+    final = run.open("pretrain", *_opened(tmp_path / "run")).read_final()
+    jax.tree.map(np.testing.assert_array_equal, final, dict(encoder.variables))
+    pixels = tiny.images("test")[0][:5].astype(np.float32) / 255
+    ours = encoder.replace(variables=final)(pixels).features
+    np.testing.assert_array_equal(encoder(pixels).features, ours)
+
+    lines = [line for line in _metrics(tmp_path / "run") if "knn_accuracy" in line]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert {"feature_std", "effective_rank", "loss", "gradient_norm"} <= lines[-1].keys()
+
+
+def _opened(workdir):
+    manifest = json.loads((workdir / "pretrain" / "manifest.json").read_text())
+    return manifest["config"], manifest["inputs"]
+
+
+def _metrics(workdir):
+    text = (workdir / "pretrain" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
