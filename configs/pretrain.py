@@ -10,7 +10,7 @@ from robust_ssl.settings import parse_arguments
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Arguments: ``data`` (a TFDS name), ``width`` (of the ResNet-18), ``epochs``."""
-    given = parse_arguments(arguments, {"data": "cifar10", "width": 24, "epochs": 12})
+    given = parse_arguments(arguments, {"data": "cifar10", "width": 24, "epochs": 16})
     config = ConfigDict()
     config.seed = 0
     config.stages = ("pretrain",)

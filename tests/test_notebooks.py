@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import jax
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
@@ -23,6 +24,9 @@ def executed(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     environment |= {
         "ROBUST_SSL_SMOKE": "1",
+        # Another process: it shares the tests' compilation cache, but not their settings.
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TMPDIR": str(scratch),  # where the notebook makes its workdirs
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }

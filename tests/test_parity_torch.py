@@ -150,6 +150,13 @@ def their_name(path):
     return ".".join(parts)
 
 
+def skeleton(builder, **options):
+    """An encoder with shapes in place of weights."""
+    return jax.eval_shape(
+        lambda key: builder(key, mean=MEAN, std=STD, **options), jax.random.key(0)
+    )
+
+
 def copy_weights(encoder, net):
     """Our encoder with the weights of a torch network; every one of them is used once."""
     theirs = {k: v for k, v in net.state_dict().items() if not k.endswith("batches_tracked")}
@@ -170,9 +177,7 @@ def randomise(net):
     """Random statistics, scales and biases, where a fresh network has zeros and ones."""
     torch.manual_seed(0)
     for name, tensor in net.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
-        elif tensor.ndim == 1 and name.endswith("weight"):
+        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
             tensor.uniform_(0.5, 1.5)
         elif tensor.is_floating_point() and (tensor.ndim == 1 or "pos" in name or "cls" in name):
             tensor.normal_(0, 0.3)
@@ -220,10 +225,7 @@ RESNETS = [
 
 def resnet_pair(builder, depths, bottleneck, stem, padding, size):
     net = randomise(TorchResNet(depths, bottleneck, 8, stem, padding))
-    encoder = builder(
-        jax.random.key(0), width=8, stem=stem, stem_padding=padding, image_size=size,
-        mean=MEAN, std=STD,
-    )  # fmt: skip
+    encoder = skeleton(builder, width=8, stem=stem, stem_padding=padding, image_size=size)
     return copy_weights(encoder, net), net
 
 
@@ -267,9 +269,7 @@ def test_resnet_in_training_mode(case):
 def test_vit(size, heads, pooling):
     width = {"tiny": 192, "small": 384}[size]
     net = randomise(TorchViT(width, heads, 3, 4, 16, pooling))
-    encoder = getattr(vit, f"vit_{size}")(
-        jax.random.key(0), depth=3, image_size=16, pooling=pooling, mean=MEAN, std=STD
-    )
+    encoder = skeleton(getattr(vit, f"vit_{size}"), depth=3, image_size=16, pooling=pooling)
     encoder = copy_weights(encoder, net)
     images = pixels(16)
     with torch.no_grad():

@@ -7,10 +7,12 @@ step.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,15 +26,15 @@ from robust_ssl.settings import describe
 from robust_ssl.stages import attack as attack_stage
 from robust_ssl.stages import evaluate as evaluate_stage
 from robust_ssl.stages import finetune as finetune_stages
-from robust_ssl.stages.pretrain import pretrain
-from robust_ssl.stages.run import Run, UsageError
+from robust_ssl.stages import pretrain as pretrain_stage
+from robust_ssl.stages.run import Run, UsageError, build_encoder
 
 __all__ = ["STAGES", "Run", "UsageError", "check", "describe", "run"]
 
 _log = logging.getLogger(__name__)
 
 STAGES = {
-    "pretrain": pretrain,
+    "pretrain": pretrain_stage.pretrain,
     "attack": attack_stage.attack,
     "usual": finetune_stages.usual,
     "stage1": finetune_stages.stage1,
@@ -108,12 +110,22 @@ def check(run: Run) -> None:
     """
     try:
         _check(run)
-    except (ValueError, TypeError, KeyError, FileNotFoundError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
         if isinstance(error, checkpoints.ConfigChangedError | checkpoints.WorkdirError):
             raise
         missing = isinstance(error, KeyError)
         message = f"the config has no entry {error}" if missing else str(error)
         raise UsageError("; ".join([message, *getattr(error, "__notes__", [])])) from error
+
+
+@contextlib.contextmanager
+def _inside(entry: str) -> Iterator[None]:
+    """Says of an error which entry of the config it comes from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in config.{entry}")
+        raise
 
 
 def _check(run: Run) -> None:
@@ -122,49 +134,82 @@ def _check(run: Run) -> None:
     if unknown or not stages:
         raise ValueError(f"config.stages: {unknown or 'empty'}; there are {', '.join(STAGES)}")
     if "pretrain" in stages:
-        _check_pretrain(run)
+        with _inside("pretrain"):
+            _check_pretrain(run)
     if set(stages) == {"pretrain"}:
         return
-    if "pretrain" not in stages or (run.workdir / "pretrain" / "encoder").exists():
-        _check_downstream(run)
-    for batch in (config["attack"]["batch_size"], config["finetune"]["batch_size"]):
-        run.parallel.check_batch(batch)
+    if "pretrain" in stages and not config["encoder"]:
+        # The encoder is yet to be trained; one of its shape shows what would go wrong later.
+        run = dataclasses.replace(run, config={**config, "encoder": config["pretrain"]["encoder"]})
+    with _inside("encoder"):
+        _ = run.encoder
+    _check_data(run)
+    _check_attacks(run)
+    _check_finetuning(run)
 
 
 def _check_pretrain(run: Run) -> None:
     config = run.config["pretrain"]
+    encoder = build_encoder(jax.random.key(run.seed), config["encoder"])
     resolve(config["method"])(**config["method_options"])
-    train = run.load(config["data"], "train")
-    data.steps_per_epoch(len(train), config["batch_size"])
+    train, test = (run.load(config["data"], split) for split in ("train", "test"))
+    for examples in (train, test):
+        data.check_image_size(examples, encoder.image_size)
+        data.check_classes(examples, train.num_classes)  # the probes need labels
+    pretrain_stage.build_optimizer(config, data.steps_per_epoch(len(train), config["batch_size"]))
     run.parallel.check_batch(config["batch_size"])
 
 
-def _check_downstream(run: Run) -> None:
+def _check_data(run: Run) -> None:
+    """Reads every split that the run will read; nothing is scored on the test split here."""
+    with _inside("surrogate"):
+        _ = run.surrogate
+    with _inside("downstream"):
+        _, validation = run.downstream
+        _ = run.test
+    images, devices = run.config["sensitivity"]["images"], len(run.parallel.devices)
+    if min(images, len(validation)) < devices:
+        raise ValueError(
+            f"config.sensitivity.images is {images} and there are {len(validation)} validation "
+            f"images; at least one per device ({devices}) is needed"
+        )
+
+
+def _check_attacks(run: Run) -> None:
+    config = run.config["attack"]
+    with _inside("attack"):
+        threats.check_epsilon(attack_stage.budgets(config, curve=True))
+        attack_stage.build_attacks(config["methods"])
+        data.steps_per_epoch(len(run.surrogate), config["batch_size"])
+        run.parallel.check_batch(config["batch_size"])
+    with _inside("evaluate"):
+        evaluate_stage.check_models(run.config["evaluate"]["models"])
+        evaluate_stage.build_per_image(run.config["evaluate"]["per_image"])
+
+
+def _check_finetuning(run: Run) -> None:
     config = run.config
-    threats.check_epsilon(attack_stage.budgets(config["attack"], curve=True))
-    attack_stage.build_attacks(config["attack"]["methods"])
-    data.steps_per_epoch(len(run.surrogate), config["attack"]["batch_size"])
-    evaluate_stage.build_per_image(config["evaluate"]["per_image"])
-    train, _ = run.downstream
-    len(run.test)
-    classifier = run.classifier(config["downstream_head"])
-    pgd = finetune_stages.build_pgd(config["finetune"]["attack"])
-    for name, entry, losses in (
-        ("usual", config["usual"], finetuning.mixed_losses(0.0)),
-        ("finetune", config["finetune"], finetune_stages.build_losses(config["finetune"])),
+    with _inside("downstream_head"):
+        classifier = run.classifier(config["downstream_head"])
+    with _inside("finetune.attack"):
+        pgd = finetune_stages.build_pgd(config["finetune"]["attack"])
+    everything = {"**": config["stage2"]["learning_rate"]}  # which layers move is found out later
+    for name, entry, build_losses in (
+        ("usual", config["usual"], finetune_stages.clean_losses),
+        ("finetune", config["finetune"], finetune_stages.build_losses),
+        ("stage2", {**config["stage2"], "rates": everything}, finetune_stages.clean_losses),
     ):
-        try:
-            steps = data.steps_per_epoch(len(train), entry["batch_size"])
+        with _inside(name):
+            steps = data.steps_per_epoch(len(run.downstream[0]), entry["batch_size"])
+            run.parallel.check_batch(entry["batch_size"])
             finetune_stages.build_optimizer(classifier, entry, steps)
             finetuning.make_step(
                 classifier,
                 optax.identity(),
-                losses=losses,
+                losses=build_losses(entry),
                 key=jax.random.key(0),
                 attack=pgd if name == "finetune" else None,
                 pretrained=run.encoder if entry.get("compare_with_pretrained") else None,
                 batch_statistics=entry["batch_statistics"],
+                augment=resolve(entry["augment"]) if entry["augment"] else None,
             )
-        except (ValueError, AttributeError) as error:
-            error.add_note(f"in config.{name}")
-            raise

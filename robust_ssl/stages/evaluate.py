@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,15 @@ class Transferred:
         return self.attack(key, self.source, image, label)
 
 
+def check_models(names: Sequence[str]) -> None:
+    """Raises ValueError unless `names`, ``config.evaluate.models``, names models to score."""
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or not names:
+        raise ValueError(
+            f"config.evaluate.models: {unknown or 'empty'}; there are {', '.join(MODELS)}"
+        )
+
+
 def build_per_image(config: Mapping[str, Any]) -> dict[str, Any]:
     """Builds the per-image attacks of ``config.evaluate.per_image``.
 
@@ -51,7 +60,9 @@ def build_per_image(config: Mapping[str, Any]) -> dict[str, Any]:
     built = {}
     for name in config["attacks"]:
         if name not in PER_IMAGE:
-            raise ValueError(f"config.evaluate.per_image.attacks: {name!r} is not in {PER_IMAGE}")
+            raise ValueError(
+                f"config.evaluate.per_image.attacks: {name!r} is not in {sorted(PER_IMAGE)}"
+            )
         threats.check_epsilon(config["epsilon"])
         built[name] = PER_IMAGE[name](
             threats.Linf(config["epsilon"]),
@@ -126,7 +137,8 @@ def _score_model(
             if epsilon == universal["epsilon"] and (against == "public" or method not in unfitted)
         }
         costs = {label: stage.results[label.rpartition("-seed")[0] or label] for label in chosen}
-        entries += _entries(run, name, model, against, universal["epsilon"], chosen, costs)
+        if chosen:
+            entries += _entries(run, name, model, against, universal["epsilon"], chosen, costs)
         single = build_per_image(per_image)
         if against == "public":
             single = {

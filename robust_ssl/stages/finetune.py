@@ -44,15 +44,19 @@ def build_losses(config: Mapping[str, Any]) -> dict[str, tuple[Any, float]]:
         on=config["regularize"],
         compat=config["compat"],
     )
-    return {**mixed, **{name: tuple(entry) for name, entry in config["losses"].items()}}
+    return {**mixed, **_own(config)}
+
+
+def clean_losses(config: Mapping[str, Any]) -> dict[str, tuple[Any, float]]:
+    """Returns clean cross-entropy and the user's own terms, for `usual` and `stage2`."""
+    return {**finetuning.mixed_losses(0.0), **_own(config)}
 
 
 def usual(run: Run) -> StageDirectory:
     """Fine-tunes in the usual way: clean cross-entropy, under ``config.usual.rates``."""
     config = run.config["usual"]
     classifier = run.classifier(run.config["downstream_head"])
-    losses = {**finetuning.mixed_losses(0.0), **_own(config)}
-    return _finetune(run, "usual", classifier, config, losses, attack=None)
+    return _finetune(run, "usual", classifier, config, clean_losses(config), attack=None)
 
 
 def stage1(run: Run) -> StageDirectory:
@@ -77,8 +81,8 @@ def sensitivity(run: Run) -> StageDirectory:
         if stage.done:
             return stage
         size = len(images) - len(images) % len(run.parallel.devices)
-        clean = evaluation.to_pixels(images.images[:size])
-        labels = jnp.asarray(images.labels[:size])
+        batch = images.read(np.arange(size))
+        clean, labels = evaluation.to_pixels(batch["images"]), jnp.asarray(batch["labels"])
         pgd = build_pgd(run.config["finetune"]["attack"])
         key = stage_key(run.seed, "sensitivity")
         adversarial = jax.jit(attack_batch)(pgd, key, first, clean, labels)
@@ -113,7 +117,6 @@ def stage2(run: Run) -> StageDirectory:
     first = load_classifier(run, "stage1")
     selected = sensitivity(run).results["selected"]
     rates = finetuning.rates_for(selected, config["learning_rate"])
-    losses = {**finetuning.mixed_losses(0.0), **_own(config)}
 
     def guarded(variables: Variables) -> tuple[Variables, dict[str, Any]]:
         validate = functools.partial(_validate, run, first, run.config["finetune"]["attack"])
@@ -132,7 +135,13 @@ def stage2(run: Run) -> StageDirectory:
         }
 
     return _finetune(
-        run, "stage2", first, {**config, "rates": rates}, losses, attack=None, afterwards=guarded
+        run,
+        "stage2",
+        first,
+        {**config, "rates": rates},
+        clean_losses(config),
+        attack=None,
+        afterwards=guarded,
     )
 
 

@@ -15,7 +15,7 @@ import optax
 from robust_ssl import checkpoints, data, pretraining, weights
 from robust_ssl.conformance import resolve
 from robust_ssl.parallel import Parallel
-from robust_ssl.stages.run import Run, build_encoder
+from robust_ssl.stages.run import Run, build_encoder, own_builder, without_labels
 from robust_ssl.stages.training import stage_key, train
 from robust_ssl.types import Encoder, Variables
 
@@ -75,14 +75,26 @@ def _extractor(parallel: Parallel):
 
 def features_of(
     encoder: Encoder, examples, parallel: Parallel, batch_size: int = 500
-) -> np.ndarray:
-    """Returns the features of a whole split in evaluation mode, float32 ``[n, dim]``."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a whole split's features in evaluation mode, ``[n, dim]``, and labels ``[n]``."""
     extract = _extractor(parallel)
-    return np.concatenate(
-        [
-            extract(encoder, {"images": batch["images"]})
-            for batch in data.epoch_batches(examples, batch_size)
-        ]
+    features, labels = [], []
+    for batch in data.epoch_batches(examples, batch_size):
+        features.append(extract(encoder, {"images": batch["images"]}))
+        labels.append(batch["labels"])
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def build_optimizer(
+    config: Mapping[str, Any], steps_per_epoch: int
+) -> optax.GradientTransformation:
+    """Returns what ``config.pretrain`` asks for; see `optimizer`."""
+    return optimizer(
+        config["optimizer"],
+        learning_rate=config["learning_rate"],
+        total_steps=config["epochs"] * steps_per_epoch,
+        warmup_steps=int(config["warmup_epochs"] * steps_per_epoch),
+        weight_decay=config["weight_decay"],
     )
 
 
@@ -107,19 +119,13 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
         data.check_image_size(train_set, encoder.image_size)
         method = resolve(config["method"])(**config["method_options"])
         batches = data.Batches(
-            data.from_arrays(train_set.images, name=train_set.name, split=train_set.split),
+            without_labels(train_set),
             config["batch_size"],
             seed=run.seed,
             stage="pretrain",
             parallel=run.parallel,
         )
-        tx = optimizer(
-            config["optimizer"],
-            learning_rate=config["learning_rate"],
-            total_steps=config["epochs"] * batches.steps_per_epoch,
-            warmup_steps=int(config["warmup_epochs"] * batches.steps_per_epoch),
-            weight_decay=config["weight_decay"],
-        )
+        tx = build_optimizer(config, batches.steps_per_epoch)
         state, _ = train(
             stage,
             pretraining.init_state(jax.random.fold_in(key, 1), encoder, method, tx),
@@ -142,7 +148,13 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
         trained = pretraining.trained_encoder(encoder, jax.device_get(state.variables))
         results = _probe(trained, train_set, test_set, run.parallel)
         _log.info("pretrain: %s", ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
-        weights.save_encoder(trained, stage.path / "encoder", card=_card(run, stage, results))
+        weights.save_encoder(
+            trained,
+            stage.path / "encoder",
+            card=_card(run, stage, results),
+            builder=own_builder(config["encoder"]),
+            options={k: v for k, v in config["encoder"].items() if k != "builder"},
+        )
         stage.finish(trained.variables, results)
     return stage
 
@@ -171,18 +183,18 @@ def _monitor(
     trained = pretraining.trained_encoder(encoder, jax.device_get(variables))
     bank, queries = (s.subset(min(config["images"], len(s))) for s in (train_set, test_set))
     known, asked = (features_of(trained, part, parallel) for part in (bank, queries))
+    features = jnp.asarray(asked[0])
     results = {
-        "knn_accuracy": pretraining.knn_accuracy(known, bank.labels, asked, queries.labels),
-        "feature_std": float(pretraining.feature_std(jnp.asarray(asked))),
-        "effective_rank": float(pretraining.effective_rank(jnp.asarray(asked))),
+        "knn_accuracy": pretraining.knn_accuracy(*known, *asked),
+        "feature_std": float(pretraining.feature_std(features)),
+        "effective_rank": float(pretraining.effective_rank(features)),
     }
     _log.info("epoch %d: %s", epoch, {name: round(v, 4) for name, v in results.items()})
     return results
 
 
 def _probe(encoder: Encoder, train_set, test_set, parallel: Parallel) -> dict[str, float]:
-    fitted = features_of(encoder, train_set, parallel), np.asarray(train_set.labels)
-    scored = features_of(encoder, test_set, parallel), np.asarray(test_set.labels)
+    fitted, scored = (features_of(encoder, part, parallel) for part in (train_set, test_set))
     return {
         "knn_accuracy": pretraining.knn_accuracy(*fitted, *scored),
         "linear_accuracy": pretraining.linear_accuracy(*fitted, *scored),

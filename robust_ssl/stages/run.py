@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class Run:
     workdir: pathlib.Path
     parallel: Parallel
     progress: Progress
+    _loaded: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def seed(self) -> int:
@@ -59,16 +61,17 @@ class Run:
             return weights.load_encoder(path)
         if options:
             return build_encoder(jax.random.key(self.seed), options)
-        return weights.load_encoder(self.workdir / "pretrain" / "encoder")
+        made_by = self.config.get("pretrain", {}).get("encoder")
+        return weights.load_encoder(
+            self.workdir / "pretrain" / "encoder", builder=made_by and own_builder(made_by)
+        )
 
     @functools.cached_property
     def surrogate(self):
         """The attacker's images; their labels, if there are any, are dropped."""
         images = self.load(self.config["surrogate"], "train")
         data.check_image_size(images, self.encoder.image_size)
-        if isinstance(images, data.Examples):
-            return data.from_arrays(images.images, name=images.name, split=images.split)
-        return images
+        return without_labels(images)
 
     @functools.cached_property
     def downstream(self):
@@ -110,11 +113,13 @@ class Run:
             part of them.
           split: ``"train"`` or ``"test"``.
         """
-        return self._loaded(_freeze(config), split)
+        key = json.dumps(config, sort_keys=True), split
+        if key not in self._loaded:
+            self._loaded[key] = self._read(config, split)
+        return self._loaded[key]
 
-    @functools.cache  # noqa: B019 (a run lives as long as its process)
-    def _loaded(self, config: tuple, split: str):
-        options = {name: _thaw(value) for name, value in config if value is not None}
+    def _read(self, config: Mapping[str, Any], split: str):
+        options = {name: value for name, value in config.items() if value is not None}
         for mine in ("validation", "num_classes"):
             options.pop(mine, None)
         names = {s: options.pop(f"{s}_split", s) for s in ("train", "test")}
@@ -127,19 +132,12 @@ class Run:
             **options,
         )
 
-    def __hash__(self) -> int:
-        """Runs are told apart by identity."""
-        return id(self)
 
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return tuple((key, _freeze(entry)) for key, entry in sorted(value.items()))
-    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
-
-
-def _thaw(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def without_labels(examples):
+    """Returns the same images without labels; a streamed set keeps its own, unread."""
+    if isinstance(examples, data.Examples):
+        return data.from_arrays(examples.images, name=examples.name, split=examples.split)
+    return examples
 
 
 def build_encoder(key: jax.Array, options: Mapping[str, Any]) -> Encoder:
@@ -165,3 +163,9 @@ def build_encoder(key: jax.Array, options: Mapping[str, Any]) -> Encoder:
     if name not in models.__all__:
         raise ValueError(f"no builder {name!r} in robust_ssl.models; there are {models.__all__}")
     return getattr(models, name)(key, **options)
+
+
+def own_builder(options: Mapping[str, Any]) -> Callable[..., Encoder] | None:
+    """Returns the user's own builder of ``{"builder": ..., **options}``, None for the package's."""
+    name = options["builder"]
+    return resolve(name) if ":" in name and not name.startswith("robust_ssl.models") else None

@@ -1,0 +1,105 @@
+"""Every config that ships builds, names what exists, and says at its top how to run it."""
+
+import ast
+import pathlib
+
+import jax
+import pytest
+
+from robust_ssl import list_encoders, settings, stages, threats
+from robust_ssl.conformance import resolve
+from robust_ssl.finetuning import mixed_losses
+from robust_ssl.stages import attack, evaluate, finetune, pretrain
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+FILES = sorted(file.name for file in CONFIGS.glob("*.py"))
+
+
+def load(name, *overrides):
+    return settings.to_json(settings.load_config(f"{CONFIGS}/{name}", overrides))
+
+
+def test_these_configs_ship():
+    assert {"gen_af.py", "pretrain.py", "quickstart.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_begins_with_its_command(name):
+    text = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
+    first_lines = "\n".join(text.splitlines()[:4])
+    assert f"robust-ssl run --config=configs/{name}" in first_lines
+    assert "--workdir=" in first_lines
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_names_what_exists(name):
+    described = settings.describe(load(name))
+    assert "NOT FOUND" not in described
+    assert set(load(name)["stages"]) <= set(stages.STAGES)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "pretrain.py"])
+def test_what_a_config_describes_can_be_built(name):
+    config = load(name)
+    budgets = attack.budgets(config["attack"], curve=True)
+    assert budgets[0] == config["attack"]["epsilon"] and len(budgets) == len(set(budgets))
+    threats.check_epsilon(budgets)
+    assert set(attack.build_attacks(config["attack"]["methods"])) == set(
+        config["attack"]["methods"]
+    )
+    assert finetune.build_pgd(config["finetune"]["attack"]).num_steps > 0
+    assert "adversarial_cross_entropy" in finetune.build_losses(config["finetune"])
+    assert set(finetune.clean_losses(config["usual"])) == {"clean_cross_entropy"}
+    evaluate.check_models(config["evaluate"]["models"])
+    per_image = evaluate.build_per_image(config["evaluate"]["per_image"])
+    assert set(per_image) == {"embed", "pgd"}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "pretrain.py"])
+def test_the_encoder_a_config_starts_from_ships(name):
+    assert load(name)["encoder"]["path"] in list_encoders()
+
+
+def test_the_research_config_takes_arguments_and_settings():
+    config = load(
+        "gen_af.py:downstream=cifar10,epsilon=8/255,epochs=3,train_limit=500,batch_size=64",
+        "--config.finetune.adv_ratio=0.5",
+        "--config.attack.seeds=(0,1)",
+        "--config.attack.curve=(1/255,2/255)",
+    )
+    assert config["downstream"]["source"] == "cifar10"
+    assert config["downstream"]["train_limit"] == 500
+    assert config["attack"]["epsilon"] == 8 / 255
+    assert config["attack"]["seeds"] == [0, 1]
+    assert config["attack"]["curve"] == [1 / 255, 2 / 255]
+    assert {config[stage]["epochs"] for stage in ("usual", "finetune", "stage2")} == {3}
+    assert {config[stage]["batch_size"] for stage in ("usual", "finetune", "stage2")} == {64}
+    weights = {
+        name: weight for name, (_, weight) in finetune.build_losses(config["finetune"]).items()
+    }
+    expected = {name: weight for name, (_, weight) in mixed_losses(0.5, 1.0).items()}
+    assert weights == expected
+
+
+def test_the_research_config_uses_all_images_unless_told_otherwise():
+    assert load("gen_af.py")["downstream"]["train_limit"] is None
+    limited = load("gen_af.py", "--config.downstream.train_limit=100")
+    assert limited["downstream"]["train_limit"] == 100
+
+
+def test_the_attacker_has_other_images_than_the_defender():
+    for name in FILES:
+        config = load(name)
+        if "attack" in config["stages"]:
+            assert config["surrogate"]["source"] != config["downstream"]["source"]
+
+
+def test_the_pretraining_config_builds_its_method_and_optimiser():
+    config = load("pretrain.py:data=cifar100_small,width=8,epochs=2")["pretrain"]
+    assert config["data"] == {"source": "cifar100_small"}
+    assert config["encoder"]["name"] == "simclr-cifar100_small-r18w8"
+    method = resolve(config["method"])(**config["method_options"])
+    assert method.temperature == config["method_options"]["temperature"]
+    tx = pretrain.build_optimizer(config, steps_per_epoch=10)
+    state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((2, 2), "float32")})
+    assert jax.tree.leaves(state)
