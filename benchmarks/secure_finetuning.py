@@ -13,9 +13,9 @@ Both sides start from the same uint8 images, resident on the device, and make pe
 4. Adam with L2 (8e-4): rate 1e-3 for the encoder, 5e-3 for the head (Gen-AF's MLP, dropout 0.2).
 
 That is 12 forward passes, 10 input gradients and 2 parameter gradients per image on each side.  The
-package besides counts accuracies, averages over devices, and looks at
-every new weight for NaN.  The torch side is eager, channels last, with the fused Adam; ``--tuned``
-adds `torch.compile` and, on a GPU, bfloat16 autocast.
+package besides counts accuracies, averages over devices, and looks at every new weight for NaN.
+The torch side is eager, channels last, with the fused Adam; ``--tuned`` adds `torch.compile` and,
+on a GPU, bfloat16 autocast.
 """
 
 from __future__ import annotations

@@ -274,6 +274,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
         raise_if_stuck(stuck, limit=2)
 
 
+def test_a_long_training_is_not_skipped_because_of_its_count():
+    net, tx = tiny("linear"), optax.adam(1e-3)
+    step = jax.jit(make_step(net, tx, losses=mixed_losses(0.0), key=KEY))
+    state = init_state(net, tx)
+    moments = state.opt_state[0]._replace(count=jnp.array(50_000, jnp.int32))  # squared: overflows
+    _, metrics = step(state.replace(opt_state=(moments, *state.opt_state[1:])), batches(1)[0])
+    assert float(metrics["skipped"]) == 0
+
+
 @pytest.mark.parametrize(
     ("loss", "shape"),
     [

@@ -40,7 +40,8 @@ def manifest(workdir, stage):
 
 
 def metrics(workdir, stage):
-    return [json.loads(line) for line in (workdir / stage / "metrics.jsonl").open()]
+    lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def snapshot(folder):

@@ -2,11 +2,11 @@
 
 from robust_ssl.attacks.generative import AdvEncoderPER
 from robust_ssl.attacks.per_image import FGSM, PGD, EmbedAttack, attack_batch
+from robust_ssl.attacks.perturbation import UniversalPerturbation
 from robust_ssl.attacks.universal import (
     FittedUniversal,
     RandomNoise,
     UniversalAttack,
-    UniversalPerturbation,
     UniversalPGD,
     fit,
     members,

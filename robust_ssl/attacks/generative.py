@@ -9,7 +9,8 @@ import optax
 from flax import struct
 
 from robust_ssl import objectives
-from robust_ssl.attacks.universal import objective_of_delta, within_budget
+from robust_ssl.attacks.perturbation import within_budget
+from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.models.generator import Generator
 from robust_ssl.parallel import average
 

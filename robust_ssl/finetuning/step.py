@@ -351,8 +351,9 @@ def _guard(
     """Takes the whole new state if all of it is finite, else keeps the old one and counts."""
     new, old = (variables, opt_state), (state.variables, state.opt_state)
     # One number that is not finite if anything is: testing each of hundreds of leaves by itself
-    # compiles many times longer.
-    finite = jnp.isfinite(optax.tree.norm(new) + metrics["gradient_norm"] + metrics["loss"])
+    # compiles many times longer.  Integers (an optimiser's count) are finite, and would overflow.
+    floats = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    finite = jnp.isfinite(optax.tree.norm(floats) + metrics["gradient_norm"] + metrics["loss"])
     variables, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     skipped = 1 - finite.astype(jnp.int32)
     counters = {
