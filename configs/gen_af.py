@@ -81,7 +81,9 @@ def get_config(arguments: str = "") -> ConfigDict:
         "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
         "batch_statistics": "both",
         "adv_ratio": 0.7,
-        "regularization_weight": 1.0,
+        # Per image, whatever the batch; the released code's 20 adds up all pairs of a batch of
+        # 256, which is 5120 here.
+        "regularization_weight": 20.0,
         "regularize": "logits",
         "compat": "corrected",
         "compare_with_pretrained": False,

@@ -74,11 +74,11 @@ def test_the_research_config_takes_arguments_and_settings():
     assert config["attack"]["curve"] == [1 / 255, 2 / 255]
     assert {config[stage]["epochs"] for stage in ("usual", "finetune", "stage2")} == {3}
     assert {config[stage]["batch_size"] for stage in ("usual", "finetune", "stage2")} == {64}
-    weights = {
-        name: weight for name, (_, weight) in finetune.build_losses(config["finetune"]).items()
+    losses = finetune.build_losses(config["finetune"])
+    expected = mixed_losses(0.5, config["finetune"]["regularization_weight"])
+    assert {name: weight for name, (_, weight) in losses.items()} == {
+        name: weight for name, (_, weight) in expected.items()
     }
-    expected = {name: weight for name, (_, weight) in mixed_losses(0.5, 1.0).items()}
-    assert weights == expected
 
 
 def test_the_research_config_uses_all_images_unless_told_otherwise():
