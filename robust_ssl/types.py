@@ -83,9 +83,20 @@ class Encoder:
     name: str = struct.field(pytree_node=False, default="encoder")
 
     def normalise(self, images: jax.Array) -> jax.Array:
-        """Turns pixels in [0, 1] into what the module was trained on; same shape."""
-        mean = jnp.asarray(self.mean, images.dtype).reshape((1,) * (images.ndim - 1) + (3,))
-        std = jnp.asarray(self.std, images.dtype).reshape((1,) * (images.ndim - 1) + (3,))
+        """Turns pixels in [0, 1] into what the module was trained on; float32, same shape.
+
+        Raises:
+          TypeError: If the images are integers, which are not in [0, 1].
+        """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(
+                f"an encoder takes float pixels in [0, 1], got {images.dtype}; divide 8-bit "
+                "images by 255"
+            )
+        images = jnp.asarray(images, jnp.float32)
+        channels = (1,) * (images.ndim - 1) + (3,)
+        mean = jnp.asarray(self.mean, jnp.float32).reshape(channels)
+        std = jnp.asarray(self.std, jnp.float32).reshape(channels)
         return (images - mean) / std
 
     def __call__(self, images: jax.Array) -> Outputs:

@@ -11,6 +11,7 @@ from robust_ssl.models.resnet import (
     resnet34,
     resnet50,
 )
+from robust_ssl.models.vit import ViT, vit_base, vit_small, vit_tiny
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -20,8 +21,12 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "ResNet",
+    "ViT",
     "classifier",
     "resnet18",
     "resnet34",
     "resnet50",
+    "vit_base",
+    "vit_small",
+    "vit_tiny",
 ]

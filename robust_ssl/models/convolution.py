@@ -38,8 +38,9 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`lax.conv_general_dilated` in the backend's best form; a drop-in for `nn.Conv`.
 
-    On CPU, plain convolutions (no dilation, one group) take the forms of this file; they have no
-    forward-mode derivative.  Everything else, and every other backend, is `lax` itself.
+    On CPU, plain convolutions (no dilation, one group, default precision) take the forms of this
+    file; they have no forward-mode derivative.  Everything else, and every other backend, is `lax`
+    itself.
 
     Args:
       lhs: Images, float ``[batch, height, width, in]``.
@@ -62,7 +63,9 @@ def conv_general_dilated(
       [4.0, 6.0, 6.0, 4.0]
     """
     undilated = set(lhs_dilation or (1,)) == {1} and set(rhs_dilation or (1,)) == {1}
-    if jax.default_backend() != "cpu" or not undilated or feature_group_count != 1:
+    plain = undilated and feature_group_count == 1
+    plain = plain and precision is None and preferred_element_type is None
+    if jax.default_backend() != "cpu" or not plain:
         return lax.conv_general_dilated(
             lhs,
             rhs,
