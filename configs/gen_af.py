@@ -1,7 +1,7 @@
-"""Gen-AF on real colour images: attack, usual and secure fine-tuning, evaluation.
+r"""Gen-AF on real colour images: attack, usual and secure fine-tuning, evaluation.
 
     robust-ssl run --config=configs/gen_af.py:downstream=gtsrb32 --workdir=runs/gtsrb
-    robust-ssl run --config=configs/gen_af.py:downstream=cifar10,epsilon=10/255 \\
+    robust-ssl run --config=configs/gen_af.py:downstream=cifar10,epsilon=10/255 \
         --config.finetune.adv_ratio=0.5 --workdir=runs/cifar10
 
 The encoder was pre-trained on CIFAR-10; the attacker fits his perturbation on CIFAR-100, which the

@@ -4,23 +4,37 @@ A public encoder goes in, a secured classifier and the proof come out:
 ``robust_ssl.stages.run(config, workdir)``, or ``robust-ssl run`` on the command line.
 """
 
-from robust_ssl.conformance import check_attack, check_loss
-from robust_ssl.types import AttackInputs, Classifier, Encoder, LossInputs, Outputs, TrainState
-from robust_ssl.weights import encoder_card, list_encoders, load_encoder, save_encoder
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AttackInputs",
-    "Classifier",
-    "Encoder",
-    "LossInputs",
-    "Outputs",
-    "TrainState",
-    "check_attack",
-    "check_loss",
-    "encoder_card",
-    "list_encoders",
-    "load_encoder",
-    "save_encoder",
-]
+# Public names and where they live.  They are imported when they are first asked for, so that the
+# command line answers mistakes before JAX is there.
+_HOMES = {
+    "AttackInputs": "types",
+    "Classifier": "types",
+    "Encoder": "types",
+    "LossInputs": "types",
+    "Outputs": "types",
+    "TrainState": "types",
+    "check_attack": "conformance",
+    "check_loss": "conformance",
+    "encoder_card": "weights",
+    "list_encoders": "weights",
+    "load_encoder": "weights",
+    "save_encoder": "weights",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Imports a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'robust_ssl' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"robust_ssl.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return [*globals(), *_HOMES]
