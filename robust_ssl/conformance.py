@@ -54,7 +54,7 @@ def resolve(name: str | Callable) -> Callable:
         known = [n for n in vars(module) if not n.startswith("_")]
         near = difflib.get_close_matches(attribute, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{name!r}: {module_name} has no {attribute!r}{hint}")
+        raise ValueError(f"{name!r}: {module_name} has no function {attribute!r}{hint}")
     if not callable(function):
         raise ValueError(f"{name!r} is a {type(function).__name__}, not a function")
     return function

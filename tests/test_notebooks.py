@@ -11,7 +11,7 @@ nbclient = pytest.importorskip("nbclient")
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "1_attack_and_secure.ipynb"
-CELL_SECONDS = 1200
+CELL_SECONDS = 1800
 
 
 def _read():

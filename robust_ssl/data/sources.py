@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from robust_ssl.conformance import resolve
 from robust_ssl.data import pictures, tfds_source
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
 
@@ -70,7 +70,7 @@ def load(
     if isinstance(source, Mapping) and "images" not in source:
         source = _pick_split(source, split)
     if isinstance(source, str) and _names_function(source):
-        source = _find_function(source)
+        source = resolve(source)
     if options and not callable(source):
         raise TypeError(f"options {sorted(options)} are for functions, and {source!r} is none")
     if callable(source):
@@ -128,25 +128,9 @@ def _from_values(value: Any, split: str, name: str) -> Examples:
 
 def _names_function(source: str) -> bool:
     module, colon, function = source.partition(":")
-    # "cifar10:3.0.2" is a TFDS name with a version.
-    return bool(colon) and function.isidentifier() and "/" not in module
-
-
-def _find_function(source: str) -> Callable:
-    module_name, _, function_name = source.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something it imports is not
-        raise ValueError(
-            f"data source {source!r}: there is no module {error.name!r}; is its folder on the "
-            "Python path?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"data source {source!r}: {module_name} has no function {function_name!r}")
-    return function
+    # "cifar10:3.0.2" is a TFDS name with a version; a function's file ends with ".py".
+    is_module = "/" not in module or module.endswith(".py")
+    return bool(colon) and function.isidentifier() and is_module
 
 
 def _from_function(function, split, seed, image_size, options) -> Examples | StreamedExamples:
