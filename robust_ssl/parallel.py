@@ -22,18 +22,21 @@ from jax.sharding import PartitionSpec as P
 
 AXIS = "devices"
 METHODS = ("pmap", "shard_map", "jit")
+MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
 
 
 def use_every_core() -> None:
     """Gives each CPU core a device of its own; call it before JAX is first used.
 
     One convolution keeps about one thread busy on XLA:CPU, so two cores are best fed by two
-    devices that run the sharded step.  Does nothing when JAX has already started, and has no
+    devices that run the sharded step.  Takes a power of two, at most `MOST_CPU_DEVICES`, so that
+    the usual batches divide over them.  Does nothing when JAX has already started, and has no
     effect on accelerators.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = min(1 << (cores.bit_length() - 1), MOST_CPU_DEVICES)
     try:
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is already up, with the devices it has
         return
 
