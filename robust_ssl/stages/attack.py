@@ -77,7 +77,7 @@ def attack(
         tree, results = {}, {}
         methods = build_attacks(config["methods"])
         if not public:  # noise does not look at the encoder: there is nothing to craft again
-            methods = {m: u for m, u in methods.items() if not _is_noise(u)}
+            methods = {m: u for m, u in methods.items() if not is_noise(u)}
         for number, (method, universal) in enumerate(methods.items()):
             begun = time.monotonic()
             fitted = _fit(run, stage.path.name, universal, encoder, epsilons)
@@ -111,7 +111,7 @@ def load_perturbations(
 
 def _fit(run: Run, stage: str, universal, encoder: Encoder, epsilons) -> attacks.FittedUniversal:
     config = run.config["attack"]
-    steps = 1 if _is_noise(universal) else config["num_steps"]
+    steps = 1 if is_noise(universal) else config["num_steps"]
     keys, members = attacks.members(config["seeds"], epsilons)
     images = run.config["attack"]["batch_size"]
     with run.progress.stage(f"{stage} {universal.name}", steps, images) as bar:
@@ -148,10 +148,11 @@ def _surrogate_batches(run: Run, steps: int) -> Iterator[dict[str, jax.Array]]:
 
 def _gradients(universal, config: Mapping[str, Any]) -> int:
     """Gradients with respect to an image that one perturbation cost."""
-    return 0 if _is_noise(universal) else config["num_steps"] * config["batch_size"]
+    return 0 if is_noise(universal) else config["num_steps"] * config["batch_size"]
 
 
-def _is_noise(universal) -> bool:
+def is_noise(universal: attacks.UniversalAttack) -> bool:
+    """Whether it looks at no encoder, so that there is nothing to fit."""
     return isinstance(universal, attacks.RandomNoise)
 
 

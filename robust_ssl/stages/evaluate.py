@@ -13,7 +13,7 @@ from robust_ssl import attacks, data, evaluation, report, threats
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages import finetune
-from robust_ssl.stages.attack import attack, budgets, build_attacks, load_perturbations
+from robust_ssl.stages.attack import attack, budgets, build_attacks, is_noise, load_perturbations
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import stage_key
 from robust_ssl.trees import fingerprint
@@ -123,20 +123,18 @@ def _score_model(
     same = public.path == crafted.path
     # Noise looks at no encoder: it is not crafted again.
     unfitted = [
-        method
-        for method, value in build_attacks(universal["methods"]).items()
-        if isinstance(value, attacks.RandomNoise)
+        method for method, value in build_attacks(universal["methods"]).items() if is_noise(value)
     ]
     entries = []
     for against, stage in (("public", public), ("hardened", crafted)):
         found = load_perturbations(stage, universal, curve=against == "public" or same)
-        seeds = universal["seeds"]
-        chosen = {
-            method if len(seeds) == 1 else f"{method}-seed{seed}": perturbation
-            for (method, seed, epsilon), perturbation in found.items()
-            if epsilon == universal["epsilon"] and (against == "public" or method not in unfitted)
+        named = {
+            label: (method, perturbation)
+            for label, (method, perturbation) in _at_main_budget(universal, found).items()
+            if against == "public" or method not in unfitted
         }
-        costs = {label: stage.results[label.rpartition("-seed")[0] or label] for label in chosen}
+        chosen = {label: perturbation for label, (_, perturbation) in named.items()}
+        costs = {label: stage.results[method] for label, (method, _) in named.items()}
         if chosen:
             entries += _entries(run, name, model, against, universal["epsilon"], chosen, costs)
         single = build_per_image(per_image)
@@ -151,6 +149,15 @@ def _score_model(
             costs = {label: {"seconds": 0.0, "gradient_evaluations": steps} for label in single}
             entries += _entries(run, name, model, against, per_image["epsilon"], single, costs)
     return entries
+
+
+def _at_main_budget(config: Mapping[str, Any], found: Mapping) -> dict[str, tuple[str, Any]]:
+    """Returns (method, perturbation) at the main epsilon, by the name that tables give it."""
+    return {
+        method if len(config["seeds"]) == 1 else f"{method}-seed{seed}": (method, perturbation)
+        for (method, seed, epsilon), perturbation in found.items()
+        if epsilon == config["epsilon"]
+    }
 
 
 def _entries(
@@ -217,18 +224,14 @@ def _strongest(run: Run, public: StageDirectory, results, name: str):
     """Returns the public perturbation that costs this model the most accuracy."""
     config = run.config["attack"]
     found = load_perturbations(public, config, curve=True)
-    labels = {
-        method if len(config["seeds"]) == 1 else f"{method}-seed{seed}": value
-        for (method, seed, epsilon), value in found.items()
-        if epsilon == config["epsilon"]
-    }
+    named = _at_main_budget(config, found)
     scored = [
         entry
         for entry in results
         if (entry["model"], entry["crafted_against"]) == (name, "public")
-        and entry["attack"] in labels
+        and entry["attack"] in named
     ]
-    return labels[min(scored, key=lambda entry: entry["robust_accuracy"])["attack"]]
+    return named[min(scored, key=lambda entry: entry["robust_accuracy"])["attack"]][1]
 
 
 def _look(model: Classifier, run: Run, perturbation):
@@ -275,7 +278,8 @@ def _write(run: Run, results, curves, drifts, examples) -> None:
 def _costs(run: Run) -> dict[str, dict[str, float]]:
     """What it took to get each model: stage 2 includes stage 1 and the sensitivity."""
     models = run.config["evaluate"]["models"]
-    taken = {name: getattr(finetune, name)(run) for name in models}
+    needed = [*models, "stage1"] if "stage2" in models else models
+    taken = {name: getattr(finetune, name)(run) for name in dict.fromkeys(needed)}
     costs = {
         name: {
             "seconds": stage.manifest["seconds"],
@@ -288,7 +292,7 @@ def _costs(run: Run) -> dict[str, dict[str, float]]:
         spent = measured.results["gradient_evaluations"] / len(run.downstream[0])
         costs["stage2"]["seconds"] += measured.manifest["seconds"] + costs["stage1"]["seconds"]
         costs["stage2"]["gradient_evaluations"] += spent + costs["stage1"]["gradient_evaluations"]
-    return {name: {k: round(v, 3) for k, v in cost.items()} for name, cost in costs.items()}
+    return {name: {k: round(v, 3) for k, v in costs[name].items()} for name in models}
 
 
 def _about(run: Run) -> dict[str, Any]:
