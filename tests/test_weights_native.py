@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from robust_ssl import models, weights
+from robust_ssl import models
+from robust_ssl.weights import native as weights
 from robust_ssl.models import vit
 from robust_ssl.types import Encoder
 
