@@ -7,10 +7,12 @@ tensor or tensors it is made of, and how the numbers are arranged there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+
+from robust_ssl.types import Encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,31 @@ class Entry:
     path: str
     names: tuple[str, ...]
     kind: Kind = COPY
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way in which encoders are named in files.
+
+    Attributes:
+      name: What `--layout` calls it, ``"torchvision-resnet"``.
+      source: Who writes such files, for people.
+      matches: Whether a file's tensor names look like this layout; the first that does is taken.
+      rename: A file's tensor name to the name in `entries`, without wrappers' prefixes; None for
+        what is dropped on purpose (projector, classifier, momentum copy, counters).  A name it
+        does not know comes back as it is, and `join` reports it.
+      network: The builder's name in `robust_ssl.models` and its options, worked out from the
+        renamed tensors' shapes and the JSON files beside them (by file name).  Raises ValueError
+        that says what must be named where they do not tell (stem padding, attention heads).
+      entries: Every variable of such an encoder.
+    """
+
+    name: str
+    source: str
+    matches: Callable[[Set[str]], bool]
+    rename: Callable[[str], str | None]
+    network: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], tuple[str, dict[str, Any]]]
+    entries: Callable[[Encoder], list[Entry]]
 
 
 def join(
