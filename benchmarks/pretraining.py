@@ -49,11 +49,17 @@ def make_jax(options):
     method = pretraining.SimCLR(temperature=TEMPERATURE, hidden=HIDDEN, projection_dim=PROJECTIONS)
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     step = pretraining.make_step(
-        encoder, method, tx, key=jax.random.key(2), axis_name=parallel.axis_name
+        encoder,
+        method,
+        tx,
+        key=jax.random.key(2),
+        total_steps=1000,
+        steps_per_epoch=100,
+        axis_name=parallel.axis_name,
     )
     indices = np.arange(options.batch, dtype=np.int32)
-    batch = parallel.put({"images": data(options), "indices": indices})
-    state = pretraining.init_state(jax.random.key(1), encoder, method, tx)
+    batch = parallel.put({"images": data(options), "indices": indices, "rows": indices})
+    state = pretraining.init_state(jax.random.key(1), encoder, method, tx, num_images=options.batch)
     run = harness.jax_loop(parallel.compile(step), parallel.replicate(state), batch)
     return harness.jax_side(run, options.batch, parallel, options)
 

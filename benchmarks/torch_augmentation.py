@@ -1,6 +1,6 @@
 """SimCLR's random view on the torch side: a whole batch at once, on the device, in plain torch.
 
-The operations are those of `robust_ssl.pretraining.simclr_view`: resized crop, flip, brightness,
+The operations are those of `robust_ssl.pretraining.View`: resized crop, flip, brightness,
 contrast, saturation and hue in that order, sometimes grey; every image draws its own numbers.
 """
 

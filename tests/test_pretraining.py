@@ -86,7 +86,8 @@ def test_a_wrong_shape_is_refused():
 VIEWS = {
     "crop": augmentation.random_resized_crop,
     "colours": augmentation.color_jitter,
-    "simclr": augmentation.simclr_view,
+    "simclr": augmentation.View(),
+    "all": augmentation.View(blur=0.5, solarise=0.5),
     "flip_and_shift": augmentation.flip_and_shift,
     "shift_only": augmentation.shift_only,
 }
@@ -170,16 +171,16 @@ TX = optax.sgd(0.1, momentum=0.9)
 BATCH = {
     "images": RANDOM.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8),
     "indices": np.arange(8, dtype=np.int32),
+    "rows": np.arange(8, dtype=np.int32),
 }
+STEPS = {"key": jax.random.key(2), "total_steps": 30, "steps_per_epoch": 1}
 
 
 def two_steps(layout):
     encoder = tiny.encoder()
-    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, TX)
+    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, TX, num_images=8)
     step = layout.compile(
-        pretraining.make_step(
-            encoder, METHOD, TX, key=jax.random.key(2), axis_name=layout.axis_name
-        )
+        pretraining.make_step(encoder, METHOD, TX, axis_name=layout.axis_name, **STEPS)
     )
     state, first = step(layout.replicate(state), layout.put(BATCH))
     state, second = step(state, layout.put(BATCH))
@@ -203,8 +204,8 @@ def test_a_step_does_not_depend_on_the_devices(devices, method):
 
 def test_a_step_moves_encoder_method_and_statistics():
     state, first, second = on_one_device()
-    before = pretraining.init_state(jax.random.key(1), tiny.encoder(), METHOD, TX)
-    for part in (("params", "encoder"), ("params", "method"), ("batch_stats",)):
+    before = pretraining.init_state(jax.random.key(1), tiny.encoder(), METHOD, TX, num_images=8)
+    for part in (("params", "encoder"), ("params", "method"), ("batch_stats", "encoder")):
         old, new = (functools.reduce(dict.get, part, s.variables) for s in (before, state))
         moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), old, new)
         assert sum(jax.tree.leaves(moved)) > 0, part
@@ -214,8 +215,8 @@ def test_a_step_moves_encoder_method_and_statistics():
 
 def test_training_makes_two_views_agree():
     encoder, tx = tiny.encoder(), optax.adam(1e-2)
-    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, tx)
-    step = jax.jit(pretraining.make_step(encoder, METHOD, tx, key=jax.random.key(2)))
+    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, tx, num_images=8)
+    step = jax.jit(pretraining.make_step(encoder, METHOD, tx, **STEPS))
     losses = []
     for _ in range(30):
         state, metrics = step(state, BATCH)
@@ -287,22 +288,26 @@ def test_knn_counts_a_short_last_chunk_once():
 MINE = '''
 import jax, jax.numpy as jnp
 from flax import struct
+from robust_ssl.pretraining import MethodUpdate
 
 @struct.dataclass
 class Mine:
     """Two noisy copies have the same features, in directions that are spread."""
     noise: float = struct.field(pytree_node=False, default=0.1)
 
-    def init(self, key, encoder):
-        return {"scale": jnp.ones(())}
+    def init(self, key, encoder, num_images):
+        return {"params": {"scale": jnp.ones(())}}
 
     def views(self, key, image):
         return image, jnp.clip(image + self.noise * jax.random.normal(key, image.shape), 0, 1)
 
-    def loss(self, params, encoder, views, axis_name):
-        clean, _ = encoder.apply_train(views[0], axis_name=axis_name)
-        noisy, statistics = encoder.apply_train(views[1], axis_name=axis_name)
-        return jnp.sum((params["scale"] * clean.features - noisy.features) ** 2, 1), statistics
+    def loss(self, variables, encoder, inputs):
+        first, second = inputs.views
+        clean, _ = encoder.apply_train(first, axis_name=inputs.axis_name)
+        noisy, statistics = encoder.apply_train(second, axis_name=inputs.axis_name)
+        scale = variables["params"]["scale"]
+        losses = jnp.sum((scale * clean.features - noisy.features) ** 2, 1)
+        return losses, MethodUpdate(statistics)
 '''
 
 

@@ -88,8 +88,9 @@ class Batches:
     """The training batches of a stage, on the devices.
 
     ``batches(step)`` returns ``{"images": uint8 [batch, H, W, 3], "labels": int32 [batch],
-    "indices": int32 [batch]}``, spread over the devices; ``indices`` is the image's place in the
-    global batch, from which its random key is made.  A set without labels has no ``labels``.
+    "indices": int32 [batch], "rows": int32 [batch]}``, spread over the devices; ``indices`` is the
+    image's place in the global batch, from which its random key is made, and ``rows`` its place
+    in the set.  A set without labels has no ``labels``.
 
     A small set lies whole on every device, and a step sends only row numbers there; a large one
     is read on the host in a thread that runs ahead, fastest if steps are asked for in order.
@@ -161,7 +162,7 @@ class Batches:
         """Returns the batch of a step, a Python int from 0."""
         if self.resident:
             rows = self._parallel.put(self._order(step=step).astype(np.int32))
-            batch = _gatherer(self._places.sharding)(self._resident, rows)
+            batch = {**_gatherer(self._places.sharding)(self._resident, rows), "rows": rows}
         else:
             batch = self._read_ahead(step)
         return {**batch, "indices": self._places}
@@ -188,7 +189,8 @@ class Batches:
 def _host_batches(examples, order, parallel, first: int) -> Iterator[dict[str, jax.Array]]:
     # Not a method: the thread that runs this must not keep a forgotten `Batches` alive.
     for step in itertools.count(first):
-        yield parallel.put(examples.read(order(step=step)))
+        rows = order(step=step)
+        yield parallel.put({**examples.read(rows), "rows": rows.astype(np.int32)})
 
 
 def _resident_bytes(examples: Examples, parallel: Parallel) -> int:

@@ -1,6 +1,7 @@
 """Self-supervised pre-training: a method is a value with `init`, `views` and `loss`."""
 
-from robust_ssl.pretraining.augmentation import flip_and_shift, shift_only, simclr_view
+from robust_ssl.pretraining.augmentation import View, flip_and_shift, random_views, shift_only
+from robust_ssl.pretraining.method import MLP, Method, MethodUpdate, PretrainInputs
 from robust_ssl.pretraining.monitor import (
     effective_rank,
     feature_std,
@@ -8,11 +9,15 @@ from robust_ssl.pretraining.monitor import (
     linear_accuracy,
 )
 from robust_ssl.pretraining.simclr import SimCLR, nt_xent
-from robust_ssl.pretraining.step import Method, init_state, make_step, trained_encoder
+from robust_ssl.pretraining.step import init_state, make_step, trained_encoder
 
 __all__ = [
+    "MLP",
     "Method",
+    "MethodUpdate",
+    "PretrainInputs",
     "SimCLR",
+    "View",
     "effective_rank",
     "feature_std",
     "flip_and_shift",
@@ -21,7 +26,7 @@ __all__ = [
     "linear_accuracy",
     "make_step",
     "nt_xent",
+    "random_views",
     "shift_only",
-    "simclr_view",
     "trained_encoder",
 ]

@@ -5,9 +5,13 @@ Colour operations follow torchvision's definitions; hue and grey come from dm-pi
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import dm_pix
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 def random_resized_crop(
@@ -16,17 +20,19 @@ def random_resized_crop(
     *,
     scale: tuple[float, float] = (0.2, 1.0),  # share of the area; Chen et al. 2020, App. A
     log_ratio: float = 0.2877,  # log(4/3): aspect ratio between 3/4 and 4/3, the same
+    size: int | None = None,
 ) -> jax.Array:
-    """Cuts a random rectangle and resizes it to the image's own size, bilinearly.
+    """Cuts a random rectangle and resizes it bilinearly.
 
     Args:
       key: Random key.
       image: Pixels, float ``[H, W, 3]``.
       scale: Smallest and largest share of the area.
       log_ratio: Largest absolute logarithm of the aspect ratio.
+      size: Height and width of the result, pixels; None is the image's own.
 
     Returns:
-      Pixels, float ``[H, W, 3]``.
+      Pixels, float ``[size, size, 3]``.
 
     Example:
       >>> image = jnp.full((8, 8, 3), 0.5)
@@ -42,15 +48,16 @@ def random_resized_crop(
     across = jnp.minimum(jnp.sqrt(area * ratio), 1.0)
     top = jax.random.uniform(top_key) * (1 - down) * height
     left = jax.random.uniform(left_key) * (1 - across) * width
-    zoom = jnp.stack([1 / down, 1 / across])
+    shape = image.shape if size is None else (size, size, 3)
+    zoom = jnp.stack([shape[0] / height / down, shape[1] / width / across])
     return jax.image.scale_and_translate(
         image,
-        image.shape,
+        shape,
         (0, 1),
         zoom,
         -jnp.stack([top, left]) * zoom,
         method="linear",
-        antialias=False,  # crops are enlarged, never shrunk
+        antialias=size is not None,  # a crop of the image's own size is never shrunk
     )
 
 
@@ -91,45 +98,154 @@ def color_jitter(
     return jnp.clip(dm_pix.adjust_hue(image, factors[3] * hue), 0, 1)
 
 
-def simclr_view(
-    key: jax.Array,
-    image: jax.Array,
-    *,
-    min_scale: float = 0.2,
-    jitter: float = 0.8,  # probability
-    grey: float = 0.2,  # probability
-) -> jax.Array:
-    """One view as SimCLR makes it on small images: crop, flip, colours, sometimes grey.
+@struct.dataclass
+class View:
+    """How one random view is made: crop, flip, colours, grey, blur, solarise, in this order.
 
-    Args:
-      key: Random key.
-      image: Pixels in [0, 1], float ``[H, W, 3]``.
-      min_scale: Smallest share of the area that a crop keeps.
+    The defaults are SimCLR's on small images.  ``view(key, image)`` takes pixels in [0, 1], float
+    ``[H, W, 3]``, and returns the same, ``[size, size, 3]``.
+
+    Attributes:
+      min_scale: Smallest share of the area that the crop keeps.
+      max_scale: Largest.
       jitter: Probability of `color_jitter`.
+      brightness: See `color_jitter`; the next three too.
+      contrast: ...
+      saturation: ...
+      hue: ...
       grey: Probability that the view has no colour.
-
-    Returns:
-      Pixels in [0, 1], float ``[H, W, 3]``.
+      blur: Probability of a Gaussian blur, its deviation uniform between 0.1 and 2 pixels.
+      solarise: Probability that all pixels of at least one half are inverted.
+      flip: Probability of a mirrored image.
+      size: Height and width of the view, pixels; None is the image's own.
 
     Example:
-      >>> simclr_view(jax.random.key(0), jnp.zeros((8, 8, 3))).shape
+      >>> View()(jax.random.key(0), jnp.zeros((8, 8, 3))).shape
       (8, 8, 3)
+      >>> View(max_scale=0.4, size=4)(jax.random.key(0), jnp.zeros((8, 8, 3))).shape
+      (4, 4, 3)
 
     References:
       Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
-      2020, App. A and B.9 (CIFAR-10: no blur); probabilities as in solo-learn's CIFAR recipes.
+      2020, App. A and B.9 (CIFAR-10: no blur); Grill et al., "Bootstrap Your Own Latent", NeurIPS
+      2020, App. B (solarise); probabilities as in solo-learn's CIFAR recipes.
     """
-    crop_key, flip_key, jitter_key, color_key, grey_key = jax.random.split(key, 5)
-    image = random_resized_crop(crop_key, image, scale=(min_scale, 1.0))
-    image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    image = jnp.clip(image, 0, 1)
-    jittered = color_jitter(color_key, image)
-    image = jnp.where(jax.random.bernoulli(jitter_key, jitter), jittered, image)
-    return jnp.where(
-        jax.random.bernoulli(grey_key, grey),
-        jnp.broadcast_to(dm_pix.rgb_to_grayscale(image), image.shape),
-        image,
-    )
+
+    min_scale: float = struct.field(pytree_node=False, default=0.2)
+    max_scale: float = struct.field(pytree_node=False, default=1.0)
+    jitter: float = struct.field(pytree_node=False, default=0.8)
+    brightness: float = struct.field(pytree_node=False, default=0.8)
+    contrast: float = struct.field(pytree_node=False, default=0.8)
+    saturation: float = struct.field(pytree_node=False, default=0.8)
+    hue: float = struct.field(pytree_node=False, default=0.2)
+    grey: float = struct.field(pytree_node=False, default=0.2)
+    blur: float = struct.field(pytree_node=False, default=0.0)
+    solarise: float = struct.field(pytree_node=False, default=0.0)
+    flip: float = struct.field(pytree_node=False, default=0.5)
+    size: int | None = struct.field(pytree_node=False, default=None)
+
+    def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """Returns the view of one image."""
+        crop_key, flip_key, color_key, grey_key, blur_key, solarise_key = jax.random.split(key, 6)
+        scale = (self.min_scale, self.max_scale)
+        image = random_resized_crop(crop_key, image, scale=scale, size=self.size)
+        image = _sometimes(flip_key, self.flip, lambda x: x[:, ::-1], image)
+        image = jnp.clip(image, 0, 1)
+        image = _sometimes(color_key, self.jitter, self._jittered(color_key), image)
+        image = _sometimes(grey_key, self.grey, _grey, image)
+        image = _sometimes(blur_key, self.blur, functools.partial(gaussian_blur, blur_key), image)
+        return _sometimes(solarise_key, self.solarise, _solarised, image)
+
+    def _jittered(self, key: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        return functools.partial(
+            color_jitter,
+            jax.random.fold_in(key, 1),
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+        )
+
+
+# solo-learn's scripts/pretrain/cifar/augmentations, which BYOL's Table 6 is the origin of.
+_BYOL_COLOURS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+SYMMETRIC = (View(min_scale=0.08, blur=0.5),) * 2
+ASYMMETRIC = (
+    View(min_scale=0.08, **_BYOL_COLOURS),
+    View(min_scale=0.08, solarise=0.2, **_BYOL_COLOURS),
+)
+STRONG_AND_WEAK = (
+    View(min_scale=0.08, blur=0.5, **_BYOL_COLOURS),
+    View(min_scale=0.08, jitter=0.0, grey=0.0),
+)
+
+
+def random_views(key: jax.Array, image: jax.Array, views: Sequence[View]) -> tuple[jax.Array, ...]:
+    """Returns one random view of an image for each way of making one.
+
+    Example:
+      >>> [view.shape for view in random_views(jax.random.key(0), jnp.zeros((8, 8, 3)), SYMMETRIC)]
+      [(8, 8, 3), (8, 8, 3)]
+    """
+    keys = jax.random.split(key, len(views))
+    return tuple(view(key, image) for key, view in zip(keys, views, strict=True))
+
+
+def _sometimes(
+    key: jax.Array,
+    probability: float,
+    change: Callable[[jax.Array], jax.Array],
+    image: jax.Array,
+) -> jax.Array:
+    """Changes the image with the given probability; what can never be is never compiled."""
+    if probability == 0:
+        return image
+    return jnp.where(jax.random.bernoulli(key, probability), change(image), image)
+
+
+def _grey(image: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(dm_pix.rgb_to_grayscale(image), image.shape)
+
+
+def _solarised(image: jax.Array) -> jax.Array:
+    return dm_pix.solarize(image, 0.5)
+
+
+def gaussian_blur(key: jax.Array, image: jax.Array, *, max_sigma: float = 2.0) -> jax.Array:
+    """Blurs with a Gaussian whose deviation is uniform between 0.1 and `max_sigma` pixels.
+
+    The kernel is cut at a tenth of the image's height, as in SimCLR, but at least at 3 pixels.
+
+    Args:
+      key: Random key.
+      image: Pixels, float ``[H, W, 3]``.
+      max_sigma: Largest deviation, pixels.
+
+    Returns:
+      Pixels, float ``[H, W, 3]``; beyond the border lies the border's own pixel.
+
+    Example:
+      >>> image = jnp.full((8, 8, 3), 0.5)
+      >>> bool(jnp.allclose(gaussian_blur(jax.random.key(0), image), image))
+      True
+
+    References:
+      Chen et al., ICML 2020, App. A.
+    """
+    sigma = jax.random.uniform(jax.random.fold_in(key, 1), minval=0.1, maxval=max_sigma)
+    reach = max(image.shape[0] // 20, 1)
+    offsets = jnp.arange(-reach, reach + 1)
+    weights = jax.nn.softmax(-(offsets**2) / (2 * sigma**2))
+    # Weighted shifts: with a deviation per image, a convolution would have a kernel per image,
+    # which is slow on every backend.
+    for axis in (0, 1):
+        padding = [(reach, reach) if axis == other else (0, 0) for other in range(3)]
+        padded = jnp.pad(image, padding, mode="edge")
+        image = sum(
+            weights[i] * jax.lax.slice_in_dim(padded, i, i + image.shape[axis], axis=axis)
+            for i in range(2 * reach + 1)
+        )
+    return image
 
 
 def flip_and_shift(key: jax.Array, image: jax.Array, *, shift: int = 4) -> jax.Array:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from robust_ssl import parallel
-from robust_ssl.pretraining.augmentation import simclr_view
-from robust_ssl.types import Encoder
+from robust_ssl.pretraining.augmentation import View, random_views
+from robust_ssl.pretraining.method import (
+    MLP,
+    MethodUpdate,
+    PretrainInputs,
+    apply_network,
+    encode,
+    init_networks,
+)
+from robust_ssl.types import Encoder, Variables
 
 
 def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.2) -> jax.Array:
@@ -57,23 +61,9 @@ def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.2) ->
     return (losses[:n] + losses[n:]) / 2
 
 
-class Projector(nn.Module):
-    """Dense, ReLU, dense: what the loss sees instead of the features."""
-
-    hidden: int
-    dim: int
-
-    @nn.compact
-    def __call__(self, features: jax.Array) -> jax.Array:
-        """Returns projections, float ``[batch, dim]``."""
-        return nn.Dense(self.dim, name="output")(
-            nn.relu(nn.Dense(self.hidden, name="hidden")(features))
-        )
-
-
 @struct.dataclass
 class SimCLR:
-    """The method as a value: see `robust_ssl.pretraining.step.Method`.
+    """The method as a value: see `robust_ssl.pretraining.method.Method`.
 
     Attributes:
       temperature: Of `nt_xent`.
@@ -87,31 +77,25 @@ class SimCLR:
     projection_dim: int = struct.field(pytree_node=False, default=256)  # solo-learn, CIFAR
     min_scale: float = struct.field(pytree_node=False, default=0.2)  # solo-learn, CIFAR
 
-    def init(self, key: jax.Array, encoder: Encoder) -> Mapping[str, Any]:
-        """Returns the method's own parameters, ``{"projector": ...}``."""
-        projector = Projector(self.hidden, self.projection_dim)
-        return {"projector": projector.init(key, jnp.zeros((1, encoder.dim)))["params"]}
+    @property
+    def _projector(self) -> MLP:
+        return MLP((self.hidden, self.projection_dim), batch_norm=False)
 
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
+        """Returns the method's own variables, ``{"params": {"projector": ...}, ...}``."""
+        return init_networks(key, {"projector": (self._projector, encoder.dim)})
+
+    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        first, second = jax.random.split(key)
-        return (
-            simclr_view(first, image, min_scale=self.min_scale),
-            simclr_view(second, image, min_scale=self.min_scale),
-        )
+        return random_views(key, image, (View(min_scale=self.min_scale),) * 2)
 
     def loss(
-        self,
-        params: Mapping[str, Any],
-        encoder: Encoder,
-        views: tuple[jax.Array, jax.Array],
-        axis_name: str | None,
-    ) -> tuple[jax.Array, Mapping[str, Any]]:
-        """Returns the loss per image of the global batch, and the new batch statistics."""
-        n = views[0].shape[0]
-        outputs, batch_stats = encoder.apply_train(jnp.concatenate(views), axis_name=axis_name)
-        projections = Projector(self.hidden, self.projection_dim).apply(
-            {"params": params["projector"]}, outputs.features
+        self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
+    ) -> tuple[jax.Array, MethodUpdate]:
+        """Returns `nt_xent` per image of the global batch."""
+        features, statistics = encode(encoder, inputs.views, inputs.axis_name)
+        both, _ = apply_network(
+            self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
         )
-        first, second = parallel.gather((projections[:n], projections[n:]), axis_name)
-        return nt_xent(first, second, temperature=self.temperature), batch_stats
+        first, second = parallel.gather(tuple(jnp.split(both, 2)), inputs.axis_name)
+        return nt_xent(first, second, temperature=self.temperature), MethodUpdate(statistics)

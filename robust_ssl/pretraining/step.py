@@ -3,56 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from robust_ssl import parallel
-from robust_ssl.types import Encoder, TrainState
-
-
-class Method(Protocol):
-    """What a self-supervised method brings; a frozen value, in a file of the user's own if need be.
-
-    Its parameters (projector, predictor) are trained beside the encoder's.
-    """
-
-    def init(self, key: jax.Array, encoder: Encoder) -> Mapping[str, Any]:
-        """Returns the method's own parameters."""
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the random views of one image."""
-
-    def loss(
-        self,
-        params: Mapping[str, Any],
-        encoder: Encoder,
-        views: tuple[jax.Array, ...],
-        axis_name: str | None,
-    ) -> tuple[jax.Array, Mapping[str, Any]]:
-        """Returns ``[global batch]`` losses and the encoder's new batch statistics."""
+from robust_ssl.pretraining.method import Method, MethodUpdate, PretrainInputs
+from robust_ssl.types import Encoder, TrainState, Variables
 
 
 def init_state(
-    key: jax.Array, encoder: Encoder, method: Method, tx: optax.GradientTransformation
+    key: jax.Array,
+    encoder: Encoder,
+    method: Method,
+    tx: optax.GradientTransformation,
+    *,
+    num_images: int,
 ) -> TrainState:
-    """Returns the state before the first step; params are ``{"encoder": ..., "method": ...}``."""
-    params = {"encoder": encoder.variables["params"], "method": method.init(key, encoder)}
+    """Returns the state before the first step.
+
+    Its variables are ``params`` and ``batch_stats``, each ``{"encoder": ..., "method": ...}``, and
+    ``state``, the method's own.
+    """
+    own = method.init(key, encoder, num_images)
+    params = {"encoder": encoder.variables["params"], "method": own.get("params", {})}
+    batch_stats = {
+        "encoder": encoder.variables.get("batch_stats", {}),
+        "method": own.get("batch_stats", {}),
+    }
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        variables={"params": params, "batch_stats": encoder.variables.get("batch_stats", {})},
+        variables={"params": params, "batch_stats": batch_stats, "state": own.get("state", {})},
         opt_state=tx.init(params),
     )
 
 
-def trained_encoder(encoder: Encoder, variables: Mapping[str, Any]) -> Encoder:
+def trained_encoder(encoder: Encoder, variables: Variables) -> Encoder:
     """Returns the encoder with the weights of a training state's variables."""
     new = {"params": variables["params"]["encoder"]}
-    if variables.get("batch_stats"):
-        new["batch_stats"] = variables["batch_stats"]
+    if variables["batch_stats"]["encoder"]:
+        new["batch_stats"] = variables["batch_stats"]["encoder"]
     return encoder.replace(variables=new)
+
+
+def _own(variables: Variables) -> Variables:
+    """The method's part of a training state's variables."""
+    return {
+        "params": variables["params"]["method"],
+        "batch_stats": variables["batch_stats"]["method"],
+        "state": variables["state"],
+    }
+
+
+def _with_own(variables: Variables, own: Variables) -> Variables:
+    return {
+        "params": {**variables["params"], "method": own["params"]},
+        "batch_stats": {**variables["batch_stats"], "method": own["batch_stats"]},
+        "state": own["state"],
+    }
 
 
 def make_step(
@@ -61,6 +71,9 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     key: jax.Array,
+    total_steps: int,
+    steps_per_epoch: int,
+    accumulate: int = 1,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds ``step(state, batch) -> (state, metrics)``.
@@ -70,56 +83,126 @@ def make_step(
       method: The self-supervised method.
       tx: The optimiser, over ``{"encoder": ..., "method": ...}``.
       key: The stage's random key; a step folds in its number, an image its place in the batch.
+      total_steps: Of the whole training, for the method's schedules.
+      steps_per_epoch: After how many steps an epoch begins.
+      accumulate: Parts that a batch is cut into; their gradients are averaged before the one
+        update, so memory shrinks by this factor.  A loss sees one part at a time: what it compares
+        across images is compared within the part.
       axis_name: The device axis, from `parallel.Parallel.axis_name`.
 
     Returns:
       A step for `parallel.Parallel.compile`.  Batches are ``{"images": uint8 [n, H, W, 3],
-      "indices": int32 [n]}``.  Metrics: ``loss`` and ``gradient_norm``; a look at collapse is
-      `monitor.feature_std` of the features.
+      "indices": int32 [n], "rows": int32 [n]}``, with ``"labels"`` for a method that needs them.
+      Metrics: ``loss``, ``gradient_norm`` and the method's own.
 
     Example:
       >>> from robust_ssl import models
       >>> from robust_ssl.pretraining import SimCLR
       >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
       >>> tx, method = optax.sgd(0.1), SimCLR(hidden=16, projection_dim=8)
-      >>> state = init_state(jax.random.key(1), encoder, method, tx)
-      >>> step = jax.jit(make_step(encoder, method, tx, key=jax.random.key(2)))
-      >>> batch = {"images": jnp.zeros((4, 8, 8, 3), jnp.uint8), "indices": jnp.arange(4)}
-      >>> state, metrics = step(state, batch)
+      >>> state = init_state(jax.random.key(1), encoder, method, tx, num_images=4)
+      >>> step = make_step(
+      ...     encoder, method, tx, key=jax.random.key(2), total_steps=1, steps_per_epoch=1
+      ... )
+      >>> images, rows = jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.arange(4)
+      >>> state, metrics = jax.jit(step)(state, {"images": images, "indices": rows, "rows": rows})
       >>> int(state.step), metrics["loss"].shape
       (1, ())
     """
 
+    def forward(params, variables, batch, step_key, progress):
+        """The mean loss of one part of the batch, and its `MethodUpdate`."""
+        variables = {**variables, "params": params}
+        keys = jax.vmap(lambda index: jax.random.fold_in(step_key, index))(batch["indices"])
+        images = batch["images"].astype(jnp.float32) / 255.0
+        inputs = PretrainInputs(
+            views=jax.vmap(method.views)(keys, images),
+            rows=batch["rows"],
+            key=step_key,
+            progress=progress,
+            labels=batch["labels"] if getattr(method, "needs_labels", False) else None,
+            axis_name=axis_name,
+        )
+        online = trained_encoder(encoder, variables)
+        losses, update = method.loss(_own(variables), online, inputs)
+        return jnp.mean(losses), update
+
+    def gradients_of(variables, batch, step_key, progress):
+        """Gradients, new variables and metrics of one part; nothing is averaged yet."""
+        (loss, update), gradients = jax.value_and_grad(forward, has_aux=True)(
+            variables["params"], variables, batch, step_key, progress
+        )
+        return gradients, _carry_on(variables, update), {"loss": loss, **update.metrics}
+
     def step(state: TrainState, batch):
         step_key = jax.random.fold_in(key, state.step)
-        images = batch["images"].astype(jnp.float32) / 255.0
-        keys = jax.vmap(lambda index: jax.random.fold_in(step_key, index))(batch["indices"])
-        views = jax.vmap(method.views)(keys, images)
-
-        def loss_of(params):
-            variables = {"params": params["encoder"]}
-            if state.variables["batch_stats"]:
-                variables["batch_stats"] = state.variables["batch_stats"]
-            losses, batch_stats = method.loss(
-                params["method"], encoder.replace(variables=variables), views, axis_name
+        progress = state.step / total_steps
+        variables = state.variables
+        if hasattr(method, "epoch_start"):
+            variables = jax.lax.cond(
+                state.step % steps_per_epoch == 0,
+                lambda v: _with_own(v, method.epoch_start(step_key, _own(v))),
+                lambda v: v,
+                variables,
             )
-            return jnp.mean(losses), batch_stats
-
-        (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.variables["params"]
+        gradients, variables, metrics = _accumulated(
+            gradients_of, variables, batch, step_key, progress, accumulate
         )
-        gradients = parallel.average(gradients, axis_name)
-        batch_stats = parallel.average(batch_stats, axis_name)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.variables["params"])
-        params = optax.apply_updates(state.variables["params"], updates)
-        new = state.replace(
-            step=state.step + 1,
-            variables={"params": params, "batch_stats": batch_stats},
-            opt_state=opt_state,
-        )
-        return new, {
-            "loss": parallel.average(loss, axis_name),
-            "gradient_norm": optax.tree.norm(gradients),
-        }
+        gradients, metrics = parallel.average((gradients, metrics), axis_name)
+        updates, opt_state = tx.update(gradients, state.opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        variables = {**variables, "params": params}
+        if hasattr(method, "after_update"):
+            own = method.after_update(
+                _own(variables), trained_encoder(encoder, variables), progress
+            )
+            variables = _with_own(variables, own)
+        new = state.replace(step=state.step + 1, variables=variables, opt_state=opt_state)
+        return new, {**metrics, "gradient_norm": optax.tree.norm(gradients)}
 
     return step
+
+
+def _carry_on(variables: Variables, update: MethodUpdate) -> Variables:
+    """The variables after a forward pass: weights as they were, statistics and state new."""
+    new = {
+        "params": variables["params"],
+        "batch_stats": {"encoder": update.encoder, "method": update.batch_stats},
+        "state": update.state,
+    }
+    before, after = jax.tree.structure(variables), jax.tree.structure(new)
+    if before != after:
+        raise ValueError(
+            "the method's loss must return batch_stats and state shaped as its init made them; "
+            f"they were\n  {before}\nand are\n  {after}"
+        )
+    return new
+
+
+def _accumulated(
+    gradients_of: Callable,
+    variables: Variables,
+    batch: Mapping[str, jax.Array],
+    step_key: jax.Array,
+    progress: jax.Array,
+    parts: int,
+) -> tuple[Any, Variables, dict[str, jax.Array]]:
+    """Calls `gradients_of` on `parts` parts of the batch, one after another, and averages."""
+    if parts == 1:
+        return gradients_of(variables, batch, step_key, progress)
+    size = len(batch["indices"])
+    if size % parts:
+        raise ValueError(
+            f"accumulate={parts} does not divide a device's {size} images; change batch_size, "
+            f"accumulate or the number of devices"
+        )
+    # Image i goes into part i modulo `parts`, whichever device it lies on.
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def one(variables, part):
+        gradients, variables, metrics = gradients_of(variables, part, step_key, progress)
+        return variables, (gradients, metrics)
+
+    variables, sums = jax.lax.scan(one, variables, cut)
+    gradients, metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), sums)
+    return gradients, variables, metrics

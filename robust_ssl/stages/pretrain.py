@@ -119,7 +119,7 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
         data.check_image_size(train_set, encoder.image_size)
         method = resolve(config["method"])(**config["method_options"])
         batches = data.Batches(
-            without_labels(train_set),
+            train_set if getattr(method, "needs_labels", False) else without_labels(train_set),
             config["batch_size"],
             seed=run.seed,
             stage="pretrain",
@@ -128,12 +128,17 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
         tx = build_optimizer(config, batches.steps_per_epoch)
         state, _ = train(
             stage,
-            pretraining.init_state(jax.random.fold_in(key, 1), encoder, method, tx),
+            pretraining.init_state(
+                jax.random.fold_in(key, 1), encoder, method, tx, num_images=len(train_set)
+            ),
             pretraining.make_step(
                 encoder,
                 method,
                 tx,
                 key=jax.random.fold_in(key, 2),
+                total_steps=config["epochs"] * batches.steps_per_epoch,
+                steps_per_epoch=batches.steps_per_epoch,
+                accumulate=config.get("accumulate", 1),
                 axis_name=run.parallel.axis_name,
             ),
             batches,
