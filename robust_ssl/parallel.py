@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -141,40 +140,46 @@ class Parallel:
             return jax.make_array_from_callback(x.shape, self._sharded, lambda index: x[index])
         return jax.device_put(x, self._sharded)
 
-    def compile(self, step: Callable, *, donate: bool = False) -> Callable:
+    def compile(self, step: Callable, *, donate: bool = False, constants: Any = None) -> Callable:
         """Compiles ``step(state, batch) -> (state, info)``; state whole, batch spread.
 
         Args:
           step: Written for one device's part of the batch; uses `axis_name` to talk to the
             others.  Its results must be equal on all devices (averaged or gathered).
           donate: Let the new state reuse the memory of the old one, which is then gone.
+          constants: What the step reads besides, whole on every device as `replicate` leaves it;
+            where it is given the step is ``step(state, batch, constants)``.
 
         Returns:
           A function of (state, batch) where batch leaves are ``[global batch, ...]`` as `put`
           leaves them.  State goes in and comes out unstacked.
         """
+        more = () if constants is None else (constants,)
         donated = (0,) if donate else ()
         if self.method == "jit":
-            return jax.jit(
+            compiled = jax.jit(
                 step,
-                in_shardings=(self.replicated, self._sharded),
+                in_shardings=(self.replicated, self._sharded, *(self.replicated for _ in more)),
                 out_shardings=self.replicated,
                 donate_argnums=donated,
             )
+            return lambda state, batch: compiled(state, batch, *more)
         if self.method == "shard_map":
+            specs = (P(), P(AXIS), *(P() for _ in more))
             spread = jax.shard_map(
-                step, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False
+                step, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
             )
-            return jax.jit(spread, donate_argnums=donated)
+            compiled = jax.jit(spread, donate_argnums=donated)
+            return lambda state, batch: compiled(state, batch, *more)
         mapped = jax.pmap(
             step,
             axis_name=AXIS,
-            in_axes=(None, 0),
+            in_axes=(None, 0, *(None for _ in more)),
             out_axes=None,
             devices=self.devices,
             donate_argnums=donated,
         )
-        return lambda state, batch: mapped(state, jax.tree.map(self._stack, batch))
+        return lambda state, batch: mapped(state, jax.tree.map(self._stack, batch), *more)
 
     def map(self, function: Callable) -> Callable:
         """Compiles ``function(constants, batch) -> per-image results`` for any batch size.
@@ -280,8 +285,3 @@ def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
             yield item
     finally:
         stop.set()
-
-
-def per_device_batch(global_batch: int, devices: int) -> int:
-    """Returns how many images one device holds, rounded up."""
-    return math.ceil(global_batch / devices)

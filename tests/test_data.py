@@ -550,13 +550,14 @@ def test_batches_are_equal_resident_or_streamed_on_any_number_of_devices():
     assert [b.resident for b in (reference, *others)] == [True, True, True, False, False, True]
     for step in (0, 1, 2, 3, 7, 1):  # in order, a jump, and back
         rows = data.batch_indices(14, 4, seed=5, stage="finetune", step=step)
-        expected = {**examples.read(rows), "indices": np.arange(4)}
+        expected = {**examples.read(rows), "indices": np.arange(4), "rows": rows}
         for batches in (reference, *others):
             batch = batches.batch(step)
             assert {k: v.dtype for k, v in batch.items()} == {
                 "images": np.uint8,
                 "labels": np.int32,
                 "indices": np.int32,
+                "rows": np.int32,
             }
             for name, value in expected.items():
                 np.testing.assert_array_equal(batch[name], value)
@@ -569,7 +570,7 @@ def test_batches_lie_as_a_step_wants_them(method, resident):
     parallel = Parallel.create(num_devices=2, method=method)
     batches = data.Batches(examples, 4, seed=0, stage="a", parallel=parallel, resident=resident)
     batch = batches(0)
-    assert set(batch) == {"images", "indices"}
+    assert set(batch) == {"images", "indices", "rows"}
     assert parallel.put(batch)["images"] is batch["images"]
     assert batch["images"].addressable_shards[0].data.shape == (2, 8, 8, 3)
 
@@ -579,7 +580,7 @@ def test_a_resident_batch_needs_no_talk_between_devices():
 
     batches = batches_of(toy())
     rows = batches._parallel.put(np.arange(4, dtype=np.int32))
-    program = _gatherer(rows.sharding).lower(batches._resident, rows).compile().as_text()
+    program = _gatherer(rows.sharding).lower(batches.resident_set, rows).compile().as_text()
     assert not any(word in program for word in ("all-gather", "all-reduce", "all-to-all"))
 
 

@@ -149,8 +149,6 @@ def test_a_batch_that_does_not_divide_is_refused(size):
         layout.put({"x": IMAGES[:size]})
 
 
-def test_per_device_batch_rounds_up():
-    assert [parallel.per_device_batch(n, 4) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
 
 
 def test_asking_for_every_core_after_jax_has_started_changes_nothing():

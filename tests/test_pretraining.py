@@ -3,14 +3,16 @@
 import functools
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
+from flax import struct
 
-from robust_ssl import load_encoder, pretraining, stages
+from robust_ssl import load_encoder, parallel, pretraining, stages
 from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import augmentation
 from robust_ssl.progress import Progress
@@ -226,6 +228,104 @@ def test_training_makes_two_views_agree():
     assert trained(NOISE).features.shape == (8,)
 
 
+# --- Accumulation, schedules, labels ----------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """An encoder without batch norm: what an image gives does not depend on its neighbours."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return nn.Dense(4)(x.reshape(len(x), -1)), {}
+
+
+@struct.dataclass
+class Recorder:
+    """Pulls features to the label, remembers rows, counts epochs and updates."""
+
+    needs_labels = True
+
+    def init(self, key, encoder, num_images):
+        counters = {"epochs": jnp.zeros(()), "updates": jnp.zeros(())}
+        return {"state": {"seen": jnp.zeros(num_images), "progress": jnp.zeros(()), **counters}}
+
+    def views(self, key, image):
+        return (image,)
+
+    def loss(self, variables, encoder, inputs):
+        outputs, statistics = encoder.apply_train(inputs.views[0], axis_name=inputs.axis_name)
+        features, rows, labels = parallel.gather(
+            (outputs.features, inputs.rows, inputs.labels), inputs.axis_name
+        )
+        state = variables["state"]
+        state = {**state, "seen": state["seen"].at[rows].add(1.0), "progress": inputs.progress}
+        losses = jnp.sum((features - labels.reshape(-1, 1)) ** 2, axis=1)
+        return losses, pretraining.MethodUpdate(statistics, state=state)
+
+    def after_update(self, variables, encoder, progress):
+        state = variables["state"]
+        return {**variables, "state": {**state, "updates": state["updates"] + 1}}
+
+    def epoch_start(self, key, variables):
+        state = variables["state"]
+        return {**variables, "state": {**state, "epochs": state["epochs"] + 1}}
+
+
+def recorded(devices, accumulate):
+    tx = optax.sgd(1e-3)
+    layout, module = Parallel.create(num_devices=devices), Linear()
+    encoder = tiny.encoder().replace(
+        module=module, variables=module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))), dim=4
+    )
+    state = pretraining.init_state(jax.random.key(1), encoder, Recorder(), tx, num_images=9)
+    options = {"total_steps": 6, "steps_per_epoch": 2, "accumulate": accumulate}
+    step = layout.compile(
+        pretraining.make_step(
+            encoder, Recorder(), tx, key=jax.random.key(2), axis_name=layout.axis_name, **options
+        )
+    )
+    batch = {**BATCH, "rows": BATCH["rows"] + 1, "labels": np.arange(8, dtype=np.int32) % 3}
+    state = layout.replicate(state)
+    for _ in range(3):
+        state, metrics = step(state, layout.put(batch))
+    return jax.device_get((state, metrics))
+
+
+@pytest.mark.parametrize("devices,accumulate", [(1, 2), (2, 2), (2, 4)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        recorded(devices, accumulate),
+        recorded(1, 1),
+    )
+
+
+def test_a_methods_state_sees_rows_epochs_updates_and_progress():
+    state = recorded(1, 1)[0].variables["state"]
+    np.testing.assert_array_equal(state["seen"], [0] + [3] * 8)
+    assert (state["epochs"], state["updates"], state["progress"]) == (2, 3, np.float32(2 / 6))
+
+
+def test_a_batch_that_accumulation_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="accumulate=3 does not divide a device's 8 images"):
+        recorded(1, 3)
+
+
+def test_a_method_that_loses_its_state_is_told():
+    class Forgetful(Recorder):
+        def loss(self, variables, encoder, inputs):
+            losses, update = super().loss(variables, encoder, inputs)
+            return losses, update.replace(state={})
+
+    encoder = tiny.encoder()
+    state = pretraining.init_state(jax.random.key(1), encoder, Forgetful(), TX, num_images=9)
+    step = pretraining.make_step(encoder, Forgetful(), TX, **STEPS)
+    with pytest.raises(ValueError, match="state shaped as its init made them"):
+        jax.eval_shape(step, state, {**BATCH, "labels": np.zeros(8, np.int32)})
+
+
 # --- Monitoring -------------------------------------------------------------------------------
 
 
@@ -368,3 +468,34 @@ def _opened(workdir):
 def _metrics(workdir):
     text = (workdir / "pretrain" / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("method", ["pmap", "jit"])
+def test_an_epoch_in_one_program_is_the_same_steps(tmp_path, method):
+    layout = Parallel.create(num_devices=2, method=method)
+    finals = []
+    for loop in (False, True):
+        config = pretrain_config(loop_on_device=loop)
+        run = stages.Run(config, tmp_path / f"{loop}", layout, Progress("quiet"))
+        finals.append(stages.STAGES["pretrain"](run).read_final())
+        steps = [line["step"] for line in _metrics(tmp_path / f"{loop}")]
+        assert steps == list(range(8))  # 64 images, batches of 16, two epochs
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *finals)
+
+
+def test_features_that_collapse_are_warned_of(caplog, tmp_path):
+    (tmp_path / "same.py").write_text(
+        MINE.replace("jnp.sum((scale * clean", "0 * jnp.sum((scale * clean")
+    )
+    config = pretrain_config(
+        method=f"{tmp_path}/same.py:Mine",
+        epochs=1,
+        warmup_epochs=0,
+        weight_decay=0.0,
+        learning_rate=0.0,
+    )
+    config["pretrain"]["encoder"] = {"builder": "tiny:constant"}
+    layout = Parallel.create(num_devices=2)
+    with caplog.at_level("WARNING", logger="robust_ssl"):
+        stages.run(config, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
+    assert "collapsed" in caplog.text

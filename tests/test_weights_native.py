@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from robust_ssl import models
-from robust_ssl.weights import native as weights
 from robust_ssl.models import vit
 from robust_ssl.types import Encoder
+from robust_ssl.weights import native as weights
 
 
 class TinyNet(nn.Module):

@@ -53,6 +53,13 @@ def encoder(key=None, image_size=SIZE):
     )
 
 
+def constant(key):
+    """An encoder that has collapsed: the same features for every image."""
+    zeros = jax.tree.map(jnp.zeros_like, _variables()["params"])
+    zeros["norm2"]["bias"] = jnp.ones_like(zeros["norm2"]["bias"])
+    return encoder().replace(variables={**_variables(), "params": zeros})
+
+
 def images(split="train", *, n=64, size=SIZE, classes=4):
     """Noisy images whose brightness on one side tells the class, ``uint8 [n, size, size, 3]``."""
     random = np.random.default_rng([len(split), n])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +74,15 @@ def _epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
     return order
 
 
+def take(resident_set: Mapping[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
+    """Returns the images, and labels if there are any, of some rows of a resident set."""
+    return {key: jnp.take(x, rows, axis=0, mode="clip") for key, x in resident_set.items()}
+
+
 @functools.lru_cache(maxsize=8)
 def _gatherer(sharding):
     """One compiled gather per layout: each device takes its own part out of its own copy."""
-
-    def gather(resident, rows):
-        return {key: jnp.take(x, rows, axis=0, mode="clip") for key, x in resident.items()}
-
-    return jax.jit(gather, out_shardings=sharding)
+    return jax.jit(take, out_shardings=sharding)
 
 
 class Batches:
@@ -138,7 +139,8 @@ class Batches:
         )
         self._parallel = parallel
         self._places = parallel.put(np.arange(batch_size, dtype=np.int32))
-        self._examples, self._resident, self._ahead = examples, None, ahead
+        self._examples, self._ahead = examples, ahead
+        self.resident_set: dict[str, jax.Array] | None = None
         self._stream, self._next_step = None, None
         if resident is None:
             resident = (
@@ -151,18 +153,28 @@ class Batches:
             whole = {"images": examples.images}
             if examples.labels is not None:
                 whole["labels"] = examples.labels
-            self._resident = parallel.replicate(whole)
+            self.resident_set = parallel.replicate(whole)
 
     @property
     def resident(self) -> bool:
-        """Whether the whole set lies on the devices."""
-        return self._resident is not None
+        """Whether the whole set lies on the devices, as `resident_set`."""
+        return self.resident_set is not None
+
+    def rows(self, first: int, count: int) -> dict[str, jax.Array]:
+        """Returns which images make the batches of `count` steps, for a loop on the devices.
+
+        Returns:
+          ``{"rows": int32 [batch, count], "indices": int32 [batch]}``; see `take`.
+        """
+        order = [self._order(step=first + offset) for offset in range(count)]
+        rows = self._parallel.put(np.stack(order, axis=1).astype(np.int32))
+        return {"rows": rows, "indices": self._places}
 
     def __call__(self, step: int) -> dict[str, jax.Array]:
         """Returns the batch of a step, a Python int from 0."""
         if self.resident:
             rows = self._parallel.put(self._order(step=step).astype(np.int32))
-            batch = {**_gatherer(self._places.sharding)(self._resident, rows), "rows": rows}
+            batch = {**_gatherer(self._places.sharding)(self.resident_set, rows), "rows": rows}
         else:
             batch = self._read_ahead(step)
         return {**batch, "indices": self._places}

@@ -20,6 +20,7 @@ from robust_ssl.stages.training import stage_key, train
 from robust_ssl.types import Encoder, Variables
 
 _log = logging.getLogger(__name__)
+COLLAPSED = 0.1  # of `feature_std`, which is 1 for even directions and 0 for equal features
 
 
 def optimizer(
@@ -29,6 +30,8 @@ def optimizer(
     total_steps: int,
     warmup_steps: int,
     weight_decay: float,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.02,  # solo-learn, CIFAR
 ) -> optax.GradientTransformation:
     """Returns SGD with momentum, LARS or AdamW under a cosine schedule with linear warm-up.
 
@@ -38,6 +41,8 @@ def optimizer(
       total_steps: Where the cosine reaches zero.
       warmup_steps: How long the rate rises linearly from zero.
       weight_decay: Of kernels only; biases and norms have none.
+      momentum: Of SGD and LARS.
+      trust_coefficient: LARS: how large a kernel's update may be against the kernel.
 
     Raises:
       ValueError: If the name is not known.
@@ -53,11 +58,16 @@ def optimizer(
     if name == "sgd":
         return optax.chain(
             optax.add_decayed_weights(weight_decay, kernels),
-            optax.sgd(schedule, momentum=0.9),
+            optax.sgd(schedule, momentum=momentum),
         )
     if name == "lars":
         return optax.lars(
-            schedule, weight_decay, weight_decay_mask=kernels, trust_ratio_mask=kernels
+            schedule,
+            weight_decay,
+            weight_decay_mask=kernels,
+            trust_coefficient=trust_coefficient,
+            trust_ratio_mask=kernels,
+            momentum=momentum,
         )
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
@@ -95,15 +105,17 @@ def build_optimizer(
         total_steps=config["epochs"] * steps_per_epoch,
         warmup_steps=int(config["warmup_epochs"] * steps_per_epoch),
         weight_decay=config["weight_decay"],
+        **config.get("optimizer_options", {}),
     )
 
 
 def pretrain(run: Run) -> checkpoints.StageDirectory:
     """Pre-trains ``config.pretrain.encoder`` on ``config.pretrain.data`` and writes the encoder.
 
-    Every few epochs the log gets the k-NN accuracy and, to show collapse, `feature_std` and
-    `effective_rank`; at the end the linear probe is fitted as well.  Labels are used for this
-    monitoring only, and the test split's are in no decision.
+    Every few epochs the log gets the accuracies of k-NN and of a linear probe on a part of the
+    images and, to show collapse, `feature_std` and `effective_rank` (with a warning below
+    `COLLAPSED`); at the end both accuracies on all images.  Labels are used for this monitoring
+    only (and by a method that needs them), and the test split's are in no decision.
 
     Returns:
       The stage's directory; ``encoder/`` in it is what `robust_ssl.load_encoder` takes.
@@ -146,6 +158,7 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
             parallel=run.parallel,
             progress=run.progress,
             checkpoint_every=config["checkpoint_every"],
+            loop_on_device=config.get("loop_on_device"),
             at_epoch_end=functools.partial(
                 _monitor, encoder, train_set, test_set, config["monitor"], run.parallel
             ),
@@ -191,10 +204,17 @@ def _monitor(
     features = jnp.asarray(asked[0])
     results = {
         "knn_accuracy": pretraining.knn_accuracy(*known, *asked),
+        "linear_accuracy": pretraining.linear_accuracy(*known, *asked),
         "feature_std": float(pretraining.feature_std(features)),
         "effective_rank": float(pretraining.effective_rank(features)),
     }
     _log.info("epoch %d: %s", epoch, {name: round(v, 4) for name, v in results.items()})
+    if results["feature_std"] < COLLAPSED:
+        _log.warning(
+            "epoch %d: the features of all images are nearly equal (feature_std %.3f, below %.1f): "
+            "collapsed; a lower learning rate or a larger batch is what usually helps",
+            *(epoch, results["feature_std"], COLLAPSED),
+        )
     return results
 
 

@@ -55,10 +55,8 @@ class Run:
         """The public encoder: what the attacker knows and the defender starts from."""
         options = dict(self.config["encoder"])
         path = options.pop("path", None)
-        if path is not None and options:
-            raise ValueError(f"config.encoder has a path and also {sorted(options)}; give one")
         if path is not None:
-            return weights.load_encoder(path)
+            return load_or_import(path, options)
         if options:
             return build_encoder(jax.random.key(self.seed), options)
         made_by = self.config.get("pretrain", {}).get("encoder")
@@ -138,6 +136,34 @@ def without_labels(examples):
     if isinstance(examples, data.Examples):
         return data.from_arrays(examples.images, name=examples.name, split=examples.split)
     return examples
+
+
+def load_or_import(path: str, options: Mapping[str, Any]) -> Encoder:
+    """Returns the encoder of ``{"path": ..., **options}``.
+
+    Args:
+      path: A shipped encoder's name, a directory that `weights.save_encoder` wrote, or a foreign
+        file or folder.
+      options: Of `weights.import_encoder`, for a foreign one: what the file does not say
+        (``normalisation``, ``image_size``, ``layout``, ``stem_padding``, ...); None counts as
+        absent.
+
+    Raises:
+      ValueError: If options are given with an encoder of this package, which has its own, or the
+        foreign file cannot be imported.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if not weights.is_foreign(path):
+        if options:
+            raise ValueError(
+                f"config.encoder has a path and also {sorted(options)}; give one: only a foreign "
+                "file of weights needs to be told more"
+            )
+        return weights.load_encoder(path)
+    unknown = {"builder", "path"} & options.keys()
+    if unknown:
+        raise ValueError(f"config.encoder has a path and also {sorted(unknown)}; give one")
+    return weights.import_encoder(path, **options)
 
 
 def build_encoder(key: jax.Array, options: Mapping[str, Any]) -> Encoder:

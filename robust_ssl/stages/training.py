@@ -14,6 +14,7 @@ from flax import struct
 
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.data import Batches
+from robust_ssl.data.batches import take
 from robust_ssl.finetuning import raise_if_stuck
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress, Stopped, stop_requested
@@ -59,6 +60,7 @@ def train(
     checkpoint_every: int | None = None,
     at_epoch_end: Callable[[int, Variables], Mapping[str, float]] | None = None,
     score: str | None = None,
+    loop_on_device: bool | None = None,
 ) -> tuple[TrainState, Best | None]:
     """Trains from the stage's newest checkpoint to its end.
 
@@ -74,6 +76,8 @@ def train(
       at_epoch_end: Called with the number of finished epochs and the variables; what it returns
         is logged.
       score: Which entry of that decides the best epoch; None keeps none.
+      loop_on_device: Whether the steps up to the next checkpoint or epoch's end are one compiled
+        scan; None: on accelerators, where the data lie on the device.
 
     Returns:
       The state after the last step, and the best epoch (None without `score`).
@@ -83,29 +87,34 @@ def train(
       FloatingPointError: If too many updates in a row were not finite.
     """
     total = epochs * batches.steps_per_epoch
+    every = checkpoint_every or batches.steps_per_epoch
     kept = {"state": state} | ({"best": Best.none_yet(state.variables)} if score else {})
     kept = parallel.replicate(kept)
     first, kept = stage.restore_latest(kept) or (0, kept)
-    compiled = parallel.compile(step)
+    advance, looped = _advance(step, batches, parallel, loop_on_device)
     in_flight: collections.deque = collections.deque()
-    unwritten: list[tuple[int, Mapping[str, Any]]] = []
+    unwritten: list[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]] = []
+    done = first
     with progress.stage(stage.path.name, total, batches.batch_size, first) as bar:
-        for index in range(first, total):
-            state, metrics = compiled(kept["state"], batches(index))
-            kept = {**kept, "state": state}
+        while done < total:
+            start, done = done, done + 1
+            if looped:
+                done = _next_stop(start, every, batches.steps_per_epoch)
+            state, metrics = advance(kept["state"], start, done - start)
+            kept, extra = {**kept, "state": state}, {}
             in_flight.append(metrics["loss"])
             if len(in_flight) > _AHEAD:
                 jax.block_until_ready(in_flight.popleft())
-            bar.update(index + 1, loss=metrics["loss"])
-            done, epoch_ends = index + 1, (index + 1) % batches.steps_per_epoch == 0
+            bar.update(done, loss=metrics["loss"][-1] if looped else metrics["loss"])
+            epoch_ends = done % batches.steps_per_epoch == 0
             if epoch_ends:
                 epoch = done // batches.steps_per_epoch
-                extra = at_epoch_end(epoch, state.variables) if at_epoch_end else {}
-                metrics = {**metrics, "epoch": epoch, **extra}
-                kept = _keep_best(kept, extra.get(score), epoch, parallel)
-            unwritten.append((index, metrics))
+                measured = at_epoch_end(epoch, state.variables) if at_epoch_end else {}
+                extra = {"epoch": epoch, **measured}
+                kept = _keep_best(kept, measured.get(score), epoch, parallel)
+            unwritten.append((start, done, metrics, extra))
             stopping = stop_requested() or stage.reached_preemption(done)
-            saving = stopping or done % (checkpoint_every or batches.steps_per_epoch) == 0
+            saving = stopping or done % every == 0
             if saving or epoch_ends:
                 _write(stage, unwritten)
                 if "skipped_in_a_row" in state.counters:
@@ -119,6 +128,37 @@ def train(
     return kept["state"], kept.get("best")
 
 
+def _next_stop(step: int, *intervals: int) -> int:
+    """The first step after `step` that is a multiple of one of the intervals."""
+    return min((step // interval + 1) * interval for interval in intervals)
+
+
+def _advance(
+    step: Callable, batches: Batches, parallel: Parallel, loop_on_device: bool | None
+) -> tuple[Callable, bool]:
+    """Returns ``(state, first, count) -> (state, metrics)`` and whether it loops on the devices.
+
+    On accelerators many steps are one program, a scan over data that lie on the device; metrics
+    then have an axis of steps.  On CPU a step is a program of its own, because XLA compiles
+    convolutions in a loop to slow code there.
+    """
+    if loop_on_device is None:
+        loop_on_device = batches.resident and parallel.devices[0].platform != "cpu"
+    if not loop_on_device:
+        compiled = parallel.compile(step)
+        return lambda state, first, count: compiled(state, batches(first)), False
+
+    def loop(state, order, resident_set):
+        def one(state, rows):
+            batch = take(resident_set, rows)
+            return step(state, {**batch, "indices": order["indices"], "rows": rows})
+
+        return jax.lax.scan(one, state, order["rows"].T)
+
+    compiled = parallel.compile(loop, constants=batches.resident_set)
+    return lambda state, first, count: compiled(state, batches.rows(first, count)), True
+
+
 def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) -> dict:
     # `>=`: of equal epochs the later one, which has seen more.
     if score is None or score < float(kept["best"].score):
@@ -129,6 +169,9 @@ def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) 
 
 
 def _write(stage: StageDirectory, unwritten: list) -> None:
-    for index, metrics in unwritten:
-        stage.log(index, **{name: np.asarray(value).item() for name, value in metrics.items()})
+    for start, done, metrics, extra in unwritten:
+        values = {name: np.asarray(value).reshape(-1) for name, value in metrics.items()}
+        for index in range(start, done):
+            line = {name: value[index - start].item() for name, value in values.items()}
+            stage.log(index, **line, **(extra if index == done - 1 else {}))
     unwritten.clear()
