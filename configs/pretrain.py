@@ -1,16 +1,53 @@
-"""Self-supervised pre-training of a public encoder.
+"""Self-supervised pre-training of a public encoder, by any of fifteen methods.
 
-robust-ssl run --config=configs/pretrain.py --workdir=runs/pretrain
+robust-ssl run --config=configs/pretrain.py:method=byol --workdir=runs/byol
+
+The scale ``small`` (the default) is for two CPU cores: a ResNet-18 of width 16 with a strided stem,
+AdamW, narrow heads.  The scale ``research`` is solo-learn's CIFAR-10 recipe for one accelerator
+(ResNet-18 of width 64, batch 256, 1000 epochs); it has not been run here.  What `small` reaches
+stands in docs/encoders.md.
 """
 
 from ml_collections import ConfigDict
 
-from robust_ssl.settings import parse_arguments
+from robust_ssl.settings import SettingsError, parse_arguments
+
+# method: (class in robust_ssl.pretraining, optimiser, learning rate, weight decay, sizes at scale
+# small).  Optimiser, rate and decay are solo-learn's scripts/pretrain/cifar/*.yaml at batch 256,
+# used at scale research; each class's own defaults are those files' sizes.
+METHODS = {
+    "simclr": ("SimCLR", "lars", 0.4, 1e-4, {"hidden": 1024, "projection_dim": 128}),
+    "mocov2plus": ("MoCoV2Plus", "sgd", 0.3, 1e-4, {"queue_size": 4096}),
+    "mocov3": ("MoCoV3", "lars", 0.3, 1e-6, {}),
+    "byol": ("BYOL", "lars", 1.0, 1e-5, {}),
+    "dino": ("DINO", "lars", 0.3, 1e-6, {"num_prototypes": 1024, "momentum": 0.99}),
+    "nnclr": ("NNCLR", "lars", 0.4, 1e-5, {"queue_size": 4096}),
+    "ressl": ("ReSSL", "sgd", 0.05, 1e-4, {"queue_size": 4096}),
+    "swav": ("SwAV", "lars", 0.6, 1e-6, {"num_prototypes": 300}),
+    "vibcreg": ("VIbCReg", "lars", 0.3, 1e-4, {"projection_dim": 512}),
+    "wmse": ("WMSE", "adam", 2e-3, 1e-6, {"projection_dim": 64}),
+    "barlow": ("BarlowTwins", "lars", 0.3, 1e-4, {"projection_dim": 512}),
+    "vicreg": ("VICReg", "lars", 0.3, 1e-4, {"projection_dim": 512}),
+    "simsiam": ("SimSiam", "sgd", 0.5, 1e-5, {}),
+    "supcon": ("SupCon", "sgd", 0.4, 1e-5, {}),
+    "deepclusterv2": ("DeepClusterV2", "lars", 0.6, 1e-6, {"num_prototypes": (300,) * 3}),
+}
+NARROW = {"hidden": 512, "projection_dim": 128}  # of every projector at scale small
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    """Arguments: ``data`` (a TFDS name), ``width`` (of the ResNet-18), ``epochs``."""
-    given = parse_arguments(arguments, {"data": "cifar10", "width": 24, "epochs": 16})
+    """Arguments: ``method``, ``data`` (a TFDS name), ``scale``, ``width``, ``epochs``."""
+    given = parse_arguments(
+        arguments,
+        {"method": "simclr", "data": "cifar10", "scale": "small", "width": 0, "epochs": 0},
+    )
+    if given["method"] not in METHODS:
+        raise SettingsError(f"method={given['method']!r} is none of {', '.join(METHODS)}")
+    if given["scale"] not in ("small", "research"):
+        raise SettingsError(f"scale={given['scale']!r} is neither small nor research")
+    name, optimizer, learning_rate, weight_decay, sizes = METHODS[given["method"]]
+    small = given["scale"] == "small"
+    width = given["width"] or (16 if small else 64)
     config = ConfigDict()
     config.seed = 0
     config.stages = ("pretrain",)
@@ -19,26 +56,23 @@ def get_config(arguments: str = "") -> ConfigDict:
             "data": {"source": given["data"]},
             "encoder": {
                 "builder": "resnet18",
-                "width": given["width"],
-                "stem": "cifar_half",
+                "width": width,
+                "stem": "cifar_half" if small else "cifar",
                 "image_size": 32,
-                "name": f"simclr-{given['data']}-r18w{given['width']}",
+                "dtype": "float32" if small else "bfloat16",
+                "name": f"{given['method']}-{given['data']}-r18w{width}",
             },
-            "method": "robust_ssl.pretraining:SimCLR",
-            "method_options": {
-                "temperature": 0.2,
-                "hidden": 1024,
-                "projection_dim": 128,
-                "min_scale": 0.2,
-            },
-            "batch_size": 128,
-            "epochs": given["epochs"],
-            "optimizer": "adamw",
-            "learning_rate": 1e-3,
-            "warmup_epochs": 0.5,
-            "weight_decay": 1e-4,
-            "checkpoint_every": 100,
-            "monitor": {"every_epochs": 1, "images": 4000},
+            "method": f"robust_ssl.pretraining:{name}",
+            "method_options": {**NARROW, **sizes, "min_scale": 0.2} if small else {},
+            "batch_size": 128 if small else 256,
+            "accumulate": 1,
+            "epochs": given["epochs"] or (4 if small else 1000),
+            "optimizer": "adamw" if small else optimizer,
+            "learning_rate": 1e-3 if small else learning_rate,
+            "warmup_epochs": 0.5 if small else 10,
+            "weight_decay": 1e-4 if small else weight_decay,
+            "checkpoint_every": 200 if small else 2000,
+            "monitor": {"every_epochs": 1 if small else 10, "images": 4000},
         }
     )
     return config

@@ -133,6 +133,11 @@ class StageDirectory:
         return self.manifest["status"] == "done"
 
     @property
+    def seconds(self) -> float:
+        """How long the stage has been worked on, interruptions not counted."""
+        return self._seconds_before + time.monotonic() - self._opened
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the finished result: what a later stage names among its inputs."""
         if not self.done:
@@ -314,7 +319,7 @@ class StageDirectory:
 
     def write_manifest(self) -> None:
         """Brings ``manifest.json`` up to date; a reader sees the old one or the new one whole."""
-        self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._opened, 3)
+        self.manifest["seconds"] = round(self.seconds, 3)
         if jax.process_index() == 0:
             text = json.dumps(self.manifest, indent=2, allow_nan=False) + "\n"
             manifests.write_atomically(self.path / "manifest.json", text)

@@ -33,10 +33,10 @@ def optimizer(
     momentum: float = 0.9,
     trust_coefficient: float = 0.02,  # solo-learn, CIFAR
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum, LARS or AdamW under a cosine schedule with linear warm-up.
+    """Returns SGD with momentum, LARS, Adam or AdamW under a cosine schedule with linear warm-up.
 
     Args:
-      name: ``"sgd"``, ``"lars"`` or ``"adamw"``.
+      name: ``"sgd"``, ``"lars"``, ``"adam"`` or ``"adamw"``.
       learning_rate: At the schedule's peak.
       total_steps: Where the cosine reaches zero.
       warmup_steps: How long the rate rises linearly from zero.
@@ -69,9 +69,11 @@ def optimizer(
             trust_ratio_mask=kernels,
             momentum=momentum,
         )
+    if name == "adam":  # decay inside the gradient, as in torch
+        return optax.chain(optax.add_decayed_weights(weight_decay, kernels), optax.adam(schedule))
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
-    raise ValueError(f"optimizer must be 'sgd', 'lars' or 'adamw', got {name!r}")
+    raise ValueError(f"optimizer must be 'sgd', 'lars', 'adam' or 'adamw', got {name!r}")
 
 
 def _extract(encoder: Encoder, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -165,11 +167,13 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
         )
         trained = pretraining.trained_encoder(encoder, jax.device_get(state.variables))
         results = _probe(trained, train_set, test_set, run.parallel)
+        random = _probe(encoder, train_set, test_set, run.parallel, linear=False)
+        results["random_knn_accuracy"] = random["knn_accuracy"]
         _log.info("pretrain: %s", ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
         weights.save_encoder(
             trained,
             stage.path / "encoder",
-            card=_card(run, stage, results),
+            card=_card(run, stage, results, trained, method, len(train_set)),
             builder=own_builder(config["encoder"]),
             options={k: v for k, v in config["encoder"].items() if k != "builder"},
         )
@@ -177,13 +181,26 @@ def pretrain(run: Run) -> checkpoints.StageDirectory:
     return stage
 
 
-def _card(run: Run, stage: checkpoints.StageDirectory, results: Mapping[str, float]) -> dict:
+def _card(
+    run: Run,
+    stage: checkpoints.StageDirectory,
+    results: Mapping[str, float],
+    encoder: Encoder,
+    method: Any,
+    num_images: int,
+) -> dict[str, Any]:
+    devices = run.parallel.devices
     return {
         **results,
         "config": run.config["pretrain"],
         "devices": stage.manifest["devices"],
-        "versions": stage.manifest["versions"],
+        "hardware": f"{len(devices)} x {devices[0].device_kind}",
+        "images": num_images,
+        "labels_used": bool(getattr(method, "needs_labels", False)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(encoder.variables["params"])),
+        "seconds": round(stage.seconds, 1),
         "seed": run.seed,
+        "versions": stage.manifest["versions"],
     }
 
 
@@ -218,9 +235,11 @@ def _monitor(
     return results
 
 
-def _probe(encoder: Encoder, train_set, test_set, parallel: Parallel) -> dict[str, float]:
+def _probe(
+    encoder: Encoder, train_set, test_set, parallel: Parallel, *, linear: bool = True
+) -> dict[str, float]:
     fitted, scored = (features_of(encoder, part, parallel) for part in (train_set, test_set))
-    return {
-        "knn_accuracy": pretraining.knn_accuracy(*fitted, *scored),
-        "linear_accuracy": pretraining.linear_accuracy(*fitted, *scored),
-    }
+    results = {"knn_accuracy": pretraining.knn_accuracy(*fitted, *scored)}
+    if linear:
+        results["linear_accuracy"] = pretraining.linear_accuracy(*fitted, *scored)
+    return results

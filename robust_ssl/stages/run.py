@@ -154,12 +154,13 @@ def load_or_import(path: str, options: Mapping[str, Any]) -> Encoder:
     """
     options = {name: value for name, value in options.items() if value is not None}
     if not weights.is_foreign(path):
+        encoder = weights.load_encoder(path)
         if options:
             raise ValueError(
                 f"config.encoder has a path and also {sorted(options)}; give one: only a foreign "
                 "file of weights needs to be told more"
             )
-        return weights.load_encoder(path)
+        return encoder
     unknown = {"builder", "path"} & options.keys()
     if unknown:
         raise ValueError(f"config.encoder has a path and also {sorted(unknown)}; give one")
