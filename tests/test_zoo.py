@@ -1,0 +1,85 @@
+"""A zoo can be made again: each config leaves an encoder, its log, its card and a row of a table."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import tiny
+from test_pretraining import pretrain_config
+
+from robust_ssl import load_encoder, stages
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.stages import zoo
+
+
+def named(name, **changes):
+    config = pretrain_config(epochs=1, warmup_epochs=0, **changes)
+    config["pretrain"]["encoder"] = {
+        "builder": "robust_ssl.models.resnet:resnet18", "width": 8, "image_size": 8, "name": name,
+    }  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    out = tmp_path_factory.mktemp("zoo")
+    configs = [named("one"), named("broken", batch_size=1000)]
+    failures = build(configs, out)
+    return out, failures
+
+
+def build(configs, out):
+    layout = Parallel.create(num_devices=2)
+    return zoo.build(configs, out, parallel=layout, progress=Progress("quiet"))
+
+
+def test_a_config_leaves_all_one_needs_to_trust_and_remake_it(built):
+    out, _ = built
+    folder = out / "one"
+    encoder = load_encoder(folder)
+    pixels = tiny.images("test")[0][:5].astype(np.float32) / 255
+    assert encoder(pixels).features.shape == (5, 64)
+    card = json.loads((folder / "encoder.json").read_text())
+    weights = (folder / card["weights"]["file"]).read_bytes()
+    assert card["weights"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert json.loads((folder / "config.json").read_text()) == card["card"]["config"]
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1]
+    told = (folder / "README.md").read_text()
+    for said in (card["weights"]["sha256"], "SimCLR", "tiny:images", "64 images, no labels"):
+        assert said in told
+    for name in ("knn_accuracy", "random_knn_accuracy", "linear_accuracy"):
+        assert f"| {100 * card['card'][name]:.1f} |" in told
+
+
+def test_a_config_that_fails_does_not_stop_the_others(built):
+    out, failures = built
+    assert set(failures) == {"broken"}
+    assert "larger than the set" in failures["broken"]
+    assert not (out / "broken").exists()
+
+
+def test_the_table_has_a_row_for_each_encoder(built):
+    out, _ = built
+    rows = (out / "README.md").read_text().splitlines()
+    assert len(rows) == 3 and rows[2].startswith("| one | SimCLR | 1 | 8 |")
+
+
+def test_what_is_made_is_not_made_again(built, monkeypatch):
+    out, _ = built
+    before = (out / "one" / "encoder.safetensors").stat().st_mtime_ns, load_encoder(out / "one")
+    monkeypatch.setattr("robust_ssl.stages.pretrain.train", None)  # would raise if it were called
+    assert build([named("one")], out) == {}
+    np.testing.assert_array_equal(
+        load_encoder(out / "one").variables["params"]["stem"]["conv"]["kernel"],
+        before[1].variables["params"]["stem"]["conv"]["kernel"],
+    )
+
+
+@pytest.mark.parametrize("names", [("one", "one"), ("a/b",), ("work",), ("",)])
+def test_names_that_cannot_be_folders_are_refused_before_anything_runs(names, tmp_path):
+    with pytest.raises(stages.UsageError, match="name"):
+        build([named(name) for name in names], tmp_path)
+    assert not list(tmp_path.iterdir())
