@@ -30,7 +30,7 @@ METHODS = {
     "vicreg": ("VICReg", "lars", 0.3, 1e-4, {"projection_dim": 512}),
     "simsiam": ("SimSiam", "sgd", 0.5, 1e-5, {}),
     "supcon": ("SupCon", "sgd", 0.4, 1e-5, {}),
-    "deepclusterv2": ("DeepClusterV2", "lars", 0.6, 1e-6, {"num_prototypes": (300,) * 3}),
+    "deepclusterv2": ("DeepClusterV2", "lars", 0.6, 1e-6, {"num_prototypes": 300}),
 }
 NARROW = {"hidden": 512, "projection_dim": 128}  # of every projector at scale small
 

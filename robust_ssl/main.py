@@ -1,4 +1,4 @@
-"""The command line: ``robust-ssl run`` and ``robust-ssl describe``.
+"""The command line: ``robust-ssl run``, ``describe`` and ``encoder``.
 
 JAX is imported only once the arguments are understood, so that help and mistakes are answered at
 once, and so that devices are set up before JAX first looks for them.
@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from robust_ssl import progress, settings
+from robust_ssl import encoder_command, progress, settings
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
 
@@ -30,6 +30,9 @@ examples:
 
   robust-ssl describe --config=configs/quickstart.py
       every setting and what the functions it names are for
+
+  robust-ssl encoder --help
+      other people's weights in, secured encoders out
 
 The same command again goes on where the last one ended.  Exit codes: 0 done, 1 failed, 2 wrong
 usage, 75 stopped by SIGTERM or Ctrl-C (run the same command again to go on)."""
@@ -79,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | describe")
-    # One parser's flags for both commands; a stage's own settings are in its config file.
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | describe | encoder"
+    )
+    # The same flags for both of them; a stage's own settings are in its config file.
     for name, text in (
         ("run", "run a config's stages: finished ones are skipped, an interrupted one goes on"),
         ("describe", "print a config's settings and what the functions in it do"),
@@ -108,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show where an error came from")
         if name == "run":
             _add_run_flags(command)
+    encoder_command.add_parser(commands)
     return parser
 
 
@@ -175,7 +181,7 @@ def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-_COMMANDS = {"run": _run, "describe": _describe}
+_COMMANDS = {"run": _run, "describe": _describe, "encoder": encoder_command.run}
 
 
 def _check_cluster(arguments: argparse.Namespace) -> bool:

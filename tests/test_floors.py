@@ -19,7 +19,7 @@ FLOORS = (
         *("data", "weights", "zoo", "checkpoints", "manifests", "trees", "progress"),
         *("settings", "report", "schemas"),
     },
-    {"stages"},
+    {"stages", "encoder_command"},
     {"main", "__init__"},
 )
 LIGHT = {"jax", "flax", "optax", "chex", "numpy"}

@@ -10,8 +10,10 @@ from robust_ssl.models.resnet import (
     resnet18,
     resnet34,
     resnet50,
+    resnet101,
+    resnet152,
 )
-from robust_ssl.models.vit import ViT, vit_base, vit_small, vit_tiny
+from robust_ssl.models.vit import ViT, vision_transformer, vit_base, vit_small, vit_tiny
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -26,6 +28,9 @@ __all__ = [
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
+    "resnet152",
+    "vision_transformer",
     "vit_base",
     "vit_small",
     "vit_tiny",

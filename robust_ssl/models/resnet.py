@@ -1,4 +1,4 @@
-"""ResNet-18, -34 and -50 (He et al., CVPR 2016) with CIFAR and ImageNet stems, in linen.
+"""ResNet-18 to -152 (He et al., CVPR 2016) with CIFAR and ImageNet stems, in linen.
 
 Parameter paths are what layer-wise rules are written against: ``stem/conv``, ``stem/norm``,
 ``stage1/block1/conv1``, ``stage2/block1/shortcut/conv`` and so on.
@@ -256,5 +256,29 @@ def resnet50(key: jax.Array, *, width: int = 64, stem: str = "cifar",
     """Builds a ResNet-50 encoder; arguments as `resnet18`, ``32 * width`` features."""
     return _resnet(
         key, Bottleneck, (3, 4, 6, 3), width=width, stem=stem, stem_padding=stem_padding,
+        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
+    )  # fmt: skip
+
+
+def resnet101(key: jax.Array, *, width: int = 64, stem: str = "cifar",
+              stem_padding: int | None = None, image_size: int = 32,
+              mean: tuple[float, float, float] = CIFAR10_MEAN,
+              std: tuple[float, float, float] = CIFAR10_STD,
+              dtype: Any = "float32", name: str = "resnet101") -> Encoder:  # fmt: skip
+    """Builds a ResNet-101 encoder; arguments as `resnet18`, ``32 * width`` features."""
+    return _resnet(
+        key, Bottleneck, (3, 4, 23, 3), width=width, stem=stem, stem_padding=stem_padding,
+        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
+    )  # fmt: skip
+
+
+def resnet152(key: jax.Array, *, width: int = 64, stem: str = "cifar",
+              stem_padding: int | None = None, image_size: int = 32,
+              mean: tuple[float, float, float] = CIFAR10_MEAN,
+              std: tuple[float, float, float] = CIFAR10_STD,
+              dtype: Any = "float32", name: str = "resnet152") -> Encoder:  # fmt: skip
+    """Builds a ResNet-152 encoder; arguments as `resnet18`, ``32 * width`` features."""
+    return _resnet(
+        key, Bottleneck, (3, 8, 36, 3), width=width, stem=stem, stem_padding=stem_padding,
         image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Vision transformers, tiny to base (Dosovitskiy et al., ICLR 2021), in linen, as timm has them.
+"""Vision transformers (Dosovitskiy et al., ICLR 2021) in linen, as timm and public files have them.
 
-Pre-norm blocks, exact GELU, learned positions.  Parameter paths are what layer-wise rules are
-written against: ``embed/patch``, ``embed/position``, ``block1/attention/qkv``,
-``block1/mlp/dense1``, ``norm`` and so on.
+Pre-norm blocks, learned positions; what public models do differently (layer scale, register
+tokens, CLIP's first norm, gated MLPs) are options of `vision_transformer`.  Parameter paths are
+what layer-wise rules are written against: ``embed/patch``, ``embed/position``,
+``block1/attention/qkv``, ``block1/mlp/dense1``, ``norm`` and so on.
 """
 
 from __future__ import annotations
@@ -13,21 +14,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD
+from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
 from robust_ssl.types import Encoder
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, attention heads; DeiT
 DEPTH = 12  # blocks of all three sizes
 POOLINGS = ("token", "mean")
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "swiglu": lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+}
 
 
-def _norm(dtype: Any, name: str) -> nn.LayerNorm:
+def _norm(module: nn.Module, name: str) -> nn.LayerNorm:
     # The two-pass variance: after twelve residual blocks the mean is no longer small.
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(
+        epsilon=module.norm_epsilon, dtype=module.dtype, use_fast_variance=False, name=name
+    )
 
 
-def _dense(width: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+def _dense(width: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
+    return nn.Dense(
+        width,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.xavier_uniform(),
+        name=name,
+    )
 
 
 class Embedding(nn.Module):
@@ -41,11 +55,15 @@ class Embedding(nn.Module):
     patch_size: int
     image_size: int
     class_token: bool
+    registers: int = 0
+    pre_norm: bool = False
+    patch_bias: bool = True
+    norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns tokens, ``[batch, patches (+ 1), width]``; the class token comes first."""
+        """Returns tokens ``[batch, tokens, width]``: class token, registers, patches."""
         batch, size, patch = x.shape[0], self.image_size, self.patch_size
         if x.shape[1:] != (size, size, 3):
             raise ValueError(
@@ -54,13 +72,22 @@ class Embedding(nn.Module):
             )
         side = size // patch
         x = x.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = _dense(self.width, self.dtype, "patch")(x.reshape(batch, side * side, patch**2 * 3))
+        x = x.reshape(batch, side * side, patch**2 * 3)
+        x = _dense(self.width, self.dtype, "patch", self.patch_bias)(x)
         if self.class_token:
-            token = self.param("token", nn.initializers.normal(1e-6), (1, 1, self.width))
-            token = jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
+            x = self._prepend("token", 1, x)
         position = self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
-        return x + position.astype(x.dtype)
+        x = x + position.astype(x.dtype)
+        if self.registers:  # they have no place in the image, so no position
+            first = int(self.class_token)
+            rest = self._prepend("registers", self.registers, x[:, first:])
+            x = jnp.concatenate([x[:, :first], rest], axis=1)
+        return _norm(self, "norm")(x) if self.pre_norm else x
+
+    def _prepend(self, name: str, count: int, x: jax.Array) -> jax.Array:
+        tokens = self.param(name, nn.initializers.normal(1e-6), (1, count, self.width))
+        tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], count, self.width))
+        return jnp.concatenate([tokens, x], axis=1)
 
 
 class Attention(nn.Module):
@@ -80,29 +107,43 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers, four times as wide in between, with exact GELU."""
+    """Two dense layers with an activation in between; ``"swiglu"`` makes its own gate first."""
 
+    width: int
+    activation: str = "gelu"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[batch, tokens, width]``."""
-        width = x.shape[-1]
-        x = nn.gelu(_dense(4 * width, self.dtype, "dense1")(x), approximate=False)
-        return _dense(width, self.dtype, "dense2")(x)
+        width = 2 * self.width if self.activation == "swiglu" else self.width
+        hidden = ACTIVATIONS[self.activation](_dense(width, self.dtype, "dense1")(x))
+        return _dense(x.shape[-1], self.dtype, "dense2")(hidden)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added after."""
+    """Attention and MLP, each normalised before and added, scaled or not, after."""
 
     heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    layer_scale: bool = False
+    norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[batch, tokens, width]``."""
-        x = x + Attention(self.heads, self.dtype, name="attention")(_norm(self.dtype, "norm1")(x))
-        return x + MLP(self.dtype, name="mlp")(_norm(self.dtype, "norm2")(x))
+        attention = Attention(self.heads, self.dtype, name="attention")
+        mlp = MLP(self.mlp_width, self.activation, self.dtype, name="mlp")
+        x = x + self._scaled("scale1", attention(_norm(self, "norm1")(x)))
+        return x + self._scaled("scale2", mlp(_norm(self, "norm2")(x)))
+
+    def _scaled(self, name: str, x: jax.Array) -> jax.Array:
+        if not self.layer_scale:
+            return x
+        scale = self.param(name, nn.initializers.constant(1e-5), (x.shape[-1],))  # DINOv2's start
+        return x * scale.astype(x.dtype).reshape(1, 1, -1)
 
 
 class ViT(nn.Module):
@@ -114,8 +155,16 @@ class ViT(nn.Module):
       depth: Number of blocks.
       patch_size: Height and width of a patch, pixels; divides `image_size`.
       image_size: Height and width of the images it has positions for, pixels.
-      pooling: ``"token"`` (features are the class token) or ``"mean"`` (there is no class token;
-        features are the mean of all patch tokens), both after the last layer norm.
+      mlp_width: Size between the two layers of an MLP (of its gated half for ``"swiglu"``).
+      pooling: ``"token"``: features are the class token.  ``"mean"``: the mean of all patches.
+      class_token: Whether there is one.
+      norm_after_pooling: The last layer norm sees the pooled features, not the tokens.
+      registers: Further tokens without positions, which pooling leaves out.
+      pre_norm: A layer norm before the first block.
+      patch_bias: Whether the patch map has a bias.
+      layer_scale: Whether each branch of a block is multiplied by a learned vector.
+      activation: A name in `ACTIVATIONS`.
+      norm_epsilon: Added to the variance in every layer norm.
       dtype: What is computed in; parameters stay float32.
       axis_name: Accepted like every encoder's and unused: there are no batch statistics.
     """
@@ -125,7 +174,16 @@ class ViT(nn.Module):
     depth: int = DEPTH
     patch_size: int = 4
     image_size: int = 32
+    mlp_width: int = 768
     pooling: str = "token"
+    class_token: bool = True
+    norm_after_pooling: bool = False
+    registers: int = 0
+    pre_norm: bool = False
+    patch_bias: bool = True
+    layer_scale: bool = False
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -135,37 +193,109 @@ class ViT(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns float32 features ``[batch, width]`` and taps ``embed``, ``block1``, ..."""
         del train  # no dropout, no batch statistics
-        class_token = self.pooling == "token"
         x = Embedding(
-            self.width, self.patch_size, self.image_size, class_token, self.dtype, name="embed"
-        )(x.astype(self.dtype))
+            self.width, self.patch_size, self.image_size, self.class_token, self.registers,
+            self.pre_norm, self.patch_bias, self.norm_epsilon, self.dtype, name="embed",
+        )(x.astype(self.dtype))  # fmt: skip
         taps = {"embed": x}
         for index in range(self.depth):
             name = f"block{index + 1}"
-            x = Block(self.heads, self.dtype, name=name)(x)
+            x = Block(
+                self.heads, self.mlp_width, self.activation, self.layer_scale,
+                self.norm_epsilon, self.dtype, name=name,
+            )(x)  # fmt: skip
             taps[name] = x
-        x = _norm(self.dtype, "norm")(x).astype(jnp.float32)
-        return x[:, 0] if class_token else jnp.mean(x, axis=1), taps
+        norm = _norm(self, "norm")
+        if self.norm_after_pooling:
+            return norm(self._pool(x)).astype(jnp.float32), taps
+        return self._pool(norm(x)), taps
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if self.pooling == "token":
+            return x[:, 0]
+        return jnp.mean(x[:, int(self.class_token) + self.registers :], axis=1)
 
 
-def _vit(key, size, *, patch_size, image_size, pooling, depth, mean, std, dtype, name) -> Encoder:
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
-    if patch_size < 1 or image_size % patch_size:
-        raise ValueError(
-            f"patches of {patch_size} pixels do not tile an image of {image_size}; "
-            f"patch_size must divide image_size"
-        )
-    width, heads = SIZES[size]
+def vision_transformer(
+    key: jax.Array,
+    *,
+    width: int,
+    heads: int,
+    depth: int = DEPTH,
+    patch_size: int = 16,
+    image_size: int = 224,
+    mlp_width: int | None = None,
+    pooling: str = "token",
+    class_token: bool = True,
+    norm_after_pooling: bool = False,
+    registers: int = 0,
+    pre_norm: bool = False,
+    patch_bias: bool = True,
+    layer_scale: bool = False,
+    activation: str = "gelu",
+    norm_epsilon: float = 1e-6,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    dtype: Any = "float32",
+    name: str = "vision_transformer",
+) -> Encoder:
+    """Builds a vision transformer of any shape, with random weights.
+
+    The defaults are timm's ``vit_*_patch16_224``; the options are what public models need.
+
+    Args:
+      key: Random key of the initialisation.
+      width: Size of a token, and number of features.
+      heads: Attention heads; divides `width`.
+      depth: Number of blocks.
+      patch_size: Height and width of a patch, pixels; must divide `image_size`.
+      image_size: Height and width, pixels; positions are for this size only.
+      mlp_width: Size between the two layers of an MLP; None is ``4 * width``.
+      pooling: ``"token"``: the features are the class token.  ``"mean"``: the mean of all
+        patches, without class token and registers.
+      class_token: Whether there is a class token.
+      norm_after_pooling: The last layer norm comes after pooling (timm's ``fc_norm``, MAE's
+        fine-tuned models) instead of before it.
+      registers: Further tokens without positions (DINOv2 with registers: 4).
+      pre_norm: A layer norm before the first block (CLIP); the tap ``embed`` is after it.
+      patch_bias: Whether the patch map has a bias (CLIP: no).
+      layer_scale: Each branch of a block is multiplied by a learned vector (DINOv2).
+      activation: ``"gelu"`` (exact), ``"quick_gelu"`` (OpenAI's CLIP) or ``"swiglu"`` (DINOv2
+        giant; then `mlp_width` is that of the gated values).
+      norm_epsilon: 1e-6 in timm, DINO, MAE and DINOv2; 1e-12 in Hugging Face's ViT, 1e-5 in CLIP.
+      mean: Per-channel mean of the training pixels, in [0, 1].
+      std: Per-channel standard deviation of the training pixels.
+      dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
+      name: For tables and manifests.
+
+    Returns:
+      An `Encoder` of `width` features with the taps ``embed``, ``block1``, ``block2``, ...
+
+    Raises:
+      ValueError: If a choice is not known, the patches do not tile the image, the heads do not
+        divide the width, or the class token is to be pooled and there is none.
+
+    Example:
+      >>> encoder = vision_transformer(
+      ...     jax.random.key(0), width=12, heads=2, depth=1, image_size=32, layer_scale=True
+      ... )
+      >>> encoder(jnp.zeros((2, 32, 32, 3))).taps["block1"].shape
+      (2, 5, 12)
+
+    References:
+      Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, Section 3.1.
+      Oquab et al., "DINOv2", TMLR 2024; Darcet et al., "Vision Transformers Need Registers",
+      ICLR 2024; Radford et al., "Learning Transferable Visual Models", ICML 2021 (CLIP).
+    """
     module = ViT(
-        width=width,
-        heads=heads,
-        depth=DEPTH if depth is None else depth,
-        patch_size=patch_size,
-        image_size=image_size,
-        pooling=pooling,
-        dtype=jnp.dtype(dtype),
-    )
+        width=width, heads=heads, depth=depth, patch_size=patch_size, image_size=image_size,
+        mlp_width=4 * width if mlp_width is None else mlp_width, pooling=pooling,
+        class_token=class_token, norm_after_pooling=norm_after_pooling, registers=registers,
+        pre_norm=pre_norm, patch_bias=patch_bias, layer_scale=layer_scale, activation=activation,
+        norm_epsilon=norm_epsilon, dtype=jnp.dtype(dtype),
+    )  # fmt: skip
+    check(module)
     variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
     return Encoder(
         variables=variables,
@@ -176,6 +306,35 @@ def _vit(key, size, *, patch_size, image_size, pooling, depth, mean, std, dtype,
         dim=width,
         name=name,
     )
+
+
+def check(module: ViT) -> None:
+    """Raises ValueError where a module's choices do not go together."""
+    if module.pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}, got {module.pooling!r}")
+    if module.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {tuple(ACTIVATIONS)}, got {module.activation!r}"
+        )
+    if module.pooling == "token" and not module.class_token:
+        raise ValueError("pooling='token' needs class_token=True; or take pooling='mean'")
+    if module.heads < 1 or module.width % module.heads:
+        raise ValueError(
+            f"{module.heads} heads do not divide a width of {module.width}; heads must"
+        )
+    if module.patch_size < 1 or module.image_size % module.patch_size:
+        raise ValueError(
+            f"patches of {module.patch_size} pixels do not tile an image of {module.image_size}; "
+            f"patch_size must divide image_size"
+        )
+
+
+def _vit(key: jax.Array, size: str, *, pooling: str, depth: int | None, **options: Any) -> Encoder:
+    width, heads = SIZES[size]
+    return vision_transformer(
+        key, width=width, heads=heads, depth=DEPTH if depth is None else depth,
+        pooling=pooling, class_token=pooling == "token", **options,
+    )  # fmt: skip
 
 
 def vit_tiny(

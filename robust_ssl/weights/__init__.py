@@ -1,5 +1,24 @@
 """Encoders on disk: this package's own format, the shipped ones, and foreign files in and out."""
 
-from robust_ssl.weights.native import encoder_card, list_encoders, load_encoder, save_encoder
+from robust_ssl.weights.convert import convert_encoder, import_encoder, inspect_file, is_foreign
+from robust_ssl.weights.export import export_safetensors, export_stablehlo, load_stablehlo
+from robust_ssl.weights.native import (
+    encoder_card,
+    list_encoders,
+    load_encoder,
+    save_encoder,
+)
 
-__all__ = ["encoder_card", "list_encoders", "load_encoder", "save_encoder"]
+__all__ = [
+    "convert_encoder",
+    "encoder_card",
+    "export_safetensors",
+    "export_stablehlo",
+    "import_encoder",
+    "inspect_file",
+    "is_foreign",
+    "list_encoders",
+    "load_encoder",
+    "load_stablehlo",
+    "save_encoder",
+]

@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
+import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+
+from robust_ssl.weights import torch_pickle, torch_reader
+
+# Where files of weights keep the state dict, the likeliest first; otherwise it is the whole file.
+PLACES = ("state_dict", "model", "teacher", "model_state_dict", "net")
+_INDEX = ".index.json"
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_NEIGHBOURS = ("config.json", "preprocessor_config.json")
+_OLDEST_TORCH = (2, 10)
+_FETCH_AGAIN = "fetch it again"
+_SAVE_AGAIN = "save the weights as safetensors or, with torch.save, as a state dict"
+
+# What else is found under the name of weights: its first bytes, what it is, what to do.
+_STRANGERS = (
+    (
+        b"version https://git-lfs",
+        "is a Git LFS pointer, not the weights it points to",
+        "fetch them with `git lfs pull`",
+    ),
+    (b"GGUF", "is a GGUF file, made for language models", _SAVE_AGAIN),
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes", _SAVE_AGAIN),
+    (b"\x93NUMPY", "is a single NumPy array", _SAVE_AGAIN),
+    (b"\x1f\x8b", "is compressed with gzip", "unpack it first"),
+    (b"BZh", "is compressed with bzip2", "unpack it first"),
+    (b"\xfd7zXZ", "is compressed with xz", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with Zstandard", "unpack it first"),
+)
+_SAFETENSORS = {
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BF16": torch_pickle.DTYPES["bfloat16"],
+    "BOOL": np.dtype(bool),
+    "C64": np.dtype("complex64"),
+    "F8_E4M3": torch_pickle.DTYPES["float8_e4m3fn"],
+    "F8_E5M2": torch_pickle.DTYPES["float8_e5m2"],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +57,7 @@ class WeightsFile:
     Attributes:
       path: The file of the tensors.
       format: ``"safetensors"``, ``"torch zip"`` or ``"torch legacy"``.
-      sha256: Of the file.
+      sha256: Of the file; of several shards, of their SHA-256 in the order of their names.
       tensors: By name, as in the file's state dict; dtypes as in the file (bfloat16 is
         `ml_dtypes.bfloat16`).
       found_under: Where in the file the state dict was, ``"state_dict"`` or ``""``.
@@ -35,6 +75,311 @@ class WeightsFile:
     notes: tuple[str, ...] = ()
 
 
-def read_weights(path: str | os.PathLike) -> WeightsFile:
-    """Reads a file of weights, or a folder of one with its JSON files (Hugging Face)."""
-    raise ValueError(f"cannot read {path}")
+def read_weights(
+    path: str | os.PathLike, *, under: str | None = None, reader: str = "safe"
+) -> WeightsFile:
+    """Reads a file of weights, or a folder of one with its JSON files (Hugging Face).
+
+    The format is told by the content, not by the file's name.  Numbers come back bit by bit as they
+    are stored, NaN included.
+
+    Args:
+      path: A safetensors file, a file of ``torch.save`` (``.pth``, ``.pt``, ``.ckpt``, ``.bin``), a
+        ``.index.json`` of shards, or a folder that has ``model.safetensors`` or
+        ``pytorch_model.bin``, whole or in shards, or just one file of weights.
+      under: The key in a PyTorch file under which the state dict is, ``""`` for the whole file;
+        None takes the first of ``"state_dict"``, ``"model"``, ``"teacher"``,
+        ``"model_state_dict"``, ``"net"`` that has tensors, else the whole file.
+      reader: For PyTorch files: ``"safe"`` needs no torch; ``"torch"`` asks
+        ``torch.load(weights_only=True)`` of torch 2.10 or newer, never anything less safe.
+
+    Returns:
+      Its tensors, and what is known about them.
+
+    Raises:
+      ValueError: If the file is damaged, hostile or of another kind; the message says which, and
+        what to do.
+      FileNotFoundError: If nothing is there.
+
+    Example:
+      >>> import tempfile
+      >>> from safetensors.numpy import save_file
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_file({"conv1.weight": np.zeros((8, 3, 3, 3))}, f"{folder}/model.safetensors")
+      ...     read_weights(folder).tensors["conv1.weight"].shape
+      (8, 3, 3, 3)
+    """
+    if reader not in ("safe", "torch"):
+        raise ValueError(f'reader={reader!r}: there are "safe" and "torch"')
+    file = _locate(pathlib.Path(path))
+    if file.name.endswith(_INDEX):
+        found = _read_shards(file, under, reader)
+    else:
+        found = _read_file(file, under, reader)
+    # A lone .pth has no part in whatever else a download folder holds.
+    published = pathlib.Path(path).is_dir() or file.name.endswith((_INDEX, ".safetensors", ".bin"))
+    beside = _read_neighbours(file.parent) if published else {}
+    return dataclasses.replace(found, configs={**found.configs, **beside})
+
+
+# --------------------------------------------------------------------------- folders and neighbours
+
+
+def _locate(path: pathlib.Path) -> pathlib.Path:
+    """The file of tensors that a path means."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; give a file of weights or its folder")
+        return path
+    for name in _FOLDER_FILES:
+        for file in (path / name, path / (name + _INDEX)):
+            if file.is_file():
+                return file
+    suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(
+            f"{path} has "
+            + (f"several files of weights, {names}" if files else "no file of weights")
+            + "; give the path of one"
+        )
+    return files[0]
+
+
+def _read_neighbours(folder: pathlib.Path) -> dict[str, Any]:
+    return {name: _read_json(folder / name) for name in _NEIGHBOURS if (folder / name).is_file()}
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); {_FETCH_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must be a JSON object; {_FETCH_AGAIN}")
+    return found
+
+
+def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
+    """Several files that an index names, as one."""
+    places = _read_json(index).get("weight_map")
+    if not places or not isinstance(places, dict) or {*map(type, places.values())} != {str}:
+        raise ValueError(f'{index} has no "weight_map" of tensor names to files; {_FETCH_AGAIN}')
+    names = sorted(set(places.values()))
+    outside = [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]
+    if outside:
+        raise ValueError(f"{index} names files outside its folder: {outside}; do not use it")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise ValueError(f"{index} names shards that are not beside it: {absent}; fetch them too")
+    shards = {name: _read_file(index.parent / name, under, reader) for name in names}
+    held = {(tensor, name) for name, shard in shards.items() for tensor in shard.tensors}
+    wrong = sorted({tensor for tensor, _ in held ^ set(places.items())})
+    if wrong:
+        raise ValueError(f"{index} and its shards do not agree about {wrong[:5]}; {_FETCH_AGAIN}")
+    first = shards[names[0]]
+    sums = "".join(shard.sha256 for shard in shards.values())
+    notes = [f"{len(names)} shards; the SHA-256 is that of their SHA-256 in order"]
+    notes += [f"{name}: {note}" for name, shard in shards.items() for note in shard.notes]
+    return dataclasses.replace(
+        first,
+        path=str(index),
+        sha256=hashlib.sha256(sums.encode()).hexdigest(),
+        tensors={name: x for shard in shards.values() for name, x in shard.tensors.items()},
+        notes=tuple(notes),
+    )
+
+
+# ----------------------------------------------------------------------------------------- one file
+
+
+def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
+    """Reads one file by what its first bytes say it is."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+            sha256 = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
+            _rewound(file)
+            if head[5:9] == b"\0\0\0{":  # a length of eight bytes, then JSON
+                return _read_safetensors(path, file, sha256, under)
+            if head.startswith(b"PK\x03\x04"):
+                kind, read = "torch zip", torch_reader.read_zip
+            elif torch_reader.LEGACY_MAGIC in head[:32]:
+                kind, read = "torch legacy", torch_reader.read_legacy
+            else:
+                raise torch_pickle.RefusedError(_stranger(head))
+            saved = read(file) if reader == "safe" else _torch_load(path, file, kind)
+            place, state, notes = _state_dict(saved, under)
+            tensors, more = _arrays(state)
+            if kind == "torch legacy":
+                notes.append("this format has no checksum: compare the SHA-256 with its maker's")
+            return WeightsFile(str(path), kind, sha256, tensors, place, notes=(*notes, *more))
+    except torch_pickle.RefusedError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _rewound(file: BinaryIO) -> BinaryIO:
+    file.seek(0)
+    return file
+
+
+def _stranger(head: bytes) -> str:
+    """What a file is that is not one of weights, and what to do."""
+    if not head:
+        return f"it is empty; {_FETCH_AGAIN}"
+    for magic, what, remedy in _STRANGERS:
+        if head.startswith(magic):
+            return f"it {what}; {remedy}"
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<error", b"{")):
+        return (
+            "it is text (HTML, XML or JSON), such as a server sends in place of a file; read it "
+            "in an editor to see why, then fetch the file itself"
+        )
+    if head[257:262] == b"ustar":
+        return f"it is a tar archive; unpack it, or if torch wrote it before 2017, {_SAVE_AGAIN}"
+    if head[:1] == b"\x08" and b"\x12" in head[2:4]:
+        return f"it is an ONNX graph; {_SAVE_AGAIN} where it was exported from"
+    if head[:1] == b"\x80":
+        return f"it is a plain pickle, not written by torch.save; {_SAVE_AGAIN}"
+    return (
+        f"it begins with {head[:8]!r}, which is neither safetensors nor a file of torch.save; "
+        f"{_FETCH_AGAIN} if it should be, else {_SAVE_AGAIN}"
+    )
+
+
+def _read_safetensors(
+    path: pathlib.Path, file: BinaryIO, sha256: str, under: str | None
+) -> WeightsFile:
+    """Lets the safetensors library check the header, then takes views of the bytes."""
+    import safetensors
+
+    if under:
+        raise torch_pickle.RefusedError(
+            f"it is a safetensors file, whose tensors lie in one place; leave out under={under!r}"
+        )
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise torch_pickle.RefusedError(
+            f"{error}; it is cut off or damaged, {_FETCH_AGAIN}"
+        ) from error
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.pop("__metadata__", None)
+    content = np.fromfile(file, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS:
+            raise torch_pickle.RefusedError(
+                f"{name} is of type {entry['dtype']}, which is not known here; convert it to F32"
+            )
+        first, end = entry["data_offsets"]
+        flat = content[first:end].view(_SAFETENSORS[entry["dtype"]])
+        tensors[name] = np.require(flat.reshape(entry["shape"]), requirements="A")
+    configs = {} if metadata is None else {"__metadata__": metadata}
+    return WeightsFile(str(path), "safetensors", sha256, tensors, configs=configs)
+
+
+# -------------------------------------------------------------------------------- the state dict
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(map(_is_tensor, value.values()))
+
+
+def _is_tensor(value: Any) -> bool:
+    """True for a described tensor and for torch's own."""
+    return isinstance(value, torch_pickle.Tensor) or hasattr(value, "untyped_storage")
+
+
+def _state_dict(saved: Any, under: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
+    """Finds the dictionary of tensors: its key, itself, and what was passed over."""
+    if not isinstance(saved, Mapping):
+        raise torch_pickle.RefusedError(
+            f"it holds a {type(saved).__name__} instead of a dictionary of tensors; {_SAVE_AGAIN}"
+        )
+    places = {
+        key: value for key, value in saved.items() if isinstance(key, str) and _has_tensors(value)
+    }
+    if _has_tensors(saved):
+        places[""] = saved
+    place = under
+    if under is None:
+        place = next((name for name in (*PLACES, "") if name in places), None)
+    if place not in places:
+        found = ", ".join(map(repr, places)) or "nowhere"
+        keys = ", ".join(repr(key) for key in saved if isinstance(key, str)) or "none"
+        asked = (
+            f"has no tensors under {under!r}" if under is not None else "has no usual state dict"
+        )
+        raise torch_pickle.RefusedError(
+            f"it {asked}; tensors are under: {found} (keys of the file: {keys[:500]}); "
+            "choose with under="
+        )
+    notes = []
+    others = [name for name in places if name != place]
+    if others:
+        notes.append(f"tensors were taken from {place!r}; there are others under {others}")
+    rest = [str(key) for key in saved if isinstance(key, str) and key not in (place, *others)]
+    if place and rest:
+        notes.append(f"left out, not weights: {', '.join(sorted(rest))}")
+    return place, places[place], notes
+
+
+def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors' numbers by name, and notes about the rest."""
+    tensors, left, sharing = {}, [], {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not _is_tensor(value):
+            left.append(str(name))
+            continue
+        if isinstance(value, torch_pickle.Tensor):
+            tensors[name], storage = value.array(), id(value.storage)
+        else:
+            tensors[name], storage = _from_torch(value), value.untyped_storage().data_ptr()
+        sharing.setdefault(storage, []).append(name)
+    notes = [f"left out, not tensors: {', '.join(left[:10])}"] if left else []
+    shared = [names for names in sharing.values() if len(names) > 1]
+    notes += [f"one storage is shared by {', '.join(names[:10])}" for names in shared[:10]]
+    return tensors, notes
+
+
+# ---------------------------------------------------------------------------- torch, if it is asked
+
+
+def _torch_load(path: pathlib.Path, file: BinaryIO, kind: str) -> Any:
+    """The second way in: torch's own safe loader, and the checksums that it does not compare."""
+    try:
+        import torch
+    except ImportError as error:
+        raise torch_pickle.RefusedError(
+            'reader="torch" needs torch 2.10 or newer, which is not here; reader="safe" needs none'
+        ) from error
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _OLDEST_TORCH:
+        raise torch_pickle.RefusedError(
+            'reader="torch" needs torch 2.10 or newer: the safe loader of older ones, here '
+            f'{torch.__version__}, has known holes; update torch or take reader="safe"'
+        )
+    if kind == "torch zip":
+        torch_reader.check_zip(file)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage happens to cause
+        raise torch_pickle.RefusedError(f"torch does not load it ({error})") from error
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    """A torch tensor as an array of the same type; those that NumPy lacks go by their bytes."""
+    import torch
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in torch_pickle.DTYPES or tensor.layout != torch.strided:
+        raise torch_pickle.RefusedError(
+            f"a tensor is {name}, {tensor.layout}; save it dense, as float32"
+        )
+    whole = tensor.detach().contiguous()
+    flat = whole.reshape(-1).view(torch.uint8).numpy()
+    return flat.view(torch_pickle.DTYPES[name]).reshape(tuple(whole.shape))

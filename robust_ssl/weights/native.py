@@ -35,16 +35,22 @@ CARD_FILE = "encoder.json"
 _BUILDERS = {
     f"robust_ssl.models:{builder.__name__}": builder
     for builder in (
-        resnet.resnet18, resnet.resnet34, resnet.resnet50,
-        vit.vit_tiny, vit.vit_small, vit.vit_base,
+        resnet.resnet18, resnet.resnet34, resnet.resnet50, resnet.resnet101, resnet.resnet152,
+        vit.vit_tiny, vit.vit_small, vit.vit_base, vit.vision_transformer,
     )
 }  # fmt: skip
-_RESNETS = {
+RESNETS = {
     (resnet.BasicBlock, (2, 2, 2, 2)): "resnet18",
     (resnet.BasicBlock, (3, 4, 6, 3)): "resnet34",
     (resnet.Bottleneck, (3, 4, 6, 3)): "resnet50",
+    (resnet.Bottleneck, (3, 4, 23, 3)): "resnet101",
+    (resnet.Bottleneck, (3, 8, 36, 3)): "resnet152",
 }
-_VITS = {shape: f"vit_{size}" for size, shape in vit.SIZES.items()}
+_VIT_OPTIONS = (
+    "width", "heads", "depth", "patch_size", "mlp_width", "pooling", "class_token",
+    "norm_after_pooling", "registers", "pre_norm", "patch_bias", "layer_scale", "activation",
+    "norm_epsilon",
+)  # fmt: skip
 
 
 def save_encoder(
@@ -84,13 +90,13 @@ def save_encoder(
     from safetensors.numpy import save
 
     if builder is None:
-        builder_name, options = _builder_of(encoder)
+        builder_name, options = builder_of(encoder)
         builder = _BUILDERS[builder_name]
     else:
         builder_name = f"{builder.__module__}:{builder.__qualname__}"
         options = dict(options or {})
     arrays = {path: np.asarray(leaf) for path, leaf in _flat(encoder.variables).items()}
-    skeleton = _build(builder, options, "the encoder to save").replace(name=encoder.name)
+    skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
     if _static(skeleton) != _static(encoder):
         raise ValueError(
             f"{builder_name}({options}) does not rebuild this encoder:\n  {_static(skeleton)}\n"
@@ -113,8 +119,8 @@ def save_encoder(
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS_FILE, weights)  # first: an interruption shows as a wrong sum
-    _replace(directory / CARD_FILE, text.encode())
+    replace_file(directory / WEIGHTS_FILE, weights)  # first: an interruption shows as a wrong sum
+    replace_file(directory / CARD_FILE, text.encode())
     return directory
 
 
@@ -154,7 +160,7 @@ def load_encoder(
     record = _read_card(folder)
     if builder is None:
         builder = _allowed_builder(record["builder"], folder)
-    skeleton = _build(builder, record["options"], f"{folder}/{CARD_FILE}")
+    skeleton = build_skeleton(builder, record["options"], f"{folder}/{CARD_FILE}")
     where = f"{folder}/{WEIGHTS_FILE}"
     weights = _read_weights(folder, record["weights"], where)
     try:
@@ -255,7 +261,9 @@ def _allowed_builder(name: str, folder) -> Callable[..., Encoder]:
     return _BUILDERS[name]
 
 
-def _build(builder: Callable[..., Encoder], options: Mapping[str, Any], where: str) -> Encoder:
+def build_skeleton(
+    builder: Callable[..., Encoder], options: Mapping[str, Any], where: str
+) -> Encoder:
     """The encoder with shapes in place of weights: nothing is computed, whatever the options."""
     try:
         inspect.signature(builder).bind(None, **options)
@@ -264,15 +272,14 @@ def _build(builder: Callable[..., Encoder], options: Mapping[str, Any], where: s
         raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
 
 
-def _builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
+def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
     """The public builder and the options that make an encoder like this one."""
     module = encoder.module
     if isinstance(module, resnet.ResNet):
-        name = _RESNETS.get((module.block, tuple(module.depths)))
+        name = RESNETS.get((module.block, tuple(module.depths)))
         keys = ("width", "stem", "stem_padding")
     elif isinstance(module, vit.ViT):
-        name = _VITS.get((module.width, module.heads))
-        keys = ("depth", "patch_size", "pooling")
+        name, keys = "vision_transformer", _VIT_OPTIONS
     else:
         name, keys = None, ()
     if name is None:
@@ -310,7 +317,7 @@ def _check(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where:
         raise ValueError(f"{where}: {len(problems)} problems:\n  " + "\n  ".join(problems))
 
 
-def _replace(file: pathlib.Path, content: bytes) -> None:
+def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Writes beside the file and renames, so that nobody ever reads half of it."""
     partial = file.with_name(file.name + ".partial")
     partial.write_bytes(content)

@@ -1,0 +1,221 @@
+"""``robust-ssl encoder``: inspect, convert and export weights.
+
+As in `main`, JAX is imported only once the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from robust_ssl import settings
+
+DONE, USAGE = 0, 2
+
+_EXAMPLES = """\
+examples:
+  robust-ssl encoder inspect resnet18.pth
+      what the file holds, and what must be named before it can be converted
+
+  robust-ssl encoder convert byol-cifar10.ckpt --out encoders/byol \\
+      --normalisation cifar10 --image-size 32
+      then `config.encoder.path` is "encoders/byol"; a foreign file does too, with
+      --config.encoder.normalisation=cifar10 and --config.encoder.image_size=32 beside it
+
+  robust-ssl encoder export encoders/byol --stage runs/gen_af/stage2 --out secured.safetensors
+      the encoder that a run has secured, under torchvision's or timm's names
+
+Nothing in a file is executed.  Exit codes: 0 done (inspect: it can be converted like this),
+2 wrong usage or a file that cannot be used."""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to argparse's `commands`."""
+    command = _command(commands, "encoder", "inspect, convert and export the weights of encoders")
+    actions = command.add_subparsers(
+        dest="action", required=True, metavar="inspect | convert | export"
+    )
+    text = "say what a file of weights holds and whether it can be converted"
+    inspect = _command(actions, "inspect", text)
+    text = "write a foreign encoder as this package has it"
+    convert = _command(actions, "convert", text)
+    for action in (inspect, convert):
+        action.add_argument(
+            "file",
+            metavar="FILE",
+            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON",
+        )
+        _add_names(action)
+        _add_debug(action)
+    convert.add_argument("--out", required=True, metavar="DIR", help="the encoder's new directory")
+    convert.add_argument("--name", help="for tables and manifests (default: the file's)")
+    text = "write an encoder for PyTorch, or a whole model as a StableHLO program"
+    export = _command(actions, "export", text)
+    _add_debug(export)
+    export.add_argument(
+        "encoder", metavar="NAME_OR_DIR", help="a shipped encoder, or a directory of one"
+    )
+    export.add_argument(
+        "--stage",
+        metavar="DIR",
+        help="a finished fine-tuning stage of a run that started from this encoder, such as "
+        "runs/gen_af/stage2: its weights are taken, and its head for --stablehlo",
+    )
+    export.add_argument(
+        "--out", metavar="FILE", help="safetensors with torchvision's names (ResNet), timm's (ViT)"
+    )
+    export.add_argument(
+        "--stablehlo",
+        metavar="FILE",
+        help="one program for CPU, CUDA and TPU, weights and normalisation inside",
+    )
+    export.add_argument(
+        "--batch", type=int, metavar="N", help="images per call of the program (default: any)"
+    )
+
+
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return command
+
+
+def _add_debug(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def _add_names(command: argparse.ArgumentParser) -> None:
+    """Flags for what a file may not tell."""
+    where = command.add_argument_group("where the weights are")
+    where.add_argument("--layout", help="how the tensors are called (default: found out)")
+    where.add_argument("--under", metavar="KEY", help="which entry of the file holds them")
+    where.add_argument(
+        "--reader",
+        choices=("safe", "torch"),
+        help="of PyTorch files: this package's own (default), or torch.load(weights_only=True)",
+    )
+    images = command.add_argument_group(
+        "images", "a part of the encoder; needed where no file beside the weights says it"
+    )
+    images.add_argument(
+        "--normalisation",
+        metavar="NAME",
+        help="imagenet, cifar10, cifar100, clip, half ([-1, 1]) or none ([0, 1])",
+    )
+    images.add_argument("--mean", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
+    images.add_argument("--std", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
+    images.add_argument("--image-size", type=int, metavar="N", help="height and width, pixels")
+    network = command.add_argument_group("network", "what weights do not tell")
+    network.add_argument("--stem", help="of a ResNet: cifar, cifar_half or imagenet")
+    network.add_argument("--stem-padding", type=int, metavar="N", help="zeros around the image")
+    network.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT")
+    network.add_argument("--pooling", help="of a ViT: token or mean")
+
+
+def _three(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(settings.parse_fraction(part.strip()) for part in text.split(","))
+    except settings.SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what ``robust-ssl encoder`` was asked and returns its exit code.
+
+    Raises:
+      SettingsError: If a file or a flag cannot be used.
+    """
+    if overrides:
+        raise settings.SettingsError(f"there is no config here: {' '.join(overrides)}")
+    with _as_usage():
+        return _ACTIONS[arguments.action](arguments)
+
+
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise settings.SettingsError(str(error)) from error
+
+
+def _named(arguments: argparse.Namespace) -> dict[str, Any]:
+    keys = ("layout", "under", "reader", "normalisation", "mean", "std", "image_size")
+    keys += ("stem", "stem_padding", "heads", "pooling")
+    given = {key: getattr(arguments, key) for key in keys}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from robust_ssl import weights
+
+    found = weights.inspect_file(arguments.file, **_named(arguments))
+    print(found)
+    return USAGE if found.problems else DONE
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from robust_ssl import weights
+
+    named = {**_named(arguments), "name": arguments.name}
+    place = weights.convert_encoder(arguments.file, arguments.out, **named)
+    print(f"written: {place}", file=sys.stderr)
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not (arguments.out or arguments.stablehlo):
+        raise ValueError("say where to: --out FILE.safetensors, --stablehlo FILE, or both")
+    from robust_ssl import weights
+
+    encoder = weights.load_encoder(arguments.encoder)
+    model = _fine_tuned(encoder, arguments.stage) if arguments.stage else encoder
+    if arguments.out:
+        only = model.encoder if arguments.stage else encoder
+        print(f"written: {weights.export_safetensors(only, arguments.out)}", file=sys.stderr)
+    if arguments.stablehlo:
+        file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
+        print(f"written: {file}", file=sys.stderr)
+    return DONE
+
+
+def _fine_tuned(encoder, directory: str):
+    """The classifier that a finished stage made of an encoder."""
+    import pathlib
+
+    import jax
+
+    from robust_ssl import checkpoints, manifests, models
+
+    stage = checkpoints.StageDirectory(pathlib.Path(directory), manifests.read(directory))
+    if not stage.done:
+        raise ValueError(f"{directory} is not finished; run its stage first")
+    final = stage.read_final()
+    head = final.get("params", {}).get("head", {})
+    last = head.get("linear") or head.get("output")
+    if last is None:
+        raise ValueError(
+            f"{directory} is no fine-tuning stage with a linear or mlp head; for a head of your "
+            "own call robust_ssl.weights.export_stablehlo in Python"
+        )
+    classes = len(last["bias"])
+    module = models.LinearHead(classes)
+    if "linear" not in head:
+        module = models.MLPHead(classes, hidden=len(head["dense1"]["bias"]))
+    model = models.classifier(jax.random.key(0), encoder, classes, head=module)
+    asked, found = (jax.tree.map(jax.numpy.shape, dict(x)) for x in (model.variables, final))
+    if asked != found:
+        raise ValueError(f"{directory} was not fine-tuned from this encoder: the shapes differ")
+    return model.with_variables(final)
+
+
+_ACTIONS = {"inspect": _inspect, "convert": _convert, "export": _export}

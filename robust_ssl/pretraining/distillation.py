@@ -1,0 +1,222 @@
+"""DINO: a student learns what its own moving average, the teacher, says of other views."""
+
+from __future__ import annotations
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from robust_ssl import parallel
+from robust_ssl.pretraining.augmentation import ASYMMETRIC, random_views
+from robust_ssl.pretraining.clustering import cross_view_entropy
+from robust_ssl.pretraining.method import (
+    MLP,
+    MethodUpdate,
+    PretrainInputs,
+    apply_network,
+    encode,
+    init_networks,
+    momentum_average,
+    momentum_schedule,
+    normalise,
+)
+from robust_ssl.types import Encoder, Variables
+
+
+class GeluMLP(MLP):
+    """`MLP` with GELU between its layers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns float32 ``[batch, widths[-1]]``."""
+        for index, width in enumerate(self.widths[:-1]):
+            x = nn.Dense(width, use_bias=not self.batch_norm, name=f"dense{index + 1}")(x)
+            if self.batch_norm:
+                x = self._norm(train, True, f"norm{index + 1}")(x)
+            x = nn.gelu(x, approximate=False)
+        return nn.Dense(self.widths[-1], name="output")(x)
+
+
+def dino_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    centre: jax.Array,
+    *,
+    temperature: float = 0.1,  # Caron et al. 2021, Sec. 3.2
+    teacher_temperature: float | jax.Array = 0.07,  # solo-learn, CIFAR
+) -> jax.Array:
+    r"""How far the student's distribution over prototypes is from the teacher's on other views.
+
+    .. math:: \ell = \mathrm{mean}_{a \ne v} \; H\big(\mathrm{softmax}((t^a - c) / \tau_t),
+                                                  \mathrm{softmax}(s^v / \tau_s)\big)
+
+    The centre c keeps the teacher from always naming one prototype, its low temperature from
+    naming all alike.  ``log(prototypes)`` when all logits are equal.
+
+    Args:
+      student: Logits s, float ``[views, batch, prototypes]``.
+      teacher: Logits t of the first views, ``[2, batch, prototypes]``.  A constant: no gradient
+        flows into it.
+      centre: Moving average c of the teacher's logits, ``[prototypes]``.
+      temperature: Of the student.
+      teacher_temperature: Of the teacher; lower is sharper.
+
+    Returns:
+      One loss per image, ``[batch]``, at least 0.
+
+    Raises:
+      AssertionError: If the shapes do not fit.
+
+    Example:
+      >>> losses = dino_loss(jnp.ones((2, 3, 4)), jnp.zeros((2, 3, 4)), jnp.zeros(4))
+      >>> losses.shape, round(float(losses[0]), 4)  # log 4
+      ((3,), 1.3863)
+
+    References:
+      Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, Eq. 3
+      and Algorithm 1.
+    """
+    chex.assert_rank([student, teacher, centre], [3, 3, 1])
+    centred = (teacher - centre.reshape(1, 1, -1)) / teacher_temperature
+    return cross_view_entropy(jax.nn.softmax(centred, axis=-1), student / temperature)
+
+
+@struct.dataclass
+class DINO:
+    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+
+    Its own variables: projector and prototypes of the student, and as state the teacher (encoder,
+    projector and prototypes) and its centre.  Logits are cosines: projections and prototypes are
+    normalised.
+
+    Attributes:
+      temperature: Of the student.
+      teacher_temperature: Of the teacher.
+      first_teacher_temperature: The same at the start of its warm-up.
+      warmup: Share of the training in which the teacher's temperature rises linearly.
+      hidden: Width of the projector's two hidden layers.
+      projection_dim: Size of the projections.
+      num_prototypes: Number of prototypes.
+      momentum: Of the teacher, at the start.
+      final_momentum: Of the teacher, at the end.
+      centre_momentum: Of the centre.
+      freeze: Share of the training in which the prototypes have no gradient.
+      min_scale: Smallest share of the area that a view's crop keeps.
+      local_crops: Small views beside the two (multi-crop); only the student sees them.
+      local_size: Their height and width, pixels.
+      local_scale: Smallest and largest share of the area that they keep.
+
+    References:
+      Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021.
+    """
+
+    # Defaults are those of solo-learn's CIFAR recipe (shares are its epochs of 1000) unless said.
+    temperature: float = struct.field(pytree_node=False, default=0.1)
+    teacher_temperature: float = struct.field(pytree_node=False, default=0.07)
+    first_teacher_temperature: float = struct.field(pytree_node=False, default=0.04)
+    warmup: float = struct.field(pytree_node=False, default=0.0)
+    hidden: int = struct.field(pytree_node=False, default=2048)
+    projection_dim: int = struct.field(pytree_node=False, default=256)
+    num_prototypes: int = struct.field(pytree_node=False, default=4096)
+    momentum: float = struct.field(pytree_node=False, default=0.9995)
+    final_momentum: float = struct.field(pytree_node=False, default=1.0)
+    centre_momentum: float = struct.field(pytree_node=False, default=0.9)
+    freeze: float = struct.field(pytree_node=False, default=0.001)
+    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    local_crops: int = struct.field(pytree_node=False, default=0)
+    local_size: int = struct.field(pytree_node=False, default=16)
+    local_scale: tuple[float, float] = struct.field(
+        pytree_node=False,
+        default=(0.05, 0.4),  # the authors' code
+    )
+
+    @property
+    def _projector(self) -> GeluMLP:
+        return GeluMLP((self.hidden, self.hidden, self.projection_dim), batch_norm=False)
+
+    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
+        """Returns the student's projector and prototypes, an equal teacher and a centre of 0."""
+        projector_key, prototypes_key = jax.random.split(key)
+        variables = init_networks(projector_key, {"projector": (self._projector, encoder.dim)})
+        shape = (self.projection_dim, self.num_prototypes)
+        variables["params"]["prototypes"] = jax.random.normal(prototypes_key, shape)
+        teacher = {"encoder": dict(encoder.variables), "params": variables["params"]}
+        # A copy: a state whose leaves are one buffer could not be donated.
+        teacher = jax.tree.map(jnp.copy, teacher)
+        centre = jnp.zeros(self.num_prototypes)
+        return {**variables, "state": {"teacher": teacher, "centre": centre}}
+
+    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns two random views of one image, then the small ones."""
+        views = tuple(view.replace(min_scale=self.min_scale) for view in ASYMMETRIC)
+        smallest, largest = self.local_scale
+        local = views[0].replace(min_scale=smallest, max_scale=largest, size=self.local_size)
+        return random_views(key, image, views + (local,) * self.local_crops)
+
+    def loss(
+        self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
+    ) -> tuple[jax.Array, MethodUpdate]:
+        """Returns `dino_loss` per image of the global batch; moves the centre."""
+        state = variables["state"]
+        teacher, said = self._ask_teacher(state["teacher"], encoder, inputs)
+        features, statistics = encode(encoder, inputs.views, inputs.axis_name)
+        params = variables["params"]
+        frozen = inputs.progress < self.freeze
+        prototypes = params["prototypes"]
+        prototypes = jnp.where(frozen, jax.lax.stop_gradient(prototypes), prototypes)
+        losses = dino_loss(
+            self._logits({**params, "prototypes": prototypes}, features),
+            said,
+            state["centre"],
+            temperature=self.temperature,
+            teacher_temperature=self._teacher_temperature(inputs.progress),
+        )
+        # The losses of the images are independent given the centre, so they are gathered and not
+        # the logits, which are thousands per image.
+        mean = parallel.average(jnp.mean(said, axis=(0, 1)), inputs.axis_name)
+        centre = momentum_average(state["centre"], mean, self.centre_momentum)
+        state = {"teacher": teacher, "centre": centre}
+        update = MethodUpdate(statistics, variables["batch_stats"], state)
+        return parallel.gather(losses, inputs.axis_name), update
+
+    def _ask_teacher(
+        self, teacher: Variables, encoder: Encoder, inputs: PretrainInputs
+    ) -> tuple[Variables, jax.Array]:
+        """Runs the teacher on the first two views; returns it with new statistics, and logits."""
+        network = encoder.replace(variables=teacher["encoder"])
+        features, statistics = encode(network, inputs.views[:2], inputs.axis_name)
+        said = self._logits(teacher["params"], features)
+        if statistics:
+            teacher = {**teacher, "encoder": {**teacher["encoder"], "batch_stats": statistics}}
+        return jax.lax.stop_gradient((teacher, said))
+
+    def _logits(self, params: Variables, features: list[jax.Array]) -> jax.Array:
+        """Cosines with the prototypes, ``[views, batch, prototypes]``."""
+        out, _ = apply_network(
+            self._projector, {"params": params}, "projector", jnp.concatenate(features), None
+        )
+        logits = normalise(out) @ normalise(params["prototypes"].T).T
+        return jnp.stack(jnp.split(logits, len(features)))
+
+    def _teacher_temperature(self, progress: jax.Array) -> jax.Array | float:
+        if not self.warmup:
+            return self.teacher_temperature
+        share = jnp.minimum(progress / self.warmup, 1.0)
+        first = self.first_teacher_temperature
+        return first + share * (self.teacher_temperature - first)
+
+    def after_update(
+        self, variables: Variables, encoder: Encoder, progress: jax.Array
+    ) -> Variables:
+        """Moves the teacher's weights; its batch statistics are of its own forward passes."""
+        momentum = momentum_schedule(self.momentum, progress, self.final_momentum)
+        old = variables["state"]["teacher"]
+        params = momentum_average(
+            (old["encoder"]["params"], old["params"]),
+            (encoder.variables["params"], variables["params"]),
+            momentum,
+        )
+        teacher = {"encoder": {**old["encoder"], "params": params[0]}, "params": params[1]}
+        return {**variables, "state": {**variables["state"], "teacher": teacher}}

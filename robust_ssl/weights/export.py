@@ -1,0 +1,147 @@
+"""Encoders for others: safetensors under torchvision's and timm's names, and StableHLO programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from robust_ssl.models import ResNet
+from robust_ssl.types import Classifier, Encoder
+from robust_ssl.weights import mapping, native, resnet_layouts, vit_layouts
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Path:
+    """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for a ViT.
+
+    ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
+    has no classification layer.  The header says what weights do not (stem, padding, normalisation,
+    image size), so `import_encoder` reads the file back without being told anything.
+
+    Args:
+      encoder: A network of `robust_ssl.models`.
+      file: Replaced if it is there.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      ValueError: If the network is not one of `robust_ssl.models`.
+
+    Example:
+      >>> import tempfile
+      >>> from robust_ssl import models
+      >>> from safetensors.numpy import load_file
+      >>> encoder = models.resnet18(jax.random.key(0), width=4, image_size=8)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = export_safetensors(encoder, f"{folder}/encoder.safetensors")
+      ...     load_file(path)["layer4.1.conv2.weight"].shape
+      (32, 32, 3, 3)
+    """
+    from safetensors.numpy import save
+
+    builder, options = native.builder_of(encoder)
+    name = "torchvision-resnet" if isinstance(encoder.module, ResNet) else "timm-vit"
+    layouts = (*resnet_layouts.LAYOUTS, *vit_layouts.LAYOUTS)
+    layout = next(layout for layout in layouts if layout.name == name)
+    flat = traverse_util.flatten_dict(encoder.variables, sep="/")
+    arrays = {path: np.asarray(leaf) for path, leaf in flat.items()}
+    tensors = mapping.split(layout.entries(encoder), arrays)
+    record = {"name": encoder.name, "builder": builder, "options": options, "layout": name}
+    # transformers and timm refuse a file whose header does not say "pt".
+    metadata = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
+    return _write(file, save(tensors, metadata))
+
+
+def export_stablehlo(
+    model: Encoder | Classifier, file: str | os.PathLike, *, batch: int | None = None
+) -> pathlib.Path:
+    """Writes a whole model as one StableHLO program: pixels in [0, 1] in, numbers out.
+
+    Weights and normalisation are inside; what runs it needs neither this package nor flax, only
+    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.
+
+    Args:
+      model: A `Classifier`, whose logits are the output, or an `Encoder`, whose features are.
+      file: Replaced if it is there.
+      batch: Images per call; None for any number.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      ModuleNotFoundError: If the package flatbuffers, which JAX writes such files with, is not
+        installed.
+
+    Example:
+      >>> import tempfile
+      >>> from robust_ssl import models
+      >>> encoder = models.resnet18(jax.random.key(0), width=4, image_size=8)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     run = load_stablehlo(export_stablehlo(encoder, f"{folder}/encoder.stablehlo"))
+      >>> run(jnp.zeros((3, 8, 8, 3))).shape
+      (3, 32)
+    """
+    from jax import export
+
+    _need_flatbuffers()
+    size = model.image_size
+
+    def apply(images):
+        outputs = model(images)
+        return outputs.logits if isinstance(model, Classifier) else outputs.features
+
+    count = batch if batch is not None else export.symbolic_shape("batch")[0]
+    images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
+    exported = export.export(jax.jit(apply), platforms=PLATFORMS)(images)
+    return _write(file, bytes(exported.serialize()))
+
+
+def load_stablehlo(file: str | os.PathLike) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function that `export_stablehlo` wrote.
+
+    Args:
+      file: The file; only load one you trust: it is a program.
+
+    Returns:
+      A function of pixels in [0, 1], float32 ``[batch, size, size, 3]``.
+
+    Raises:
+      ValueError: If the file is not one that JAX exported.
+      ModuleNotFoundError: As in `export_stablehlo`.
+    """
+    from jax import export
+
+    _need_flatbuffers()
+    content = pathlib.Path(file).read_bytes()
+    try:
+        exported = export.deserialize(bytearray(content))
+    except Exception as error:  # flatbuffers says it in many ways
+        raise ValueError(f"{file} is not a program that jax.export wrote: {error}") from error
+    return exported.call
+
+
+def _need_flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "JAX writes and reads StableHLO files with the package flatbuffers: "
+            "pip install flatbuffers",
+            name="flatbuffers",
+        ) from None
+
+
+def _write(file: str | os.PathLike, content: bytes) -> pathlib.Path:
+    path = pathlib.Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    native.replace_file(path, content)
+    return path

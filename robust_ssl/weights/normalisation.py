@@ -1,0 +1,203 @@
+"""How a foreign encoder's images were normalised, and how large they were.
+
+A part of the encoder: read from the files beside the weights, or named.  Nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
+
+Numbers = tuple[float, float, float]
+
+# name -> (mean, std) per channel, of pixels in [0, 1]
+PRESETS: dict[str, tuple[Numbers, Numbers]] = {
+    "cifar10": (CIFAR10_MEAN, CIFAR10_STD),
+    # of the training split's pixels
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    # OpenAI's CLIP release, clip.py
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # pixels in [-1, 1]: google/vit, BEiT
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # pixels as they are
+}
+
+HOW_TO_NAME = (
+    f"name it: --normalisation {'|'.join(PRESETS)}, or --mean R,G,B and --std R,G,B "
+    "(normalisation=, mean=, std= in Python and in a config's encoder)"
+)
+HOW_TO_SIZE = "name it: --image-size PIXELS (image_size= in Python and in a config's encoder)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """What happens to an image before the network sees it; None is what is not known.
+
+    Attributes:
+      mean: Per channel, of pixels in [0, 1].
+      std: Per channel, of pixels in [0, 1].
+      image_size: Height and width, pixels.
+      source: Where this was read, for people.
+    """
+
+    mean: Numbers | None = None
+    std: Numbers | None = None
+    image_size: int | None = None
+    source: str = ""
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "not found"
+        size = f", images of {self.image_size} pixels" if self.image_size else ""
+        return f"mean {self.mean}, std {self.std}{size} ({self.source})"
+
+
+def choose(
+    configs: Mapping[str, Any],
+    *,
+    normalisation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    image_size: int | None = None,
+) -> Normalisation:
+    """Returns what is named, and what the files say where nothing is.
+
+    Args:
+      configs: JSON files beside the weights, by name.
+      normalisation: A name of `PRESETS`, in place of mean and std.
+      mean: Per channel; with `std`.
+      std: Per channel; with `mean`.
+      image_size: Pixels.
+
+    Raises:
+      ValueError: If what is named contradicts itself, or a file asks for something an encoder of
+        this package cannot do.
+
+    Example:
+      >>> choose({}, normalisation="half", image_size=32).mean
+      (0.5, 0.5, 0.5)
+    """
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: name both")
+    if normalisation is not None:
+        if mean is not None:
+            raise ValueError("name either a normalisation or mean and std")
+        if normalisation not in PRESETS:
+            raise ValueError(f"no normalisation {normalisation!r}; there are {sorted(PRESETS)}")
+        mean, std = PRESETS[normalisation]
+    found = read(configs) if mean is None or image_size is None else Normalisation()
+    return Normalisation(
+        mean=_three(mean, "mean") if mean is not None else found.mean,
+        std=_three(std, "std", positive=True) if mean is not None else found.std,
+        image_size=_size(image_size) if image_size is not None else found.image_size,
+        source="named" if mean is not None else found.source,
+    )
+
+
+def read(configs: Mapping[str, Any]) -> Normalisation:
+    """Returns what the files beside the weights say; the fields are None where they do not.
+
+    Raises:
+      ValueError: If a file asks for what an encoder of this package cannot do.
+    """
+    own = own_record(configs)
+    if own:
+        options = own["options"]
+        return Normalisation(
+            _three(options["mean"], "mean"),
+            _three(options["std"], "std", positive=True),
+            _size(options["image_size"]),
+            "the file's own header",
+        )
+    record = configs.get("preprocessor_config.json")
+    if record is None:  # newer processors of several inputs keep the image's part in here
+        record = (configs.get("processor_config.json") or {}).get("image_processor")
+    if record is not None:
+        return _preprocessor(record)
+    timm = (configs.get("config.json") or {}).get("pretrained_cfg")
+    if timm and {"mean", "std", "input_size"} <= timm.keys():
+        return Normalisation(
+            _three(timm["mean"], "mean"),
+            _three(timm["std"], "std", positive=True),
+            _square(timm["input_size"][1:]),
+            "config.json",
+        )
+    return Normalisation()
+
+
+def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `export_safetensors` wrote in the header of a file, or nothing."""
+    text = (configs.get("__metadata__") or {}).get("robust_ssl")
+    if text is None:
+        return {}
+    try:
+        record = json.loads(text)
+        if {"mean", "std", "image_size"} <= record["options"].keys():
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError("the file's header has an entry robust_ssl that export did not write")
+
+
+def _preprocessor(record: Mapping[str, Any]) -> Normalisation:
+    """Hugging Face's ``preprocessor_config.json``."""
+    where = "preprocessor_config.json"
+    scale = record.get("rescale_factor", 1 / 255)
+    if not record.get("do_rescale", True) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+        raise ValueError(
+            f"{where} does not scale pixels to [0, 1] (rescale_factor {scale}); name mean, std "
+            "and image size for pixels in [0, 1]"
+        )
+    mean, std = PRESETS["none"]
+    if record.get("do_normalize", True):
+        if "image_mean" not in record or "image_std" not in record:
+            return Normalisation(image_size=_image_size(record), source=where)
+        mean, std = record["image_mean"], record["image_std"]
+    return Normalisation(
+        _three(mean, "image_mean"),
+        _three(std, "image_std", positive=True),
+        _image_size(record),
+        where,
+    )
+
+
+def _image_size(record: Mapping[str, Any]) -> int | None:
+    """The side of what reaches the network: of the crop where there is one."""
+    cropped = record.get("do_center_crop", "crop_size" in record) and record.get("crop_size")
+    size = cropped or record.get("size")
+    if isinstance(size, Mapping):
+        if "shortest_edge" in size:
+            return _size(size["shortest_edge"])
+        size = [size.get("height"), size.get("width")]
+    if size is None:
+        return None
+    return _square(size) if isinstance(size, Sequence) else _size(size)
+
+
+def _square(sides: Sequence[Any]) -> int:
+    if len(set(sides)) != 1:
+        raise ValueError(f"images of {list(sides)} pixels: an encoder here takes squares")
+    return _size(sides[0])
+
+
+def _size(size: Any) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"image_size must be a whole number of pixels, got {size!r}")
+    return size
+
+
+def _three(values: Any, name: str, positive: bool = False) -> Numbers:
+    numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    if len(numbers) != 3 or not all(
+        isinstance(x, int | float) and math.isfinite(x) and (x > 0 or not positive) for x in numbers
+    ):
+        kind = "positive numbers" if positive else "numbers"
+        raise ValueError(f"{name} must be three {kind}, of pixels in [0, 1]; got {values!r}")
+    if max(map(abs, numbers)) > 2:
+        raise ValueError(f"{name} {list(numbers)} is of pixels in [0, 255]; divide it by 255")
+    return tuple(map(float, numbers))

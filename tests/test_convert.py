@@ -1,0 +1,369 @@
+"""A foreign encoder comes in whole or not at all, and says why."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from robust_ssl import main, models, stages, weights
+from robust_ssl.stages.run import load_or_import
+from robust_ssl.weights import convert, mapping, normalisation, resnet_layouts
+
+NAMED = {"normalisation": "cifar10", "image_size": 8, "stem": "cifar", "stem_padding": 2}
+FLAGS = ["--normalisation=cifar10", "--image-size=8", "--stem=cifar", "--stem-padding=2"]
+
+
+def layout_of(name):
+    return next(layout for layout in convert.LAYOUTS if layout.name == name)
+
+
+def random_encoder(builder=models.resnet18, **options):
+    """Random numbers also where a fresh network has zeros and ones."""
+    shapes = jax.eval_shape(lambda key: builder(key, **options), jax.random.key(0))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda s: random.uniform(0.5, 1, s.shape).astype(np.float32), shapes)
+
+
+def tensors_of(encoder, layout="torchvision-resnet"):
+    flat = traverse_util.flatten_dict(encoder.variables, sep="/")
+    return mapping.split(layout_of(layout).entries(encoder), flat)
+
+
+ENCODER = random_encoder(width=4, image_size=8, stem_padding=2)
+TENSORS = tensors_of(ENCODER)
+
+
+def write(folder, tensors, metadata=None, **configs):
+    save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()},
+              folder / "model.safetensors", metadata)  # fmt: skip
+    for name, config in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder / "model.safetensors"
+
+
+def assert_same_weights(ours, theirs):
+    assert jax.tree.structure(ours.variables) == jax.tree.structure(theirs.variables)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- what comes in ------------------------------------------------------------------------------
+
+
+def test_every_weight_arrives_where_it_belongs(tmp_path):
+    extra = {"fc.weight": np.zeros((3, 32), np.float32), "fc.bias": np.zeros(3, np.float32),
+             "bn1.num_batches_tracked": np.array(7)}  # fmt: skip
+    file = write(tmp_path, {**TENSORS, **extra})
+    encoder = weights.import_encoder(file, **NAMED)
+    assert_same_weights(encoder, ENCODER)
+    assert encoder.mean == models.CIFAR10_MEAN and encoder.std == models.CIFAR10_STD
+    assert encoder.image_size == 8 and encoder.name == "model"
+    assert encoder.module == ENCODER.module
+    found = weights.inspect_file(file, **NAMED)
+    assert found.dropped == {"fc": 2, "num_batches_tracked": 1}
+    assert set(found.kept) == set(TENSORS) and not found.problems
+    assert found.builder == "resnet18"
+    assert found.options == {"width": 4, "stem": "cifar", "stem_padding": 2, "image_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layout", "others", "dropped"),
+    [
+        ("module.", "torchvision-resnet", ["module.fc.weight"], {"fc": 1}),
+        ("backbone.", "solo-learn",
+         ["projector.0.weight", "momentum_backbone.conv1.weight", "classifier.bias", "queue",
+          "prototypes.weight", "backbone.fc.weight", "momentum_projector.1.running_mean"],
+         {"projector": 1, "momentum_backbone": 1, "classifier": 1, "queue": 1, "prototypes": 1,
+          "backbone.fc": 1, "momentum_projector": 1}),
+        ("encoder.", "solo-learn", ["momentum_encoder.conv1.weight"], {"momentum_encoder": 1}),
+        ("module.encoder_q.", "moco",
+         ["module.encoder_k.conv1.weight", "module.queue", "module.queue_ptr",
+          "module.encoder_q.fc.0.weight"],
+         {"encoder_k": 1, "queue": 1, "queue_ptr": 1, "encoder_q.fc": 1}),
+        ("module.base_encoder.", "moco",
+         ["module.momentum_encoder.conv1.weight", "module.predictor.0.weight",
+          "module.base_encoder.fc.0.weight"],
+         {"momentum_encoder": 1, "predictor": 1, "base_encoder.fc": 1}),
+    ],
+)  # fmt: skip
+def test_wrappers_come_off_and_their_other_parts_are_dropped(
+    tmp_path, prefix, layout, others, dropped
+):
+    tensors = {f"{prefix}{name}": x for name, x in TENSORS.items()}
+    tensors |= {name: np.zeros(2, np.float32) for name in others}
+    file = write(tmp_path, tensors)
+    found = weights.inspect_file(file, **NAMED)
+    assert found.layout.name == layout and found.dropped == dropped
+    assert_same_weights(weights.import_encoder(file, **NAMED), ENCODER)
+
+
+def test_solo_learn_pads_by_two_unless_it_is_told_otherwise(tmp_path):
+    file = write(tmp_path, {f"backbone.{name}": x for name, x in TENSORS.items()})
+    named = {"normalisation": "cifar10", "image_size": 8}
+    assert weights.import_encoder(file, **named).module.stem_padding == 2
+    assert weights.import_encoder(file, **named, stem_padding=1).module.stem_padding == 1
+
+
+@pytest.mark.parametrize(
+    "builder", [models.resnet18, models.resnet34, models.resnet50, models.resnet101,
+                models.resnet152]
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["torchvision-resnet", "huggingface-resnet"])
+def test_every_resnet_is_told_by_its_blocks(builder, layout):
+    encoder = random_encoder(builder, width=2, stem="imagenet", image_size=32)
+    tensors = tensors_of(encoder, layout)
+    kind = "basic" if "conv3" not in encoder.variables["params"]["stage1"]["block1"] else "bottle"
+    configs = {"config.json": {"model_type": "resnet", "layer_type": kind}}
+    assert layout_of(layout).matches(tensors.keys())
+    name, options = layout_of(layout).network(tensors, configs)
+    assert (name, options["width"]) == (builder.__name__, 2)
+    assert (options["stem"], options["stem_padding"]) == ("imagenet", 3)
+    flat = traverse_util.flatten_dict(encoder.variables, sep="/")
+    joined = mapping.join(layout_of(layout).entries(encoder), tensors, flat, "memory")
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(joined[path], leaf)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floats_become_float32_with_a_note(tmp_path, dtype):
+    file = write(tmp_path, {name: x.astype(dtype) for name, x in TENSORS.items()})
+    encoder = weights.import_encoder(file, **NAMED)
+    want = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), ENCODER)
+    assert_same_weights(encoder, want)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(encoder.variables))
+    note = f"{len(TENSORS)} tensors are {np.dtype(dtype).name}; converted to float32"
+    assert note in weights.inspect_file(file, **NAMED).notes
+
+
+# --- what does not ------------------------------------------------------------------------------
+
+
+def _without(name):
+    return {key: x for key, x in TENSORS.items() if key != name}
+
+
+BAD = {
+    "missing": (_without("layer1.1.bn2.bias"), r"missing layer1\.1\.bn2\.bias"),
+    "missing stem": (_without("bn1.weight"), r"missing bn1\.weight"),
+    "unexpected": ({**TENSORS, "layer1.0.se.weight": np.ones(3, np.float32)},
+                   r"unexpected layer1\.0\.se\.weight \(3,\)"),
+    "transposed": ({name: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x
+                    for name, x in TENSORS.items()},
+                   r"layer2\.0\.downsample\.0\.weight has shape \(1, 1, 4, 8\), .*transposed"),
+    "grouped": ({**TENSORS, "layer1.0.conv1.weight": np.ones((4, 2, 3, 3), np.float32)},
+                r"conv1\.weight has shape \(4, 2, 3, 3\), the network needs \(4, 4, 3, 3\)"),
+    "blocks": ({k: x for k, x in TENSORS.items() if not k.startswith("layer3.1.")},
+               r"\[2, 2, 1, 2\] BasicBlocks .* resnet18 \[2, 2, 2, 2\]"),
+    "stem": ({**TENSORS, "conv1.weight": np.ones((4, 3, 5, 5), np.float32)},
+             r"conv1\.weight has shape \(4, 3, 5, 5\); a stem is \[4, 3, k, k\]"),
+    "NaN": ({**TENSORS, "layer4.0.bn1.bias": np.full(32, np.nan, np.float32)},
+            r"layer4\.0\.bn1\.bias has NaN or infinite"),
+    "infinite": ({**TENSORS, "bn1.bias": np.full(4, 1e300)}, r"bn1\.bias has NaN or infinite"),
+    "integers": ({**TENSORS, "bn1.bias": np.ones(4, np.int8)}, r"bn1\.bias is int8"),
+    "two copies": ({**{f"backbone.{k}": x for k, x in TENSORS.items()},
+                    "encoder.conv1.weight": TENSORS["conv1.weight"]}, "are the same weight"),
+    "unknown": ({"tower.0.kernel": np.ones(3, np.float32)},
+                r"no layout has tensors called tower\.0\.kernel(.|\n)*solo-learn:"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_named(tmp_path, case):
+    tensors, message = BAD[case]
+    file = write(tmp_path, tensors)
+    with pytest.raises(ValueError, match=message):
+        weights.import_encoder(file, **NAMED)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be imported"):
+        weights.convert_encoder(file, tmp_path / "out", **NAMED)
+    assert not (tmp_path / "out").exists()
+    assert "cannot be converted" in str(weights.inspect_file(file, **NAMED))
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    tensors = {**_without("layer1.1.bn2.bias"), "bn1.bias": np.full(4, np.nan, np.float32)}
+    problems = weights.inspect_file(write(tmp_path, tensors)).problems
+    assert len(problems) == 3  # NaN, normalisation, stem; what the stem hides comes next
+    problems = weights.inspect_file(tmp_path, stem="cifar", stem_padding=1).problems
+    text = "\n".join(problems)
+    for part in ("bn1.bias has NaN", "how images were normalised", "how large", "missing layer1.1"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "torchvision"}, "no layout 'torchvision'; there are\n"),
+        ({"stem": None}, r"stem is 3x3.*--stem cifar --stem-padding 1"),
+        ({"stem_padding": None}, "its stride and padding are not in the file"),
+        ({"stem": "imagenet"}, r"'imagenet' does not fit a 3x3 .*\['cifar', 'cifar_half'\]"),
+        ({"normalisation": None}, r"--normalisation cifar10\|.*--mean R,G,B"),
+        ({"normalisation": "mnist"}, "no normalisation 'mnist'"),
+        ({"mean": (0, 0, 0)}, "name both"),
+        ({"image_size": None}, "--image-size PIXELS"),
+        ({"image_size": 7.5}, "whole number"),
+        ({"heads": 3}, "heads"),
+        ({"width": 8}, "width is 4 in the file, and 8 is asked for"),
+    ],
+)
+def test_what_weights_do_not_tell_must_be_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        weights.import_encoder(write(tmp_path, TENSORS), **{**NAMED, **change})
+
+
+# --- normalisation ------------------------------------------------------------------------------
+
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        ({**HALF, "size": 8}, ((0.5,) * 3, (0.5,) * 3, 8)),
+        ({**HALF, "size": {"height": 9, "width": 9}}, ((0.5,) * 3, (0.5,) * 3, 9)),
+        ({**HALF, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+         ((0.5,) * 3, (0.5,) * 3, 224)),
+        ({**HALF, "size": {"shortest_edge": 32}, "crop_size": 24, "do_center_crop": False},
+         ((0.5,) * 3, (0.5,) * 3, 32)),
+        ({"do_normalize": False, "size": 8}, ((0.0,) * 3, (1.0,) * 3, 8)),
+        ({"size": 8}, (None, None, 8)),
+        ({}, (None, None, None)),
+    ],
+)  # fmt: skip
+def test_the_preprocessor_says_how_images_look(config, want):
+    found = normalisation.read({"preprocessor_config.json": config})
+    assert (found.mean, found.std, found.image_size) == want
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**HALF, "rescale_factor": 1 / 127.5}, "does not scale pixels"),
+        ({**HALF, "do_rescale": False}, "does not scale pixels"),
+        ({**HALF, "size": {"height": 8, "width": 9}}, "takes squares"),
+        ({**HALF, "image_std": [0.5, 0.5, 0.0]}, "three positive numbers"),
+        ({**HALF, "image_mean": [123.7, 116.3, 103.5]}, "divide it by 255"),
+        ({**HALF, "image_mean": 0.5}, "must be three numbers"),
+    ],
+)
+def test_a_preprocessor_we_cannot_follow_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        normalisation.read({"preprocessor_config.json": config})
+
+
+def test_a_folder_brings_its_own_normalisation(tmp_path):
+    encoder = random_encoder(width=2, stem="imagenet", image_size=32)
+    tensors = {f"resnet.{k}": x for k, x in tensors_of(encoder, "huggingface-resnet").items()}
+    tensors["classifier.1.bias"] = np.zeros(3, np.float32)
+    config = {"model_type": "resnet", "layer_type": "basic", "hidden_act": "relu"}
+    write(tmp_path, tensors, config=config, preprocessor_config={**HALF, "size": 32})
+    loaded = weights.import_encoder(tmp_path)
+    assert_same_weights(loaded, encoder)
+    assert (loaded.mean, loaded.image_size, loaded.name) == ((0.5,) * 3, 32, tmp_path.name)
+    assert weights.import_encoder(tmp_path, normalisation="imagenet").std == models.IMAGENET_STD
+    for key, value in [("hidden_act", "gelu"), ("downsample_in_first_stage", True),
+                       ("num_channels", 1), ("model_type", "regnet")]:  # fmt: skip
+        write(tmp_path, tensors, config={**config, key: value})
+        with pytest.raises(ValueError, match=f"{key} is {value!r}"):
+            weights.import_encoder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no config\.json"):
+        weights.import_encoder(tmp_path)
+
+
+def test_a_bottleneck_that_strides_in_its_first_convolution_is_refused(tmp_path):
+    tensors = tensors_of(random_encoder(models.resnet50, width=2), "huggingface-resnet")
+    config = {"model_type": "resnet", "downsample_in_bottleneck": True}
+    with pytest.raises(ValueError, match="downsample_in_bottleneck is True"):
+        layout_of("huggingface-resnet").network(tensors, {"config.json": config})
+
+
+# --- out, configs, command line -----------------------------------------------------------------
+
+
+def test_the_card_says_where_it_came_from(tmp_path):
+    file = write(tmp_path, {**TENSORS, "fc.bias": np.zeros(3, np.float32)})
+    place = weights.convert_encoder(file, tmp_path / "out", name="mine", **NAMED)
+    assert_same_weights(weights.load_encoder(place), ENCODER)
+    card = weights.encoder_card(place)
+    origin = card["card"]["imported_from"]
+    assert card["name"] == "mine" and origin["file"] == "model.safetensors"
+    assert (
+        origin["sha256"] == weights.inspect_file(file).file.sha256 and len(origin["sha256"]) == 64
+    )
+    assert origin["layout"] == "torchvision-resnet" and origin["dropped"] == {"fc": 1}
+
+
+def test_a_config_takes_a_name_a_directory_or_a_foreign_file(tmp_path):
+    file = write(tmp_path, TENSORS)
+    assert_same_weights(load_or_import(str(file), {**NAMED, "layout": None}), ENCODER)
+    place = weights.convert_encoder(file, tmp_path / "out", **NAMED)
+    assert_same_weights(load_or_import(str(place), {}), ENCODER)
+    for path in (str(place), "simclr-cifar10-r18w24"):
+        with pytest.raises(ValueError, match=r"also \['normalisation'\]; give one"):
+            load_or_import(path, {"normalisation": "half"})
+    with pytest.raises(ValueError, match=r"also \['builder'\]; give one"):
+        load_or_import(str(file), {**NAMED, "builder": "resnet18"})
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        load_or_import(str(tmp_path / "none.pth"), NAMED)
+
+
+def test_a_run_finds_a_bad_file_before_its_first_step(tmp_path):
+    file = write(tmp_path, TENSORS)
+    config = {"stages": ["attack"], "seed": 0, "encoder": {"path": str(file)}}
+    run = stages.Run(config=config, workdir=tmp_path, parallel=None, progress=None)
+    with pytest.raises(stages.UsageError, match=r"normalisation(.|\n)*in config\.encoder"):
+        stages.check(run)
+
+
+def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
+    file = write(tmp_path, TENSORS)
+    assert main.main(["encoder", "inspect", str(file)]) == 2
+    out = capsys.readouterr().out
+    for part in ("torchvision-resnet", "problem", "--normalisation", "cannot be converted"):
+        assert part in out
+    assert main.main(["encoder", "inspect", str(file), *FLAGS]) == 0
+    out = capsys.readouterr().out
+    assert "resnet18(width=4, stem='cifar', stem_padding=2, image_size=8)" in out
+    target = tmp_path / "out"
+    assert main.main(["encoder", "convert", str(file), f"--out={target}", *FLAGS]) == 0
+    assert str(target) in capsys.readouterr().err
+    assert_same_weights(weights.load_encoder(target), ENCODER)
+    assert main.main(["encoder", "convert", str(file), f"--out={target}"]) == 2
+    assert "how images were normalised" in capsys.readouterr().err
+    numbers = ["--mean=1/2,1/2,1/2", "--std=0.5,0.5,0.5", *FLAGS[1:]]
+    assert main.main(["encoder", "convert", str(file), f"--out={target}", *numbers]) == 0
+    assert weights.load_encoder(target).mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere.pth"], "nowhere.pth is not there"),
+        (["convert", "nowhere.pth", "--out=x"], "nowhere.pth is not there"),
+        (["inspect", "simclr-cifar10-r18w24"], "an encoder of this package already"),
+        (["export", "simclr-cifar10-r18w24"], "say where to"),
+        (["export", "no-such-encoder", "--out=x"], "no encoder named"),
+        (["inspect", "nowhere.pth", "--config.seed=1"], "there is no config here"),
+    ],
+)
+def test_wrong_usage_is_2(arguments, message, capsys):
+    assert main.main(["encoder", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["inspect"], ["convert", "x"], ["inspect", "x", "--mean=a,b"], ["import"]]
+)
+def test_what_argparse_refuses_is_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["encoder", *arguments])
+    assert caught.value.code == 2
+
+
+def test_layouts_have_names_of_their_own():
+    names = [layout.name for layout in convert.LAYOUTS]
+    assert len(set(names)) == len(names) and len(resnet_layouts.LAYOUTS) == 4
