@@ -30,6 +30,8 @@ setup(
         "absl-py>=2",
         "dm-pix>=0.4",
         "safetensors>=0.5",
+        "ml_dtypes>=0.5",  # bfloat16 and float8 in foreign files; comes with jax
+        "flatbuffers>=24",  # jax.export writes StableHLO files with it
         "scikit-learn>=1.5",  # the digits and the photographs of the quickstart
         "matplotlib>=3.9",
         "rich>=13",
@@ -44,7 +46,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
         ],
-        "torch": ["torch>=2.10"],  # parity tests and benchmarks
+        "torch": ["torch>=2.10", "transformers>=5"],  # parity tests and benchmarks
         "prepare": ["tensorflow"],  # to prepare TFDS data sets from the network, once
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],

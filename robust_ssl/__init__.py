@@ -20,8 +20,12 @@ _HOMES = {
     "check_attack": "conformance",
     "check_loss": "conformance",
     "encoder_card": "weights",
+    "export_safetensors": "weights",
+    "export_stablehlo": "weights",
+    "import_encoder": "weights",
     "list_encoders": "weights",
     "load_encoder": "weights",
+    "load_stablehlo": "weights",
     "save_encoder": "weights",
 }
 

@@ -367,3 +367,28 @@ def test_what_argparse_refuses_is_2(arguments):
 def test_layouts_have_names_of_their_own():
     names = [layout.name for layout in convert.LAYOUTS]
     assert len(set(names)) == len(names) and len(resnet_layouts.LAYOUTS) == 4
+
+
+def test_positions_are_resized_only_if_another_size_is_named(tmp_path):
+    builder = models.vision_transformer
+    options = {"width": 12, "heads": 2, "depth": 1, "patch_size": 4, "image_size": 8}
+    encoder = random_encoder(builder, **options)
+    file = write(tmp_path, tensors_of(encoder, "timm-vit"))
+    named = {"normalisation": "half", "heads": 2}
+    assert_same_weights(weights.import_encoder(file, **named), encoder)
+    resized = weights.import_encoder(file, **named, image_size=12)
+    assert_same_weights(resized, models.resize_positions(encoder, 12))
+    assert resized.image_size == 12
+    assert "resized from images of 8 pixels to 12" in str(
+        weights.inspect_file(file, **named, image_size=12)
+    )
+    with pytest.raises(ValueError, match="tile"):
+        weights.import_encoder(file, **named, image_size=10)
+
+
+def test_a_processors_image_part_is_read(tmp_path):
+    image = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 8, "width": 8}}
+    named = {"stem": "cifar", "stem_padding": 2}
+    file = write(tmp_path, TENSORS, processor_config={"image_processor": image})
+    encoder = weights.import_encoder(file, **named)
+    assert encoder.mean == (0.5,) * 3 and encoder.image_size == 8

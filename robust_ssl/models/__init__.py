@@ -1,6 +1,7 @@
 """Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
 
 from robust_ssl.models.heads import LinearHead, MLPHead, classifier
+from robust_ssl.models.positions import resize_positions
 from robust_ssl.models.resnet import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -25,6 +26,7 @@ __all__ = [
     "ResNet",
     "ViT",
     "classifier",
+    "resize_positions",
     "resnet18",
     "resnet34",
     "resnet50",

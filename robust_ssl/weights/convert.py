@@ -142,7 +142,8 @@ def import_encoder(
         None to read it beside the file, or to name `mean` and `std` instead.
       mean: Per-channel mean of pixels in [0, 1].
       std: Per-channel standard deviation of pixels in [0, 1].
-      image_size: Height and width the encoder was trained for, pixels.
+      image_size: Height and width the encoder was trained for, pixels; None to read it beside
+        the file.  Positions of a ViT that are for another size are resized, with a note.
       name: For tables and manifests; None for the file's.
       reader: Of PyTorch files, see `files.read_weights`: ``"safe"`` or ``"torch"``.
       **options: What weights do not tell: ``stem``, ``stem_padding``, ``heads``, ...; also
@@ -226,8 +227,10 @@ def _examine(path, layout, under, named) -> tuple[Inspection, Encoder | None]:
     found, tensors = _with_tensors(found, problems)
     encoder = None
     with _collected(problems):
+        wanted = named.get("image_size")
         found, skeleton = _with_network(found, tensors, named, problems)
         encoder = _fill(skeleton, tensors, found)
+        found, encoder = _with_asked_size(found, encoder, wanted)
     found = dataclasses.replace(found, problems=tuple(problems))
     return found, None if problems else encoder
 
@@ -331,7 +334,7 @@ def _with_network(found: Inspection, tensors, named: dict[str, Any], problems):
     name, options = _network(found, tensors, {**found.file.configs, "options": asked})
     options = {**options, **own}  # the header knows more than names and shapes tell
     for key, value in named.items():
-        if options.setdefault(key, value) != value:
+        if options.setdefault(key, value) != value and key != "image_size":
             problems.append(f"{key} is {options[key]!r} in the file, and {value!r} is asked for")
     found = _with_image_size(found, options, problems)
     found = dataclasses.replace(found, builder=name, options=dict(options))
@@ -366,6 +369,20 @@ def _with_image_size(found: Inspection, options: dict[str, Any], problems) -> In
         found = dataclasses.replace(found, notes=(*found.notes, note))
     known = dataclasses.replace(found.normalisation, image_size=size)
     return dataclasses.replace(found, normalisation=known)
+
+
+def _with_asked_size(
+    found: Inspection, encoder: Encoder, wanted: int | None
+) -> tuple[Inspection, Encoder]:
+    """A ViT's positions are resized only if somebody names another size than the file's."""
+    size = encoder.image_size
+    if wanted in (None, size):
+        return found, encoder
+    resized = models.resize_positions(encoder, wanted)
+    note = f"positions resized from images of {size} pixels to {wanted}, as image_size asks"
+    known = dataclasses.replace(found.normalisation, image_size=wanted)
+    notes = (*found.notes, note)
+    return dataclasses.replace(found, normalisation=known, notes=notes), resized
 
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], found: Inspection) -> Encoder:

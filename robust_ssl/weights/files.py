@@ -18,7 +18,7 @@ from robust_ssl.weights import torch_pickle, torch_reader
 PLACES = ("state_dict", "model", "teacher", "model_state_dict", "net")
 _INDEX = ".index.json"
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-_NEIGHBOURS = ("config.json", "preprocessor_config.json")
+_NEIGHBOURS = ("config.json", "preprocessor_config.json", "processor_config.json")
 _OLDEST_TORCH = (2, 10)
 _FETCH_AGAIN = "fetch it again"
 _SAVE_AGAIN = "save the weights as safetensors or, with torch.save, as a state dict"
