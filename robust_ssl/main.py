@@ -1,4 +1,4 @@
-"""The command line: ``robust-ssl run``, ``describe`` and ``encoder``.
+"""The command line: ``robust-ssl run``, ``describe``, ``encoder`` and ``zoo``.
 
 JAX is imported only once the arguments are understood, so that help and mistakes are answered at
 once, and so that devices are set up before JAX first looks for them.
@@ -13,7 +13,8 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from robust_ssl import encoder_command, progress, settings
 
@@ -33,6 +34,10 @@ examples:
 
   robust-ssl encoder --help
       other people's weights in, secured encoders out
+
+  robust-ssl zoo build --out=zoo --config=configs/pretrain.py:method={byol,dino,swav}
+      an encoder from each config, with its log, its card and a table of all (the shell repeats
+      --config for each of the names in braces)
 
 The same command again goes on where the last one ended.  Exit codes: 0 done, 1 failed, 2 wrong
 usage, 75 stopped by SIGTERM or Ctrl-C (run the same command again to go on)."""
@@ -83,44 +88,63 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | describe | encoder"
+        dest="command", required=True, metavar="run | describe | encoder | zoo"
     )
-    # The same flags for both of them; a stage's own settings are in its config file.
-    for name, text in (
-        ("run", "run a config's stages: finished ones are skipped, an interrupted one goes on"),
-        ("describe", "print a config's settings and what the functions in it do"),
-    ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=_EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.add_argument(
-            "--config",
-            required=True,
-            metavar="FILE[:NAME=VALUE,...]",
-            help="the config file; what follows the colon goes to its get_config()",
-        )
-        # argparse leaves --config.KEY=VALUE alone; the line below is there to be read.
-        command.add_argument_group(
-            "settings",
-            "--config.KEY=VALUE  replaces one setting of the config, for example "
-            "--config.attack.epsilon=8/255; `describe` lists them",
-        )
-        command.add_argument("--debug", action="store_true", help="show where an error came from")
-        if name == "run":
-            _add_run_flags(command)
+    text = "run a config's stages: finished ones are skipped, an interrupted one goes on"
+    run = _add_command(commands, "run", text)
+    _add_config(run)
+    run.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
+    )
+    _add_run_flags(run)
+    text = "print a config's settings and what the functions in it do"
+    _add_config(_add_command(commands, "describe", text))
     encoder_command.add_parser(commands)
+    zoo = _add_command(commands, "zoo", "pre-train a list of encoders, each with its card")
+    actions = zoo.add_subparsers(dest="action", required=True, metavar="build")
+    text = (
+        "pre-train an encoder for each config; finished ones are kept, an interrupted one goes on"
+    )
+    build = _add_command(actions, "build", text)
+    _add_config(build, action="append")
+    build.add_argument(
+        "--out", required=True, metavar="DIR", help="gets a folder for each encoder, and a table"
+    )
+    _add_run_flags(build)
     return parser
 
 
-def _add_run_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
+def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+
+
+def _add_config(command: argparse.ArgumentParser, action: str = "store") -> None:
+    """The same flags for all that read a config; a stage's own settings are in its file."""
+    command.add_argument(
+        "--config",
+        required=True,
+        action=action,
+        metavar="FILE[:NAME=VALUE,...]",
+        help="the config file; what follows the colon goes to its get_config()"
+        + ("; may be given many times" if action == "append" else ""),
+    )
+    # argparse leaves --config.KEY=VALUE alone; the line below is there to be read.
+    command.add_argument_group(
+        "settings",
+        "--config.KEY=VALUE  replaces one setting of the config, for example "
+        "--config.attack.epsilon=8/255; `describe` lists them",
+    )
+    command.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def _add_run_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--devices", type=int, metavar="N", help="how many devices to use (default: all)"
     )
@@ -153,13 +177,37 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     several = _check_cluster(arguments)
     config = settings.load_config(arguments.config, overrides)
+    with _started(arguments, several, arguments.workdir) as layout:
+        from robust_ssl import stages
+
+        stages.run(config, arguments.workdir, parallel=layout)
+    print(f"done: {arguments.workdir}", file=sys.stderr)
+    return DONE
+
+
+def _zoo(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    several = _check_cluster(arguments)
+    configs = [settings.load_config(file, overrides) for file in arguments.config]
+    with _started(arguments, several, arguments.out) as layout:
+        from robust_ssl.stages import zoo
+
+        failures = zoo.build(configs, arguments.out, parallel=layout)
+    for name, failure in failures.items():
+        print(f"robust-ssl: {name} was not made: {failure}", file=sys.stderr)
+    print(pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8"), end="")
+    return FAILED if failures else DONE
+
+
+@contextlib.contextmanager
+def _started(arguments: argparse.Namespace, several: bool, directory: str) -> Iterator[Any]:
+    """JAX, progress and signals as the flags say; yields the devices."""
     _start_jax(arguments, several)
 
     import jax
 
-    from robust_ssl import checkpoints, parallel, stages
+    from robust_ssl import checkpoints, parallel
 
-    checkpoints.make_directory(arguments.workdir)
+    checkpoints.make_directory(directory)
     try:
         layout = parallel.Parallel.create(num_devices=arguments.devices, method=arguments.method)
     except ValueError as error:
@@ -168,9 +216,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     progress.set_mode("quiet" if quiet else "auto")
     # Among several processes JAX passes a signal on, so that all stop at the same step.
     with contextlib.nullcontext() if several else progress.stop_on_signals():
-        stages.run(config, arguments.workdir, parallel=layout)
-    print(f"done: {arguments.workdir}", file=sys.stderr)
-    return DONE
+        yield layout
 
 
 def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -181,7 +227,7 @@ def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-_COMMANDS = {"run": _run, "describe": _describe, "encoder": encoder_command.run}
+_COMMANDS = {"run": _run, "describe": _describe, "encoder": encoder_command.run, "zoo": _zoo}
 
 
 def _check_cluster(arguments: argparse.Namespace) -> bool:

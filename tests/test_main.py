@@ -217,6 +217,28 @@ def test_describe_prints_every_setting(stages, config_file, tmp_path, capsys):
     assert "config.seed = 4" in out and "config.finetune.adv_ratio = 1.0" in out
 
 
+def test_zoo_build_takes_many_configs_and_says_which_failed(
+    config_file, tmp_path, capsys, monkeypatch
+):
+    from robust_ssl.stages import zoo
+
+    seen = {}
+
+    def build(configs, out, *, parallel):
+        seen.update(configs=configs, parallel=parallel)
+        (tmp_path / "zoo" / "README.md").write_text("the table\n")
+        return {"second": "ValueError: too small"}
+
+    monkeypatch.setattr(zoo, "build", build)
+    flags = [f"--config={config_file}", f"--config={config_file}", "--config.seed=7"]
+    flags += [f"--out={tmp_path / 'zoo'}", "--devices=2"]
+    assert main.main(["zoo", "build", *flags]) == main.FAILED
+    assert [config.seed for config in seen["configs"]] == [7, 7]
+    assert len(seen["parallel"].devices) == 2
+    out, err = capsys.readouterr()
+    assert out == "the table\n" and "second was not made: ValueError: too small" in err
+
+
 def _raise(error):
     def run(config, workdir, *, parallel):
         raise error

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+
 from robust_ssl import settings, stages, weights
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress, Stopped
@@ -66,13 +68,15 @@ def build(
         try:
             config = {**config, "stages": ["pretrain"]}
             stages.run(config, work, parallel=parallel, progress=progress)
-            _publish(work, out / name)
+            if jax.process_index() == 0:
+                _publish(work, out / name)
         except Stopped:
             raise
         except Exception as error:  # the others do not depend on it
             _log.error("zoo: %s failed: %s", name, error)
             failures[name] = f"{type(error).__name__}: {error}"
-        (out / "README.md").write_text(table(out), encoding="utf-8")
+        if jax.process_index() == 0:
+            (out / "README.md").write_text(table(out), encoding="utf-8")
     return failures
 
 
