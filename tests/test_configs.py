@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+import tiny
 
 from robust_ssl import list_encoders, settings, stages, threats
 from robust_ssl.conformance import resolve
@@ -94,12 +95,26 @@ def test_the_attacker_has_other_images_than_the_defender():
             assert config["surrogate"]["source"] != config["downstream"]["source"]
 
 
-def test_the_pretraining_config_builds_its_method_and_optimiser():
-    config = load("pretrain.py:data=cifar100_small,width=8,epochs=2")["pretrain"]
+METHODS = {
+    *("simclr", "mocov2plus", "mocov3", "byol", "dino", "nnclr", "ressl", "swav", "vibcreg"),
+    *("wmse", "barlow", "vicreg", "simsiam", "supcon", "deepclusterv2"),
+}
+
+
+@pytest.mark.parametrize("scale", ["small", "research"])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_pretraining_config_builds_every_method_and_its_optimiser(name, scale):
+    config = load(f"pretrain.py:method={name},scale={scale},data=cifar100_small")["pretrain"]
     assert config["data"] == {"source": "cifar100_small"}
-    assert config["encoder"]["name"] == "simclr-cifar100_small-r18w8"
+    width = {"small": 16, "research": 64}[scale]
+    assert config["encoder"]["name"] == f"{name}-cifar100_small-r18w{width}"
     method = resolve(config["method"])(**config["method_options"])
-    assert method.temperature == config["method_options"]["temperature"]
+    encoder = tiny.encoder()
+    variables = jax.eval_shape(lambda key: method.init(key, encoder, 5000), jax.random.key(0))
     tx = pretrain.build_optimizer(config, steps_per_epoch=10)
-    state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((2, 2), "float32")})
-    assert jax.tree.leaves(state)
+    assert jax.tree.leaves(jax.eval_shape(tx.init, variables["params"]))
+
+
+def test_a_method_that_is_not_there_is_told_with_those_that_are():
+    with pytest.raises(settings.SettingsError, match=r"method='simclrr' is none of simclr"):
+        load("pretrain.py:method=simclrr")
