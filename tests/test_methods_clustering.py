@@ -159,9 +159,8 @@ def test_deepcluster_loss_is_the_formula_and_skips_the_unassigned():
     assigned = RANDOM.integers(0, 4, (3, 6)).astype(np.int32)
     assigned[:, 5] = -1
     loss = functools.partial(clustering.deepcluster_loss, temperature=0.3)
-    losses, gradient = jax.jit(
-        lambda z: (loss(z, prototypes, assigned), jax.grad(lambda z: jnp.sum(loss(z, prototypes, assigned)))(z))
-    )(projections)  # fmt: skip
+    losses, pullback = jax.vjp(lambda z: loss(z, prototypes, assigned), projections)
+    (gradient,) = pullback(jnp.ones(6))
     expected = np.zeros(6)
     for i in range(5):
         logs = [
@@ -241,9 +240,8 @@ def test_the_centre_is_the_moving_average_of_what_the_teacher_says():
 
 def test_the_teacher_follows_the_student_by_its_momentum():
     variables, encoder = fresh(DINO), tiny.encoder()
-    moved = encoder.replace(
-        variables={**encoder.variables, "params": jax.tree.map(jnp.ones_like, encoder.variables["params"])}
-    )  # fmt: skip
+    ones = jax.tree.map(jnp.ones_like, encoder.variables["params"])
+    moved = encoder.replace(variables={**encoder.variables, "params": ones})
     params = jax.tree.map(jnp.zeros_like, variables["params"])
     for progress, momentum in ((0.0, 0.9), (0.5, 0.95), (1.0, 1.0)):
         new = DINO.after_update({**variables, "params": params}, moved, jnp.float32(progress))
@@ -362,38 +360,52 @@ def train(method, learning_rate, layout, num_steps):
     return jax.device_get((state, metrics))
 
 
-def check_layouts(method, learning_rate, layout, *, num_steps=2, rtol=1e-4, atol=1e-5):
-    """Asserts that a few steps on a layout are those of one device."""
+def check_layouts(method, learning_rate, layout):
+    """Asserts that two steps on a layout are those of one device."""
     ours, one = (
-        train(method, learning_rate, where, num_steps)
-        for where in (layout, Parallel.create(num_devices=1))
+        train(method, learning_rate, where, 2) for where in (layout, Parallel.create(num_devices=1))
     )
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), ours, one)
+
+    def close(ours, one):
+        # Of an array's largest entry: gradients are sums in which large parts cancel.
+        np.testing.assert_allclose(ours, one, atol=1e-4 * np.abs(one).max() + 1e-6)
+
+    jax.tree.map(close, ours, one)
 
 
-def check_training(method, learning_rate, *, factor=0.8, feature_std=0.2, num_steps=30):
-    """Asserts that training lowers the loss by `factor` and does not collapse."""
-    state, metrics = train(method, learning_rate, Parallel.create(num_devices=1), num_steps)
-    losses = np.array([float(info["loss"]) for info in metrics])
-    assert np.isfinite(losses).all()
-    assert losses[-5:].mean() < factor * losses[1:6].mean(), losses
+def losses_of_training(method, learning_rate):
+    """Losses of 30 steps; asserts that the features did not collapse."""
+    state, metrics = train(method, learning_rate, Parallel.create(num_devices=1), 30)
     trained = pretraining.trained_encoder(tiny.encoder(), state.variables)
     features = trained(BATCH["images"].astype(np.float32) / 255).features
-    assert float(pretraining.feature_std(features)) > feature_std
+    assert float(pretraining.feature_std(features)) > 0.2
+    return np.array([float(info["loss"]) for info in metrics])
 
 
-METHODS = [(DINO, 0.03), (SWAV, 0.03), (DEEPCLUSTER, 0.03)]
+METHODS = {
+    "dino": (DINO.replace(local_crops=0), 0.1),
+    "swav": (SWAV, 0.03),
+    "deepcluster": (DEEPCLUSTER, 0.03),
+}
 
 
-@pytest.mark.parametrize("method,learning_rate", METHODS, ids=["dino", "swav", "deepcluster"])
-def test_a_step_does_not_depend_on_the_devices(method, learning_rate):
-    check_layouts(method, learning_rate, Parallel.create(num_devices=4))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_does_not_depend_on_the_devices(name):
+    check_layouts(*METHODS[name], Parallel.create(num_devices=4))
 
 
 def test_swav_does_not_depend_on_who_spreads_it():
-    check_layouts(*METHODS[1], Parallel.create(num_devices=4, method="shard_map"))
+    check_layouts(*METHODS["swav"], Parallel.create(num_devices=4, method="shard_map"))
 
 
-@pytest.mark.parametrize("method,learning_rate", METHODS, ids=["dino", "swav", "deepcluster"])
-def test_training_lowers_the_loss_without_collapse(method, learning_rate):
-    check_training(method, learning_rate)
+@pytest.mark.parametrize("name", ["swav", "deepcluster"])
+def test_training_lowers_the_loss_without_collapse(name):
+    losses = losses_of_training(*METHODS[name])
+    assert losses[-5:].mean() < 0.8 * losses[1:6].mean(), losses
+
+
+def test_dinos_student_learns_what_differs_between_images():
+    # The loss starts low, while the centre is not yet known and the teacher says one thing of all
+    # images; once it is, a student that says one thing of all is at log(prototypes).
+    losses = losses_of_training(*METHODS["dino"])
+    assert losses[-5:].mean() < 0.8 * np.log(6), losses

@@ -1,6 +1,5 @@
 """SupCon and NNCLR: losses in closed form, the queue, one result on any layout, training."""
 
-import functools
 import itertools
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 import tiny
 
 from robust_ssl import pretraining
-from robust_ssl.pretraining import augmentation, contrastive
+from robust_ssl.pretraining import augmentation, contrastive, method
 
 RANDOM = np.random.default_rng(0)
 FIRST, SECOND = (RANDOM.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
@@ -128,7 +127,7 @@ def test_wrong_shapes_are_refused():
 
 def test_a_batch_larger_than_the_queue_is_refused_with_the_two_numbers():
     with pytest.raises(ValueError, match=r"batch of 3 .* queue of 2 rows.*queue_size"):
-        contrastive.remember(np.ones((2, 4)), np.ones((3, 4)))
+        method.enqueue(np.ones((2, 4)), np.ones((3, 4)))
     method = NNCLR.replace(queue_size=7)
     with pytest.raises(ValueError, match=r"batch of 8 .* queue of 7"):
         method_steps.run(method, num_steps=1)
@@ -137,7 +136,7 @@ def test_a_batch_larger_than_the_queue_is_refused_with_the_two_numbers():
 def test_a_queue_takes_the_newest_first_and_forgets_the_oldest():
     queue = jnp.zeros((5, 1))
     for batch in ([[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [6.0]]):
-        queue = contrastive.remember(queue, jnp.array(batch))
+        queue = method.enqueue(queue, jnp.array(batch))
     assert queue.ravel().tolist() == [5.0, 6.0, 3.0, 4.0, 1.0]
 
 

@@ -290,6 +290,6 @@ def test_views_are_the_recipes_with_crops_as_small_as_asked_for(monkeypatch):
         asked[name] = method.replace(min_scale=0.3).views(None, None)
         assert [view.min_scale for view in asked[name]] == [0.3, 0.3]
     asked = {name: [v.replace(min_scale=0.08) for v in views] for name, views in asked.items()}
-    assert asked["mocov2plus"] == asked["simsiam"] == list(momentum.SYMMETRIC_WEAK)
+    assert asked["mocov2plus"] == asked["simsiam"] == list(augmentation.SYMMETRIC_WEAK)
     assert asked["mocov3"] == asked["byol"] == list(augmentation.ASYMMETRIC)
     assert asked["ressl"] == list(augmentation.STRONG_AND_WEAK)

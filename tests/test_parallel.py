@@ -149,8 +149,6 @@ def test_a_batch_that_does_not_divide_is_refused(size):
         layout.put({"x": IMAGES[:size]})
 
 
-
-
 def test_asking_for_every_core_after_jax_has_started_changes_nothing():
     parallel.use_every_core()
     assert jax.device_count() == 4

@@ -170,6 +170,9 @@ class View:
 # solo-learn's scripts/pretrain/cifar/augmentations, which BYOL's Table 6 is the origin of.
 _BYOL_COLOURS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 SYMMETRIC = (View(min_scale=0.08, blur=0.5),) * 2
+SYMMETRIC_WEAK = (
+    View(min_scale=0.08, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.5),
+) * 2
 ASYMMETRIC = (
     View(min_scale=0.08, **_BYOL_COLOURS),
     View(min_scale=0.08, solarise=0.2, **_BYOL_COLOURS),

@@ -58,11 +58,13 @@ def sinkhorn(
       NeurIPS 2020, Eq. 3 and 5; Cuturi, "Sinkhorn Distances", NeurIPS 2013.
     """
     chex.assert_rank(scores, 2)
-    logs = jax.lax.stop_gradient(scores) / smoothness
-    for _ in range(num_steps):
+
+    def turn(_, logs):
         logs = logs - jax.nn.logsumexp(logs, axis=0, keepdims=True)
-        logs = logs - jax.nn.logsumexp(logs, axis=1, keepdims=True)
-    return jnp.exp(logs)
+        return logs - jax.nn.logsumexp(logs, axis=1, keepdims=True)
+
+    logs = jax.lax.stop_gradient(scores) / smoothness
+    return jnp.exp(jax.lax.fori_loop(0, num_steps, turn, logs))
 
 
 def cross_view_entropy(targets: jax.Array, logits: jax.Array) -> jax.Array:

@@ -124,31 +124,6 @@ def random_queue(key: jax.Array, size: int, dim: int) -> jax.Array:
     return normalise(jax.random.normal(key, (size, dim)))
 
 
-def remember(queue: jax.Array, newest: jax.Array) -> jax.Array:
-    """Puts a global batch of rows at the front of a queue; no gradient flows into it.
-
-    Args:
-      queue: Rows of earlier batches, newest first, float ``[queue size, dim]``.
-      newest: ``[batch, dim]``.
-
-    Returns:
-      The new queue, ``[queue size, dim]``.
-
-    Raises:
-      ValueError: If the batch is larger than the queue.
-
-    Example:
-      >>> remember(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[9.0]])).ravel().tolist()
-      [9.0, 1.0, 2.0]
-    """
-    if len(newest) > len(queue):
-        raise ValueError(
-            f"a batch of {len(newest)} images does not fit into a queue of {len(queue)} rows; "
-            f"raise the method's queue_size or lower batch_size"
-        )
-    return enqueue(queue, jax.lax.stop_gradient(newest))
-
-
 def nearest(projections: jax.Array, queue: jax.Array) -> jax.Array:
     """Finds each projection's nearest row of a queue by direction; a constant.
 
@@ -293,5 +268,5 @@ class NNCLR:
             nnclr_loss(parts[0], parts[3], temperature=self.temperature)
             + nnclr_loss(parts[1], parts[2], temperature=self.temperature)
         ) / 2
-        state = {"queue": remember(queue, newest)}
+        state = {"queue": enqueue(queue, newest)}
         return losses, MethodUpdate(statistics, variables["batch_stats"], state)

@@ -250,10 +250,26 @@ def momentum_schedule(start: float, progress: jax.Array, end: float = 1.0) -> ja
 
 
 def enqueue(queue: jax.Array, newest: jax.Array) -> jax.Array:
-    """Puts rows at the front of a queue of fixed length; the oldest fall out at the end.
+    """Puts a global batch of rows at the front of a queue of fixed length; the oldest fall out.
+
+    Args:
+      queue: Rows of earlier batches, newest first, float ``[queue size, dim]``.
+      newest: ``[batch, dim]``; a constant, no gradient flows into it.
+
+    Returns:
+      The new queue, ``[queue size, dim]``.
+
+    Raises:
+      ValueError: If the batch is larger than the queue.
 
     Example:
       >>> enqueue(jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[9.0]])).ravel().tolist()
       [9.0, 1.0, 2.0]
     """
-    return jnp.concatenate([newest.astype(queue.dtype), queue])[: len(queue)]
+    if len(newest) > len(queue):
+        raise ValueError(
+            f"a batch of {len(newest)} images does not fit into a queue of {len(queue)} rows; "
+            f"raise the method's queue_size or lower batch_size"
+        )
+    newest = jax.lax.stop_gradient(newest).astype(queue.dtype)
+    return jnp.concatenate([newest, queue])[: len(queue)]

@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from robust_ssl import parallel
-from robust_ssl.pretraining.augmentation import ASYMMETRIC, STRONG_AND_WEAK, View, random_views
-from robust_ssl.pretraining.contrastive import random_queue, remember
+from robust_ssl.pretraining.augmentation import (
+    ASYMMETRIC,
+    STRONG_AND_WEAK,
+    SYMMETRIC_WEAK,
+    random_views,
+)
+from robust_ssl.pretraining.contrastive import random_queue
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
@@ -22,11 +27,6 @@ from robust_ssl.pretraining.method import (
 )
 from robust_ssl.pretraining.momentum_copy import apply_copy, init_copy, move_copy
 from robust_ssl.types import Encoder, Variables
-
-# solo-learn, scripts/pretrain/cifar/augmentations/symmetric_weak.yaml.
-SYMMETRIC_WEAK = (
-    View(min_scale=0.08, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.5),
-) * 2
 
 # --- Losses -----------------------------------------------------------------------------------
 
@@ -229,8 +229,8 @@ class MoCoV2Plus:
         ) / 2
         losses, keys = parallel.gather((losses, [normalise(k) for k in keys]), axis_name)
         queues = {
-            "first": remember(queues["first"], keys[0]),
-            "second": remember(queues["second"], keys[1]),
+            "first": enqueue(queues["first"], keys[0]),
+            "second": enqueue(queues["second"], keys[1]),
         }
         state = {"momentum": copy, "queues": queues}
         return losses, MethodUpdate(statistics, variables["batch_stats"], state)
@@ -388,7 +388,7 @@ class ReSSL:
             key_temperature=self.key_temperature,
         )
         losses, keys = parallel.gather((losses, normalise(keys)), axis_name)
-        state = {"momentum": copy, "queue": remember(queue, keys)}
+        state = {"momentum": copy, "queue": enqueue(queue, keys)}
         return losses, MethodUpdate(statistics, variables["batch_stats"], state)
 
     def after_update(

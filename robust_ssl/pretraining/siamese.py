@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from robust_ssl import parallel
-from robust_ssl.pretraining.augmentation import ASYMMETRIC, random_views
+from robust_ssl.pretraining.augmentation import ASYMMETRIC, SYMMETRIC_WEAK, random_views
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
@@ -19,7 +19,6 @@ from robust_ssl.pretraining.method import (
     momentum_schedule,
     normalise,
 )
-from robust_ssl.pretraining.momentum import SYMMETRIC_WEAK
 from robust_ssl.pretraining.momentum_copy import apply_copy, init_copy, move_copy
 from robust_ssl.types import Encoder, Variables
 
