@@ -128,9 +128,9 @@ def test_wrong_shapes_are_refused():
 def test_a_batch_larger_than_the_queue_is_refused_with_the_two_numbers():
     with pytest.raises(ValueError, match=r"batch of 3 .* queue of 2 rows.*queue_size"):
         method.enqueue(np.ones((2, 4)), np.ones((3, 4)))
-    method = NNCLR.replace(queue_size=7)
+    small = NNCLR.replace(queue_size=7)
     with pytest.raises(ValueError, match=r"batch of 8 .* queue of 7"):
-        method_steps.run(method, num_steps=1)
+        method_steps.run(small, num_steps=1)
 
 
 def test_a_queue_takes_the_newest_first_and_forgets_the_oldest():

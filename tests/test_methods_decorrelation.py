@@ -7,7 +7,7 @@ import pytest
 from test_methods_clustering import check_layouts, losses_of_training
 
 from robust_ssl.parallel import Parallel
-from robust_ssl.pretraining import decorrelation
+from robust_ssl.pretraining import covariance, decorrelation
 
 RANDOM = np.random.default_rng(0)
 MIX = RANDOM.normal(size=(4, 4))
@@ -16,9 +16,9 @@ FIRST, SECOND = ((RANDOM.normal(size=(12, 4)) @ MIX).astype(np.float32) for _ in
 HADAMARD = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], np.float32)
 SMALL = {"hidden": 16, "projection_dim": 8}
 
-barlow = jax.jit(decorrelation.barlow_twins_loss)
-vicreg = jax.jit(decorrelation.vicreg_loss)
-vibcreg = jax.jit(decorrelation.vibcreg_loss)
+barlow = jax.jit(covariance.barlow_twins_loss)
+vicreg = jax.jit(covariance.vicreg_loss)
+vibcreg = jax.jit(covariance.vibcreg_loss)
 wmse = jax.jit(decorrelation.wmse_loss)
 whiten = jax.jit(decorrelation.whiten, static_argnames="stabilizer")
 iterative = jax.jit(
@@ -63,15 +63,15 @@ def test_barlow_twins_is_the_papers_formula():
 
 def test_the_terms_on_matrices_made_by_hand():
     unbiased = np.sqrt(4 / 3)  # the deviation of a column of HADAMARD
-    hinge = jax.jit(decorrelation.variance_hinge, static_argnames="stabilizer")
+    hinge = jax.jit(covariance.variance_hinge, static_argnames="stabilizer")
     np.testing.assert_allclose(hinge(HADAMARD), 0.0)
     np.testing.assert_allclose(hinge(HADAMARD / 2, stabilizer=0.0), 1 - unbiased / 2, rtol=1e-5)
     np.testing.assert_allclose(hinge(np.ones_like(HADAMARD)), 1 - 0.01, rtol=1e-5)
     twins = HADAMARD[:, [0, 0, 1]]  # one pair of equal axes of variance 4/3
-    covariance = jax.jit(decorrelation.covariance_penalty)
-    np.testing.assert_allclose(covariance(HADAMARD), 0.0, atol=1e-6)
-    np.testing.assert_allclose(covariance(twins), 2 * (4 / 3) ** 2 / 3, rtol=1e-5)
-    correlation = jax.jit(decorrelation.correlation_penalty)
+    covariances = jax.jit(covariance.covariance_penalty)
+    np.testing.assert_allclose(covariances(HADAMARD), 0.0, atol=1e-6)
+    np.testing.assert_allclose(covariances(twins), 2 * (4 / 3) ** 2 / 3, rtol=1e-5)
+    correlation = jax.jit(covariance.correlation_penalty)
     np.testing.assert_allclose(correlation(HADAMARD), 0.0, atol=1e-6)
     np.testing.assert_allclose(correlation(twins), 2 / 9, rtol=1e-5)
     np.testing.assert_allclose(correlation(100 * twins), 2 / 9, rtol=1e-5)
@@ -159,18 +159,18 @@ def test_iterative_normalisation_is_the_papers_algorithm(size, num_steps):
 
 def test_many_newton_steps_whiten_within_groups():
     whitened = np.asarray(iterative(FIRST, group_size=6, num_steps=30))  # gcd(6, 4) is 2
-    covariance = whitened.T @ whitened / 12
+    covariances = whitened.T @ whitened / 12
     for group in (slice(0, 2), slice(2, 4)):
-        np.testing.assert_allclose(covariance[group, group], np.eye(2), atol=2e-3)
-    assert np.abs(covariance[:2, 2:]).max() > 0.05  # the groups know nothing of each other
+        np.testing.assert_allclose(covariances[group, group], np.eye(2), atol=2e-3)
+    assert np.abs(covariances[:2, 2:]).max() > 0.05  # the groups know nothing of each other
 
 
 # --- Degenerate points ------------------------------------------------------------------------
 
 PAIRS = {
-    "barlow": decorrelation.barlow_twins_loss,
-    "vicreg": decorrelation.vicreg_loss,
-    "vibcreg": lambda first, second: decorrelation.vibcreg_loss(
+    "barlow": covariance.barlow_twins_loss,
+    "vicreg": covariance.vicreg_loss,
+    "vibcreg": lambda first, second: covariance.vibcreg_loss(
         *map(decorrelation.iterative_normalisation, (first, second))
     ),
     "wmse": lambda first, second: decorrelation.wmse_loss(
@@ -189,8 +189,8 @@ def test_constant_projections_have_a_finite_loss_and_gradient(name):
 
 
 @pytest.mark.parametrize(
-    "loss", [decorrelation.barlow_twins_loss, decorrelation.vicreg_loss,
-             decorrelation.vibcreg_loss, decorrelation.wmse_loss],
+    "loss", [covariance.barlow_twins_loss, covariance.vicreg_loss,
+             covariance.vibcreg_loss, decorrelation.wmse_loss],
 )  # fmt: skip
 def test_wrong_shapes_are_refused(loss):
     with pytest.raises(AssertionError):

@@ -21,6 +21,7 @@ from robust_ssl.pretraining.method import (
     PretrainInputs,
     apply_network,
     encode,
+    enqueue,
     init_networks,
     momentum_schedule,
     normalise,
