@@ -227,7 +227,9 @@ def test_views_are_two_images(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_does_not_depend_on_the_devices(name):
-    check_layouts(*METHODS[name], Parallel.create(num_devices=4))
+    # Whitening four images divides by small variances, which enlarges rounding errors.
+    tolerance = 1e-3 if name == "wmse" else 1e-4
+    check_layouts(*METHODS[name], Parallel.create(num_devices=4), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", METHODS)

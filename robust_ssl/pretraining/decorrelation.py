@@ -18,7 +18,6 @@ from robust_ssl.pretraining.covariance import (
     vibcreg_loss,
     vicreg_loss,
 )
-from robust_ssl.pretraining.distillation import GeluMLP
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
@@ -295,8 +294,8 @@ class VIbCReg:
     min_scale: float = struct.field(pytree_node=False, default=0.2)
 
     @property
-    def _projector(self) -> GeluMLP:
-        return GeluMLP((self.hidden, self.hidden, self.projection_dim))
+    def _projector(self) -> MLP:
+        return MLP((self.hidden, self.hidden, self.projection_dim), activation="gelu")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the projector, and the scale and bias that follow the normalisation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,20 +22,6 @@ from robust_ssl.pretraining.method import (
     normalise,
 )
 from robust_ssl.types import Encoder, Variables
-
-
-class GeluMLP(MLP):
-    """`MLP` with GELU between its layers."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns float32 ``[batch, widths[-1]]``."""
-        for index, width in enumerate(self.widths[:-1]):
-            x = nn.Dense(width, use_bias=not self.batch_norm, name=f"dense{index + 1}")(x)
-            if self.batch_norm:
-                x = self._norm(train, True, f"norm{index + 1}")(x)
-            x = nn.gelu(x, approximate=False)
-        return nn.Dense(self.widths[-1], name="output")(x)
 
 
 def dino_loss(
@@ -133,8 +118,9 @@ class DINO:
     )
 
     @property
-    def _projector(self) -> GeluMLP:
-        return GeluMLP((self.hidden, self.hidden, self.projection_dim), batch_norm=False)
+    def _projector(self) -> MLP:
+        widths = (self.hidden, self.hidden, self.projection_dim)
+        return MLP(widths, batch_norm=False, activation="gelu")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the student's projector and prototypes, an equal teacher and a centre of 0."""

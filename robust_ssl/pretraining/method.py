@@ -83,19 +83,21 @@ class Method(Protocol):
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU between them: every projector and predictor.
+    """Dense layers with ReLU or GELU between them: every projector and predictor.
 
     Attributes:
       widths: Of the layers, the last one is the output's.
       batch_norm: Whether each hidden layer is followed by batch norm (and has no bias).
       output_norm: Batch norm after the output: ``""``, ``"plain"`` (no scale, no bias) or
         ``"affine"``.
+      activation: ``"relu"`` or ``"gelu"`` (exact).
       axis_name: The device axis over which batch statistics are averaged.
     """
 
     widths: tuple[int, ...]
     batch_norm: bool = True
     output_norm: str = ""
+    activation: str = "relu"
     axis_name: str | None = None
 
     @nn.compact
@@ -105,7 +107,7 @@ class MLP(nn.Module):
             x = nn.Dense(width, use_bias=not self.batch_norm, name=f"dense{index + 1}")(x)
             if self.batch_norm:
                 x = self._norm(train, True, f"norm{index + 1}")(x)
-            x = nn.relu(x)
+            x = nn.relu(x) if self.activation == "relu" else nn.gelu(x, approximate=False)
         x = nn.Dense(self.widths[-1], use_bias=not self.output_norm, name="output")(x)
         if self.output_norm:
             x = self._norm(train, self.output_norm == "affine", "output_norm")(x)
