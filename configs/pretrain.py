@@ -18,8 +18,8 @@ from robust_ssl.settings import SettingsError, parse_arguments
 METHODS = {
     "simclr": ("SimCLR", "lars", 0.4, 1e-4, {"hidden": 1024, "projection_dim": 128}),
     "mocov2plus": ("MoCoV2Plus", "sgd", 0.3, 1e-4, {"queue_size": 4096}),
-    "mocov3": ("MoCoV3", "lars", 0.3, 1e-6, {"predictor_hidden": 512, "momentum": 0.97}),
-    "byol": ("BYOL", "lars", 1.0, 1e-5, {"predictor_hidden": 512, "momentum": 0.97}),
+    "mocov3": ("MoCoV3", "lars", 0.3, 1e-6, {"predictor_hidden": 512}),
+    "byol": ("BYOL", "lars", 1.0, 1e-5, {"predictor_hidden": 512}),
     "dino": ("DINO", "lars", 0.3, 1e-6, {"num_prototypes": 1024, "momentum": 0.99}),
     "nnclr": ("NNCLR", "lars", 0.4, 1e-5, {"predictor_hidden": 512, "queue_size": 4096}),
     "ressl": ("ReSSL", "sgd", 0.05, 1e-4, {"queue_size": 4096}),
