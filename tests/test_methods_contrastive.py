@@ -191,11 +191,8 @@ def test_nnclr_makes_two_views_agree_without_collapse():
 
 
 def test_views_are_the_recipes_with_crops_as_small_as_asked_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(contrastive, "random_views", lambda key, image, views: asked.append(views))
-    SUPCON.replace(min_scale=0.3).views(None, None)
-    NNCLR.replace(min_scale=0.3).views(None, None)
-    recipes = (augmentation.SYMMETRIC, augmentation.ASYMMETRIC)
-    for views, recipe in zip(asked, recipes, strict=True):
-        assert [view.min_scale for view in views] == [0.3, 0.3]
-        assert [view.replace(min_scale=0.08) for view in views] == list(recipe)
+    monkeypatch.setattr(
+        contrastive, "random_views", lambda key, image, views, *, min_scale: (views, min_scale)
+    )
+    assert SUPCON.replace(min_scale=0.3).views(None, None) == (augmentation.SYMMETRIC, 0.3)
+    assert NNCLR.replace(min_scale=0.3).views(None, None) == (augmentation.ASYMMETRIC, 0.3)

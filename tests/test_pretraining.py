@@ -143,6 +143,17 @@ def test_a_crop_has_the_area_and_the_shape_it_says():
     assert corner.std(axis=0).min() > 0.05
 
 
+def test_the_smallest_crop_of_all_views_can_be_set_at_once():
+    whole = {"jitter": 0.0, "grey": 0.0, "flip": 0.0}
+    ways = (augmentation.View(**whole), augmentation.View(**whole, solarise=1.0))
+    first, second = augmentation.random_views(KEYS[0], NOISE, ways, min_scale=1.0)
+    # The whole area, but still of a random shape: nearer to the image than a crop of a fifth.
+    np.testing.assert_allclose(first.mean(), NOISE.mean(), atol=0.05)
+    crop, _ = augmentation.random_views(KEYS[0], NOISE, ways, min_scale=0.2)
+    assert not np.array_equal(first, crop)
+    assert float(second.max()) <= 0.5  # solarised: the bright half is inverted
+
+
 def test_half_of_the_images_are_mirrored():
     flip = jax.jit(jax.vmap(functools.partial(augmentation.flip_and_shift, shift=0), (0, None)))
     views = np.asarray(flip(jax.random.split(jax.random.key(0), 400), NOISE))

@@ -183,13 +183,23 @@ STRONG_AND_WEAK = (
 )
 
 
-def random_views(key: jax.Array, image: jax.Array, views: Sequence[View]) -> tuple[jax.Array, ...]:
+def random_views(
+    key: jax.Array, image: jax.Array, views: Sequence[View], *, min_scale: float | None = None
+) -> tuple[jax.Array, ...]:
     """Returns one random view of an image for each way of making one.
+
+    Args:
+      key: Random key.
+      image: Pixels in [0, 1], float ``[H, W, 3]``.
+      views: How each one is made.
+      min_scale: In place of theirs, if it is given.
 
     Example:
       >>> [view.shape for view in random_views(jax.random.key(0), jnp.zeros((8, 8, 3)), SYMMETRIC)]
       [(8, 8, 3), (8, 8, 3)]
     """
+    if min_scale is not None:
+        views = [view.replace(min_scale=min_scale) for view in views]
     keys = jax.random.split(key, len(views))
     return tuple(view(key, image) for key, view in zip(keys, views, strict=True))
 

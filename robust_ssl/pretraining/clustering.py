@@ -373,8 +373,7 @@ class DeepClusterV2:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        views = [view.replace(min_scale=self.min_scale) for view in SYMMETRIC]
-        return random_views(key, image, views)
+        return random_views(key, image, SYMMETRIC, min_scale=self.min_scale)
 
     def epoch_start(self, key: jax.Array, variables: Variables) -> Variables:
         """Clusters the memory anew."""

@@ -180,9 +180,7 @@ class SupCon:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in SYMMETRIC]
-        )
+        return random_views(key, image, SYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
@@ -243,9 +241,7 @@ class NNCLR:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in ASYMMETRIC]
-        )
+        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs

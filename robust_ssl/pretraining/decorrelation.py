@@ -196,8 +196,7 @@ class BarlowTwins:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        views = [view.replace(min_scale=self.min_scale) for view in ASYMMETRIC]
-        return random_views(key, image, views)
+        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs

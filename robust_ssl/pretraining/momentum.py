@@ -206,9 +206,7 @@ class MoCoV2Plus:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in SYMMETRIC_WEAK]
-        )
+        return random_views(key, image, SYMMETRIC_WEAK, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
@@ -289,9 +287,7 @@ class MoCoV3:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in ASYMMETRIC]
-        )
+        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
@@ -363,9 +359,7 @@ class ReSSL:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns a strong and a weak random view of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in STRONG_AND_WEAK]
-        )
+        return random_views(key, image, STRONG_AND_WEAK, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs

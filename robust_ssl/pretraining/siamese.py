@@ -130,9 +130,7 @@ class BYOL:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in ASYMMETRIC]
-        )
+        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
@@ -199,9 +197,7 @@ class SimSiam:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(
-            key, image, [view.replace(min_scale=self.min_scale) for view in SYMMETRIC_WEAK]
-        )
+        return random_views(key, image, SYMMETRIC_WEAK, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
