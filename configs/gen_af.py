@@ -32,7 +32,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.seed = 0
     config.stages = ("attack", "usual", "stage1", "sensitivity", "stage2", "evaluate")
 
-    config.encoder = {"path": given["encoder"]}
+    # What a foreign file does not say is named beside its path; None is what it does say.
+    of_a_foreign_file = ("normalisation", "image_size", "layout", "stem", "stem_padding", "heads")
+    config.encoder = {"path": given["encoder"], **dict.fromkeys(of_a_foreign_file)}
     config.surrogate = {"source": given["surrogate"]}
     config.downstream = {
         "source": given["downstream"],

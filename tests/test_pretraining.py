@@ -12,7 +12,7 @@ import pytest
 import tiny
 from flax import struct
 
-from robust_ssl import load_encoder, parallel, pretraining, stages
+from robust_ssl import load_encoder, models, parallel, pretraining, stages
 from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import augmentation
 from robust_ssl.progress import Progress
@@ -224,6 +224,20 @@ def test_a_step_moves_encoder_method_and_statistics():
         assert sum(jax.tree.leaves(moved)) > 0, part
     assert int(state.step) == 2
     assert first["loss"] != second["loss"]  # fresh views, moved weights
+
+
+def test_bfloat16_is_for_the_network_only():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        encoder = models.vit_tiny(jax.random.key(0), image_size=8, depth=1, dtype=dtype)
+        state = pretraining.init_state(jax.random.key(1), encoder, METHOD, TX, num_images=8)
+        step = jax.jit(pretraining.make_step(encoder, METHOD, TX, **STEPS))
+        state, metrics = step(state, BATCH)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.variables["params"])} == {jnp.float32}
+        assert metrics["loss"].dtype == jnp.float32
+        losses[dtype] = float(metrics["loss"])
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 def test_training_makes_two_views_agree():
