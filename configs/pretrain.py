@@ -19,7 +19,7 @@ METHODS = {
     "simclr": ("SimCLR", "lars", 0.4, 1e-4, {"hidden": 1024, "projection_dim": 128}),
     "mocov2plus": ("MoCoV2Plus", "sgd", 0.3, 1e-4, {"queue_size": 4096}),
     "mocov3": ("MoCoV3", "lars", 0.3, 1e-6, {"predictor_hidden": 512}),
-    "byol": ("BYOL", "lars", 1.0, 1e-5, {"predictor_hidden": 512}),
+    "byol": ("BYOL", "lars", 1.0, 1e-5, {"predictor_hidden": 4096}),
     "dino": (
         "DINO",
         "lars",
