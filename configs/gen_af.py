@@ -33,7 +33,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.stages = ("attack", "usual", "stage1", "sensitivity", "stage2", "evaluate")
 
     # What a foreign file does not say is named beside its path; None is what it does say.
-    of_a_foreign_file = ("normalisation", "image_size", "layout", "stem", "stem_padding", "heads")
+    of_a_foreign_file = (
+        *("normalisation", "mean", "std", "image_size", "layout", "under", "reader"),
+        *("stem", "stem_padding", "heads", "pooling", "activation"),
+    )
     config.encoder = {"path": given["encoder"], **dict.fromkeys(of_a_foreign_file)}
     config.surrogate = {"source": given["surrogate"]}
     config.downstream = {

@@ -12,27 +12,24 @@ from ml_collections import ConfigDict
 
 from robust_ssl.settings import SettingsError, parse_arguments
 
+# A momentum encoder is a moving average of the last 1 / (1 - momentum) steps; the recipes' 0.99 to
+# 1 would hardly let it move in a run of a thousand steps.
+FAST = {"momentum": 0.95, "final_momentum": 0.995}
+
 # method: (class in robust_ssl.pretraining, optimiser, learning rate, weight decay, sizes at scale
 # small).  Optimiser, rate and decay are solo-learn's scripts/pretrain/cifar/*.yaml at batch 256,
 # used at scale research; each class's own defaults are those files' sizes.
 METHODS = {
     "simclr": ("SimCLR", "lars", 0.4, 1e-4, {"hidden": 1024, "projection_dim": 128}),
     "mocov2plus": ("MoCoV2Plus", "sgd", 0.3, 1e-4, {"queue_size": 4096}),
-    "mocov3": ("MoCoV3", "lars", 0.3, 1e-6, {"predictor_hidden": 512}),
-    "byol": ("BYOL", "lars", 1.0, 1e-5, {"predictor_hidden": 4096}),
+    "mocov3": ("MoCoV3", "lars", 0.3, 1e-6, FAST),
+    "byol": ("BYOL", "lars", 1.0, 1e-5, FAST),
     "dino": (
-        "DINO",
-        "lars",
-        0.3,
-        1e-6,
-        {
-            "num_prototypes": 512,
-            "momentum": 0.99,
-            "teacher_temperature": 0.04,
-        },
+        *("DINO", "lars", 0.3, 1e-6),
+        {"num_prototypes": 512, "teacher_temperature": 0.04, "freeze": 0.02, **FAST},
     ),
-    "nnclr": ("NNCLR", "lars", 0.4, 1e-5, {"predictor_hidden": 512, "queue_size": 4096}),
-    "ressl": ("ReSSL", "sgd", 0.05, 1e-4, {"queue_size": 4096}),
+    "nnclr": ("NNCLR", "lars", 0.4, 1e-5, {"queue_size": 4096}),
+    "ressl": ("ReSSL", "sgd", 0.05, 1e-4, {"queue_size": 4096, **FAST}),
     "swav": (
         "SwAV",
         "lars",
@@ -44,7 +41,7 @@ METHODS = {
     "wmse": ("WMSE", "adam", 2e-3, 1e-6, {"projection_dim": 64}),
     "barlow": ("BarlowTwins", "lars", 0.3, 1e-4, {"projection_dim": 512}),
     "vicreg": ("VICReg", "lars", 0.3, 1e-4, {"projection_dim": 512}),
-    "simsiam": ("SimSiam", "sgd", 0.5, 1e-5, {"predictor_hidden": 128}),
+    "simsiam": ("SimSiam", "sgd", 0.5, 1e-5, {"projection_dim": 512, "predictor_hidden": 128}),
     "supcon": ("SupCon", "sgd", 0.4, 1e-5, {}),
     "deepclusterv2": ("DeepClusterV2", "lars", 0.6, 1e-6, {"num_prototypes": 300}),
 }
@@ -63,6 +60,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         raise SettingsError(f"scale={given['scale']!r} is neither small nor research")
     name, optimizer, learning_rate, weight_decay, sizes = METHODS[given["method"]]
     small = given["scale"] == "small"
+    epochs = given["epochs"] or (4 if small else 1000)
     width = given["width"] or (16 if small else 64)
     config = ConfigDict()
     config.seed = 0
@@ -82,11 +80,13 @@ def get_config(arguments: str = "") -> ConfigDict:
             "method_options": {**NARROW, **sizes, "min_scale": 0.2} if small else {},
             "batch_size": 128 if small else 256,
             "accumulate": 1,
-            "epochs": given["epochs"] or (4 if small else 1000),
+            "epochs": epochs,
             "optimizer": "adamw" if small else optimizer,
             "learning_rate": 1e-3 if small else learning_rate,
-            "warmup_epochs": 0.5 if small else 10,
+            "warmup_epochs": 0.5 if small else min(10, epochs / 10),
             "weight_decay": 1e-4 if small else weight_decay,
+            # solo-learn clips the trust ratio of LARS for all methods but this one.
+            "optimizer_options": {"clip": given["method"] != "vibcreg"},
             "checkpoint_every": 200 if small else 2000,
             "monitor": {"every_epochs": 1 if small else 10, "images": 4000},
         }

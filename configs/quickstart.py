@@ -17,7 +17,10 @@ def get_config() -> ConfigDict:
     config.stages = ("attack", "usual", "stage1", "sensitivity", "stage2", "evaluate")
 
     # What a foreign file does not say is named beside its path; None is what it does say.
-    of_a_foreign_file = ("normalisation", "image_size", "layout", "stem", "stem_padding", "heads")
+    of_a_foreign_file = (
+        *("normalisation", "mean", "std", "image_size", "layout", "under", "reader"),
+        *("stem", "stem_padding", "heads", "pooling", "activation"),
+    )
     config.encoder = {"path": "simclr-cifar10-r18w24", **dict.fromkeys(of_a_foreign_file)}
     config.surrogate = {"source": "robust_ssl.data:photo_crops", "n": 2000}
     config.downstream = {"source": "robust_ssl.data:digits", "validation": 0.1}

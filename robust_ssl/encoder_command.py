@@ -119,6 +119,7 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     network.add_argument("--stem-padding", type=int, metavar="N", help="zeros around the image")
     network.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT")
     network.add_argument("--pooling", help="of a ViT: token or mean")
+    network.add_argument("--activation", help="of a ViT: gelu or quick_gelu")
 
 
 def _three(text: str) -> tuple[float, ...]:
@@ -150,7 +151,7 @@ def _as_usage() -> Iterator[None]:
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("layout", "under", "reader", "normalisation", "mean", "std", "image_size")
-    keys += ("stem", "stem_padding", "heads", "pooling")
+    keys += ("stem", "stem_padding", "heads", "pooling", "activation")
     given = {key: getattr(arguments, key) for key in keys}
     return {key: value for key, value in given.items() if value is not None}
 
@@ -175,8 +176,17 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     if not (arguments.out or arguments.stablehlo):
         raise ValueError("say where to: --out FILE.safetensors, --stablehlo FILE, or both")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    if arguments.out == arguments.stablehlo:
+        raise ValueError("--out and --stablehlo name one file")
     from robust_ssl import weights
 
+    if weights.is_foreign(arguments.encoder):
+        raise ValueError(
+            f"{arguments.encoder} is a foreign file; first: robust-ssl encoder convert "
+            f"{arguments.encoder} --out DIR"
+        )
     encoder = weights.load_encoder(arguments.encoder)
     model = _fine_tuned(encoder, arguments.stage) if arguments.stage else encoder
     if arguments.out:

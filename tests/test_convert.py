@@ -101,11 +101,77 @@ def test_wrappers_come_off_and_their_other_parts_are_dropped(
     assert_same_weights(weights.import_encoder(file, **NAMED), ENCODER)
 
 
-def test_solo_learn_pads_by_two_unless_it_is_told_otherwise(tmp_path):
+def test_solo_learn_pads_by_two_if_it_is_named_and_others_are_asked(tmp_path):
     file = write(tmp_path, {f"backbone.{name}": x for name, x in TENSORS.items()})
     named = {"normalisation": "cifar10", "image_size": 8}
+    with pytest.raises(ValueError, match=r"stem_padding, 1 .usual. or 2 .solo-learn's"):
+        weights.import_encoder(file, **named)  # others write ``backbone.`` too
+    named["layout"] = "solo-learn"
     assert weights.import_encoder(file, **named).module.stem_padding == 2
     assert weights.import_encoder(file, **named, stem_padding=1).module.stem_padding == 1
+
+
+def test_a_normalisation_that_is_not_the_files_is_said(tmp_path):
+    own = weights.export_safetensors(ENCODER.replace(mean=(0.1,) * 3), tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match=r"own header says mean \(0.1, .* is asked for"):
+        weights.import_encoder(own, normalisation="imagenet")
+    image = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 8}
+    file = write(tmp_path, TENSORS, preprocessor_config=image)
+    found = weights.inspect_file(file, **NAMED)
+    assert "preprocessor_config.json says mean (0.5, 0.5, 0.5)" in "".join(found.notes)
+    assert found.normalisation.mean == models.CIFAR10_MEAN and not found.problems
+
+
+def test_a_variant_with_a_plain_networks_tensors_is_refused(tmp_path):
+    encoder = random_encoder(width=2, stem="imagenet", image_size=32)
+    for config, message in (
+        ({"architecture": "resnetblur18", "pretrained_cfg": {}}, "no plain ResNet"),
+        ({"architecture": "resnet18", "pretrained_cfg": {}, "model_args": {"aa": 1}}, "model_args"),
+    ):
+        file = write(tmp_path, tensors_of(encoder), config=config)
+        with pytest.raises(ValueError, match=message):
+            weights.import_encoder(file, normalisation="imagenet", image_size=32)
+
+
+def test_negative_variances_are_refused(tmp_path):
+    bad = {**TENSORS, "bn1.running_var": -TENSORS["bn1.running_var"]}
+    with pytest.raises(ValueError, match=r"bn1.running_var has negative variances"):
+        weights.import_encoder(write(tmp_path, bad), **NAMED)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"rescale_factor": None}, {"rescale_factor": "x"}, {"size": [{}, {}], "image_mean": [0.5] * 3,
+     "image_std": [0.5] * 3}],
+)  # fmt: skip
+def test_json_that_makes_no_sense_is_a_problem_and_no_traceback(tmp_path, config):
+    file = write(tmp_path, TENSORS, preprocessor_config=config)
+    found = weights.inspect_file(file, stem="cifar", stem_padding=2)
+    assert found.problems
+
+
+def test_a_header_that_asks_for_the_absurd_is_refused(tmp_path):
+    for options, message in (
+        ({"width": 0}, "width|division"), ({"width": 10**30}, "width|large|int"),
+    ):  # fmt: skip
+        record = {"options": {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 8, **options}}
+        file = write(tmp_path, TENSORS, {"robust_ssl": json.dumps(record)})
+        with pytest.raises(ValueError, match=message):
+            weights.import_encoder(file, stem="cifar", stem_padding=2)
+    file = write(tmp_path, TENSORS, {"robust_ssl": "[" * 100_000})
+    assert "export did not write" in str(weights.inspect_file(file))
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 10**7}, {"layer_norm_eps": -1}, {"num_attention_heads": True},
+])  # fmt: skip
+def test_a_vit_config_that_asks_for_the_absurd_is_refused_at_once(tmp_path, changes):
+    sizes = {"width": 12, "heads": 2, "depth": 1, "patch_size": 4, "image_size": 8}
+    encoder = random_encoder(models.vision_transformer, **sizes, norm_epsilon=1e-12)
+    config = {"model_type": "vit", "num_attention_heads": 2, "num_hidden_layers": 1, **changes}
+    file = write(tmp_path, tensors_of(encoder, "huggingface-vit"), config=config)
+    with pytest.raises(ValueError, match=r"depth is|layer_norm_eps is|num_attention_heads is"):
+        weights.import_encoder(file, normalisation="half")
 
 
 @pytest.mark.parametrize(
@@ -392,3 +458,22 @@ def test_a_processors_image_part_is_read(tmp_path):
     file = write(tmp_path, TENSORS, processor_config={"image_processor": image})
     encoder = weights.import_encoder(file, **named)
     assert encoder.mean == (0.5,) * 3 and encoder.image_size == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out=a.safetensors", "--batch=0"], "--batch must be at least 1"),
+        (["--out=same", "--stablehlo=same"], "name one file"),
+    ],
+)
+def test_export_refuses_what_makes_no_sense(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["encoder", "export", "simclr-cifar10-r18w24", *flags]) == main.USAGE
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_export_of_a_foreign_file_says_to_convert_it_first(tmp_path, capsys):
+    file = write(tmp_path, TENSORS)
+    assert main.main(["encoder", "export", str(file), "--out", f"{tmp_path}/o"]) == main.USAGE
+    assert f"encoder convert {file}" in capsys.readouterr().err

@@ -19,10 +19,10 @@ from robust_ssl.finetuning import (
     layerwise_optimizer,
     make_step,
     mixed_losses,
-    raise_if_stuck,
 )
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder, LossInputs
+from robust_ssl.updates import raise_if_stuck
 
 KEY = jax.random.key(7)
 

@@ -1,4 +1,4 @@
-"""A zoo can be made again: each config leaves an encoder, its log, its card and a row of a table."""
+"""A zoo can be made again: each config leaves an encoder, its log, its card and a table row."""
 
 import hashlib
 import json

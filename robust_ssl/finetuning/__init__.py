@@ -13,7 +13,7 @@ from robust_ssl.finetuning.layerwise import (
     render_table,
 )
 from robust_ssl.finetuning.sensitivity import layer_sensitivity, rates_for, select_redundant
-from robust_ssl.finetuning.step import init_state, make_step, mixed_losses, raise_if_stuck
+from robust_ssl.finetuning.step import init_state, make_step, mixed_losses
 
 __all__ = [
     "FREEZE",
@@ -32,7 +32,6 @@ __all__ = [
     "layerwise_optimizer",
     "make_step",
     "mixed_losses",
-    "raise_if_stuck",
     "rates_for",
     "render_table",
     "select_redundant",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from robust_ssl.types import (
     TrainState,
     Variables,
 )
+from robust_ssl.updates import no_skips, take_if_finite
 
 Batch = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -53,16 +53,11 @@ def init_state(classifier: Classifier, tx: optax.GradientTransformation) -> Trai
       0
     """
     variables = jax.tree.map(jnp.array, classifier.variables)
-
-    # Each scalar is an array of its own: no buffer may be donated twice.
-    def zero():
-        return jnp.zeros((), jnp.int32)
-
     return TrainState(
-        step=zero(),
+        step=jnp.zeros((), jnp.int32),
         variables=variables,
         opt_state=tx.init(variables["params"]),
-        counters={"skipped": zero(), "skipped_in_a_row": zero()},
+        counters=no_skips(),
     )
 
 
@@ -219,31 +214,9 @@ def make_step(
             "params": optax.apply_updates(state.variables["params"], updates),
         }
         variables = keep_frozen(variables, state.variables, frozen)
-        return _guard(state, variables, opt_state, metrics)
+        return take_if_finite(state, variables, opt_state, metrics)
 
     return step
-
-
-def raise_if_stuck(state: TrainState, limit: int = 20) -> None:
-    """Stops a training that only skips; call it where the host looks at the state anyway.
-
-    Args:
-      state: After an update.
-      limit: Skipped updates in a row that are too many.
-
-    Raises:
-      FloatingPointError: If the last `limit` updates were all skipped.
-
-    Example:
-      >>> counters = {"skipped": 3, "skipped_in_a_row": 2}
-      >>> raise_if_stuck(TrainState(step=9, variables={}, opt_state=(), counters=counters))
-    """
-    in_a_row = int(state.counters["skipped_in_a_row"])
-    if in_a_row >= limit:
-        raise FloatingPointError(
-            f"the last {in_a_row} updates up to step {int(state.step)} were not finite and were "
-            f"skipped: lower the learning rate or the weight of the loss that grows"
-        )
 
 
 def _images(key, model: Classifier, batch: Batch, augment, attack):
@@ -342,29 +315,4 @@ def _accuracies(inputs: LossInputs) -> dict[str, jax.Array]:
         found
         if inputs.adversarial is None
         else found | {"robust_accuracy": accuracy(inputs.adversarial)}
-    )
-
-
-def _guard(
-    state: TrainState, variables: Any, opt_state: Any, metrics: dict[str, jax.Array]
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes the whole new state if all of it is finite, else keeps the old one and counts."""
-    new, old = (variables, opt_state), (state.variables, state.opt_state)
-    # One number that is not finite if anything is: testing each of hundreds of leaves by itself
-    # compiles many times longer.  Integers (an optimiser's count) are finite, and would overflow.
-    floats = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    finite = jnp.isfinite(optax.tree.norm(floats) + metrics["gradient_norm"] + metrics["loss"])
-    variables, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    skipped = 1 - finite.astype(jnp.int32)
-    counters = {
-        **state.counters,
-        "skipped": state.counters["skipped"] + skipped,
-        "skipped_in_a_row": skipped * (state.counters["skipped_in_a_row"] + 1),
-    }
-    metrics = metrics | {"skipped": skipped.astype(jnp.float32)}
-    return (
-        TrainState(
-            step=state.step + 1, variables=variables, opt_state=opt_state, counters=counters
-        ),
-        metrics,
     )

@@ -39,6 +39,8 @@ def random_resized_crop(
       >>> bool(jnp.allclose(random_resized_crop(jax.random.key(0), image), 0.5, atol=1e-6))
       True
     """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"a crop keeps a share in (0, 1] of the area, got {scale}")
     height, width, _ = image.shape
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
     area = jax.random.uniform(area_key, minval=scale[0], maxval=scale[1])

@@ -127,7 +127,9 @@ class DINO:
         projector_key, prototypes_key = jax.random.split(key)
         variables = init_networks(projector_key, {"projector": (self._projector, encoder.dim)})
         shape = (self.projection_dim, self.num_prototypes)
-        variables["params"]["prototypes"] = jax.random.normal(prototypes_key, shape)
+        # Of length 1: only directions count, and a step turns a longer one less.
+        random = jax.random.normal(prototypes_key, shape)
+        variables["params"]["prototypes"] = normalise(random.T).T
         teacher = {"encoder": dict(encoder.variables), "params": variables["params"]}
         # A copy: a state whose leaves are one buffer could not be donated.
         teacher = jax.tree.map(jnp.copy, teacher)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from robust_ssl import parallel
-from robust_ssl.pretraining.augmentation import View, random_views
+from robust_ssl.pretraining.augmentation import SYMMETRIC, random_views
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
@@ -75,7 +75,7 @@ class SimCLR:
     temperature: float = struct.field(pytree_node=False, default=0.2)  # solo-learn, CIFAR
     hidden: int = struct.field(pytree_node=False, default=2048)  # solo-learn, CIFAR
     projection_dim: int = struct.field(pytree_node=False, default=256)  # solo-learn, CIFAR
-    min_scale: float = struct.field(pytree_node=False, default=0.2)  # solo-learn, CIFAR
+    min_scale: float = struct.field(pytree_node=False, default=0.08)  # solo-learn, CIFAR
 
     @property
     def _projector(self) -> MLP:
@@ -87,7 +87,7 @@ class SimCLR:
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, (View(min_scale=self.min_scale),) * 2)
+        return random_views(key, image, SYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs

@@ -12,6 +12,7 @@ import optax
 from robust_ssl import parallel
 from robust_ssl.pretraining.method import Method, MethodUpdate, PretrainInputs
 from robust_ssl.types import Encoder, TrainState, Variables
+from robust_ssl.updates import no_skips, take_if_finite
 
 
 def init_state(
@@ -37,6 +38,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         variables={"params": params, "batch_stats": batch_stats, "state": own.get("state", {})},
         opt_state=tx.init(params),
+        counters=no_skips(),
     )
 
 
@@ -93,7 +95,8 @@ def make_step(
     Returns:
       A step for `parallel.Parallel.compile`.  Batches are ``{"images": uint8 [n, H, W, 3],
       "indices": int32 [n], "rows": int32 [n]}``, with ``"labels"`` for a method that needs them.
-      Metrics: ``loss``, ``gradient_norm`` and the method's own.
+      Metrics: ``loss``, ``gradient_norm``, ``skipped`` (1 where an update that is not finite was
+      left out) and the method's own.
 
     Example:
       >>> from robust_ssl import models
@@ -157,8 +160,8 @@ def make_step(
                 _own(variables), trained_encoder(encoder, variables), progress
             )
             variables = _with_own(variables, own)
-        new = state.replace(step=state.step + 1, variables=variables, opt_state=opt_state)
-        return new, {**metrics, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
+        return take_if_finite(state, variables, opt_state, metrics)
 
     return step
 

@@ -151,13 +151,18 @@ def _check(run: Run) -> None:
 def _check_pretrain(run: Run) -> None:
     config = run.config["pretrain"]
     encoder = build_encoder(jax.random.key(run.seed), config["encoder"])
-    resolve(config["method"])(**config["method_options"])
+    method = resolve(config["method"])(**config["method_options"])
     train, test = (run.load(config["data"], split) for split in ("train", "test"))
     for examples in (train, test):
         data.check_image_size(examples, encoder.image_size)
         data.check_classes(examples, train.num_classes)  # the probes need labels
-    pretrain_stage.build_optimizer(config, data.steps_per_epoch(len(train), config["batch_size"]))
+    tx = pretrain_stage.build_optimizer(
+        config, data.steps_per_epoch(len(train), config["batch_size"])
+    )
     run.parallel.check_batch(config["batch_size"])
+    if config["monitor"]["every_epochs"] < 1:
+        raise ValueError("monitor.every_epochs must be at least 1")
+    pretrain_stage.check_step(config, encoder, method, tx, train)
 
 
 def _check_data(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ def optimizer(
     weight_decay: float,
     momentum: float = 0.9,
     trust_coefficient: float = 0.02,  # solo-learn, CIFAR
+    clip: bool = True,  # solo-learn, CIFAR (all methods but VIbCReg)
 ) -> optax.GradientTransformation:
     """Returns SGD with momentum, LARS, Adam or AdamW under a cosine schedule with linear warm-up.
 
@@ -43,6 +44,7 @@ def optimizer(
       weight_decay: Of kernels only; biases and norms have none.
       momentum: Of SGD and LARS.
       trust_coefficient: LARS: how large a kernel's update may be against the kernel.
+      clip: LARS: whether a kernel never moves further than SGD would move it.
 
     Raises:
       ValueError: If the name is not known.
@@ -61,19 +63,50 @@ def optimizer(
             optax.sgd(schedule, momentum=momentum),
         )
     if name == "lars":
-        return optax.lars(
-            schedule,
-            weight_decay,
-            weight_decay_mask=kernels,
-            trust_coefficient=trust_coefficient,
-            trust_ratio_mask=kernels,
-            momentum=momentum,
+        return optax.chain(
+            _scale_by_trust(schedule, weight_decay, trust_coefficient, clip, kernels),
+            optax.trace(momentum),
+            optax.scale_by_learning_rate(schedule),
         )
     if name == "adam":  # decay inside the gradient, as in torch
         return optax.chain(optax.add_decayed_weights(weight_decay, kernels), optax.adam(schedule))
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
     raise ValueError(f"optimizer must be 'sgd', 'lars', 'adam' or 'adamw', got {name!r}")
+
+
+def _scale_by_trust(
+    schedule: optax.Schedule,
+    weight_decay: float,
+    trust_coefficient: float,
+    clip: bool,
+    kernels: Callable[[Any], Any],
+) -> optax.GradientTransformation:
+    """LARS as solo-learn has it, which `optax.lars` is not: clipped, and still where nothing pulls.
+
+    A kernel's gradient, decay added, is scaled so that a step of the learning rate moves it by
+    ``trust_coefficient`` times its length, or by less where plain SGD would.
+
+    References:
+      You et al., "Large Batch Training of Convolutional Networks", 2017, Algorithm 1.
+    """
+
+    def update(gradients, count, params):
+        rate = schedule(count)
+
+        def one(gradient, kernel, is_kernel):
+            if not is_kernel:
+                return gradient
+            length, pull = optax.tree.norm(kernel), optax.tree.norm(gradient)
+            ratio = trust_coefficient * length / (pull + weight_decay * length + 1e-8)
+            if clip:
+                ratio = jnp.minimum(ratio / jnp.maximum(rate, 1e-12), 1.0)
+            scaled = ratio * (gradient + weight_decay * kernel)
+            return jnp.where((length > 0) & (pull > 0), scaled, gradient)
+
+        return jax.tree.map(one, gradients, params, kernels(params)), count + 1
+
+    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
 
 
 def _extract(encoder: Encoder, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -100,7 +133,17 @@ def features_of(
 def build_optimizer(
     config: Mapping[str, Any], steps_per_epoch: int
 ) -> optax.GradientTransformation:
-    """Returns what ``config.pretrain`` asks for; see `optimizer`."""
+    """Returns what ``config.pretrain`` asks for; see `optimizer`.
+
+    Raises:
+      ValueError: If there is no epoch, or nothing left of them after the warm-up.
+    """
+    epochs, warmup = config["epochs"], config["warmup_epochs"]
+    if epochs < 1 or not 0 <= warmup < epochs:
+        raise ValueError(
+            f"epochs={epochs} and warmup_epochs={warmup}: at least one epoch, and a warm-up that "
+            "ends before the training"
+        )
     return optimizer(
         config["optimizer"],
         learning_rate=config["learning_rate"],
@@ -109,6 +152,46 @@ def build_optimizer(
         weight_decay=config["weight_decay"],
         **config.get("optimizer_options", {}),
     )
+
+
+def check_step(
+    config: Mapping[str, Any],
+    encoder: Encoder,
+    method: pretraining.Method,
+    tx: optax.GradientTransformation,
+    train_set,
+) -> None:
+    """Traces two steps on shapes only, so that a method that does not fit fails before the first.
+
+    Raises:
+      ValueError: Whatever the method has against batch, encoder, accumulation or data.
+    """
+    size, count = encoder.image_size, config["batch_size"]
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    batch = {
+        "images": jax.ShapeDtypeStruct((count, size, size, 3), jnp.uint8),
+        "indices": numbers,
+        "rows": numbers,
+    }
+    if train_set.num_classes:
+        batch["labels"] = numbers
+    key = jax.random.key(0)
+    step = pretraining.make_step(
+        encoder,
+        method,
+        tx,
+        key=key,
+        total_steps=1,
+        steps_per_epoch=1,
+        accumulate=config.get("accumulate", 1),
+    )
+    state = jax.eval_shape(
+        lambda key: pretraining.init_state(key, encoder, method, tx, num_images=len(train_set)), key
+    )
+    try:
+        jax.eval_shape(step, state, batch)
+    except AssertionError as error:  # chex
+        raise ValueError(str(error)) from error
 
 
 def pretrain(run: Run) -> checkpoints.StageDirectory:
@@ -226,7 +309,7 @@ def _monitor(
         "effective_rank": float(pretraining.effective_rank(features)),
     }
     _log.info("epoch %d: %s", epoch, {name: round(v, 4) for name, v in results.items()})
-    if results["feature_std"] < COLLAPSED:
+    if not results["feature_std"] >= COLLAPSED:  # NaN too
         _log.warning(
             "epoch %d: the features of all images are nearly equal (feature_std %.3f, below %.1f): "
             "collapsed; a lower learning rate or a larger batch is what usually helps",

@@ -15,10 +15,10 @@ from flax import struct
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.data import Batches
 from robust_ssl.data.batches import take
-from robust_ssl.finetuning import raise_if_stuck
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress, Stopped, stop_requested
 from robust_ssl.types import TrainState, Variables
+from robust_ssl.updates import raise_if_stuck
 
 _AHEAD = 3  # steps that may be in flight before the loop waits for the oldest
 
@@ -72,7 +72,8 @@ def train(
       epochs: Passes over the training set.
       parallel: The devices.
       progress: Shows how far it is.
-      checkpoint_every: Steps between checkpoints; None is once an epoch.
+      checkpoint_every: Steps between checkpoints; None is once an epoch.  With steps in a loop on
+        the devices, the nearest smaller number that fits an epoch.
       at_epoch_end: Called with the number of finished epochs and the variables; what it returns
         is logged.
       score: Which entry of that decides the best epoch; None keeps none.
@@ -92,6 +93,8 @@ def train(
     kept = parallel.replicate(kept)
     first, kept = stage.restore_latest(kept) or (0, kept)
     advance, looped = _advance(step, batches, parallel, loop_on_device)
+    if looped:
+        every = _fitting(every, batches.steps_per_epoch)
     in_flight: collections.deque = collections.deque()
     unwritten: list[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]] = []
     done = first
@@ -117,8 +120,7 @@ def train(
             saving = stopping or done % every == 0
             if saving or epoch_ends:
                 _write(stage, unwritten)
-                if "skipped_in_a_row" in state.counters:
-                    raise_if_stuck(state)
+                raise_if_stuck(state)
             if saving and done < total:
                 stage.save(done, kept)
             if stopping and done < total:
@@ -126,6 +128,13 @@ def train(
                 raise Stopped(f"{stage.path.name} stopped after step {done} of {total}")
     batches.close()
     return kept["state"], kept.get("best")
+
+
+def _fitting(every: int, steps_per_epoch: int) -> int:
+    """The longest interval up to `every` with which all loops have one length: one program."""
+    if every >= steps_per_epoch:
+        return every - every % steps_per_epoch
+    return max(d for d in range(1, every + 1) if steps_per_epoch % d == 0)
 
 
 def _next_stop(step: int, *intervals: int) -> int:
@@ -144,6 +153,11 @@ def _advance(
     """
     if loop_on_device is None:
         loop_on_device = batches.resident and parallel.devices[0].platform != "cpu"
+    if loop_on_device and not batches.resident:
+        raise ValueError(
+            "loop_on_device needs a set that lies on the devices, and this one is read in a "
+            "stream; leave it None"
+        )
     if not loop_on_device:
         compiled = parallel.compile(step)
         return lambda state, first, count: compiled(state, batches(first)), False

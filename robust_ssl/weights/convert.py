@@ -228,7 +228,7 @@ def _examine(path, layout, under, named) -> tuple[Inspection, Encoder | None]:
     encoder = None
     with _collected(problems):
         wanted = named.get("image_size")
-        found, skeleton = _with_network(found, tensors, named, problems)
+        found, skeleton = _with_network(found, tensors, named, layout, problems)
         encoder = _fill(skeleton, tensors, found)
         found, encoder = _with_asked_size(found, encoder, wanted)
     found = dataclasses.replace(found, problems=tuple(problems))
@@ -251,13 +251,39 @@ def _with_normalisation(found: Inspection, named: dict[str, Any], problems) -> I
     mine = {key: named.pop(key) for key in keys if key in named}
     if "image_size" in mine:
         named["image_size"] = mine["image_size"]
-    chosen = normalisation.choose(found.file.configs, **mine)
+    try:
+        chosen = normalisation.choose(found.file.configs, **mine)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            "the JSON beside the weights says nothing sensible about images: "
+            f"{type(error).__name__} {error}"
+        ) from error
     if chosen.mean is None:
         problems.append(
             "nothing beside the weights says how images were normalised; "
             + normalisation.HOW_TO_NAME
         )
+    elif chosen.source == "named":
+        found = _with_contradiction(found, chosen, problems)
     return dataclasses.replace(found, normalisation=chosen)
+
+
+def _with_contradiction(found: Inspection, chosen: Normalisation, problems) -> Inspection:
+    """A name beside another encoder's own header is an error; beside other JSON it is noted."""
+    try:
+        said = normalisation.read(found.file.configs)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return found  # naming is the remedy for a file that cannot be understood
+    if said.mean is None or (said.mean, said.std) == (chosen.mean, chosen.std):
+        return found
+    text = (
+        f"{said.source} says mean {said.mean}, std {said.std}; "
+        f"mean {chosen.mean}, std {chosen.std} is asked for"
+    )
+    if normalisation.own_record(found.file.configs):
+        problems.append(text)
+        return found
+    return dataclasses.replace(found, notes=(*found.notes, text))
 
 
 def _choose_layout(names: Mapping[str, Any], wanted: str | None) -> mapping.Layout:
@@ -308,6 +334,8 @@ def _as_float32(found: Inspection, sources: Mapping[str, str], problems):
             tensors[renamed] = array.astype(np.float32)
         if kind in (*_WIDENED, "float32") and not np.isfinite(tensors[renamed]).all():
             bad.append(f"{name} has NaN or infinite values")
+        elif renamed.endswith("running_var") and (tensors[renamed] < 0).any():
+            bad.append(f"{name} has negative variances")
     problems += wrong + bad
     return tensors, [f"{n} tensors are {kind}; converted to float32" for kind, n in widened.items()]
 
@@ -325,13 +353,14 @@ def _part(name: str, kept: set[str]) -> str:
     return ".".join(parts[: 2 if parts[0] in kept else 1])
 
 
-def _with_network(found: Inspection, tensors, named: dict[str, Any], problems):
+def _with_network(found: Inspection, tensors, named: dict[str, Any], layout, problems):
     """Finds builder and options and returns the network with shapes in place of weights."""
     own = dict(normalisation.own_record(found.file.configs).get("options", {}))
     for key in ("mean", "std", "image_size", "dtype"):
         own.pop(key, None)
     asked = {**own, **named}
-    name, options = _network(found, tensors, {**found.file.configs, "options": asked})
+    said = {"options": asked, "layout": layout}
+    name, options = _network(found, tensors, {**found.file.configs, **said})
     options = {**options, **own}  # the header knows more than names and shapes tell
     for key, value in named.items():
         if options.setdefault(key, value) != value and key != "image_size":
@@ -339,6 +368,9 @@ def _with_network(found: Inspection, tensors, named: dict[str, Any], problems):
     found = _with_image_size(found, options, problems)
     found = dataclasses.replace(found, builder=name, options=dict(options))
     options.setdefault("image_size", _PLACEHOLDER_SIZE)
+    depth = options.get("depth", 1)
+    if type(depth) is not int or not 1 <= depth <= len(tensors):
+        raise ValueError(f"depth is {depth!r}, and the file has {len(tensors)} tensors")
     mean, std = normalisation.PRESETS["none"]
     options |= {"mean": found.normalisation.mean or mean, "std": found.normalisation.std or std}
     return found, native.build_skeleton(getattr(models, name), options, "the network")

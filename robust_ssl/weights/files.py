@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ _INDEX = ".index.json"
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 _NEIGHBOURS = ("config.json", "preprocessor_config.json", "processor_config.json")
 _OLDEST_TORCH = (2, 10)
+_MOST_SHARING = 8  # tied weights are stored once and used a few times
 _FETCH_AGAIN = "fetch it again"
 _SAVE_AGAIN = "save the weights as safetensors or, with torch.save, as a state dict"
 
@@ -116,8 +118,9 @@ def read_weights(
         found = _read_shards(file, under, reader)
     else:
         found = _read_file(file, under, reader)
-    # A lone .pth has no part in whatever else a download folder holds.
-    published = pathlib.Path(path).is_dir() or file.name.endswith((_INDEX, ".safetensors", ".bin"))
+    # A lone file has no part in whatever else a download folder holds.
+    published = pathlib.Path(path).is_dir() or file.name.endswith(_INDEX)
+    published |= file.name in _FOLDER_FILES
     beside = _read_neighbours(file.parent) if published else {}
     return dataclasses.replace(found, configs={**found.configs, **beside})
 
@@ -215,7 +218,7 @@ def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFil
             if kind == "torch legacy":
                 notes.append("this format has no checksum: compare the SHA-256 with its maker's")
             return WeightsFile(str(path), kind, sha256, tensors, place, notes=(*notes, *more))
-    except torch_pickle.RefusedError as error:
+    except ValueError as error:  # a refusal, or what NumPy has against forged sizes
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
@@ -330,6 +333,7 @@ def _state_dict(saved: Any, under: str | None) -> tuple[str, Mapping[str, Any], 
 
 def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors' numbers by name, and notes about the rest."""
+    _refuse_multiplied(state)
     tensors, left, sharing = {}, [], {}
     for name, value in state.items():
         if not isinstance(name, str) or not _is_tensor(value):
@@ -344,6 +348,17 @@ def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]
     shared = [names for names in sharing.values() if len(names) > 1]
     notes += [f"one storage is shared by {', '.join(names[:10])}" for names in shared[:10]]
     return tensors, notes
+
+
+def _refuse_multiplied(state: Mapping[Any, Any]) -> None:
+    """One small storage under thousands of names could ask for terabytes."""
+    described = [x for x in state.values() if isinstance(x, torch_pickle.Tensor)]
+    asked = sum(math.prod(x.shape) * x.dtype.itemsize for x in described)
+    held = sum({id(x.storage): x.storage.nbytes for x in described}.values())
+    if asked > _MOST_SHARING * held + 2**20:
+        raise torch_pickle.RefusedError(
+            f"its tensors ask for {asked} bytes and it holds {held}; it is forged"
+        )
 
 
 # ---------------------------------------------------------------------------- torch, if it is asked
@@ -379,6 +394,10 @@ def _from_torch(tensor: Any) -> np.ndarray:
     if name not in torch_pickle.DTYPES or tensor.layout != torch.strided:
         raise torch_pickle.RefusedError(
             f"a tensor is {name}, {tensor.layout}; save it dense, as float32"
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise torch_pickle.RefusedError(
+            "a tensor repeats its elements; call .contiguous() on it before saving"
         )
     whole = tensor.detach().contiguous()
     flat = whole.reshape(-1).view(torch.uint8).numpy()

@@ -268,7 +268,7 @@ def build_skeleton(
     try:
         inspect.signature(builder).bind(None, **options)
         return jax.eval_shape(functools.partial(builder, **options), jax.random.key(0))
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
 
 

@@ -139,7 +139,7 @@ def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:
         record = json.loads(text)
         if {"mean", "std", "image_size"} <= record["options"].keys():
             return record
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError("the file's header has an entry robust_ssl that export did not write")
 

@@ -125,7 +125,8 @@ def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
             raise ValueError(
                 f"the stem is {kernel}x{kernel}, and its stride and padding are not in the file: "
                 'name stem, "cifar" (stride 1) or "cifar_half" (stride 2), and stem_padding, 1 '
-                "(usual) or 2 (solo-learn's); for example --stem cifar --stem-padding 1"
+                "(usual) or 2 (solo-learn's, which --layout solo-learn says too); for example "
+                "--stem cifar --stem-padding 1"
             )
         if stem["stem"] not in STEMS or STEMS[stem["stem"]][0] != kernel:
             fitting = sorted(name for name, (side, *_) in STEMS.items() if side == kernel)
@@ -136,6 +137,27 @@ def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
         return builder, {"width": width, **stem}
 
     return network
+
+
+def _solo_learn_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
+    # Others write ``backbone.`` too, so only a layout that is named tells the padding.
+    named = configs.get("layout") == "solo-learn"
+    small_stem = {"stem": "cifar", "stem_padding": 2} if named else None
+    return _network(_torchvision_name, small_stem)(tensors, configs)
+
+
+def _torchvision_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
+    """A file of timm may be a variant with a plain ResNet's tensors and other numbers."""
+    config = configs.get("config.json") or {}
+    architecture = config.get("architecture", "")
+    if "pretrained_cfg" in config and not _PLAIN.fullmatch(architecture):
+        raise ValueError(
+            f"config.json: architecture {architecture!r} is no plain ResNet-18, 34, 50, 101 or 152"
+        )
+    changed = set(config.get("model_args") or {}) - {"num_classes", "in_chans"}
+    if changed:
+        raise ValueError(f"config.json: model_args changes the network: {sorted(changed)}")
+    return _network(_torchvision_name)(tensors, configs)
 
 
 def _named(configs: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +208,7 @@ def _has(pattern: str) -> Callable[[Set[str]], bool]:
     return lambda names: any(wanted.fullmatch(name) for name in names)
 
 
+_PLAIN = re.compile(r"(tv_)?resnet(18|34|50|101|152)")
 _SOLO_HEADS = (
     r"(module\.)?(momentum_|projector|predictor|classifier|prototypes|queue|head\.|whitening"
     r"|dino_loss_func\.|local_memory_|(backbone|encoder)\.fc\.)"
@@ -194,10 +217,10 @@ _SOLO_HEADS = (
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="solo-learn",
-        source="solo-learn checkpoints with a ResNet; a 3x3 stem has stride 1 and padding 2",
+        source="solo-learn checkpoints with a ResNet; if it is named, a 3x3 stem has padding 2",
         matches=_has(r"(module\.)?(backbone|encoder)\.conv1\.weight"),
         rename=_rename(r"^(module\.)?(backbone|encoder)\.", _SOLO_HEADS),
-        network=_network(_torchvision_name, {"stem": "cifar", "stem_padding": 2}),
+        network=_solo_learn_network,
         entries=_entries(_torchvision_name),
     ),
     Layout(
@@ -217,7 +240,7 @@ LAYOUTS: tuple[Layout, ...] = (
         source="torchvision and timm ResNets, and every repository that builds on them",
         matches=_has(r"(module\.)?conv1\.weight"),
         rename=_rename(r"^module\.", r"(module\.)?fc\."),
-        network=_network(_torchvision_name),
+        network=_torchvision_network,
         entries=_entries(_torchvision_name),
     ),
     Layout(

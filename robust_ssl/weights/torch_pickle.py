@@ -23,6 +23,7 @@ import numpy as np
 
 PICKLE_LIMIT = 2**24  # bytes; a large network with its optimiser needs a hundredth of it
 _DEPTH_LIMIT = 1000  # marks that are open at once; files of weights have less than ten
+_LARGEST = 2**48  # of a tensor's sizes, strides and offset
 _RANK_LIMIT = 32  # axes of a tensor; more than NumPy could hold not long ago
 
 
@@ -143,6 +144,8 @@ class Tensor:
         numbers = (self.offset, *self.shape, *self.strides)
         if any(type(number) is not int or number < 0 for number in numbers):
             raise RefusedError("a tensor's offset, shape or strides are negative or no integers")
+        if max(numbers) >= _LARGEST:
+            raise RefusedError("a tensor's offset, shape or strides are absurd; it is forged")
         if len(self.shape) != len(self.strides) or len(self.shape) > _RANK_LIMIT:
             axes, strides = len(self.shape), len(self.strides)
             raise RefusedError(f"a tensor has {axes} axes and {strides} strides; it is forged")
@@ -230,6 +233,8 @@ def _call(name: Any, args: Any) -> Any:
 def _key(key: Any) -> Any:
     """A dictionary's key; anything but a plain one becomes inert, as hashing may take for ever."""
     plain = (str, bytes, int, float, bool, type(None), Name, Stub)
+    if type(key) is int and abs(key) >= 2**60:  # only these can be chosen to have equal hashes
+        return Stub()
     return key if isinstance(key, plain) else Stub()
 
 

@@ -275,10 +275,16 @@ def _huggingface_options(config: Mapping[str, Any], epsilon: float, act: str) ->
         raise ValueError(
             f"config.json: hidden_act is {activation!r}; gelu and quick_gelu are known"
         )
-    return {  # transformers leaves out what is its default
-        "heads": config.get("num_attention_heads", 12),
+    # transformers leaves out what is its default
+    heads, epsilon = config.get("num_attention_heads", 12), config.get("layer_norm_eps", epsilon)
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"config.json: num_attention_heads is {heads!r}")
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise ValueError(f"config.json: layer_norm_eps is {epsilon!r}")
+    return {
+        "heads": heads,
         "depth": config.get("num_hidden_layers", 12),
-        "norm_epsilon": config.get("layer_norm_eps", epsilon),
+        "norm_epsilon": epsilon,
         "activation": activation,
     }
 
