@@ -15,7 +15,8 @@ from flax import struct
 from robust_ssl import load_encoder, models, parallel, pretraining, stages
 from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import augmentation
-from robust_ssl.progress import Progress
+from robust_ssl.progress import Progress, Stopped
+from robust_ssl.stages import pretrain, training
 
 RANDOM = np.random.default_rng(0)
 FIRST, SECOND = (RANDOM.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
@@ -252,6 +253,43 @@ def test_training_makes_two_views_agree():
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
     trained = pretraining.trained_encoder(encoder, state.variables)
     assert trained(NOISE).features.shape == (8,)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted():
+    encoder, tx = tiny.encoder(), optax.sgd(np.inf)
+    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, tx, num_images=8)
+    step = jax.jit(pretraining.make_step(encoder, METHOD, tx, **STEPS))
+    after, metrics = step(state, BATCH)
+    assert float(metrics["skipped"]) == 1.0 and np.isfinite(metrics["loss"])
+    assert int(after.counters["skipped"]) == 1 and int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.variables, state.variables)
+
+
+# --- The optimiser ----------------------------------------------------------------------------
+
+
+def lars_step(gradient, rate, weight_decay=0.0, **options):
+    """How far LARS moves a kernel of length 10 and a bias of length 10."""
+    params = {"kernel": jnp.full((5, 5), 2.0), "bias": jnp.full(25, 2.0)}
+    tx = pretrain.optimizer(
+        "lars", learning_rate=rate, total_steps=100, warmup_steps=0, weight_decay=weight_decay,
+        **options,
+    )  # fmt: skip
+    gradients = jax.tree.map(lambda x: jnp.full(x.shape, gradient / 5), params)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    return {name: float(jnp.linalg.norm(update)) for name, update in updates.items()}
+
+
+@pytest.mark.parametrize("gradient", [1e-3, 1.0, 100.0])
+def test_lars_moves_a_kernel_by_its_length_but_never_further_than_sgd(gradient):
+    free, clipped = (lars_step(gradient, 0.3, clip=clip) for clip in (False, True))
+    assert free["kernel"] == pytest.approx(0.3 * 0.02 * 10, rel=1e-4)
+    assert clipped["kernel"] == pytest.approx(min(0.02 * 10, 0.3 * gradient), rel=1e-4)
+    assert free["bias"] == clipped["bias"] == pytest.approx(0.3 * gradient, rel=1e-4)
+
+
+def test_lars_leaves_alone_what_nothing_pulls_at():
+    assert lars_step(0.0, 0.3, weight_decay=1e-2) == {"kernel": 0.0, "bias": 0.0}
 
 
 # --- Accumulation, schedules, labels ----------------------------------------------------------
@@ -527,3 +565,66 @@ def test_features_that_collapse_are_warned_of(caplog, tmp_path):
     with caplog.at_level("WARNING", logger="robust_ssl"):
         stages.run(config, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
     assert "collapsed" in caplog.text
+
+
+def stopped_and_resumed(config, workdir, steps, monkeypatch):
+    layout, asked = Parallel.create(num_devices=2), iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stop_requested", lambda: next(asked) >= steps)
+        with pytest.raises(Stopped, match=f"after step {steps} of 8"):
+            stages.run(config, workdir, parallel=layout, progress=Progress("quiet"))
+    return stages.run(config, workdir, parallel=layout, progress=Progress("quiet"))
+
+
+@pytest.mark.parametrize("name,steps", [("MoCoV2Plus", 3), ("DeepClusterV2", 4)])
+def test_a_resumed_method_remembers_what_it_knew(tmp_path, monkeypatch, name, steps):
+    options = {
+        "MoCoV2Plus": {"queue_size": 32},
+        "DeepClusterV2": {"num_prototypes": 4, "num_clusterings": 1},  # stopped as an epoch ends
+    }[name]
+    config = pretrain_config(
+        method=f"robust_ssl.pretraining:{name}",
+        method_options={"hidden": 16, "projection_dim": 8, **options},
+        encoder={"builder": "tiny:encoder"},
+    )
+    config["pretrain"]["monitor"]["images"] = 8
+    layout = Parallel.create(num_devices=2)
+    whole = stages.run(config, tmp_path / "whole", parallel=layout, progress=Progress("quiet"))
+    parts = stopped_and_resumed(config, tmp_path / "parts", steps, monkeypatch)
+    assert parts == whole
+    assert _metrics(tmp_path / "parts") == _metrics(tmp_path / "whole")
+
+
+def test_loops_on_the_devices_have_one_length():
+    for every, epoch in ((200, 390), (2000, 195), (7, 390), (100, 100), (390, 390), (1, 5)):
+        fitted = training._fitting(every, epoch)
+        stops, step = [], 0
+        while step < 3 * epoch:
+            stops.append(training._next_stop(step, fitted, epoch) - step)
+            step += stops[-1]
+        assert len(set(stops)) == 1 and 1 <= fitted <= every, (every, epoch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "at least one epoch"),
+        ({"warmup_epochs": 2}, "a warm-up that ends before the training"),
+        ({"monitor": {"every_epochs": 0, "images": 8}}, "every_epochs must be at least 1"),
+        ({"accumulate": 3}, "accumulate=3 does not divide"),
+        ({"method": "robust_ssl.pretraining:NNCLR", "method_options": {"queue_size": 8}},
+         "does not fit into a queue of 8"),
+        ({"method": "robust_ssl.pretraining:SimCLR", "method_options": {"min_scale": 0.0}},
+         "share in .0, 1. of the area"),
+        ({"method": "robust_ssl.pretraining:DINO", "method_options": {"local_crops": 1,
+          "local_size": 4}}, "positions for images"),
+        ({"method": "robust_ssl.pretraining:WMSE", "method_options": {"whitening_size": 5}},
+         "whitening"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_found_before_anything_is_written(tmp_path, changes, message):
+    config = pretrain_config(**changes)
+    layout = Parallel.create(num_devices=2)
+    with pytest.raises(stages.UsageError, match=message):
+        stages.run(config, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
+    assert not (tmp_path / "run" / "pretrain").exists()

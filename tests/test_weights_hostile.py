@@ -160,3 +160,28 @@ def test_keys_that_hash_for_ever_are_inert(read):
     for body in (*bombs, b"(" + bomb + number(1) + b"d", b"\x8f(" + bomb + b"\x90"):
         found = read(zipped(pickled(table(weight=tensor(), x=body), 4)))
         assert list(found.tensors) == ["weight"]
+
+
+def test_whole_keys_that_were_chosen_to_collide_are_inert(read):
+    # Python's integers have equal hashes modulo 2**61 - 1: 20,000 of them took minutes.
+    many = b"".join(
+        b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(1, 20_000)
+    )
+    found = read(zipped(pickled(b"}(" + text("w") + tensor() + many + b"u")))
+    assert list(found.tensors) == ["w"]
+
+
+def test_one_tensor_under_a_thousand_names_is_not_copied_a_thousand_times(refused):
+    # Large enough that the numbers themselves would count; memoised once, named again and again.
+    count = 2**16
+    storages = {"0": bytes(4 * count)}
+    once = tensor(count=count, shape=(2**8, 2**8), strides=(1, 2**8)) + b"q\x07"
+    again = b"".join(text(f"w{i}") + b"h\x07" for i in range(100))
+    body = pickled(b"}(" + text("w") + once + again + b"u")
+    assert "it is forged" in refused(zipped(body, storages), "bytes and it holds")
+
+
+def test_absurd_sizes_are_refused_by_name(refused):
+    huge = b"\x8a\x09" + (2**64).to_bytes(9, "little")
+    body = tensor().replace(number(3) + number(1), huge + number(1), 1)
+    refused(zipped(pickled(b"}(" + text("w") + body + b"u")), "absurd")
