@@ -46,7 +46,7 @@ def make_jax(options):
         image_size=options.image_size,
         dtype=options.dtype,
     )
-    method = pretraining.SimCLR(temperature=TEMPERATURE, hidden=HIDDEN, projection_dim=PROJECTIONS)
+    method = _unblurred()(temperature=TEMPERATURE, hidden=HIDDEN, projection_dim=PROJECTIONS)
     tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     step = pretraining.make_step(
         encoder,
@@ -62,6 +62,20 @@ def make_jax(options):
     state = pretraining.init_state(jax.random.key(1), encoder, method, tx, num_images=options.batch)
     run = harness.jax_loop(parallel.compile(step), parallel.replicate(state), batch)
     return harness.jax_side(run, options.batch, parallel, options)
+
+
+def _unblurred():
+    """SimCLR with the views of the torch side: crop, flip, colours and grey."""
+    from flax import struct
+
+    from robust_ssl import pretraining
+
+    @struct.dataclass
+    class Unblurred(pretraining.SimCLR):
+        def views(self, key, image):
+            return pretraining.random_views(key, image, (pretraining.View(),) * 2)
+
+    return Unblurred
 
 
 def make_torch(options, *, tuned):

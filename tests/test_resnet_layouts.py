@@ -38,10 +38,12 @@ CASES = {
         "cifar_half", 1, False, 32, lambda x: x, {"stem": "cifar_half", "stem_padding": 1}),
     "solo-learn": (
         "cifar", 2, False, 32,
-        lambda x: {"epoch": 9, "state_dict": {**_under("backbone.", x), **_heads("")}}, {}),
+        lambda x: {"epoch": 9, "state_dict": {**_under("backbone.", x), **_heads("")}},
+        {"layout": "solo-learn"}),
     "solo-learn, old": (
         "cifar", 2, False, 32,
-        lambda x: {"epoch": 9, "state_dict": {**_under("encoder.", x), **_heads("")}}, {}),
+        lambda x: {"epoch": 9, "state_dict": {**_under("encoder.", x), **_heads("")}},
+        {"layout": "solo-learn"}),
     "moco": (
         "imagenet", 3, True, 64,
         lambda x: {"epoch": 200, "arch": "resnet50", "state_dict": {
