@@ -78,7 +78,7 @@ def test_what_is_made_is_not_made_again(built, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("names", [("one", "one"), ("a/b",), ("work",), ("",)])
+@pytest.mark.parametrize("names", [("one", "one"), ("a/b",), ("runs",), ("",)])
 def test_names_that_cannot_be_folders_are_refused_before_anything_runs(names, tmp_path):
     with pytest.raises(stages.UsageError, match="name"):
         build([named(name) for name in names], tmp_path)

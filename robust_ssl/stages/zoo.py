@@ -45,7 +45,7 @@ def build(
     For each of them ``out/NAME`` gets ``encoder.safetensors`` and ``encoder.json`` (with its
     SHA-256, its config and its accuracies), ``training_log.jsonl``, ``config.json`` and a model
     card, ``README.md``; ``out/README.md`` is the table of all encoders that lie in `out`.  What a
-    config has finished is kept in ``out/work/NAME``: the same call again goes on.
+    config has finished is kept in ``out/runs/NAME``: the same call again goes on.
 
     Args:
       configs: Each with the stage ``pretrain`` and its encoder's ``name``.
@@ -64,7 +64,7 @@ def build(
     named = _by_name(configs)
     failures = {}
     for name, config in named.items():
-        work = out / "work" / name
+        work = out / "runs" / name
         try:
             config = {**config, "stages": ["pretrain"]}
             stages.run(config, work, parallel=parallel, progress=progress)
@@ -98,7 +98,7 @@ def _by_name(configs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for config in configs:
         plain = settings.to_json(config)
         name = plain.get("pretrain", {}).get("encoder", {}).get("name")
-        if not name or pathlib.PurePath(name).name != name or name == "work":
+        if not name or pathlib.PurePath(name).name != name or name == "runs":
             raise stages.UsageError(
                 f"a zoo names its folders by config.pretrain.encoder.name, which is {name!r}"
             )
