@@ -277,7 +277,7 @@ def _card(
         **results,
         "config": run.config["pretrain"],
         "devices": stage.manifest["devices"],
-        "hardware": f"{len(devices)} x {devices[0].device_kind}",
+        "hardware": f"{len(devices)} x {_kind(devices[0])}",
         "images": num_images,
         "labels_used": bool(getattr(method, "needs_labels", False)),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(encoder.variables["params"])),
@@ -285,6 +285,10 @@ def _card(
         "seed": run.seed,
         "versions": stage.manifest["versions"],
     }
+
+
+def _kind(device: jax.Device) -> str:
+    return "CPU core" if device.platform == "cpu" else device.device_kind
 
 
 def _monitor(

@@ -148,10 +148,8 @@ def _model_card(card: Mapping[str, Any]) -> str:
     settings_of_method = json.dumps(config.get("method_options", {}))
     return f"""# {card["name"]}
 
-{card["builder"].rpartition(":")[2]} of width {row["width"]} ({row["parameters"]} parameters,
-{card["weights"]["bytes"] / 1e6:.1f} MB) for images of {options["image_size"]} pixels
-({normalisation}), pre-trained with {row["method"]} on `{config["data"]["source"]}`
-({told.get("images", "?")} images{", labels used" if told.get("labels_used") else ", no labels"}).
+{card["builder"].rpartition(":")[2]} of width {row["width"]} ({row["parameters"]} parameters, {card["weights"]["bytes"] / 1e6:.1f} MB), images of {options["image_size"]} pixels.
+Pre-trained with {row["method"]} on `{config["data"]["source"]}`, {told["images"]} images, {"labels used" if told["labels_used"] else "no labels"}.
 
 | accuracy, % | |
 | --- | ---: |
@@ -159,14 +157,13 @@ def _model_card(card: Mapping[str, Any]) -> str:
 | the same with random weights | {row["random_knn_accuracy"]} |
 | linear probe on frozen features | {row["linear_accuracy"]} |
 
-Both on the test split, which nothing was chosen by.
+All on the test split; no epoch was chosen by it.
 
-- Training: {row["epochs"]} epochs, batch {config["batch_size"]}, {config["optimizer"]} at
-  {config["learning_rate"]:g}, seed {told["seed"]}, {row["minutes"]} minutes on {row["hardware"]}.
+- Training: {row["epochs"]} epochs, batch {config["batch_size"]}, {config["optimizer"]} at {config["learning_rate"]:g}, seed {told["seed"]}, {row["minutes"]} minutes on {row["hardware"]}.
 - Method's settings: `{settings_of_method}`.
+- Normalisation: {normalisation}.
 - SHA-256 of `{card["weights"]["file"]}`: `{card["weights"]["sha256"]}`.
-- Files: `config.json` remakes it, `training_log.jsonl` has every epoch.
+- Files: `config.json` has every setting of the stage `pretrain`, `training_log.jsonl` every epoch.
 
-Load it with `robust_ssl.load_encoder("{card["name"]}")` if the package ships it, else with the
-path of this folder.
-"""
+`robust_ssl.load_encoder` takes this folder's path, or its name where the package ships it.
+"""  # noqa: E501
