@@ -153,6 +153,9 @@ def load_or_import(path: str, options: Mapping[str, Any]) -> Encoder:
         foreign file cannot be imported.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    unknown = {"builder", "path"} & options.keys()
+    if unknown:
+        raise ValueError(f"config.encoder has a path and also {sorted(unknown)}; give one")
     if not weights.is_foreign(path):
         encoder = weights.load_encoder(path)
         if options:
@@ -161,9 +164,6 @@ def load_or_import(path: str, options: Mapping[str, Any]) -> Encoder:
                 "file of weights needs to be told more"
             )
         return encoder
-    unknown = {"builder", "path"} & options.keys()
-    if unknown:
-        raise ValueError(f"config.encoder has a path and also {sorted(unknown)}; give one")
     return weights.import_encoder(path, **options)
 
 
