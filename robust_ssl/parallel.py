@@ -163,14 +163,14 @@ class Parallel:
                 out_shardings=self.replicated,
                 donate_argnums=donated,
             )
-            return lambda state, batch: compiled(state, batch, *more)
+            return compiled if not more else lambda state, batch: compiled(state, batch, *more)
         if self.method == "shard_map":
             specs = (P(), P(AXIS), *(P() for _ in more))
             spread = jax.shard_map(
                 step, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
             )
             compiled = jax.jit(spread, donate_argnums=donated)
-            return lambda state, batch: compiled(state, batch, *more)
+            return compiled if not more else lambda state, batch: compiled(state, batch, *more)
         mapped = jax.pmap(
             step,
             axis_name=AXIS,
