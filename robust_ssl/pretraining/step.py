@@ -140,14 +140,8 @@ def make_step(
     def step(state: TrainState, batch):
         step_key = jax.random.fold_in(key, state.step)
         progress = state.step / total_steps
-        variables = state.variables
-        if hasattr(method, "epoch_start"):
-            variables = jax.lax.cond(
-                state.step % steps_per_epoch == 0,
-                lambda v: _with_own(v, method.epoch_start(step_key, _own(v))),
-                lambda v: v,
-                variables,
-            )
+        epoch_starts = state.step % steps_per_epoch == 0
+        variables = _at_epoch_start(method, state.variables, step_key, epoch_starts)
         gradients, variables, metrics = _accumulated(
             gradients_of, variables, batch, step_key, progress, accumulate
         )
@@ -164,6 +158,20 @@ def make_step(
         return take_if_finite(state, variables, opt_state, metrics)
 
     return step
+
+
+def _at_epoch_start(
+    method: Method, variables: Variables, key: jax.Array, epoch_starts: jax.Array
+) -> Variables:
+    """Calls the method's `epoch_start`, if it has one, where an epoch starts."""
+    if not hasattr(method, "epoch_start"):
+        return variables
+    return jax.lax.cond(
+        epoch_starts,
+        lambda v: _with_own(v, method.epoch_start(key, _own(v))),
+        lambda v: v,
+        variables,
+    )
 
 
 def _carry_on(variables: Variables, update: MethodUpdate) -> Variables:
