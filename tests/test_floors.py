@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "robust_ssl"
 
 FLOORS = (
     {"types"},
-    {"threats", "objectives", "losses", "models", "parallel", "updates"},
+    {"threats", "frequencies", "objectives", "losses", "models", "parallel", "updates"},
     {"attacks", "conformance"},
     {"pretraining", "finetuning", "evaluation"},
     {
