@@ -30,3 +30,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp, np=np)
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory_maps():
+    # Every compiled program takes some memory maps, of which Linux gives a process 65,530; the
+    # whole suite in one process would need more, and XLA then dies with a segmentation fault.
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()

@@ -14,8 +14,8 @@ def radii(height: int, width: int) -> jax.Array:
     """Returns the frequency of each entry of ``jnp.fft.rfft2``, float ``[H, W // 2 + 1]``.
 
     Example:
-      >>> radii(2, 2).round(3).tolist()
-      [[0.0, 0.5], [0.5, 0.707]]
+      >>> radii(1, 8).tolist()
+      [[0.0, 0.125, 0.25, 0.375, 0.5]]
     """
     vertical = jnp.fft.fftfreq(height).reshape(height, 1)
     horizontal = jnp.fft.rfftfreq(width).reshape(1, width // 2 + 1)
