@@ -127,11 +127,11 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def write_atomically(file: pathlib.Path, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a sudden end, finds the old text or the new."""
+def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
+    """Replaces a file as a whole: a reader, or a sudden end, finds the old one or the new."""
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(temporary, "wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)

@@ -280,7 +280,22 @@ class Attack(Protocol):
 
 @runtime_checkable
 class Threat(Protocol):
-    """What the attacker may do to an image."""
+    """What the attacker may do to an image.
+
+    One perturbation for all images, a *delta* ``[H, W, 3]``, is added to an image and projected.
+    A threat that means something else brings any of these methods, and they are used instead:
+
+    * ``apply(delta, image, key=None)``: the attacked image, valid, with a gradient for `delta`;
+    * ``sample_delta(key, image_shape)``: a random allowed delta;
+    * ``project_delta(delta)``: the allowed delta nearest to one;
+    * ``delta_of(pattern)``: the delta that numbers in [-1, 1], ``[H, W, 3]``, stand for;
+    * ``resize_delta(delta, (height, width))``: the same delta for another image size;
+    * ``keyed(key)``: the threat for one step of fitting; its field `key` is then folded with an
+      image's index to what `apply` gets as `key`;
+    * ``check(image_shape)``: raises ValueError where the budget makes no sense.
+
+    `threats.Patch` brings all of them, `threats.Band` those that speak of the delta alone.
+    """
 
     def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """Returns a random allowed image."""

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import struct
 
-from robust_ssl import evaluation, models
+from robust_ssl import evaluation
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
 from robust_ssl.parallel import METHODS, Parallel
-from robust_ssl.types import Classifier, Encoder, Outputs
+from robust_ssl.types import Classifier, Encoder
 
 CLASSES = 4
 
@@ -287,36 +287,3 @@ def test_bad_input_is_refused_before_it_is_counted(two):
         run(good, {"closure": lambda key, model, image, label: image})
     with pytest.raises(ValueError, match="integer labels"):
         run([{**good[0], "labels": np.array([0.0, 1.0])}], nobody)
-
-
-def test_stability_is_one_and_zero_where_nothing_moved_and_keeps_the_order():
-    encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
-    images = jax.random.uniform(jax.random.key(1), (2, 8, 8, 3))
-    still = evaluation.per_layer_stability(encoder, images, images)
-    assert next(iter(still)) == "stem"
-    assert list(still)[-2:] == ["stage4/block2", "features"]
-    for numbers in still.values():
-        assert numbers == pytest.approx({"cosine": 1.0, "relative_drift": 0.0}, abs=1e-5)
-    with pytest.raises(ValueError, match="one shape"):
-        evaluation.per_layer_stability(encoder, images, images[:1])
-
-
-@struct.dataclass
-class Pixels:
-    """Its features are the pixels."""
-
-    def __call__(self, images):
-        return Outputs(features=images.reshape(len(images), -1))
-
-
-def test_stability_has_its_closed_form_and_is_never_nan():
-    image = jnp.zeros((1, 1, 1, 3)).at[0, 0, 0, 0].set(0.5)
-    turned = jnp.zeros((1, 1, 1, 3)).at[0, 0, 0, 1].set(0.5)
-    zero = jnp.zeros((1, 1, 1, 3))
-    features = evaluation.per_layer_stability(Pixels(), image, turned)["features"]
-    assert features == pytest.approx({"cosine": 0.0, "relative_drift": math.sqrt(2)})
-    features = evaluation.per_layer_stability(Pixels(), image, image / 2)["features"]
-    assert features == pytest.approx({"cosine": 1.0, "relative_drift": 0.5})
-    features = evaluation.per_layer_stability(Pixels(), zero, zero)["features"]
-    assert features == {"cosine": 1.0, "relative_drift": 0.0}
-    assert evaluation.per_layer_stability(Pixels(), zero, image)["features"]["cosine"] == 0.0

@@ -81,3 +81,28 @@ def test_l2_project_has_a_finite_gradient_everywhere():
 def test_bad_epsilon_is_refused(epsilon):
     with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\]"):
         threats.check_epsilon(epsilon)
+
+
+@pytest.mark.parametrize("threat", BOTH)
+def test_norm_is_the_size_that_epsilon_bounds_and_has_a_gradient_at_zero(threat):
+    change = jax.random.normal(jax.random.key(4), SHAPE)
+    np.testing.assert_allclose(threat.norm(change), _size(threat, change), rtol=1e-6)
+    assert threat.norm(jnp.zeros(SHAPE)) == 0
+    assert np.isfinite(jax.grad(threat.norm)(jnp.zeros(SHAPE))).all()
+
+
+@pytest.mark.parametrize(
+    "threat",
+    [*BOTH, threats.Patch(0.25, "random"), threats.Band(threats.L2(0.5), 0.1, 0.25)],
+)
+def test_every_threat_survives_being_taken_apart(threat):
+    again = threats.from_entries(threats.to_entries(threat))
+    as_float32 = jax.tree.map(np.float32, threat)
+    assert jax.tree.structure(again) == jax.tree.structure(as_float32)
+    assert [float(x) for x in jax.tree.leaves(again)] == jax.tree.leaves(as_float32)
+
+
+def test_check_looks_at_every_budget_of_a_stack():
+    threats.check(threats.Linf(np.array([0.0, 0.1])), SHAPE)
+    with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\].*got 8"):
+        threats.check(threats.L2(np.array([0.1, 8.0])))

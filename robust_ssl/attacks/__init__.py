@@ -1,8 +1,15 @@
 """Attacks: frozen values called as ``attack(key, model, image, label)``, and how to fit them."""
 
-from robust_ssl.attacks.generative import AdvEncoderPER
+from robust_ssl.attacks import autoattack
+from robust_ssl.attacks.accumulated import UAP
+from robust_ssl.attacks.apgd import APGD
+from robust_ssl.attacks.fab import FABT
+from robust_ssl.attacks.generative import AdvEncoderPAT, AdvEncoderPER
+from robust_ssl.attacks.layers import FFF, L4AUGS, SSP, STD, UAPPGD, L4ABase, L4AFuse
 from robust_ssl.attacks.per_image import FGSM, PGD, EmbedAttack, attack_batch
 from robust_ssl.attacks.perturbation import UniversalPerturbation
+from robust_ssl.attacks.square import Square
+from robust_ssl.attacks.targeted import TDAA
 from robust_ssl.attacks.universal import (
     FittedUniversal,
     RandomNoise,
@@ -13,16 +20,30 @@ from robust_ssl.attacks.universal import (
 )
 
 __all__ = [
+    "APGD",
+    "FABT",
+    "FFF",
     "FGSM",
+    "L4AUGS",
     "PGD",
+    "SSP",
+    "STD",
+    "TDAA",
+    "UAP",
+    "UAPPGD",
+    "AdvEncoderPAT",
     "AdvEncoderPER",
     "EmbedAttack",
     "FittedUniversal",
+    "L4ABase",
+    "L4AFuse",
     "RandomNoise",
+    "Square",
     "UniversalAttack",
     "UniversalPGD",
     "UniversalPerturbation",
     "attack_batch",
+    "autoattack",
     "fit",
     "members",
 ]

@@ -1,4 +1,4 @@
-"""AdvEncoder: a universal perturbation that comes out of a generator."""
+"""AdvEncoder: a universal perturbation or patch that comes out of a generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import optax
 from flax import struct
 
 from robust_ssl import objectives
-from robust_ssl.attacks.perturbation import within_budget
+from robust_ssl.attacks.perturbation import delta_of_pattern
 from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.models.generator import Generator
 from robust_ssl.parallel import average
@@ -20,7 +20,7 @@ _ADAM = optax.scale_by_adam(b1=0.5, b2=0.999)  # DCGAN, and AdvEncoder's release
 
 @struct.dataclass
 class GeneratorState:
-    """State of `AdvEncoderPER`.
+    """State of `AdvEncoderPER` and `AdvEncoderPAT`.
 
     Attributes:
       params: Of the generator.
@@ -115,8 +115,51 @@ class AdvEncoderPER:
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``, inside the budget."""
         output = self._module(state.image_shape).apply({"params": state.params}, state.noise)
-        return within_budget(threat.epsilon * output, threat)
+        return delta_of_pattern(output, threat)
 
     def _module(self, image_shape) -> Generator:
         height, width, _ = image_shape
         return Generator(height=height, width=width, channels=self.width)
+
+
+@struct.dataclass
+class AdvEncoderPAT(AdvEncoderPER):
+    """AdvEncoder's patch: the same generator and the same terms, but its output replaces pixels.
+
+    The generator fills a canvas of the image's size, of which the threat keeps the patch.  From -1
+    to 1 its output runs from black to white, so the patch's pixels lie in [0, 1]; the released code
+    takes the output itself for pixels, where everything below 0 is no image.  Its attributes are
+    those of `AdvEncoderPER`.
+
+    It is fitted with ``threat=threats.Patch``, whose budget is the patch's share of the area, 0.03
+    in the released code; in a config,
+    ``{"threat": {"function": "robust_ssl.threats:Patch"}, "epsilon": 0.03}``.
+
+    Example:
+      >>> from robust_ssl import threats
+      >>> attack, patch = AdvEncoderPAT(width=8, noise_vectors=2), threats.Patch(0.25)
+      >>> delta = attack.delta(attack.init(jax.random.key(0), (8, 8, 3), patch), patch)
+      >>> int(jnp.sum(delta[..., 0] > 0)), bool(jnp.max(delta) <= 1)
+      (16, True)
+
+    References:
+      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, AdvEncoder-PAT; the
+      authors' code, github.com/CGCL-codes/AdvEncoder, commit 3dd1c4e, ``gan_pat_attack.py``.
+    """
+
+    name: str = struct.field(pytree_node=False, default="advencoder_pat")
+
+    def init(self, key, image_shape, threat) -> GeneratorState:
+        """Draws the noise and the generator's weights.
+
+        Raises:
+          ValueError: If the threat adds instead of replacing.
+        """
+        if not hasattr(threat, "area"):
+            raise ValueError(
+                f"{self.name} makes a patch, but the threat is {type(threat).__name__}; fit it "
+                "with threat=threats.Patch (in a config, add the method's own "
+                '"threat": {"function": "robust_ssl.threats:Patch"} and "epsilon": 0.03, the '
+                "area), or use AdvEncoderPER"
+            )
+        return super().init(key, image_shape, threat)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pathlib
+import zipfile
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
 from robust_ssl import threats
 from robust_ssl.types import Model, Threat
@@ -21,8 +24,9 @@ class UniversalPerturbation:
     """A fitted perturbation; it is called like any attack and looks at the image only.
 
     Attributes:
-      delta: What is added to every image, float ``[H, W, 3]``, pixel units.
-      threat: The budget it was fitted for; `project` makes every attacked image valid.
+      delta: What is added to every image, or a patch's canvas, float ``[H, W, 3]``, pixel units.
+      threat: The budget it was fitted for; it says how `delta` meets an image and makes every
+        attacked image valid.
       name: For tables and file names.
 
     Example:
@@ -47,28 +51,39 @@ class UniversalPerturbation:
         image: jax.Array,
         label: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the adversarial image ``[H, W, 3]``; only `image` is looked at.
+        """Returns the adversarial image ``[H, W, 3]``; `model` and `label` are not looked at.
+
+        `key` draws the place of a patch of random location; None is its canonical place.
 
         Raises:
           ValueError: If the image has another size than the perturbation.
         """
-        del key, model, label
+        del model, label
         if image.shape != self.delta.shape:
             raise ValueError(
                 f"the perturbation {self.name!r} has size {self.delta.shape}, but the image has "
                 f"size {image.shape}; resize it with .resized({image.shape[:2]})"
             )
-        return self.threat.project(image + self.delta, image)
+        return apply_delta(self.delta, image, self.threat, key)
 
-    def apply(self, images: jax.Array) -> jax.Array:
-        """Returns the adversarial images ``[batch, H, W, 3]``."""
-        return jax.vmap(lambda image: self(None, None, image))(images)
+    def apply(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns the adversarial images ``[batch, H, W, 3]``; image i gets ``fold_in(key, i)``."""
+        if key is None:
+            return jax.vmap(lambda image: self(None, None, image))(images)
+        keys = _image_keys(key, images.shape[0], None)
+        return jax.vmap(lambda k, image: self(k, None, image))(keys, images)
 
     def resized(self, size: int | tuple[int, int]) -> UniversalPerturbation:
-        """Returns the perturbation at another image size (bilinear), inside the same budget."""
-        height, width = (size, size) if isinstance(size, int) else size
-        delta = jax.image.resize(self.delta, (height, width, 3), "bilinear")
-        return self.replace(delta=within_budget(delta, self.threat))
+        """Returns the perturbation at another image size (bilinear), inside the same budget.
+
+        A patch keeps its share of the area, a band its frequencies in cycles per pixel.
+
+        Raises:
+          ValueError: If the threat makes no sense at that size, as a patch below one pixel.
+        """
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        threats.check(self.threat, (*size, 3))
+        return self.replace(delta=resize_delta(self.delta, size, self.threat))
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes one ``.npz`` file that NumPy alone can read.
@@ -76,21 +91,18 @@ class UniversalPerturbation:
         Raises:
           ValueError: If this is a stack of perturbations, or its threat is not of this package.
         """
-        kind = type(self.threat).__name__
         if np.ndim(self.delta) != 3:
             raise ValueError(
                 f"save writes one perturbation [H, W, 3], got shape {self.delta.shape}; save the "
                 "members of a fit one by one: fitted.member(i).save(path)"
             )
-        if kind not in _THREATS:
-            raise ValueError(f"save knows the threats {sorted(_THREATS)}, got {kind}")
+        entries = threats.to_entries(self.threat)
         with open(path, "wb") as file:  # np.savez on a name would append .npz to it
             np.savez(
                 file,
                 delta=np.asarray(self.delta, np.float32),
-                epsilon=np.asarray(self.threat.epsilon, np.float32),
-                kind=np.asarray(kind),
                 name=np.asarray(self.name),
+                **entries,
             )
 
     @classmethod
@@ -100,32 +112,124 @@ class UniversalPerturbation:
         Raises:
           ValueError: If the file is not such a file; the message says what is wrong with it.
         """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                entries = {name: stored[name] for name in ("delta", "epsilon", "kind", "name")}
-        except (ValueError, KeyError, EOFError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{path} is not a saved universal perturbation: {error}") from error
-        delta, kind = entries["delta"], str(entries["kind"])
-        if kind not in _THREATS or delta.ndim != 3 or not np.all(np.isfinite(delta)):
+        entries = _read_entries(path)
+        delta = entries.pop("delta")
+        if delta.ndim != 3 or delta.dtype.kind != "f" or not np.all(np.isfinite(delta)):
             raise ValueError(
-                f"{path}: expected a finite delta [H, W, 3] and a threat of {sorted(_THREATS)}, "
-                f"got shape {delta.shape} and {kind!r}"
+                f"{path}: expected a finite float delta [H, W, 3], got {delta.dtype} of shape "
+                f"{delta.shape}"
             )
-        threats.check_epsilon(entries["epsilon"])
-        threat = _THREATS[kind](jnp.asarray(entries["epsilon"]))
-        return cls(jnp.asarray(delta), threat, name=str(entries["name"]))
+        try:
+            threat = threats.from_entries(entries)
+            threats.check(threat, delta.shape)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return cls(jnp.asarray(delta, jnp.float32), threat, name=str(entries["name"]))
 
 
-_THREATS = {"Linf": threats.Linf, "L2": threats.L2}
+_UNREADABLE = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+
+
+def _read_entries(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as file:  # np.load leaves a damaged file open
+            stored = np.load(file, allow_pickle=False)
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not named ones")
+            with stored:
+                entries = {name: stored[name] for name in stored.files}
+        absent = {"delta", "name", "kind"} - set(entries)
+        if absent:
+            raise ValueError(f"it has no entry {' and no '.join(sorted(absent))}")
+    except FileNotFoundError:
+        raise
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is not a saved universal perturbation: {error}") from error
+    return entries
+
+
+# ------------------------------------------------- how a perturbation meets an image, by its threat
+#
+# Only the functions below ask what a threat brings (see `types.Threat`).  To a threat that brings
+# nothing a perturbation is added; it speaks of images only, so a perturbation alone is judged on a
+# grey one, and no entry exceeds half of the pixel range.
+
+
+def apply_delta(
+    delta: jax.Array, image: jax.Array, threat: Threat, key: jax.Array | None = None
+) -> jax.Array:
+    """Returns the attacked image, ``[H, W, 3]`` in [0, 1]; `key` is the image's, or None."""
+    if hasattr(threat, "apply"):
+        return threat.apply(delta, image, key)
+    return threat.project(image + delta, image)
+
+
+def attacked_images(
+    delta: jax.Array, images: jax.Array, threat: Threat, *, axis_name: str | None = None
+) -> jax.Array:
+    """Returns a device's part of the attacked images, with the gradient fitting needs.
+
+    An image's key is the threat's own (see `at_step`) folded with the image's place in the global
+    batch, so the result does not depend on the number of devices.
+
+    Args:
+      delta: Float ``[H, W, 3]``.
+      images: This device's part, float ``[batch / devices, H, W, 3]``.
+      threat: Says how they meet.
+      axis_name: The device axis, or None.
+    """
+    if hasattr(threat, "apply"):
+        if getattr(threat, "key", None) is None:
+            return jax.vmap(lambda image: threat.apply(delta, image, None))(images)
+        keys = _image_keys(threat.key, images.shape[0], axis_name)
+        return jax.vmap(lambda key, image: threat.apply(delta, image, key))(keys, images)
+    candidates = images + delta.reshape(1, *delta.shape)
+    valid = jax.vmap(threat.project)(candidates, images)
+    # Where delta touches its budget, rounding decides whether `project` lets the gradient through;
+    # only the cut to [0, 1] may stop it, because only there a pixel cannot move.
+    path = jnp.clip(candidates, 0.0, 1.0)
+    return path + lax.stop_gradient(valid - path)
+
+
+def at_step(threat: Threat, key: jax.Array, step: jax.Array) -> Threat:
+    """Returns the threat as one step of fitting sees it: with the step's key if it wants one."""
+    return threat.keyed(jax.random.fold_in(key, step)) if hasattr(threat, "keyed") else threat
+
+
+def random_delta(key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> jax.Array:
+    """Returns a random allowed perturbation, ``[H, W, 3]``."""
+    if hasattr(threat, "sample_delta"):
+        return threat.sample_delta(key, image_shape)
+    grey = jnp.full(image_shape, GREY)
+    return threat.sample(key, grey) - grey
 
 
 def within_budget(delta: jax.Array, threat: Threat) -> jax.Array:
-    """Returns the allowed perturbation nearest to `delta`, whatever the image.
-
-    A threat speaks of images; a perturbation alone is judged on a grey one, so no entry exceeds
-    half of the pixel range.
-    """
+    """Returns the allowed perturbation nearest to `delta`, whatever the image."""
+    if hasattr(threat, "project_delta"):
+        return threat.project_delta(delta)
     grey = jnp.full(delta.shape, GREY, delta.dtype)
     return threat.project(grey + delta, grey) - grey
+
+
+def delta_of_pattern(pattern: jax.Array, threat: Threat) -> jax.Array:
+    """Returns the perturbation that numbers in [-1, 1], ``[H, W, 3]``, stand for.
+
+    Added ones are the pattern times `epsilon`; a patch goes from black at -1 to white at 1.
+    """
+    if hasattr(threat, "delta_of"):
+        return threat.delta_of(pattern)
+    return within_budget(threat.epsilon * pattern, threat)
+
+
+def resize_delta(delta: jax.Array, size: tuple[int, int], threat: Threat) -> jax.Array:
+    """Returns the perturbation at another image size (bilinear), inside the same budget."""
+    if hasattr(threat, "resize_delta"):
+        return threat.resize_delta(delta, size)
+    return within_budget(jax.image.resize(delta, (*size, delta.shape[-1]), "bilinear"), threat)
+
+
+def _image_keys(key: jax.Array, count: int, axis_name: str | None) -> jax.Array:
+    """Returns the keys of a device's part of the batch, by the images' global places."""
+    first = 0 if axis_name is None else count * lax.axis_index(axis_name)
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(count))

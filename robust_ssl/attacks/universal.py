@@ -18,15 +18,16 @@ from flax import struct
 from jax import lax
 
 from robust_ssl import objectives, threats
-from robust_ssl.attacks.perturbation import GREY, UniversalPerturbation, within_budget
+from robust_ssl.attacks.perturbation import (
+    UniversalPerturbation,
+    at_step,
+    attacked_images,
+    delta_of_pattern,
+    random_delta,
+    within_budget,
+)
 from robust_ssl.parallel import Parallel, average, gather
 from robust_ssl.types import AttackInputs, Model, Objective, Outputs, Threat
-
-
-def random_delta(key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> jax.Array:
-    """Returns a random allowed perturbation, ``[H, W, 3]``."""
-    grey = jnp.full(image_shape, GREY)
-    return threat.sample(key, grey) - grey
 
 
 def objective_of_delta(
@@ -46,7 +47,7 @@ def objective_of_delta(
     Args:
       delta: Float ``[H, W, 3]``; the only thing that gets a gradient.
       objective: What is maximised.
-      threat: Makes the attacked images valid.
+      threat: Says how the perturbation meets an image, and makes the attacked images valid.
       model: What is attacked.
       clean: Its outputs for this device's part of the images.
       images: This device's part, float ``[batch / devices, H, W, 3]``.
@@ -56,12 +57,7 @@ def objective_of_delta(
       The scalar of the global batch, the same on every device.  The mean over devices of its
       gradients is the gradient for the global batch.
     """
-    candidates = images + delta.reshape(1, *delta.shape)
-    valid = jax.vmap(threat.project)(candidates, images)
-    # Where delta touches its budget, rounding decides whether `project` lets the gradient through;
-    # only the cut to [0, 1] may stop it, because only there a pixel cannot move.
-    path = jnp.clip(candidates, 0.0, 1.0)
-    adversarial = path + lax.stop_gradient(valid - path)
+    adversarial = attacked_images(delta, images, threat, axis_name=axis_name)
     inputs = AttackInputs(
         clean=lax.stop_gradient(clean),
         adversarial=model(adversarial),
@@ -75,7 +71,8 @@ class UniversalAttack(Protocol):
     """How a perturbation is fitted: a frozen pytree value with three pure functions.
 
     `state` is any pytree of arrays.  Randomness comes from the key of `init`; a step is a function
-    of the state and the batch.
+    of the state, the threat and the batch.  A threat that is random itself, as a patch of random
+    location, comes to `step` with a key for that step, which `objective_of_delta` reads.
     """
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> Any:
@@ -154,7 +151,7 @@ class UniversalPGD:
 
 @struct.dataclass
 class RandomNoise:
-    """Baseline: every pixel at the budget with a random sign, never fitted.
+    """Baseline: every pixel at the budget with a random sign (a patch: black or white), not fitted.
 
     What it does to a model is what any perturbation of that size does; an attack is worth what it
     does beyond.
@@ -169,7 +166,7 @@ class RandomNoise:
     def init(self, key, image_shape, threat) -> jax.Array:
         """Draws the signs."""
         signs = jax.random.rademacher(key, image_shape, jnp.float32)
-        return within_budget(threat.epsilon * signs, threat)
+        return delta_of_pattern(signs, threat)
 
     def step(self, state, threat, model, clean, images, *, axis_name=None):
         """Changes nothing; returns the state and the objective."""
@@ -214,8 +211,10 @@ class FittedUniversal:
 def members(seeds: Sequence[int], epsilons: Sequence[float]) -> tuple[jax.Array, jax.Array]:
     """Returns keys and budgets of every pair, seed by seed: two arrays of ``len * len``.
 
+    `fit` checks the budgets: what they may be depends on the threat.
+
     Raises:
-      ValueError: If a list is empty or a budget outside [0, 1].
+      ValueError: If a list is empty.
 
     Example:
       >>> keys, epsilons = members(seeds=(0, 1), epsilons=(0.25, 0.5))
@@ -224,7 +223,6 @@ def members(seeds: Sequence[int], epsilons: Sequence[float]) -> tuple[jax.Array,
     """
     if not len(seeds) or not len(epsilons):
         raise ValueError(f"need at least one seed and one epsilon, got {seeds} and {epsilons}")
-    threats.check_epsilon(epsilons)
     keys = jax.vmap(jax.random.key)(jnp.asarray(np.repeat(np.asarray(seeds), len(epsilons))))
     return keys, jnp.asarray(np.tile(np.asarray(epsilons, np.float32), len(seeds)))
 
@@ -252,10 +250,11 @@ def fit(
       batches: Mappings with ``"images"``, float ``[batch, H, W, 3]`` in [0, 1] (surrogate images:
         the attacker does not have the downstream ones), the batch a multiple of the devices.
       keys: One random key per member, ``[members]``; see `members`.
-      epsilons: One budget per member, float ``[members]``, pixel units.
+      epsilons: One budget per member, float ``[members]``: pixel units, or what `threat` takes.
       image_shape: (height, width, 3).
       parallel: Over which devices, and how; the result does not depend on it.
-      threat: Makes a threat of a budget.
+      threat: Makes a threat of a budget: `threats.Linf`, `threats.L2`, `threats.Patch` (of an
+        area), ``lambda epsilon: threats.Band(threats.Linf(epsilon), 0, 0.125)``.
       on_step: Called with the step's number and its objective ``[members]``, which is still being
         computed: reading it waits for it.
 
@@ -263,8 +262,8 @@ def fit(
       The perturbations and the curve of the objective.
 
     Raises:
-      ValueError: If there are no batches, an image has another shape, a budget is outside [0, 1],
-        or the numbers of keys and budgets differ.
+      ValueError: If there are no batches, an image has another shape, a budget is one that the
+        threat cannot have, or the numbers of keys and budgets differ.
 
     Example:
       >>> from robust_ssl import models
@@ -276,13 +275,13 @@ def fit(
       >>> fitted.curve.shape, fitted.member(1).delta.shape
       ((1, 2), (8, 8, 3))
     """
-    threats.check_epsilon(epsilons)
     if keys.shape != np.shape(epsilons):
         raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")
     budgets = jax.vmap(threat)(jnp.asarray(epsilons, jnp.float32))
+    threats.check(budgets, tuple(image_shape))
     states = _init_members(attack, tuple(image_shape), keys, budgets)
-    constants = parallel.replicate((attack, model, budgets))
-    states, step, curve = parallel.replicate(states), _fit_step(parallel), []
+    constants = parallel.replicate((attack, model, budgets, keys))
+    states, step, curve = parallel.replicate((states, jnp.int32(0))), _fit_step(parallel), []
     for number, batch in enumerate(batches):
         images = batch["images"]
         if tuple(images.shape[1:]) != tuple(image_shape):
@@ -296,7 +295,7 @@ def fit(
             on_step(number, values)
     if not curve:
         raise ValueError("there is nothing to fit on: `batches` is empty")
-    deltas = _deltas_of_members(attack, states, budgets)
+    deltas = _deltas_of_members(attack, states[0], budgets)
     perturbations = UniversalPerturbation(deltas, budgets, name=attack.name)
     return FittedUniversal(perturbations, np.stack([np.asarray(values) for values in curve]))
 
@@ -316,14 +315,16 @@ def _fit_step(parallel: Parallel) -> Callable:
     """Returns the compiled step; kept, so that the next fit finds it compiled."""
 
     def step(state, batch):
-        (attack, model, budgets), states = state
+        (attack, model, budgets, keys), (states, number) = state
         clean = model(batch["images"])  # once for all members
 
-        def one(member, budget):
+        def one(member, budget, key):
+            threat = at_step(budget, key, number)
             return attack.step(
-                member, budget, model, clean, batch["images"], axis_name=parallel.axis_name
+                member, threat, model, clean, batch["images"], axis_name=parallel.axis_name
             )
 
-        return jax.vmap(one)(states, budgets)
+        states, values = jax.vmap(one)(states, budgets, keys)
+        return (states, number + 1), values
 
     return parallel.compile(step)

@@ -1,10 +1,12 @@
 """Whether an attack succeeds, and how sure one can be: exact counts with intervals."""
 
+from robust_ssl.evaluation import analysis, checks
+from robust_ssl.evaluation.analysis import per_layer_stability
 from robust_ssl.evaluation.counts import Counts, PerImage, wilson_interval, worst_case
+from robust_ssl.evaluation.in_turn import clean_correct, score_in_turn, strike
 from robust_ssl.evaluation.metrics import (
     WORST,
     accuracy_against_epsilon,
-    per_layer_stability,
     predictions,
     quantise,
     score,
@@ -16,10 +18,15 @@ __all__ = [
     "Counts",
     "PerImage",
     "accuracy_against_epsilon",
+    "analysis",
+    "checks",
+    "clean_correct",
     "per_layer_stability",
     "predictions",
     "quantise",
     "score",
+    "score_in_turn",
+    "strike",
     "to_pixels",
     "wilson_interval",
     "worst_case",

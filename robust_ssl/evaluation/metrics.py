@@ -17,7 +17,7 @@ import numpy as np
 
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.evaluation.counts import PerImage, worst_case
-from robust_ssl.types import Attack, Classifier, Encoder
+from robust_ssl.types import Attack, Classifier
 
 WORST = "worst"  # the name of the worst case per image over all attacks
 NO_ANSWER = -1  # the prediction of a model whose logits are NaN: never correct
@@ -222,57 +222,3 @@ def accuracy_against_epsilon(
         counts = results[str(epsilon)].counts
         points[float(epsilon)] = (counts.robust_accuracy, *counts.ci95["robust_accuracy"])
     return [(epsilon, *points[epsilon]) for epsilon in sorted(points)]
-
-
-@jax.jit
-def _drift(encoder: Encoder, clean: jax.Array, adversarial: jax.Array):
-    def activations(images):
-        outputs = encoder(to_pixels(images))
-        return {**outputs.taps, "features": outputs.features}
-
-    def compare(x, y):
-        x, y = (a.reshape(len(a), -1).astype(jnp.float32) for a in (x, y))
-        norm_x, norm_y = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(y, axis=1)
-        product, change = norm_x * norm_y, jnp.linalg.norm(y - x, axis=1)
-        # A zero activation has no direction: it agrees with another zero and with nothing else.
-        same = jnp.where(change == 0, 1.0, 0.0)
-        cosine = jnp.where(product > 0, jnp.sum(x * y, axis=1) / jnp.maximum(product, 1e-30), same)
-        return {
-            "cosine": cosine.mean(),
-            "relative_drift": (change / jnp.maximum(norm_x, 1e-12)).mean(),
-        }
-
-    return jax.tree.map(compare, activations(clean), activations(adversarial))
-
-
-def per_layer_stability(
-    encoder: Encoder, clean_images: jax.Array, adversarial_images: jax.Array
-) -> dict[str, dict[str, float]]:
-    r"""Measures, tap by tap, how far an attack moves what the encoder computes.
-
-    ``cosine`` is 1 where the direction of the activation is kept; ``relative_drift`` is
-    :math:`\|\tilde a - a\| / \|a\|`, 0 where nothing moved.  Both are means over the images.
-
-    Args:
-      encoder: Any model with taps.
-      clean_images: uint8, or float pixels in [0, 1], ``[n, H, W, 3]``.
-      adversarial_images: The same images under attack, same shape.
-
-    Returns:
-      ``{tap: {"cosine": ..., "relative_drift": ...}}`` from the first layer to ``"features"``.
-
-    Raises:
-      ValueError: If the shapes differ.
-    """
-    if clean_images.shape != adversarial_images.shape:
-        raise ValueError(
-            f"clean and adversarial images must have one shape, got {clean_images.shape} and "
-            f"{adversarial_images.shape}"
-        )
-    drift = jax.device_get(_drift(encoder, clean_images, adversarial_images))
-    order: list[str] = []  # a jitted function returns its dictionary sorted by name
-    jax.eval_shape(lambda model, x: order.extend(model(x).taps), encoder, to_pixels(clean_images))
-    return {
-        tap: {name: float(value) for name, value in drift[tap].items()}
-        for tap in [*order, "features"]
-    }

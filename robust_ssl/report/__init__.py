@@ -6,6 +6,7 @@ from robust_ssl.report.figures import (
     figure_sensitivity,
     figure_stability,
 )
+from robust_ssl.report.leaderboard import write_leaderboard
 from robust_ssl.report.page import write_report
 from robust_ssl.report.results import (
     check_results,
@@ -14,6 +15,7 @@ from robust_ssl.report.results import (
     write_results,
 )
 from robust_ssl.report.tables import conclusions, print_table, summary_table
+from robust_ssl.report.verdicts import verdict_lines
 
 __all__ = [
     "check_results",
@@ -26,6 +28,8 @@ __all__ = [
     "read_results",
     "results_schema",
     "summary_table",
+    "verdict_lines",
+    "write_leaderboard",
     "write_report",
     "write_results",
 ]

@@ -42,20 +42,20 @@ SETTINGS = {
 }
 
 
-def _styled(draw: Callable[..., pathlib.Path]) -> Callable[..., pathlib.Path]:
+def styled(draw: Callable[..., pathlib.Path]) -> Callable[..., pathlib.Path]:
     """Draws under `SETTINGS`, which matplotlib reads when axes are made and when they are saved."""
 
     @functools.wraps(draw)
-    def styled(*args, **kwargs):
+    def drawn(*args, **kwargs):
         import matplotlib
 
         with matplotlib.rc_context(SETTINGS):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
-@_styled
+@styled
 def figure_examples(
     directory: str | os.PathLike,
     clean: np.ndarray,
@@ -101,11 +101,11 @@ def figure_examples(
         (i, *texts[i], np.abs(d).max() * 255, np.abs(d).mean() * 255) for i, d in enumerate(delta)
     ]
     header = ("image", "clean", "under_attack", "largest_change_255", "mean_change_255")
-    return _save(drawn, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(drawn, pathlib.Path(directory) / name, header, numbers)
 
 
 def _draw_images(rows, columns: int, *, has_text: bool):
-    figure = _figure(1.15 * columns + 1.1, (1.4 if has_text else 1.2) * len(rows))
+    figure = new_figure(1.15 * columns + 1.1, (1.4 if has_text else 1.2) * len(rows))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, images, texts) in zip(axes, rows, strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
@@ -119,7 +119,7 @@ def _draw_images(rows, columns: int, *, has_text: bool):
     return figure
 
 
-@_styled
+@styled
 def figure_epsilon(
     directory: str | os.PathLike,
     curves: Mapping[str, Sequence[tuple[float, float, float, float]]],
@@ -137,9 +137,9 @@ def figure_epsilon(
     Returns:
       Path of the PNG.
     """
-    figure = _figure(6.0, 3.7)
+    figure = new_figure(6.0, 3.7)
     axis = figure.subplots()
-    for model, style in _styles(curves).items():
+    for model, style in styles(curves).items():
         epsilon, accuracy, low, high = np.asarray(curves[model], float).T
         x, colour = 255 * epsilon, style["color"]
         axis.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
@@ -153,10 +153,10 @@ def figure_epsilon(
     figure.legend(loc="outside upper center", ncols=3)
     numbers = [(model, *point) for model, points in curves.items() for point in points]
     header = ("model", "epsilon", "accuracy", "ci95_low", "ci95_high")
-    return _save(figure, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
 
 
-@_styled
+@styled
 def figure_sensitivity(
     directory: str | os.PathLike,
     scores: Mapping[str, float],
@@ -185,7 +185,7 @@ def figure_sensitivity(
 
     layers = sorted(scores, key=lambda layer: scores[layer])
     chosen = STYLES["stage2"]["color"]
-    figure = _figure(6.4, 1.1 + 0.22 * len(layers))
+    figure = new_figure(6.4, 1.1 + 0.22 * len(layers))
     axis = figure.subplots()
     axis.barh(
         range(len(layers)),
@@ -203,10 +203,10 @@ def figure_sensitivity(
     figure.legend(patches, ["stage 2 moves it", "held fixed"], loc="outside upper right", ncols=2)
     numbers = [(layer, scores[layer], int(layer in selected)) for layer in reversed(layers)]
     header = ("layer", "sensitivity", "selected")
-    return _save(figure, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
 
 
-@_styled
+@styled
 def figure_stability(
     directory: str | os.PathLike,
     drifts: Mapping[str, Mapping[str, Mapping[str, float]]],
@@ -223,9 +223,9 @@ def figure_stability(
     Returns:
       Path of the PNG.
     """
-    figure = _figure(6.0, 3.7)
+    figure = new_figure(6.0, 3.7)
     axis = figure.subplots()
-    for model, style in _styles(drifts).items():
+    for model, style in styles(drifts).items():
         taps = list(drifts[model])
         drift = [drifts[model][tap]["relative_drift"] for tap in taps]
         axis.plot(taps, drift, label=MODELS.get(model, model), ms=5, **style)
@@ -241,23 +241,26 @@ def figure_stability(
         for tap, values in taps.items()
     ]
     header = ("model", "tap", "cosine", "relative_drift")
-    return _save(figure, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
 
 
-def _styles(models: Iterable[str]) -> dict[str, dict[str, Any]]:
+def styles(models: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns how each model is drawn, the same in every figure."""
     models = list(models)
     strangers = [model for model in models if model not in STYLES]
     spare = {model: OTHERS[index % len(OTHERS)] for index, model in enumerate(strangers)}
     return {model: STYLES.get(model) or spare[model] for model in models}
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """Returns an empty figure, inches."""
     from matplotlib.figure import Figure  # not pyplot, which keeps global state
 
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
-def _save(figure, stem: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]):
+def save_figure(figure, stem: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]):
+    """Writes a figure as PNG and SVG and its numbers as CSV; returns the PNG's path."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(stem.with_suffix(".png"), metadata={"Software": None})
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})

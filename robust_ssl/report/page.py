@@ -10,6 +10,7 @@ from typing import Any
 
 from robust_ssl import manifests
 from robust_ssl.report.tables import Entry, conclusions, summary_table
+from robust_ssl.report.verdicts import verdict_section
 
 # How to read a figure, by the word its file name begins with.
 CAPTIONS = {
@@ -32,6 +33,29 @@ CAPTIONS = {
         "How far the attack moves the output of each layer, relative to its size, from the first "
         "layer to the features. The lower, the less of the attack gets through."
     ),
+    "layers": (
+        "What one attack does to each layer's output: cosine and CKA against the clean output (1 "
+        "is unchanged; CKA does not see a shift common to all images) and its relative drift. "
+        "Bottom, where measured: how much robustness hangs on the layer's weights (its worst "
+        "kernel)."
+    ),
+    "energy": (
+        "Where each perturbation has its energy, by band of spatial frequency. White noise has the "
+        "more the wider the ring; what exceeds that is the attack's own."
+    ),
+    "fourier": (
+        "Harm done by noise of each single frequency at one L2 norm; low frequencies in the "
+        "middle. Between the dashed circles: the most harmful band on average."
+    ),
+    "filtering": (
+        "Accuracy when only the frequencies below (low-pass) or above (high-pass) a cutoff are "
+        "left of a perturbation. The frequencies that do the work are where a curve leaves the "
+        "dotted line (not attacked) for the grey one (whole perturbation)."
+    ),
+    "transfer": (
+        "A perturbation crafted on the encoder of each row, applied to a linear classifier on the "
+        "encoder of each column. A bright column resists; a row dark off the diagonal transfers."
+    ),
 }
 
 
@@ -42,6 +66,7 @@ def write_report(
     costs: Mapping[str, Mapping[str, float]] | None = None,
     figures: Sequence[str | os.PathLike] = (),
     notes: Sequence[str] = (),
+    verdicts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a run's report as Markdown.
 
@@ -53,6 +78,7 @@ def write_report(
       costs: What fine-tuning took, as for `summary_table`.
       figures: Paths of PNG files, absolute or relative to the report.
       notes: Sentences to add, for example what fell short.
+      verdicts: Whether each model's figures can be believed, as in ``results.json``.
     """
     path = pathlib.Path(path)
     run = manifests.json_ready(run)
@@ -63,13 +89,14 @@ def write_report(
         _config(run.get("config")),
         "## Results",
         "\n".join(f"- {sentence}" for sentence in [*conclusions(results), *notes]),
+        verdict_section(verdicts or {}),
         summary_table(results, costs).rstrip(),
         "Each share is followed by its count and its 95 % Wilson interval, in per cent. Robust "
         "accuracy: correct under the attack. Attack success rate: turned wrong, of the images "
         "that were correct. Fooling rate: predictions that changed. Seconds and gradient "
         "evaluations per image: the cost of fine-tuning; in the table of every attack, of the "
-        "attack.",
-        *(_figure(figure, path.parent) for figure in figures),
+        "attack, over all images.",
+        *(figure_section(figure, path.parent) for figure in figures),
         _checkpoints(run.get("checkpoints")),
     ]
     manifests.write_atomically(path, "\n\n".join(filter(None, sections)) + "\n")
@@ -99,7 +126,8 @@ def _config(config: Any) -> str:
     return f"<details><summary>Configuration</summary>\n\n```json\n{text}\n```\n\n</details>"
 
 
-def _figure(figure: str | os.PathLike, beside: pathlib.Path) -> str:
+def figure_section(figure: str | os.PathLike, beside: pathlib.Path) -> str:
+    """Returns a figure with its caption and what lies beside it, as Markdown."""
     figure = pathlib.Path(figure)
     if figure.is_absolute():
         figure = pathlib.Path(os.path.relpath(figure, beside.resolve()))

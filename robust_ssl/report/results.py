@@ -12,6 +12,8 @@ from typing import Any
 
 from robust_ssl import manifests
 
+SCHEMA = 2  # of results.json
+NOT_TRUSTED = "not trusted"  # the verdict of a figure that must not be shown without this mark
 METRICS = ("clean_accuracy", "robust_accuracy", "attack_success_rate", "fooling_rate")
 
 
@@ -38,6 +40,12 @@ def check_results(document: Any) -> None:
     if error is not None:
         raise ValueError(f"results.json, {_dotted(error.absolute_path)}: {error.message}")
     for index, entry in enumerate(document["results"]):
+        examined = document["verdicts"].get(entry["model"], {"verdict": "not examined"})
+        if entry["verdict"] != examined["verdict"]:
+            raise ValueError(
+                f"results.json, results[{index}].verdict: {entry['verdict']!r}, but the verdict "
+                f"on {entry['model']!r} is {examined['verdict']!r}"
+            )
         for metric in METRICS:
             low, high = entry["ci95"][metric]
             if not low <= entry[metric] <= high:
@@ -48,7 +56,10 @@ def check_results(document: Any) -> None:
 
 
 def write_results(
-    path: str | os.PathLike, run: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+    path: str | os.PathLike,
+    run: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    verdicts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes ``results.json``; the file is there whole or not at all.
 
@@ -57,11 +68,13 @@ def write_results(
       run: What was run; any fields.  Arrays become lists.
       results: One entry per model and attack, for example
         ``{"model": "usual", "attack": "pgd", ..., **counts.as_dict()}``.
+      verdicts: By model, `evaluation.checks.Verdict.as_dict`; its word is in each entry too.
 
     Raises:
       ValueError: If an entry breaks the contract, naming the field; nothing is written.
     """
-    document = {"schema": 1, "run": run, "results": list(results)}
+    verdicts = {name: dict(verdict) for name, verdict in (verdicts or {}).items()}
+    document = {"schema": SCHEMA, "run": run, "verdicts": verdicts, "results": list(results)}
     _refuse_nan(document, "")  # before NaN becomes null
     document = manifests.json_ready(document)
     check_results(document)
@@ -73,7 +86,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
     """Reads ``results.json``.
 
     Returns:
-      ``{"schema": 1, "run": {...}, "results": [...]}``.
+      ``{"schema": 2, "run": {...}, "verdicts": {model: ...}, "results": [...]}``.
 
     Raises:
       ValueError: If the file breaks the contract, naming the field.

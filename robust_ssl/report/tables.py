@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from robust_ssl.evaluation import WORST
-from robust_ssl.report.results import METRICS
+from robust_ssl.report.results import METRICS, NOT_TRUSTED
 
 MODELS = {
     "usual": "usual fine-tuning",
@@ -37,38 +37,69 @@ class Table(NamedTuple):
     rows: list[tuple[Cell, ...]]
 
 
-def budget(epsilon: float) -> str:
-    """Returns an epsilon as people write it.
+class Group(NamedTuple):
+    """Attacks whose worst case per image is one figure."""
+
+    crafted_against: str
+    family: str
+    threat: str
+    epsilon: float
+
+
+def group_of(entry: Entry) -> Group:
+    """Returns the group of an entry of ``results.json``."""
+    return Group(*(entry[field] for field in Group._fields))
+
+
+def budget(epsilon: float, threat: str = "Linf") -> str:
+    """Returns a budget as people write it.
 
     Example:
-      >>> budget(8 / 255)
-      '8/255'
+      >>> budget(8 / 255), budget(0.5, "L2"), budget(0.03, "Patch")
+      ('8/255', '0.5 (L2)', '3 % of the area')
     """
-    return f"{round(epsilon * 255, 2):g}/255"
+    if threat == "Patch":
+        return f"{round(100 * epsilon, 2):g} % of the area"
+    if threat == "L2":
+        return f"{epsilon:g} (L2)"
+    text = f"{round(epsilon * 255, 2):g}/255"
+    return text if threat == "Linf" else f"{text} ({threat.lower()})"
 
 
-def headline(results: Sequence[Entry]) -> dict[tuple[str, float], dict[str, Entry]]:
-    """Returns the worst case of each model, by whose weights the attacker saw and by epsilon.
+def model_name(name: str) -> str:
+    """Returns what a table calls a classifier: its own name, or words for the three of a run."""
+    return MODELS.get(name, name)
+
+
+def models_of(results: Sequence[Entry]) -> list[str]:
+    """Returns the classifiers: those of a run in their order, then others as they come."""
+    found = list(dict.fromkeys(entry["model"] for entry in results))
+    return [name for name in MODELS if name in found] + [n for n in found if n not in MODELS]
+
+
+def headline(results: Sequence[Entry]) -> dict[Group, dict[str, Entry]]:
+    """Returns the worst case of each model in each group of attacks.
 
     Args:
       results: Entries of ``results.json``.
 
     Returns:
-      ``{(crafted_against, epsilon): {model: entry}}``, the public encoder first.  The entry is
-      the one called ``"worst"`` where there is one, else that of the lowest robust accuracy.
+      ``{group: {model: entry}}``, the public encoder first.  The entry is the one called
+      ``"worst"`` where there is one, else that of the lowest robust accuracy.
     """
-    groups: dict[tuple[str, float], dict[str, list[Entry]]] = {}
+    groups: dict[Group, dict[str, list[Entry]]] = {}
     for entry in results:
-        models = groups.setdefault((entry["crafted_against"], entry["epsilon"]), {})
+        models = groups.setdefault(group_of(entry), {})
         models.setdefault(entry["model"], []).append(entry)
 
     def worst(entries: list[Entry]) -> Entry:
         named = [entry for entry in entries if entry["attack"] == WORST]
         return named[0] if named else min(entries, key=lambda entry: entry["robust_accuracy"])
 
-    by_source = sorted(groups, key=lambda group: list(SOURCES).index(group[0]))
+    by_source = sorted(groups, key=lambda group: list(SOURCES).index(group.crafted_against))
+    order = models_of(results)
     return {
-        group: {model: worst(groups[group][model]) for model in MODELS if model in groups[group]}
+        group: {model: worst(groups[group][model]) for model in order if model in groups[group]}
         for group in by_source
     }
 
@@ -99,19 +130,19 @@ def _worst_cases(results: Sequence[Entry], costs: Mapping[str, Mapping[str, floa
             cost = costs.get(model, {})
             rows.append(
                 (
-                    (MODELS[model],),
-                    *(_share(entry, metric) for metric in METRICS),
+                    (model_name(model),),
+                    *(share(entry, metric) for metric in METRICS),
                     (_number(cost.get("seconds")),),
                     (_number(cost.get("gradient_evaluations")),),
                 )
             )
-        attacks = [e["attack"] for e in results if (e["crafted_against"], e["epsilon"]) == group]
+        attacks = [entry["attack"] for entry in results if group_of(entry) == group]
         columns = ("model", *HEADINGS, "seconds", "gradients per image")
         drawn.append(Table(_title(group, models, attacks), columns, rows))
     return drawn
 
 
-def _title(group: tuple[str, float], models: Mapping[str, Entry], attacks: Sequence[str]) -> str:
+def _title(group: Group, models: Mapping[str, Entry], attacks: Sequence[str]) -> str:
     names = list(dict.fromkeys(name for name in attacks if name != WORST))
     over = f" over {', '.join(names)}" if names else ""
     if len(names) == 1:
@@ -120,18 +151,28 @@ def _title(group: tuple[str, float], models: Mapping[str, Entry], attacks: Seque
         what = f"Worst case per image{over}"
     else:
         what = f"Lowest robust accuracy{over}"
-    return f"{what}; {SOURCES[group[0]]}, epsilon {budget(group[1])}"
+    return f"{what}; {SOURCES[group.crafted_against]}, {_at(group)}"
+
+
+def _at(group: Group | Entry) -> str:
+    threat, epsilon = (
+        (group.threat, group.epsilon)
+        if isinstance(group, Group)
+        else (group["threat"], group["epsilon"])
+    )
+    return f"{'patch of' if threat == 'Patch' else 'epsilon'} {budget(epsilon, threat)}"
 
 
 def _every_attack(results: Sequence[Entry]) -> Table:
-    places = list(MODELS)
+    places = models_of(results)
+    several = {entry["seed"] for entry in results} - {None, 0}
     rows = [
         (
-            (MODELS[entry["model"]],),
-            (entry["attack"],),
+            (model_name(entry["model"]),),
+            (_attack_name(entry, bool(several)),),
             (entry["crafted_against"],),
-            (budget(entry["epsilon"]),),
-            *(_share(entry, metric) for metric in METRICS[1:]),
+            (budget(entry["epsilon"], entry["threat"]),),
+            *(share(entry, metric) for metric in METRICS[1:]),
             (_number(entry["seconds"]),),
             (_number(entry["gradient_evaluations"]),),
         )
@@ -139,6 +180,11 @@ def _every_attack(results: Sequence[Entry]) -> Table:
     ]
     columns = ("model", "attack", "crafted on", "epsilon", *HEADINGS[1:])
     return Table("Every attack", (*columns, "seconds", "gradients per image"), rows)
+
+
+def _attack_name(entry: Entry, with_seed: bool) -> str:
+    seeded = with_seed and entry["seed"] is not None
+    return f"{entry['attack']}, seed {entry['seed']}" if seeded else entry["attack"]
 
 
 def summary_table(
@@ -207,23 +253,30 @@ def conclusions(results: Sequence[Entry]) -> list[str]:
       One to four sentences.
     """
     groups = headline(results)
-    (source, epsilon), models = next(iter(groups.items()))
+    group, models = next(iter(groups.items()))
     said = [
-        f"With {MODELS[model]}, the attack {SOURCES[source]} (epsilon {budget(epsilon)}) "
-        f"{_change(entry)}."
+        f"With {model_name(model)}, the attack {SOURCES[group.crafted_against]} ({_at(group)}) "
+        f"{_change(entry)}.{_mark(entry)}"
         for model, entry in models.items()
         if model != "stage1" or "stage2" not in models
     ]
     if "usual" in models and "stage2" in models:
         said.append(_comparison(models["usual"], models["stage2"]))
-    adaptive = [models for (source, _), models in groups.items() if source == "hardened"]
-    if source == "public" and adaptive and "stage2" in adaptive[0]:
+    adaptive = [models for g, models in groups.items() if g.crafted_against == "hardened"]
+    if group.crafted_against == "public" and adaptive and "stage2" in adaptive[0]:
         entry = adaptive[0]["stage2"]
         said.append(
-            f"{SOURCES['hardened'].capitalize()} (secure stage 2, epsilon "
-            f"{budget(entry['epsilon'])}), the attack {_change(entry)}."
+            f"{SOURCES['hardened'].capitalize()} (secure stage 2, {_at(entry)}), the attack "
+            f"{_change(entry)}.{_mark(entry)}"
         )
     return said
+
+
+def _mark(*entries: Entry) -> str:
+    """Returns the mark without which a figure that is not trusted must not be shown."""
+    if any(entry["verdict"] == NOT_TRUSTED for entry in entries):
+        return " NOT TRUSTED: see what did not pass."
+    return ""
 
 
 def _change(entry: Entry) -> str:
@@ -242,7 +295,7 @@ def _comparison(usual: Entry, secure: Entry) -> str:
     first, second = (entry["ci95"]["robust_accuracy"] for entry in (usual, secure))
     if first[0] <= second[1] and second[0] <= first[1]:
         text += "; the two intervals of robust accuracy overlap, so the first may be chance"
-    return text + "."
+    return text + "." + _mark(usual, secure)
 
 
 def _points(share: float) -> float:
@@ -250,12 +303,16 @@ def _points(share: float) -> float:
     return round(100 * share, 1)
 
 
-def _share(entry: Entry, metric: str) -> Cell:
+def share(entry: Entry, metric: str) -> Cell:
+    """Returns a share as a cell: value with its mark, count, 95 % interval."""
     correct = round(entry["clean_accuracy"] * entry["n"])
     whole = correct if metric == "attack_success_rate" else entry["n"]
     low, high = entry["ci95"][metric]
+    attacked = metric != "clean_accuracy"
+    mark = ("NOT TRUSTED",) if attacked and entry["verdict"] == NOT_TRUSTED else ()
     return (
         f"{_points(entry[metric])} %",
+        *mark,
         f"{round(entry[metric] * whole)}/{whole}",
         f"{100 * low:.1f}-{100 * high:.1f}",
     )

@@ -1,4 +1,4 @@
-"""The story of a run: pretrain, attack, finetune, sensitivity, evaluate.
+"""The story of a run: pretrain, attack, finetune, sensitivity, evaluate; or a protocol.
 
 ``run(config, workdir)`` is what the command line, a notebook and a test call.  A finished stage is
 skipped, an unfinished one goes on.  Everything a config can get wrong is found before the first
@@ -18,15 +18,17 @@ from typing import Any
 import jax
 import optax
 
-from robust_ssl import checkpoints, data, finetuning, report, settings, threats
+from robust_ssl import checkpoints, data, finetuning, report, settings
 from robust_ssl.conformance import resolve
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.settings import describe
+from robust_ssl.stages import analyse as analyse_stage
 from robust_ssl.stages import attack as attack_stage
 from robust_ssl.stages import evaluate as evaluate_stage
 from robust_ssl.stages import finetune as finetune_stages
 from robust_ssl.stages import pretrain as pretrain_stage
+from robust_ssl.stages import protocol as protocol_stage
 from robust_ssl.stages.run import Run, UsageError, build_encoder
 
 __all__ = ["STAGES", "Run", "UsageError", "check", "describe", "run"]
@@ -41,6 +43,8 @@ STAGES = {
     "sensitivity": finetune_stages.sensitivity,
     "stage2": finetune_stages.stage2,
     "evaluate": evaluate_stage.evaluate,
+    "analyse": analyse_stage.analyse,
+    "protocol": protocol_stage.protocol,
 }
 
 
@@ -82,8 +86,11 @@ def run(
         stage = STAGES[name](whole)
         results[name] = stage.results
         _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
-    if "evaluate" in results and jax.process_index() == 0:
-        _print_table(whole)
+    if jax.process_index() == 0:
+        if "evaluate" in results:
+            _print_table(whole)
+        elif "protocol" in results:
+            print((whole.workdir / "leaderboard.md").read_text(encoding="utf-8"))
     return results
 
 
@@ -97,8 +104,8 @@ def _print_table(run: Run) -> None:
         if (entry["crafted_against"], entry["epsilon"]) == ("public", epsilon)
     ]
     report.print_table(shown, document["run"]["costs"])
-    for sentence in report.conclusions(document["results"]):
-        print(sentence)
+    for line in [*report.conclusions(document["results"]), *report.verdict_lines(document)]:
+        print(line)
     print(f"every attack, crafted again on each model too: {run.workdir / 'report.md'}")
 
 
@@ -143,6 +150,13 @@ def _check(run: Run) -> None:
         run = dataclasses.replace(run, config={**config, "encoder": config["pretrain"]["encoder"]})
     with _inside("encoder"):
         _ = run.encoder
+    if "protocol" in stages:
+        _check_protocol(run)
+    if set(stages) <= {"attack", "protocol"}:
+        return
+    if "analyse" in stages:
+        with _inside("analyse"):
+            analyse_stage.check_analyse(config)
     _check_data(run)
     _check_attacks(run)
     _check_finetuning(run)
@@ -165,6 +179,17 @@ def _check_pretrain(run: Run) -> None:
     pretrain_stage.check_step(config, encoder, method, tx, train)
 
 
+def _check_protocol(run: Run) -> None:
+    with _inside("surrogate"):
+        _ = run.surrogate
+    with _inside("downstream"):
+        _ = run.test
+    with _inside("attack"):
+        _check_fits(run)
+    with _inside("protocol"):
+        protocol_stage.check(run)
+
+
 def _check_data(run: Run) -> None:
     """Reads every split that the run will read; nothing is scored on the test split here."""
     with _inside("surrogate"):
@@ -180,13 +205,15 @@ def _check_data(run: Run) -> None:
         )
 
 
-def _check_attacks(run: Run) -> None:
+def _check_fits(run: Run) -> None:
     config = run.config["attack"]
+    attack_stage.check_config(config, run.surrogate)
+    run.parallel.check_batch(config["batch_size"])
+
+
+def _check_attacks(run: Run) -> None:
     with _inside("attack"):
-        threats.check_epsilon(attack_stage.budgets(config, curve=True))
-        attack_stage.build_attacks(config["methods"])
-        data.steps_per_epoch(len(run.surrogate), config["batch_size"])
-        run.parallel.check_batch(config["batch_size"])
+        _check_fits(run)
     with _inside("evaluate"):
         evaluate_stage.check_models(run.config["evaluate"]["models"])
         evaluate_stage.build_per_image(run.config["evaluate"]["per_image"])

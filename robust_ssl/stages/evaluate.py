@@ -7,39 +7,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import struct
 
-from robust_ssl import attacks, data, evaluation, report, threats
+from robust_ssl import attacks, evaluation, report, threats
 from robust_ssl.checkpoints import StageDirectory
-from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages import finetune
 from robust_ssl.stages.attack import attack, budgets, build_attacks, is_noise, load_perturbations
+from robust_ssl.stages.examining import examine
 from robust_ssl.stages.run import Run
-from robust_ssl.stages.training import stage_key
+from robust_ssl.stages.scoring import Group, Scored, Scorer, by_budget, per_image_members
 from robust_ssl.trees import fingerprint
 from robust_ssl.types import Classifier, Encoder
 
 MODELS = ("usual", "stage1", "stage2")
 PER_IMAGE = {"embed": attacks.EmbedAttack, "pgd": attacks.PGD}
-SEES_LABELS = ("pgd",)
-
-
-@struct.dataclass
-class Transferred:
-    """A per-image attack that looks at another model than the one it is then used on.
-
-    Attributes:
-      attack: The attack.
-      source: The model it sees, for example the public encoder.
-    """
-
-    attack: Any
-    source: Any
-
-    def __call__(self, key, model, image, label=None) -> jax.Array:
-        """Returns the adversarial image, crafted on `source`."""
-        del model
-        return self.attack(key, self.source, image, label)
 
 
 def check_models(names: Sequence[str]) -> None:
@@ -57,19 +37,20 @@ def build_per_image(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: If a name is not ``"embed"`` or ``"pgd"``, or the budget is not in [0, 1].
     """
-    built = {}
-    for name in config["attacks"]:
-        if name not in PER_IMAGE:
-            raise ValueError(
-                f"config.evaluate.per_image.attacks: {name!r} is not in {sorted(PER_IMAGE)}"
-            )
-        threats.check_epsilon(config["epsilon"])
-        built[name] = PER_IMAGE[name](
+    unknown = [name for name in config["attacks"] if name not in PER_IMAGE]
+    if unknown:
+        raise ValueError(
+            f"config.evaluate.per_image.attacks: {unknown[0]!r} is not in {sorted(PER_IMAGE)}"
+        )
+    threats.check_epsilon(config["epsilon"])
+    return {
+        name: PER_IMAGE[name](
             threats.Linf(config["epsilon"]),
             step_size=config["step_size"],
             num_steps=config["num_steps"],
         )
-    return built
+        for name in config["attacks"]
+    }
 
 
 def evaluate(run: Run) -> StageDirectory:
@@ -95,17 +76,18 @@ def evaluate(run: Run) -> StageDirectory:
     with run.open("evaluate", config, inputs) as stage:
         if stage.done:
             return stage
-        results, curves, drifts, examples = [], {}, {}, {}
-        total = len(models)
-        with run.progress.stage("evaluate", total) as bar:
+        scorer = Scorer(run, stage, config["batch_size"])
+        results, verdicts, curves, drifts, examples = [], {}, {}, {}, {}
+        with run.progress.stage("evaluate", len(models)) as bar:
             for number, (name, model) in enumerate(models.items()):
-                results += _score_model(run, name, model, public, crafted[name])
-                curves[name] = _curve(run, model, public)
-                strongest = _strongest(run, public, results, name)
-                examples[name], drifts[name] = _look(model, run, strongest)
+                scored = _score_model(scorer, name, model, public, crafted[name])
+                verdicts[name] = examine(scorer, name, model, scored)
+                results += [e for s in scored for e in s.entries(verdicts[name]["verdict"])]
+                curves[name] = _curve(scorer, name, model, public)
+                examples[name], drifts[name] = _look(model, run, _strongest(scored))
                 bar.update(number + 1)
-        _write(run, results, curves, drifts, examples)
-        stage.finish(None, {"results": results})
+        _write(run, results, verdicts, curves, drifts, examples)
+        stage.finish(None, {"results": results, "verdicts": verdicts})
     return stage
 
 
@@ -116,122 +98,72 @@ def _crafted_again(run: Run, name: str, encoder: Encoder) -> StageDirectory:
 
 
 def _score_model(
-    run: Run, name: str, model: Classifier, public: StageDirectory, crafted: StageDirectory
-) -> list[dict[str, Any]]:
-    """Returns the entries of ``results.json`` for one model."""
+    scorer: Scorer, name: str, model: Classifier, public: StageDirectory, crafted: StageDirectory
+) -> list[Scored]:
+    """Scores one model under the universal and the per-image attacks, public and adaptive."""
+    run = scorer.run
     universal, per_image = run.config["attack"], run.config["evaluate"]["per_image"]
-    same = public.path == crafted.path
-    # Noise looks at no encoder: it is not crafted again.
-    unfitted = [
-        method for method, value in build_attacks(universal["methods"]).items() if is_noise(value)
-    ]
-    entries = []
+    scored = []
     for against, stage in (("public", public), ("hardened", crafted)):
-        found = load_perturbations(stage, universal, curve=against == "public" or same)
-        named = {
-            label: (method, perturbation)
-            for label, (method, perturbation) in _at_main_budget(universal, found).items()
-            if against == "public" or method not in unfitted
-        }
-        chosen = {label: perturbation for label, (_, perturbation) in named.items()}
-        costs = {label: stage.results[method] for label, (method, _) in named.items()}
-        if chosen:
-            entries += _entries(run, name, model, against, universal["epsilon"], chosen, costs)
-        single = build_per_image(per_image)
-        if against == "public":
-            single = {
-                label: Transferred(value, run.encoder)
-                for label, value in single.items()
-                if label not in SEES_LABELS
-            }
-        if single:
-            steps = per_image["num_steps"] * len(run.test)
-            costs = {label: {"seconds": 0.0, "gradient_evaluations": steps} for label in single}
-            entries += _entries(run, name, model, against, per_image["epsilon"], single, costs)
-    return entries
+        found = _at_main_budget(universal, stage, against)
+        for (threat, epsilon), members in by_budget(found, stage.results).items():
+            group = Group(name, against, "universal", threat, epsilon)
+            scored.append(scorer.score(group, model, members))
+        members = per_image_members(run, build_per_image(per_image), against)
+        if members:
+            group = Group(name, against, "per_image", "Linf", per_image["epsilon"])
+            scored.append(scorer.score(group, model, members))
+    return scored
 
 
-def _at_main_budget(config: Mapping[str, Any], found: Mapping) -> dict[str, tuple[str, Any]]:
-    """Returns (method, perturbation) at the main epsilon, by the name that tables give it."""
+def _at_main_budget(config: Mapping[str, Any], stage: StageDirectory, against: str):
+    """Returns a stage's perturbations at the main budget of each method.
+
+    Noise looks at no encoder: what is in the public stage is not scored again.
+    """
+    methods = build_attacks(config["methods"])
     return {
-        method if len(config["seeds"]) == 1 else f"{method}-seed{seed}": (method, perturbation)
-        for (method, seed, epsilon), perturbation in found.items()
-        if epsilon == config["epsilon"]
+        (method, seed, epsilon): perturbation
+        for (method, seed, epsilon), perturbation in load_perturbations(
+            stage, config, curve=stage.manifest["config"]["curve"]
+        ).items()
+        if epsilon == budgets(config, curve=False, method=method)[0]
+        and not (against == "hardened" and is_noise(methods[method]))
     }
 
 
-def _entries(
-    run: Run,
-    name: str,
-    model: Classifier,
-    against: str,
-    epsilon: float,
-    chosen: Mapping[str, Any],
-    costs: Mapping[str, Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-    scored = _score(run, model, chosen)
-    costs = {label: dict(cost) for label, cost in costs.items()}
-    costs[evaluation.WORST] = {
-        "seconds": sum(cost["seconds"] for cost in costs.values()),
-        "gradient_evaluations": sum(cost["gradient_evaluations"] for cost in costs.values()),
-    }
-    labels = [*chosen, evaluation.WORST] if len(chosen) > 1 else list(chosen)
-    return [
-        {
-            "model": name,
-            "attack": label,
-            "crafted_against": against,
-            "epsilon": float(epsilon),
-            **scored[label].counts.as_dict(),
-            "seconds": round(costs[label]["seconds"] + scored[label].seconds, 3),
-            "gradient_evaluations": int(costs[label]["gradient_evaluations"]),
-        }
-        for label in labels
-    ]
-
-
-def _score(run: Run, model: Classifier, chosen: Mapping[str, Any]):
-    if stop_requested():
-        raise Stopped("evaluate stopped")
-    return evaluation.score(
-        model,
-        _test_batches(run),
-        chosen,
-        key=stage_key(run.seed, "evaluate"),
-        parallel=run.parallel,
-    )
-
-
-def _test_batches(run: Run):
-    return data.epoch_batches(run.test, run.config["evaluate"]["batch_size"])
-
-
-def _curve(run: Run, model: Classifier, public: StageDirectory):
+def _curve(scorer: Scorer, name: str, model: Classifier, public: StageDirectory):
     """Accuracy against epsilon: the worst case per image over methods and seeds at each budget."""
-    config = run.config["attack"]
+    config = scorer.run.config["attack"]
     found = load_perturbations(public, config, curve=True)
     points = []
     for epsilon in sorted(budgets(config, curve=True)):
-        chosen = {f"{m}-{s}": value for (m, s, e), value in found.items() if e == epsilon}
-        counts = _score(run, model, chosen)[evaluation.WORST].counts
+        chosen = {key: value for key, value in found.items() if _on_curve(key, value, epsilon)}
+        if not chosen:  # every method has budgets of its own
+            continue
+        [members] = by_budget(chosen, public.results).values()
+        group = Group(name, "public", "universal", "Linf", epsilon)
+        counts = scorer.score(group, model, members).worst.counts
         if not points:
             points.append((0.0, counts.clean_accuracy, *counts.ci95["clean_accuracy"]))
         points.append((epsilon, counts.robust_accuracy, *counts.ci95["robust_accuracy"]))
     return points
 
 
-def _strongest(run: Run, public: StageDirectory, results, name: str):
+def _on_curve(key: tuple[str, int, float], perturbation, epsilon: float) -> bool:
+    return key[2] == epsilon and isinstance(perturbation.threat, threats.Linf)
+
+
+def _strongest(scored: Sequence[Scored]):
     """Returns the public perturbation that costs this model the most accuracy."""
-    config = run.config["attack"]
-    found = load_perturbations(public, config, curve=True)
-    named = _at_main_budget(config, found)
-    scored = [
-        entry
-        for entry in results
-        if (entry["model"], entry["crafted_against"]) == (name, "public")
-        and entry["attack"] in named
+    public = [s for s in scored if s.group.crafted_against == "public"]
+    found = [
+        (s.results[member.label].robust_correct.mean(), number, member.value)
+        for s in public
+        if s.group.family == "universal"
+        for number, member in enumerate(s.members)
     ]
-    return named[min(scored, key=lambda entry: entry["robust_accuracy"])["attack"]][1]
+    return min(found, key=lambda entry: entry[:2])[2]
 
 
 def _look(model: Classifier, run: Run, perturbation):
@@ -256,7 +188,7 @@ def _look(model: Classifier, run: Run, perturbation):
     ), drift
 
 
-def _write(run: Run, results, curves, drifts, examples) -> None:
+def _write(run: Run, results, verdicts, curves, drifts, examples) -> None:
     if jax.process_index():
         return
     figures = run.workdir / "figures"
@@ -271,8 +203,10 @@ def _write(run: Run, results, curves, drifts, examples) -> None:
         drawn.append(report.figure_sensitivity(figures, measured["scores"], measured["selected"]))
     costs = _costs(run)
     about = _about(run)
-    report.write_results(run.workdir / "results.json", {**about, "costs": costs}, results)
-    report.write_report(run.workdir / "report.md", about, results, costs, drawn)
+    whole = {**about, "costs": costs}
+    report.write_results(run.workdir / "results.json", whole, results, verdicts)
+    page = run.workdir / "report.md"
+    report.write_report(page, about, results, costs, drawn, verdicts=verdicts)
 
 
 def _costs(run: Run) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from robust_ssl import data, evaluation, finetuning, threats
+from robust_ssl import data, evaluation, finetuning, manifests, threats, weights
 from robust_ssl.attacks import PGD, attack_batch
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
@@ -215,18 +215,34 @@ def _finetune(
         variables, extra = jax.device_get(best.variables), {}
         if afterwards is not None:
             variables, extra = afterwards(variables)
-        per_image = config["epochs"] * (build_gradients(attack) + 1)
-        stage.finish(
-            jax.device_get(variables),
-            {
-                "best_epoch": int(best.epoch),
-                "validation_score": float(best.score),
-                "skipped": int(state.counters["skipped"]),
-                "gradient_evaluations_per_image": per_image,
-                **extra,
-            },
-        )
+        results = {
+            "best_epoch": int(best.epoch),
+            "validation_score": float(best.score),
+            "skipped": int(state.counters["skipped"]),
+            "gradient_evaluations_per_image": config["epochs"] * (build_gradients(attack) + 1),
+            **extra,
+        }
+        _keep_classifier(run, stage, classifier.with_variables(jax.device_get(variables)), results)
+        stage.finish(jax.device_get(variables), results)
     return stage
+
+
+def _keep_classifier(run: Run, stage: StageDirectory, classifier: Classifier, results) -> None:
+    """Writes ``classifier/``, which `weights.load_classifier` reads without this run's config."""
+    if jax.process_index():
+        return
+    builder, options = run.own_builder
+    card = {"stage": stage.path.name, "downstream": run.downstream[0].name, **results}
+    try:
+        weights.save_classifier(
+            classifier,
+            stage.path / "classifier",
+            manifests.json_ready(card),
+            builder=builder,
+            options=options,
+        )
+    except ValueError as error:  # final/ has everything: an hour's training is not lost for this
+        _log.warning("%s: no classifier/ to be loaded elsewhere: %s", stage.path.name, error)
 
 
 def build_optimizer(

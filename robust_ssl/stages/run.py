@@ -64,6 +64,14 @@ class Run:
             self.workdir / "pretrain" / "encoder", builder=made_by and own_builder(made_by)
         )
 
+    @property
+    def own_builder(self) -> tuple[Callable[..., Encoder] | None, dict[str, Any] | None]:
+        """The user's own builder of the public encoder and its options; None for the package's."""
+        options = dict(self.config["encoder"] or self.config.get("pretrain", {}).get("encoder", {}))
+        builder = own_builder(options) if "builder" in options else None
+        options.pop("builder", None)
+        return (builder, options) if builder else (None, None)
+
     @functools.cached_property
     def surrogate(self):
         """The attacker's images; their labels, if there are any, are dropped."""

@@ -1,5 +1,6 @@
-"""Encoders on disk: this package's own format, the shipped ones, and foreign files in and out."""
+"""Encoders and classifiers on disk: our own format, the shipped ones, foreign files in and out."""
 
+from robust_ssl.weights.classifiers import load_classifier, save_classifier
 from robust_ssl.weights.convert import convert_encoder, import_encoder, inspect_file, is_foreign
 from robust_ssl.weights.export import export_safetensors, export_stablehlo, load_stablehlo
 from robust_ssl.weights.native import (
@@ -18,7 +19,9 @@ __all__ = [
     "inspect_file",
     "is_foreign",
     "list_encoders",
+    "load_classifier",
     "load_encoder",
     "load_stablehlo",
+    "save_classifier",
     "save_encoder",
 ]

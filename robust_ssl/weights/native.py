@@ -95,25 +95,21 @@ def save_encoder(
     else:
         builder_name = f"{builder.__module__}:{builder.__qualname__}"
         options = dict(options or {})
-    arrays = {path: np.asarray(leaf) for path, leaf in _flat(encoder.variables).items()}
+    arrays = {path: np.asarray(leaf) for path, leaf in flat(encoder.variables).items()}
     skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
     if _static(skeleton) != _static(encoder):
         raise ValueError(
             f"{builder_name}({options}) does not rebuild this encoder:\n  {_static(skeleton)}\n"
             f"against\n  {_static(encoder)}\npass builder= and options= that do"
         )
-    _check(arrays, _flat(skeleton.variables), "the encoder to save")
+    check_arrays(arrays, flat(skeleton.variables), "the encoder to save")
     weights = save(arrays)
     record = {
         "schema": SCHEMA,
         "name": encoder.name,
         "builder": builder_name,
         "options": options,
-        "weights": {
-            "file": WEIGHTS_FILE,
-            "bytes": len(weights),
-            "sha256": hashlib.sha256(weights).hexdigest(),
-        },
+        "weights": describe_file(WEIGHTS_FILE, weights),
         "card": dict(card or {}),
     }
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
@@ -153,23 +149,12 @@ def load_encoder(
       ...
       ValueError: no encoder named 'resnet-of-dreams'...
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     folder = _locate(name_or_path)
     record = _read_card(folder)
     if builder is None:
         builder = _allowed_builder(record["builder"], folder)
     skeleton = build_skeleton(builder, record["options"], f"{folder}/{CARD_FILE}")
-    where = f"{folder}/{WEIGHTS_FILE}"
-    weights = _read_weights(folder, record["weights"], where)
-    try:
-        arrays = load(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{where} is not a safetensors file: {error}") from error
-    _check(arrays, _flat(skeleton.variables), where)
-    leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
-    variables = traverse_util.unflatten_dict(leaves, sep="/")
+    variables = read_variables(folder, WEIGHTS_FILE, record["weights"], skeleton.variables)
     return skeleton.replace(variables=variables, name=record["name"])
 
 
@@ -239,8 +224,42 @@ def _read_card(folder) -> dict[str, Any]:
     return record
 
 
-def _read_weights(folder, promised: Mapping[str, Any], where: str) -> bytes:
-    weights = _read(folder, WEIGHTS_FILE)
+def read_variables(folder, name: str, promised: Mapping[str, Any], like: Any) -> dict[str, Any]:
+    """Reads a safetensors file of this package and checks all of it.
+
+    Args:
+      folder: Where it lies.
+      name: Of the file.
+      promised: What its card says of it; see `describe_file`.
+      like: The tree expected, arrays or shapes.
+
+    Returns:
+      The variables, a tree like `like`.
+
+    Raises:
+      ValueError: If the file is not the one that the card describes, or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    where = f"{folder}/{name}"
+    try:
+        arrays = load(_read_weights(folder, name, promised, where))
+    except SafetensorError as error:
+        raise ValueError(f"{where} is not a safetensors file: {error}") from error
+    check_arrays(arrays, flat(like), where)
+    leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def describe_file(name: str, content: bytes) -> dict[str, Any]:
+    """Returns what a card says of a file: its name, length and SHA-256."""
+    digest = hashlib.sha256(content).hexdigest()
+    return {"file": name, "bytes": len(content), "sha256": digest}
+
+
+def _read_weights(folder, name: str, promised: Mapping[str, Any], where: str) -> bytes:
+    weights = _read(folder, name)
     found = hashlib.sha256(weights).hexdigest()
     if found != promised["sha256"]:
         size = promised.get("bytes")
@@ -297,11 +316,12 @@ def _static(encoder: Encoder) -> tuple:
     return encoder.module, encoder.mean, encoder.std, encoder.image_size, encoder.dim, encoder.name
 
 
-def _flat(variables) -> dict[str, Any]:
+def flat(variables) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, ``params/stem/conv/kernel``."""
     return traverse_util.flatten_dict(variables, sep="/")
 
 
-def _check(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:
+def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:
     """Raises ValueError that lists every difference between the arrays and the network."""
     problems = [f"missing {path}" for path in sorted(expected.keys() - arrays.keys())]
     problems += [f"unexpected {path}" for path in sorted(arrays.keys() - expected.keys())]

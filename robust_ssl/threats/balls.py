@@ -1,12 +1,8 @@
-"""What an attacker may do to an image: a ball around it, cut to valid pixels.
-
-A threat is a frozen value with three methods, ``sample``, ``project`` and ``steepest``, written for
-one image ``[H, W, 3]``; `jax.vmap` makes a batch of it.  Its budget `epsilon` is a pytree leaf:
-another budget needs no new compilation, and `jax.vmap` over it gives a whole accuracy-against-
-epsilon curve.
-"""
+"""Balls around an image, by the largest move of a pixel or by Euclidean length."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +35,31 @@ def check_epsilon(epsilon) -> None:
             )
 
 
+def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
+    """Raises ValueError unless a threat, or a stack of threats, can be met by any image.
+
+    For the host, as `check_epsilon` is; `attacks.fit` and loading call it.
+
+    Args:
+      threat: A threat of this package or one's own, which may bring a method
+        ``check(image_shape)``; otherwise its `epsilon`, if it has one, must lie in [0, 1].
+      image_shape: (height, width, 3), or None to check what does not depend on it.
+
+    Raises:
+      ValueError: If a budget is out of range, a patch does not fit, a band is empty.
+
+    Example:
+      >>> check(Linf(8 / 255), (32, 32, 3))
+      >>> check(Linf(8))
+      Traceback (most recent call last):
+      ValueError: epsilon must lie in [0, 1] (pixel units, for example 8/255), got 8.0
+    """
+    if hasattr(threat, "check"):
+        threat.check(image_shape)
+    else:
+        check_epsilon(getattr(threat, "epsilon", 0.0))
+
+
 @struct.dataclass
 class Linf:
     r"""Every pixel value may move by at most `epsilon`.
@@ -59,6 +80,10 @@ class Linf:
     """
 
     epsilon: jax.Array | float
+
+    def norm(self, change: jax.Array) -> jax.Array:
+        """Returns what `epsilon` bounds: the largest move of a pixel value, a scalar."""
+        return jnp.max(jnp.abs(change))
 
     def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """Returns an image drawn uniformly from the ball, then cut to [0, 1]; same shape."""
@@ -92,6 +117,11 @@ class L2:
     """
 
     epsilon: jax.Array | float
+
+    def norm(self, change: jax.Array) -> jax.Array:
+        """Returns what `epsilon` bounds: the Euclidean length, a scalar with gradient 0 at zero."""
+        squared = jnp.sum(change**2)
+        return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
     def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """Returns an image drawn uniformly from the ball, then cut to [0, 1]; same shape."""

@@ -1,0 +1,120 @@
+r"""Any saved classifiers under the whole suite of attacks, with a verdict and a leaderboard.
+
+    robust-ssl run --config=configs/evaluate.py:classifier=runs/gtsrb/stage2 --workdir=runs/score
+    robust-ssl run --config=configs/evaluate.py:classifier=runs/gtsrb/stage2,scale=small \
+        --config.classifiers.usual.path=runs/gtsrb/usual --workdir=runs/score
+
+``classifier`` is a finished fine-tuning stage or what `robust_ssl.weights.save_classifier` wrote;
+more of them go under ``config.classifiers``, each with a ``path`` or with the ``function`` of one's
+own that returns a `robust_ssl.Classifier`.  Other arguments: ``encoder`` (the public encoder, which
+is all that the downstream-agnostic attacker sees), ``downstream`` and ``surrogate`` (data sets),
+``test_limit`` (images of the test split; 0 takes all) and ``scale``: ``paper`` has the published
+numbers of steps, ``small`` is for a CPU.
+"""
+
+from ml_collections import ConfigDict
+
+from robust_ssl.settings import parse_arguments
+
+ARGUMENTS = {
+    "classifier": "",
+    "encoder": "simclr-cifar10-r18w24",
+    "downstream": "gtsrb32",
+    "surrogate": "cifar100_small",
+    "test_limit": 0,
+    "scale": "paper",
+}
+
+ATTACKS = "robust_ssl.attacks:"
+LINF = "robust_ssl.threats:Linf"
+
+
+def universal(small: bool) -> dict:
+    """Returns every downstream-agnostic universal attack, by name."""
+    quick = {"learning_rate": 1e-3, "width": 32} if small else {}
+    generated = {"form": "released", **quick}
+    return {
+        "advencoder": {"function": f"{ATTACKS}AdvEncoderPER", **generated},
+        "advencoder_paper": {"function": f"{ATTACKS}AdvEncoderPER", **generated, "form": "paper"},
+        "advencoder_pat": {
+            "function": f"{ATTACKS}AdvEncoderPAT",
+            **generated,
+            "threat": {"function": "robust_ssl.threats:Patch", "location": "fixed"},
+            "epsilon": 0.03,
+        },
+        "advencoder_pat_random": {
+            "function": f"{ATTACKS}AdvEncoderPAT",
+            **generated,
+            "threat": {"function": "robust_ssl.threats:Patch", "location": "random"},
+            "epsilon": 0.03,
+        },
+        "l4a_base": {"function": f"{ATTACKS}L4ABase"},
+        "l4a_fuse": {"function": f"{ATTACKS}L4AFuse"},
+        "l4a_ugs": {"function": f"{ATTACKS}L4AUGS"},
+        "ssp": {"function": f"{ATTACKS}SSP"},
+        "fff": {"function": f"{ATTACKS}FFF"},
+        "std": {"function": f"{ATTACKS}STD"},
+        "uap": {"function": f"{ATTACKS}UAP"},
+        "uap_pgd": {"function": f"{ATTACKS}UAPPGD"},
+        "universal_pgd": {"function": f"{ATTACKS}UniversalPGD"},
+        "universal_pgd_low": {
+            "function": f"{ATTACKS}UniversalPGD",
+            "threat": {
+                "function": "robust_ssl.threats:Band",
+                "threat": {"function": LINF},
+                "high": 0.125,
+            },
+        },
+        "random_noise": {"function": f"{ATTACKS}RandomNoise"},
+    }
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    """Returns the config; see the file's docstring for the arguments."""
+    given = parse_arguments(arguments, ARGUMENTS)
+    if given["scale"] not in ("paper", "small"):
+        raise ValueError(f"scale must be paper or small, got {given['scale']!r}")
+    small = given["scale"] == "small"
+    config = ConfigDict()
+    config.seed = 0
+    config.stages = ("attack", "protocol")
+    config.encoder = {"path": given["encoder"]}
+    config.surrogate = {"source": given["surrogate"]}
+    config.downstream = {
+        "source": given["downstream"],
+        "validation": 0.1,
+        "test_limit": given["test_limit"] or None,
+    }
+    config.classifiers = ConfigDict(
+        {"secured": {"path": given["classifier"]}} if given["classifier"] else {}
+    )
+    config.attack = {
+        "methods": universal(small),
+        "epsilon": 10 / 255,
+        "curve": (5 / 255,),
+        "seeds": (0, 1, 2),
+        "num_steps": 200 if small else 4000,
+        "batch_size": 64 if small else 256,
+    }
+    config.protocol = {
+        "seeds": (0, 1, 2),
+        "batch_size": 250,
+        "adaptive": True,  # craft the universal attacks again on each classifier's own encoder
+        "checks": True,
+        "per_image": {
+            "methods": {
+                "fgsm": {"function": f"{ATTACKS}FGSM"},
+                "embed": {"function": f"{ATTACKS}EmbedAttack", "num_steps": 20},
+                "tdaa": {"function": f"{ATTACKS}TDAA", "num_steps": 20, "target": 0},
+                "pgd": {"function": f"{ATTACKS}PGD", "num_steps": 20 if small else 50},
+            },
+            "epsilons": (8 / 255,) if small else (4 / 255, 8 / 255),
+        },
+        "autoattack": {
+            "version": "standard",
+            "threats": {"Linf": (8 / 255,)},
+            "images": 200 if small else 1000,
+            "batch_size": 100,
+        },
+    }
+    return config

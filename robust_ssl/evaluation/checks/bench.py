@@ -1,0 +1,173 @@
+"""What the checks are measured on: compiled passes over a sample of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl.attacks.per_image import attack_batch
+from robust_ssl.evaluation.checks.path import (
+    OBJECTIVES,
+    is_wrong,
+    logits_of,
+    objective_value,
+)
+from robust_ssl.evaluation.metrics import predictions, quantise
+from robust_ssl.parallel import Parallel
+
+DIRECTIONS = 8  # per image, for finite differences
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(parallel: Parallel, function: Callable) -> Callable:
+    return parallel.map(function)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Images, and how functions of them are run: spread over devices, in batches of one size.
+
+    Attributes:
+      images: Pixels, float32 ``[n, H, W, 3]``.
+      labels: int32 ``[n]``.
+      parallel: Over which devices.
+      batch_size: At most so many images at once.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    parallel: Parallel
+    batch_size: int
+
+    def run(self, function: Callable, constants: Any, **more: np.ndarray) -> Any:
+        """Returns ``function(constants, batch)`` over all images, NumPy ``[n, ...]`` leaves.
+
+        Args:
+          function: Of this module, or any at the top of a module: it is compiled once.
+          constants: What is the same for all images; its first entry may be a key.
+          **more: Further arrays ``[n, ...]`` per image; ``images`` and ``labels`` replace these.
+        """
+        batch = {"images": self.images, "labels": self.labels, **more}
+        batch["indices"] = np.arange(len(self.images), dtype=np.int32)
+        n, size = len(self.images), min(self.batch_size, len(self.images))
+        constants = self.parallel.replicate(constants)
+        found = []
+        for start in range(0, n, size):
+            # The last batch is filled up with first images, so that one shape is compiled.
+            rows = np.arange(start, start + size)
+            part = {name: values[np.where(rows < n, rows, 0)] for name, values in batch.items()}
+            results = _compiled(self.parallel, function)(constants, part)
+            found.append(jax.tree.map(lambda x, kept=n - start: x[:kept], results))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def forward(constants, batch):
+    """Returns the logits of the images."""
+    (model,) = constants
+    return model(batch["images"]).logits
+
+
+def strike(constants, batch):
+    """Returns the images of an attack."""
+    key, model, attack = constants
+    return attack_batch(attack, key, model, batch["images"], batch["labels"], batch["indices"])
+
+
+def climb(constants, batch):
+    """Returns the recorded paths of a `Climb`, from random starts or from ``start``."""
+    key, model, attack, goes_on = constants
+
+    def one(index, image, label, start):
+        random = attack.threat.sample(jax.random.fold_in(key, index), image)
+        path = attack(model, jnp.where(goes_on, start, random), image, label)
+        return {"best": path.best, "hit": path.hit, "losses": path.losses}
+
+    return jax.vmap(one)(batch["indices"], batch["images"], batch["labels"], batch["start"])
+
+
+def scored(constants, batch):
+    """Returns what is right on ``adversarial``, exact and rounded, and how far it is outside."""
+    model, threat = constants
+    # A band is left a little where the cut to [0, 1] bites: its inner budget is what must hold.
+    threat = getattr(threat, "threat", threat)
+    images, found = batch["images"], batch["adversarial"]
+    nearest = jax.vmap(threat.project)(found, images)
+    return {
+        "exact": predictions(model, found) == batch["labels"],
+        "rounded": predictions(model, quantise(found)) == batch["labels"],
+        "excess": jnp.max(jnp.abs(found - nearest), axis=(1, 2, 3)),
+    }
+
+
+def probe(constants, batch):
+    """Returns, image by image, what gradients, one step, noise and finite differences say."""
+    key, model, threat = constants
+
+    def one(index, image, label):
+        keys = jax.random.split(jax.random.fold_in(key, index), 3)
+        slope = _gradient(model, image, label, "cross_entropy")
+        noise = threat.steepest(jax.random.normal(keys[0], image.shape))
+        margin_slope, predicted, measured = _slopes(model, threat, keys[1:], image, label)
+
+        def right(change):
+            moved = quantise(threat.project(image + threat.epsilon * change, image))
+            return ~is_wrong(logits_of(model, moved), label)
+
+        return {
+            "clean": ~is_wrong(logits_of(model, image), label),
+            "vanished": _vanished(slope),
+            "margin_vanished": _vanished(margin_slope),
+            "one_step": right(threat.steepest(slope)),
+            "noise": right(noise),
+            "predicted": predicted,
+            "measured": measured,
+        }
+
+    return jax.vmap(one)(batch["indices"], batch["images"], batch["labels"])
+
+
+def _gradient(model, image: jax.Array, label: jax.Array, objective: str) -> jax.Array:
+    place = OBJECTIVES.index(objective)
+    return jax.grad(lambda x: objective_value(logits_of(model, x), label, place))(image)
+
+
+def _vanished(gradient: jax.Array) -> jax.Array:
+    return ~jnp.any(gradient != 0) | ~jnp.isfinite(gradient).all()
+
+
+def _slopes(model, threat, keys: jax.Array, image: jax.Array, label: jax.Array):
+    """Returns the margin's gradient inside the ball, and slopes along random directions."""
+    # A quarter of the budget: what an attack's steps are long, and far above float32's noise.
+    length = threat.epsilon / 4
+    # Off the edges of [0, 1], where a model that cuts its input has no two-sided slope.
+    point = jnp.clip(threat.sample(keys[0], image), length, 1 - length)
+    slope = _gradient(model, point, label, "margin")
+    drawn = jax.random.normal(keys[1], (DIRECTIONS, *image.shape))
+    directions = jax.vmap(threat.steepest)(drawn)
+
+    def rise(direction):
+        ends = [
+            objective_value(logits_of(model, point + sign * length * direction), label, 1)
+            for sign in (1, -1)
+        ]
+        return (ends[0] - ends[1]) / (2 * length)
+
+    predicted = jnp.sum(directions * slope[None], axis=(1, 2, 3))
+    return slope, predicted, jax.vmap(rise)(directions)
+
+
+def universal(constants, batch):
+    """Returns what is right under one perturbation for all, and whose prediction it changed."""
+    key, model, perturbation = constants
+    images = attack_batch(perturbation, key, model, batch["images"], indices=batch["indices"])
+    attacked = predictions(model, quantise(images))
+    return {
+        "correct": attacked == batch["labels"],
+        "flipped": attacked != predictions(model, batch["images"]),
+    }

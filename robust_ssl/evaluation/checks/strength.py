@@ -1,0 +1,303 @@
+"""Checks 7 to 17: did the attack try hard enough?
+
+All take NumPy arrays of the same images in the same order.  ``correct`` under an attack is bool
+``[n]``.  Differences of accuracies over their limit are held against the disagreements between the
+two (`result.difference`): on few images what may be an accident is a note.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from robust_ssl.evaluation.checks.result import (
+    Check,
+    difference,
+    status_at_most,
+    status_of_difference,
+    status_of_gain,
+)
+
+_PINTOR = "Pintor et al. 2022"
+_CARLINI = "Carlini et al. 2019, Section 3"
+
+
+def falling_steps(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> Check:
+    """Check 7: the share of steps after which the mean objective is lower than before.
+
+    Args:
+      losses: The objective along the path, float ``[n, num_steps + 1]``.
+      limit: Largest share that passes; from the prototype.
+      note: Largest that is a note.
+
+    Example:
+      >>> falling_steps(np.array([[0.0, 1.0, 0.5, 2.0]])).status
+      'failed'
+    """
+    mean = np.mean(np.asarray(losses, np.float64), axis=0)
+    # A plateau in float32 trembles by its last digits; that is no step down.
+    tremble = 1e-6 * max(float(np.max(np.abs(mean))), 1e-12)
+    share = float(np.mean(np.diff(mean) < -tremble))
+    return Check(
+        7,
+        share,
+        limit,
+        status_at_most(share, limit, note),
+        "The attack's own objective keeps falling: steps are too long, or the gradient is wrong.",
+        "Take smaller steps (APGD halves them by itself); if that does not help, see check 6.",
+        _PINTOR,
+    )
+
+
+def converged(losses: np.ndarray, limit: float = 0.05, window: int = 10) -> Check:
+    """Check 8: the share of the whole rise that the last steps brought.
+
+    Args:
+      losses: The objective along the path, float ``[n, num_steps + 1]``.
+      limit: Largest share, of the best mean so far minus the start; from the prototype.
+      window: How many steps are the last ones; at most half of them.
+
+    Example:
+      >>> converged(np.array([[0.0, 4.0, 5.0]]), window=1).value
+      0.2
+    """
+    best = np.maximum.accumulate(np.asarray(losses, np.float64), axis=1).mean(axis=0)
+    window = min(window, (len(best) - 1) // 2)
+    rise = float(best[-1] - best[0])
+    share = float(best[-1] - best[-1 - window]) / rise if rise > 0 else 0.0
+    return Check(
+        8,
+        share,
+        limit,
+        status_at_most(share, limit),
+        "The attack was still rising when it ended: more steps would break more images.",
+        "Double num_steps until the figure stands still.",
+        _PINTOR,
+    )
+
+
+def silent_hits(hit: np.ndarray, correct: np.ndarray, limit: float = 0.01) -> Check:
+    """Check 9: images misclassified on the way, whose returned point is classified correctly.
+
+    Args:
+      hit: Whether some point on the path was misclassified, bool ``[n]``.
+      correct: Whether the point that the attack returns is classified correctly, bool ``[n]``.
+      limit: Largest share; the point of the highest loss misses a few honest ones.
+
+    Example:
+      >>> silent_hits(np.array([True, True]), np.array([True, False])).value
+      0.5
+    """
+    share = float(np.mean(np.asarray(hit) & np.asarray(correct)))
+    return Check(
+        9,
+        share,
+        limit,
+        status_at_most(share, limit),
+        "The attack found adversarial images and gave back others.",
+        "Keep the best point, not the last (keep_best=True), or stop at the first hit.",
+        _PINTOR,
+    )
+
+
+def twice_the_steps(once: np.ndarray, twice: np.ndarray, limit: float = 0.02) -> Check:
+    """Check 10: by how much the accuracy falls when the steps are doubled.
+
+    Args:
+      once: Correct under the attack as reported.
+      twice: Correct under twice the steps.
+      limit: Largest fall; from the prototype.
+
+    Example:
+      >>> twice_the_steps(np.ones(100, bool), np.arange(100) > 9).status
+      'failed'
+    """
+    value, half = difference(once, twice)
+    return Check(
+        10,
+        value,
+        limit,
+        status_of_difference(value, half, limit),
+        "More steps break more images, so the figure is the attack's, not the model's.",
+        "Report what more steps, or APGD with restarts, leave.",
+        "Carlini et al. 2019, Section 4.6; Tramer et al. 2020",
+    )
+
+
+def iterative_not_weaker(iterative: np.ndarray, one_step: np.ndarray, limit: float = 0.0) -> Check:
+    """Check 11: by how much the accuracy under one step is below that under many.
+
+    Args:
+      iterative: Correct under the reported attack.
+      one_step: Correct under FGSM.
+      limit: Largest difference.
+
+    Example:
+      >>> iterative_not_weaker(np.ones(9, bool), np.zeros(9, bool)).status
+      'failed'
+    """
+    value, half = difference(iterative, one_step)
+    return Check(
+        11,
+        value,
+        limit,
+        status_of_difference(value, half, limit),
+        "One step does more than many, so the many are badly tuned or the gradient is masked.",
+        "Tune the step size; if that does not help, see checks 4 to 6.",
+        f"{_CARLINI}; Athalye et al. 2018",
+    )
+
+
+def objectives_agree(
+    correct: Mapping[str, np.ndarray], first: str = "cross_entropy", limit: float = 0.02
+) -> Check:
+    """Check 12: by how much another objective beats the one that the figure comes from.
+
+    One-sided: an objective weaker than the first does the figure no harm.
+
+    Args:
+      correct: Correct under the same attack, by objective.
+      first: The objective that the others are held against.
+      limit: Largest difference; from the prototype.
+
+    Example:
+      >>> right, wrong = np.ones(9, bool), np.zeros(9, bool)
+      >>> objectives_agree({"cross_entropy": right, "margin": wrong}).value
+      1.0
+    """
+    found = [difference(correct[first], other) for other in correct.values()]
+    value, half = max(found)
+    strongest = min(correct, key=lambda name: np.mean(correct[name]))
+    return Check(
+        12,
+        value,
+        limit,
+        status_of_difference(value, half, limit),
+        f"The objective {strongest} breaks more images than {first}: the loss is saturated.",
+        f"Report the worst case over several objectives, {strongest} among them.",
+        "Croce and Hein 2020, Section 4; limit of this package",
+    )
+
+
+def falls_with_epsilon(correct: Mapping[float, np.ndarray], limit: float = 0.01) -> Check:
+    """Check 13: the largest rise of the accuracy from one budget to the next larger one.
+
+    Args:
+      correct: Correct under the same attack, by budget.
+      limit: Largest rise; from the prototype.
+
+    Example:
+      >>> falls_with_epsilon({0.1: np.ones(9, bool), 0.2: np.zeros(9, bool)}).value
+      -1.0
+    """
+    budgets = sorted(correct)
+    pairs = itertools.pairwise(budgets)
+    value, half = max(difference(correct[larger], correct[less]) for less, larger in pairs)
+    return Check(
+        13,
+        value,
+        limit,
+        status_of_difference(value, half, limit),
+        "A larger budget leaves more images right, so the attack does not use what it may.",
+        "Scale the step size with epsilon; if that does not help, see checks 4 to 6.",
+        _CARLINI,
+    )
+
+
+def full_range_breaks_all(correct: np.ndarray, limit: float = 0.01) -> Check:
+    """Check 14: the accuracy left when every pixel may take any value.
+
+    Args:
+      correct: Correct under an attack whose budget reaches every image.
+      limit: Largest accuracy; from the prototype.
+
+    Example:
+      >>> full_range_breaks_all(np.array([True, False])).status
+      'failed'
+    """
+    share = float(np.mean(correct))
+    return Check(
+        14,
+        share,
+        limit,
+        status_at_most(share, limit),
+        "With no limit on the change the attack still fails, so it cannot find what is there.",
+        "Nothing this attack says of smaller budgets counts; see checks 4 to 6.",
+        f"{_CARLINI}; {_PINTOR}",
+    )
+
+
+def beats_noise(noise: np.ndarray, correct: np.ndarray, limit: float = 0.02) -> Check:
+    """Check 15: by how much the attack's accuracy is below that under random noise of its size.
+
+    Args:
+      noise: Correct under random noise.
+      correct: Correct under the reported attack.
+      limit: The gain must be larger; from the prototype.
+
+    Example:
+      >>> beats_noise(np.ones(9, bool), np.ones(9, bool)).status
+      'failed'
+    """
+    gain, half = difference(noise, correct)
+    return Check(
+        15,
+        gain,
+        limit,
+        status_of_gain(gain, half, limit),
+        "Random noise does as much as the attack.",
+        "Either epsilon is too small to tell anything, or the gradient is useless: checks 4 to 6.",
+        f"{_CARLINI}; limit of this package",
+    )
+
+
+def black_box_not_stronger(
+    correct: np.ndarray, black_box: np.ndarray, limit: float = 0.002
+) -> Check:
+    """Check 16: by how much a black-box attack leaves less accuracy than the reported ones.
+
+    Args:
+      correct: Correct under the reported attacks.
+      black_box: Correct under Square, which sees outputs only.
+      limit: Largest difference; from the prototype, one image of 497.
+
+    Example:
+      >>> black_box_not_stronger(np.ones(9, bool), np.zeros(9, bool)).status
+      'failed'
+    """
+    value, half = difference(correct, black_box)
+    return Check(
+        16,
+        value,
+        limit,
+        status_of_difference(value, half, limit),
+        "An attack without gradients beats those with: the gradient is masked.",
+        "Report the worst case with Square, find what masks the gradient, attack without it.",
+        "Croce and Hein 2020, flags (Square improves); Athalye et al. 2018",
+    )
+
+
+def transfer_not_stronger(correct: np.ndarray, transfer: np.ndarray, limit: float = 0.002) -> Check:
+    """Check 17: by how much images crafted on a surrogate leave less accuracy.
+
+    Args:
+      correct: Correct under the reported attacks.
+      transfer: Correct on the surrogate's adversarial images.
+      limit: Largest difference; from the prototype.
+
+    Example:
+      >>> transfer_not_stronger(np.zeros(9, bool), np.ones(9, bool)).status
+      'passed'
+    """
+    value, half = difference(correct, transfer)
+    return Check(
+        17,
+        value,
+        limit,
+        status_of_difference(value, half, limit),
+        "Adversarial images of another model beat those made for this one: the gradient is masked.",
+        "Report the worst case with the transferred ones; see checks 4 to 6.",
+        f"{_CARLINI}; Tramer et al. 2020",
+    )

@@ -1,0 +1,236 @@
+"""Attacks one after the other, each only on the images that are still classified correctly.
+
+The worst case over all attacks for a fraction of the cost: an image that one attack breaks needs no
+other.  `score_in_turn` does all of it; `clean_correct` and `strike` are its steps, for a caller
+that stores the progress between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl.attacks.apgd import draw
+from robust_ssl.attacks.per_image import attack_batch
+from robust_ssl.evaluation import metrics
+from robust_ssl.evaluation.counts import PerImage
+from robust_ssl.evaluation.metrics import _check_attacks, _compiled, _padded
+from robust_ssl.types import Attack, Classifier
+
+ROUND_KEY = 2**31 - 1  # of the answers of a randomised model; no attack of a list has this number
+
+
+def gathered(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Puts the batches of a split into one, in host memory.
+
+    Args:
+      batches: As for `robust_ssl.evaluation.score`.
+
+    Returns:
+      ``{"images": [n, H, W, 3], "labels": int32 [n], "indices": int32 [n]}``.
+
+    Raises:
+      ValueError: If a batch is malformed or there is no image.
+
+    Example:
+      >>> part = {"images": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.array([0, 1])}
+      >>> gathered([part, part])["indices"].tolist()
+      [0, 1, 2, 3]
+    """
+    parts = [{name: values[:n] for name, values in batch.items()} for n, batch in _padded(batches)]
+    if not parts:
+        raise ValueError("no images to score: the split is empty")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _answers(key: jax.Array, model: Classifier, images: jax.Array, indices: jax.Array):
+    """Predictions; a randomised model is drawn once for each image, by its place in the split."""
+    if not hasattr(model, "with_key"):
+        return metrics.predictions(model, images)
+
+    def answer(index, image):
+        drawn = draw(model, jax.random.fold_in(jax.random.fold_in(key, ROUND_KEY), index))
+        return metrics.predictions(drawn, image[None])[0]
+
+    return jax.vmap(answer)(indices, images)
+
+
+def _is_right(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
+    key, model = constants
+    images = metrics.to_pixels(batch["images"])
+    return _answers(key, model, images, batch["indices"]) == batch["labels"]
+
+
+def _stays_right(constants, batch: Mapping[str, jax.Array], eight_bit: bool):
+    key, model, attack = constants
+    images, labels, indices = (batch[name] for name in ("images", "labels", "indices"))
+    adversarial = attack_batch(attack, key, model, metrics.to_pixels(images), labels, indices)
+    finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
+    scored = metrics.quantise(adversarial) if eight_bit else adversarial
+    return _answers(key, model, scored, indices) == labels, finite
+
+
+def _stays_right_rounded(constants, batch):
+    return _stays_right(constants, batch, eight_bit=True)
+
+
+def _stays_right_exact(constants, batch):
+    return _stays_right(constants, batch, eight_bit=False)
+
+
+def _on_some(function, constants, examples, rows: np.ndarray, batch_size: int):
+    """Calls a compiled function on some rows, in batches of one shape; yields (rows, results)."""
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        whole = np.concatenate([some, np.repeat(some[:1], batch_size - len(some))])
+        results = function(constants, {name: values[whole] for name, values in examples.items()})
+        count = len(some)
+        yield some, jax.tree.map(lambda x, count=count: x[:count], results)
+
+
+def _members(attack: Attack | Sequence[Attack]) -> Sequence[Attack]:
+    members = attack if isinstance(attack, Sequence) else [attack]
+    if not members:
+        raise ValueError("an attack is an empty list: name at least one member, or leave it out")
+    return members
+
+
+def clean_correct(
+    classifier: Classifier,
+    examples: Mapping[str, np.ndarray],
+    *,
+    key: jax.Array,
+    parallel: Any,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Returns which images are classified correctly when nobody attacks, bool ``[n]``.
+
+    Args:
+      classifier: The model; if it is randomised (`robust_ssl.attacks.apgd.draw`), one draw for
+        each image.
+      examples: A whole split, as `gathered` returns it.
+      key: Random key, for a randomised model.
+      parallel: A `robust_ssl.parallel.Parallel`.
+      batch_size: Images of a batch; it changes nothing but speed and memory.
+    """
+    constants = parallel.replicate((key, classifier))
+    right = np.zeros(len(examples["labels"]), bool)
+    function = _compiled(parallel, _is_right)
+    for rows, found in _on_some(function, constants, examples, np.arange(len(right)), batch_size):
+        right[rows] = found
+    return right
+
+
+def strike(
+    classifier: Classifier,
+    examples: Mapping[str, np.ndarray],
+    attack: Attack | Sequence[Attack],
+    alive: np.ndarray,
+    *,
+    key: jax.Array,
+    parallel: Any,
+    batch_size: int = 128,
+    eight_bit: bool = True,
+) -> np.ndarray:
+    """Attacks the images that are still right; returns which of them stay right.
+
+    The members of a list go in turn too.  Whether an image stays right depends on the image, its
+    place in the split, the attack and the key, and not on who else is alive.
+
+    Args:
+      classifier: The model under attack.
+      examples: A whole split, as `gathered` returns it.
+      attack: One attack, or several of one structure (for example one for each target), which
+        share one compiled function.
+      alive: Which images are to be attacked, bool ``[n]``; left as it is.
+      key: Random key; member m of a list gets ``fold_in(key, m)``, a single attack and the first
+        member `key` itself; of that, the image at place i gets ``fold_in(.., i)``.
+      parallel: A `robust_ssl.parallel.Parallel`.
+      batch_size: Images of a batch.  The last one is filled up, so that nothing compiles twice.
+      eight_bit: Round adversarial images to 8 bits before they are classified, as
+        `robust_ssl.evaluation.score` does; AutoAttack's own code does not.
+
+    Returns:
+      Which images were alive and are still classified correctly, bool ``[n]``.
+
+    Raises:
+      ValueError: If `alive` is not a bool for each image, or an attack makes pixels that are not
+        numbers.
+    """
+    alive = np.array(alive)
+    if alive.shape != examples["labels"].shape or alive.dtype != bool:
+        raise ValueError(
+            f"alive must be bool {examples['labels'].shape}, one for each image, got "
+            f"{alive.dtype} {alive.shape}"
+        )
+    function = _compiled(parallel, _stays_right_rounded if eight_bit else _stays_right_exact)
+    for number, member in enumerate(_members(attack)):
+        member_key = key if number == 0 else jax.random.fold_in(key, number)
+        constants = parallel.replicate((member_key, classifier, member))
+        rows = np.flatnonzero(alive)
+        for some, (right, finite) in _on_some(function, constants, examples, rows, batch_size):
+            if not finite.all():
+                raise ValueError(
+                    f"attack {type(member).__name__} made pixels that are not finite, in images "
+                    f"{examples['indices'][some[~finite]][:5].tolist()} of the split; a perturbed "
+                    "image may hold neither NaN nor infinity"
+                )
+            alive[some] = right
+    return alive
+
+
+def score_in_turn(
+    classifier: Classifier,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    attacks: Mapping[str, Attack | Sequence[Attack]],
+    *,
+    key: jax.Array,
+    parallel: Any,
+    batch_size: int = 128,
+    eight_bit: bool = True,
+) -> dict[str, PerImage]:
+    """Attacks with one after the other, each only the images that are still right.
+
+    The worst case is the one of running every attack on every image, at a fraction of the cost.
+    The result of a single attack is therefore *after it and all earlier ones*; for the accuracy
+    under one attack alone, name only that one.
+
+    Args:
+      classifier: The model under attack.
+      batches: As for `robust_ssl.evaluation.score`; held in memory as they are.
+      attacks: By name, in the order they are run, the cheapest first; a list is one attack in
+        several parts, for example one for each target.  `robust_ssl.attacks.autoattack` makes such
+        a mapping.
+      key: Random key, the same for each attack; see `strike`.
+      parallel: A `robust_ssl.parallel.Parallel`.
+      batch_size: Images of a batch.
+      eight_bit: Round adversarial images to 8 bits before they are classified.
+
+    Returns:
+      One `PerImage` per attack: `robust_correct` is right without an attack, under it and under
+      all earlier ones; `flipped` are the images that were right and are no longer (one that was
+      wrong from the start is never attacked, so another change of its answer is not seen);
+      `seconds` are the attack's own.  ``"worst"`` is the last one with the seconds of all.
+
+    Raises:
+      ValueError: If there is no image or no attack, a batch is malformed, or an attack makes
+        pixels that are not numbers.
+      TypeError: If an attack is not a pytree value.
+    """
+    parts = {name: _members(attack) for name, attack in attacks.items()}
+    _check_attacks({name: members[0] for name, members in parts.items()})
+    examples = gathered(batches)
+    shared = {"key": key, "parallel": parallel, "batch_size": batch_size}
+    clean = alive = clean_correct(classifier, examples, **shared)
+    results = {}
+    for name, attack in attacks.items():
+        begun = time.perf_counter()
+        alive = strike(classifier, examples, attack, alive, eight_bit=eight_bit, **shared)
+        results[name] = PerImage(clean, alive, clean & ~alive, time.perf_counter() - begun)
+    seconds = sum(result.seconds for result in results.values())
+    return {**results, metrics.WORST: PerImage(clean, alive, clean & ~alive, seconds)}

@@ -1,0 +1,285 @@
+"""The `protocol` stage: any saved classifiers under the whole suite, and a leaderboard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import data, evaluation, report, threats, weights
+from robust_ssl.attacks import autoattack
+from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.conformance import resolve
+from robust_ssl.evaluation import PerImage
+from robust_ssl.stages.attack import attack, build_attacks, is_noise, load_perturbations
+from robust_ssl.stages.examining import examine
+from robust_ssl.stages.run import Run
+from robust_ssl.stages.scoring import (
+    Group,
+    Member,
+    Scored,
+    Scorer,
+    by_budget,
+    per_image_members,
+    sample,
+)
+from robust_ssl.stages.training import stage_key
+from robust_ssl.trees import fingerprint
+from robust_ssl.types import Classifier
+
+_THREATS = {"Linf": threats.Linf, "L2": threats.L2}
+_ENSEMBLES = {"standard": autoattack.standard, "rand": autoattack.rand}
+
+
+def load_classifiers(run: Run) -> dict[str, Classifier]:
+    """Returns the classifiers of ``config.classifiers``, by name.
+
+    Each is ``{"path": directory}``, what `weights.save_classifier` wrote or a finished fine-tuning
+    stage, or ``{"function": "module:function", **options}``, which returns a `Classifier`.
+
+    Raises:
+      ValueError: If there is none, one cannot be read, or one does not fit the test split.
+    """
+    config = run.config["classifiers"]
+    if not config:
+        raise ValueError(
+            "config.classifiers is empty; name what is to be scored, for example "
+            '--config.classifiers=\'{"secured": {"path": "runs/gtsrb/stage2"}}\''
+        )
+    found = {}
+    for name, options in config.items():
+        try:
+            found[name] = _load(dict(options))
+            data.check_image_size(run.test, found[name].image_size)
+            data.check_classes(run.test, found[name].num_classes)
+        except (ValueError, TypeError, OSError) as error:
+            error.add_note(f"in config.classifiers.{name}")
+            raise
+    return found
+
+
+def _load(options: dict[str, Any]) -> Classifier:
+    if ("path" in options) == ("function" in options):
+        raise ValueError(f'give either a "path" or a "function", got {options}')
+    if "path" in options:
+        return weights.load_classifier(options["path"])
+    function = options.pop("function")
+    made = resolve(function)(**options)
+    if not isinstance(made, Classifier):
+        raise TypeError(
+            f"{function} must return a robust_ssl.Classifier, got {type(made).__name__}"
+        )
+    return made
+
+
+def build_methods(run: Run, epsilon: float) -> dict[str, Any]:
+    """Builds the per-image attacks of ``config.protocol.per_image.methods`` at one budget.
+
+    An option ``target`` is the place of a surrogate image, the threat image of a targeted attack.
+
+    Raises:
+      ValueError: If a function or an option is not known, or the budget is not in [0, 1].
+    """
+    threats.check_epsilon(epsilon)
+    built = {}
+    for name, options in run.config["protocol"]["per_image"]["methods"].items():
+        options = dict(options)
+        function = options.pop("function")
+        if "target" in options:
+            [image] = run.surrogate.read(np.asarray([options.pop("target")]))["images"]
+            options["target_image"] = evaluation.to_pixels(jnp.asarray(image))
+        try:
+            built[name] = resolve(function)(threats.Linf(epsilon), **options)
+        except TypeError as error:
+            raise ValueError(f"attack {name!r}: {function} does not take that: {error}") from error
+    return built
+
+
+def build_ensembles(run: Run, num_classes: int) -> dict[tuple[str, float], Mapping[str, Any]]:
+    """Builds AutoAttack of ``config.protocol.autoattack``, by (threat, epsilon).
+
+    Raises:
+      ValueError: If the version or a threat is not known.
+    """
+    config = run.config["protocol"]["autoattack"]
+    if config["version"] not in _ENSEMBLES or set(config["threats"]) - set(_THREATS):
+        raise ValueError(
+            f"config.protocol.autoattack: version {config['version']!r} of {sorted(_ENSEMBLES)}, "
+            f"threats {sorted(config['threats'])} of {sorted(_THREATS)}"
+        )
+    return {
+        (name, epsilon): _ENSEMBLES[config["version"]](_THREATS[name](epsilon), num_classes)
+        for name, epsilons in config["threats"].items()
+        for epsilon in epsilons
+    }
+
+
+def check(run: Run) -> None:
+    """Builds everything the stage needs, without a step of it.
+
+    Raises:
+      ValueError: With what is wrong and what to do.
+    """
+    config = run.config["protocol"]
+    for classifier in load_classifiers(run).values():
+        build_ensembles(run, classifier.num_classes)
+        run.parallel.check_batch(config["batch_size"])
+    for epsilon in config["per_image"]["epsilons"]:
+        build_methods(run, epsilon)
+    if not config["seeds"]:
+        raise ValueError("config.protocol.seeds is empty; name at least one seed")
+
+
+def protocol(run: Run) -> StageDirectory:
+    """Scores every classifier under the whole suite, and writes the leaderboard.
+
+    Each attack is scored by itself and in the worst case per image; a group of attacks is kept as
+    soon as it is done, so an interrupted stage goes on where it was.
+
+    Returns:
+      The stage's directory.  ``results.json``, ``leaderboard.md``, ``leaderboard.csv`` and
+      ``attacks.csv`` are in the workdir.
+    """
+    config = run.config["protocol"]
+    models = load_classifiers(run)
+    public = attack(run)
+    crafted = {name: _crafted_again(run, name, model) for name, model in models.items()}
+    inputs = {
+        **{name: fingerprint(model.variables) for name, model in models.items()},
+        **{f"attack_{name}": stage.fingerprint for name, stage in crafted.items() if stage},
+        "attack": public.fingerprint,
+        "test": run.test.fingerprint(),
+    }
+    with run.open("protocol", config, inputs) as stage:
+        if stage.done:
+            return stage
+        results, verdicts = [], {}
+        with run.progress.stage("protocol", len(models)) as bar:
+            for number, (name, model) in enumerate(models.items()):
+                scorer = Scorer(run, stage, config["batch_size"])
+                scored = _score(scorer, name, model, public, crafted[name])
+                verdicts[name] = (
+                    examine(scorer, name, model, scored)
+                    if config["checks"]
+                    else {"verdict": "not examined", "checks": []}
+                )
+                results += [e for s in scored for e in s.entries(verdicts[name]["verdict"])]
+                bar.update(number + 1)
+        _write(run, results, verdicts)
+        stage.finish(None, {"results": results, "verdicts": verdicts})
+    return stage
+
+
+def _crafted_again(run: Run, name: str, model: Classifier) -> StageDirectory | None:
+    """Fits the universal attacks on the classifier's own encoder; None where that is not asked."""
+    if not run.config["protocol"]["adaptive"]:
+        return None
+    if fingerprint(model.encoder.variables) == fingerprint(run.encoder.variables):
+        return attack(run)
+    return attack(run, f"attack_{name}", model.encoder, curve=True)
+
+
+def _score(
+    scorer: Scorer,
+    name: str,
+    model: Classifier,
+    public: StageDirectory,
+    crafted: StageDirectory | None,
+) -> list[Scored]:
+    run = scorer.run
+    scored = []
+    for against, stage in (("public", public), ("hardened", crafted)):
+        if stage is None:
+            continue
+        found = by_budget(_found(run, stage, against), stage.results)
+        for (threat, epsilon), members in found.items():
+            group = Group(name, against, "universal", threat, epsilon)
+            scored.append(scorer.score(group, model, members))
+    config = run.config["protocol"]
+    for against in ("public", "hardened"):
+        for epsilon in config["per_image"]["epsilons"]:
+            built = build_methods(run, epsilon)
+            members = per_image_members(run, built, against, config["seeds"])
+            if members:
+                group = Group(name, against, "per_image", "Linf", epsilon)
+                scored.append(scorer.score(group, model, members))
+    for (threat, epsilon), ensemble in build_ensembles(run, model.num_classes).items():
+        group = Group(name, "hardened", "autoattack", threat, epsilon)
+        scored.append(_in_turn(scorer, group, model, ensemble))
+    return scored
+
+
+def _found(run: Run, stage: StageDirectory, against: str) -> dict[tuple[str, int, float], Any]:
+    config = run.config["attack"]
+    methods = build_attacks(config["methods"])
+    curve = stage.manifest["config"]["curve"]
+    return {
+        key: perturbation
+        for key, perturbation in load_perturbations(stage, config, curve=curve).items()
+        if not (against == "hardened" and is_noise(methods[key[0]]))
+    }
+
+
+def _in_turn(
+    scorer: Scorer, group: Group, model: Classifier, ensemble: Mapping[str, Sequence[Any]]
+) -> Scored:
+    """Scores AutoAttack: each attack on what the ones before have left, kept one by one."""
+    run, config = scorer.run, scorer.run.config["protocol"]["autoattack"]
+    rows = sample(run, config["images"] or len(run.test))
+    part = run.test.read(rows)
+    examples = {
+        "images": part["images"],
+        "labels": part["labels"].astype(np.int32),
+        "indices": rows.astype(np.int32),
+    }
+    shared = {
+        "key": stage_key(run.seed, "autoattack"),
+        "parallel": run.parallel,
+        "batch_size": config["batch_size"],
+    }
+    before, gradients = None, 0
+    for name, parts in ensemble.items():
+        file = f"{group.model}-autoattack-{group.threat}-{group.epsilon:.4f}-{name}"
+        found = scorer.kept(
+            file, lambda p=parts, b=before: {"after": _after(model, examples, p, b, shared)}
+        )["after"]
+        alive = found.clean_correct if before is None else before.robust_correct
+        gradients += int(alive.sum()) * sum(part.gradient_evaluations for part in parts)
+        before = found
+    member = Member("autoattack", None, next(iter(ensemble.values()))[0], 0.0, gradients)
+    results = {member.label: before, evaluation.WORST: before}
+    return Scored(group, (member,), results, rows)
+
+
+def _after(model, examples, parts, before: PerImage | None, shared) -> PerImage:
+    """Returns what is left after an attack of what the ones before have left."""
+    begun = time.perf_counter()
+    if before is None:
+        clean = alive = evaluation.clean_correct(model, examples, **shared)
+    else:
+        clean, alive = before.clean_correct, before.robust_correct
+    left = evaluation.strike(model, examples, parts, alive, **shared)
+    seconds = time.perf_counter() - begun + (before.seconds if before else 0.0)
+    return PerImage(clean, left, clean & ~left, seconds)
+
+
+def _write(run: Run, results, verdicts) -> None:
+    if jax.process_index():
+        return
+    about = {
+        "encoder": {"name": run.encoder.name, "fingerprint": fingerprint(run.encoder.variables)},
+        "downstream": {"name": run.test.name, "test": len(run.test)},
+        "surrogate": {"name": run.surrogate.name, "images": len(run.surrogate)},
+        "seeds": list(run.config["protocol"]["seeds"]),
+        "config": run.config,
+    }
+    report.write_results(run.workdir / "results.json", about, results, verdicts)
+    said = [
+        f"Test split of {run.test.name}, {len(run.test)} images; universal attacks fitted on "
+        f"{run.encoder.name} with {len(run.surrogate)} images of {run.surrogate.name}."
+    ]
+    report.write_leaderboard(run.workdir, results, verdicts, said)

@@ -1,0 +1,308 @@
+"""What `evaluate` and `protocol` share: attacks scored group by group, each group kept once done.
+
+A group is what is scored in one go: the attacks of one family on one model at one budget.  Its
+result, what happened to each image, is written to ``<stage>/groups/`` as soon as it is there, so an
+interrupted evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from robust_ssl import data, evaluation, manifests
+from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.evaluation import PerImage
+from robust_ssl.progress import Stopped, stop_requested
+from robust_ssl.stages.run import Run
+from robust_ssl.stages.training import stage_key
+from robust_ssl.types import Classifier
+
+
+class Group(NamedTuple):
+    """What is scored in one go.
+
+    Attributes:
+      model: The classifier's name.
+      crafted_against: ``"public"`` or ``"hardened"``: whose weights the attacker saw.
+      family: ``"universal"``, ``"per_image"`` or ``"autoattack"``.
+      threat: Class of the threat, for example ``"Linf"``.
+      epsilon: The budget (pixel units; for a patch the share of the image's area).
+    """
+
+    model: str
+    crafted_against: str
+    family: str
+    threat: str
+    epsilon: float
+
+
+class Member(NamedTuple):
+    """One attack of a group.
+
+    Attributes:
+      attack: Its name.
+      seed: Its seed; None where there is none.
+      value: What `evaluation.score` takes.
+      seconds: What it took to craft, before it is applied to any image.
+      gradient_evaluations: Input gradients that crafting and applying it took, over all images.
+    """
+
+    attack: str
+    seed: int | None
+    value: Any
+    seconds: float = 0.0
+    gradient_evaluations: int = 0
+
+    @property
+    def label(self) -> str:
+        """Names it within its group."""
+        return self.attack if self.seed is None else f"{self.attack}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores groups on a run's test split and keeps what is done.
+
+    Attributes:
+      run: The run.
+      stage: Whose directory keeps the groups.
+      batch_size: Images at a time.
+      on_group: Called after each group, for a progress bar.
+    """
+
+    run: Run
+    stage: StageDirectory
+    batch_size: int
+    on_group: Callable[[], None] = lambda: None
+
+    def score(self, group: Group, model: Classifier, members: Sequence[Member]) -> Scored:
+        """Scores all members on the whole split, or reads what was scored before."""
+        chosen = {member.label: member.value for member in members}
+        results = self.kept(
+            _file_name(group, chosen), lambda: self._score(model, chosen, self.run.test)
+        )
+        return Scored(group, tuple(members), results)
+
+    def kept(self, name: str, compute: Callable[[], Mapping[str, PerImage]]) -> dict[str, PerImage]:
+        """Returns what was computed under this name before, else computes and keeps it."""
+        file = self.stage.path / "groups" / f"{name}.npz"
+        results = _read(file)
+        if results is None:
+            if stop_requested():
+                raise Stopped(f"{self.stage.path.name} stopped; run it again to go on")
+            results = dict(compute())
+            if jax.process_index() == 0:
+                _write(file, results)
+        self.on_group()
+        return results
+
+    def _score(self, model: Classifier, chosen: Mapping[str, Any], test) -> dict[str, PerImage]:
+        return evaluation.score(
+            model,
+            data.epoch_batches(test, self.batch_size),
+            chosen,
+            key=stage_key(self.run.seed, "evaluate"),
+            parallel=self.run.parallel,
+        )
+
+
+class Scored(NamedTuple):
+    """A group with what happened to each image, by member label and for the worst case.
+
+    Attributes:
+      group: What was scored.
+      members: Its attacks.
+      results: By label, and the worst case.
+      rows: Which images of the test split, int ``[n]``; None is all of them.
+    """
+
+    group: Group
+    members: tuple[Member, ...]
+    results: Mapping[str, PerImage]
+    rows: np.ndarray | None = None
+
+    @property
+    def worst(self) -> PerImage:
+        """The worst case per image over the members."""
+        return self.results[evaluation.WORST]
+
+    def entries(self, verdict: str) -> list[dict[str, Any]]:
+        """Returns the group's part of ``results.json``: each member, then the worst case.
+
+        Args:
+          verdict: Whether the model's robustness figures can be believed.
+        """
+        made = [
+            self._entry(m.attack, m.seed, m.label, m.seconds, m.gradient_evaluations, verdict)
+            for m in self.members
+        ]
+        if len(self.members) > 1:
+            seconds = sum(m.seconds for m in self.members)
+            gradients = sum(m.gradient_evaluations for m in self.members)
+            worst = evaluation.WORST
+            made.append(self._entry(worst, None, worst, seconds, gradients, verdict))
+        return made
+
+    def _entry(self, attack, seed, label, seconds, gradients, verdict) -> dict[str, Any]:
+        per_image = self.results[label]
+        return {
+            "model": self.group.model,
+            "attack": attack,
+            "seed": seed,
+            "family": self.group.family,
+            "threat": self.group.threat,
+            "crafted_against": self.group.crafted_against,
+            "epsilon": float(self.group.epsilon),
+            **per_image.counts.as_dict(),
+            "verdict": verdict,
+            "seconds": round(seconds + per_image.seconds, 3),
+            "gradient_evaluations": int(gradients),
+        }
+
+
+def by_budget(
+    found: Mapping[tuple[str, int, float], Any], results: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, float], list[Member]]:
+    """Sorts fitted perturbations by (class of threat, budget).
+
+    Args:
+      found: By (method, seed, epsilon), from `attack.load_perturbations`.
+      results: Of the attack stage that fitted them: what each method took.
+    """
+    groups: dict[tuple[str, float], list[Member]] = {}
+    for (method, seed, epsilon), perturbation in found.items():
+        cost = results[method]
+        threat = type(perturbation.threat).__name__
+        groups.setdefault((threat, epsilon), []).append(
+            Member(method, seed, perturbation, cost["seconds"], cost["gradient_evaluations"])
+        )
+    return groups
+
+
+def sample(run: Run, count: int) -> np.ndarray:
+    """Returns the places of at most `count` random images of the test split, sorted.
+
+    The places for a smaller count are among those for a larger one.
+    """
+    order = np.random.default_rng([run.seed, 20]).permutation(len(run.test))
+    return np.sort(order[:count])
+
+
+def per_image_members(
+    run: Run, built: Mapping[str, Any], against: str, seeds: Sequence[int] = (0,)
+) -> list[Member]:
+    """Returns per-image attacks as members, crafted on the public encoder or on the model.
+
+    Args:
+      run: Its public encoder is what an attack sees that needs no label.
+      built: Attacks by name.
+      against: ``"public"`` or ``"hardened"``; against the public encoder those that need labels
+        are left out, since it has none.
+      seeds: One member each; a seed turns the key of every image.
+    """
+    members = []
+    for seed in seeds:
+        for name, attack in built.items():
+            value = attack
+            if against == "public":
+                if not getattr(attack, "label_free", False):
+                    continue
+                value = Transferred(attack, run.encoder)
+            cost = getattr(attack, "gradient_evaluations", 0) * len(run.test)
+            value = value if seed == 0 else Reseeded(value, jnp.int32(seed))
+            members.append(Member(name, seed, value, 0.0, cost))
+    return members
+
+
+@struct.dataclass
+class Transferred:
+    """A per-image attack that looks at another model than the one it is then used on.
+
+    Attributes:
+      attack: The attack.
+      source: The model it sees, for example the public encoder.
+    """
+
+    attack: Any
+    source: Any
+
+    @property
+    def threat(self):
+        """Of the attack."""
+        return self.attack.threat
+
+    def __call__(self, key, model, image, label=None) -> jax.Array:
+        """Returns the adversarial image, crafted on `source`."""
+        del model
+        return self.attack(key, self.source, image, label)
+
+
+@struct.dataclass
+class Reseeded:
+    """An attack with other random numbers.
+
+    Attributes:
+      attack: The attack.
+      seed: Folded into each image's key.
+    """
+
+    attack: Any
+    seed: jax.Array
+
+    @property
+    def threat(self):
+        """Of the attack."""
+        return self.attack.threat
+
+    def __call__(self, key, model, image, label=None) -> jax.Array:
+        """Returns the adversarial image."""
+        return self.attack(jax.random.fold_in(key, self.seed), model, image, label)
+
+
+def _file_name(group: Group, labels: Iterable[str]) -> str:
+    # The labels too: which attacks are in a group may differ from one group to the next.
+    text = json.dumps([*group, sorted(labels)])
+    digest = f"{zlib.crc32(text.encode()):08x}"  # the same in every process, unlike hash()
+    words = f"{group.model}-{group.crafted_against}-{group.family}-{group.epsilon:.4f}-{digest}"
+    return re.sub(r"[^\w.\-]", "_", words)
+
+
+def _write(file, results: Mapping[str, PerImage]) -> None:
+    labels = list(results)
+    stacked = {
+        field: np.stack([np.asarray(getattr(results[label], field)) for label in labels])
+        for field in ("clean_correct", "robust_correct", "flipped", "seconds")
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, labels=np.asarray(labels), **stacked)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    manifests.write_atomically(file, buffer.getvalue())
+
+
+def _read(file) -> dict[str, PerImage] | None:
+    """Returns what was kept; None where nothing was, or where it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            fields = {name: stored[name] for name in stored.files}
+    except Exception:  # a truncated zip has many names; what cannot be read is computed again
+        return None
+    return {
+        str(label): PerImage(
+            fields["clean_correct"][i],
+            fields["robust_correct"][i],
+            fields["flipped"][i],
+            float(fields["seconds"][i]),
+        )
+        for i, label in enumerate(fields["labels"])
+    }

@@ -1,0 +1,233 @@
+"""The evaluation protocol: any saved classifier, the whole suite, resumable, with a leaderboard."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from robust_ssl import models, report, settings, stages, weights
+from robust_ssl.evaluation import PerImage
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress, Stopped
+from robust_ssl.stages import protocol as protocol_stage
+from robust_ssl.stages import scoring
+
+ATTACKS = "robust_ssl.attacks:"
+
+
+def classifier(seed=0):
+    """A classifier from a function: with random weights in its head."""
+    return models.classifier(jax.random.key(seed), tiny.encoder(), 4, head="linear")
+
+
+def no_classifier():
+    return tiny.encoder()
+
+
+def config():
+    made = settings.load_config(str(tiny.CONFIGS / "evaluate.py")).unlock()
+    made.encoder = {"builder": "tiny:encoder"}
+    made.surrogate = {"source": "tiny:unlabelled"}
+    made.downstream = {"source": "tiny:images", "validation": 0.25}
+    made.classifiers = {
+        "one": {"function": "test_protocol:classifier"},
+        "two": {"function": "test_protocol:classifier", "seed": 1},
+    }
+    made.attack.methods = {
+        "universal_pgd": {"function": f"{ATTACKS}UniversalPGD"},
+        "patch": {
+            "function": f"{ATTACKS}UniversalPGD",
+            "threat": {"function": "robust_ssl.threats:Patch", "location": "fixed"},
+            "epsilon": 0.1,
+        },
+        "random_noise": {"function": f"{ATTACKS}RandomNoise"},
+    }
+    made.attack.num_steps = 2
+    made.attack.batch_size = 16
+    made.protocol.seeds = (0, 1)
+    made.protocol.batch_size = 32
+    made.protocol.per_image = {
+        "methods": {
+            "tdaa": {"function": f"{ATTACKS}TDAA", "num_steps": 2, "target": 0},
+            "pgd": {"function": f"{ATTACKS}PGD", "num_steps": 2},
+        },
+        "epsilons": (8 / 255,),
+    }
+    made.protocol.autoattack = {
+        "version": "standard",
+        "threats": {},
+        "images": 16,
+        "batch_size": 16,
+    }
+    made.protocol.checks = False
+    return made
+
+
+def go(made, workdir):
+    layout = Parallel.create(num_devices=2)
+    return stages.run(made, workdir, parallel=layout, progress=Progress("quiet"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("protocol")
+    return workdir, go(config(), workdir)
+
+
+def test_every_classifier_is_scored_under_every_attack(finished):
+    workdir, _ = finished
+    entries = report.read_results(workdir / "results.json")["results"]
+    assert {entry["model"] for entry in entries} == {"one", "two"}
+    assert {entry["verdict"] for entry in entries} == {"not examined"}
+    found = {
+        (
+            e["attack"],
+            e["family"],
+            e["threat"],
+            e["crafted_against"],
+            round(e["epsilon"], 3),
+            e["seed"],
+        )
+        for e in entries
+        if e["model"] == "one" and e["attack"] != "worst"
+    }
+    for seed in (0, 1, 2):
+        assert ("patch", "universal", "Patch", "public", 0.1, seed) in found
+        for epsilon in (0.02, 0.039):
+            assert ("universal_pgd", "universal", "Linf", "public", epsilon, seed) in found
+            assert ("random_noise", "universal", "Linf", "public", epsilon, seed) in found
+    for seed in (0, 1):
+        assert ("tdaa", "per_image", "Linf", "public", 0.031, seed) in found
+        assert ("pgd", "per_image", "Linf", "hardened", 0.031, seed) in found
+    assert not [key for key in found if key[0] == "pgd" and key[3] == "public"]
+
+
+def test_the_leaderboard_is_markdown_and_csv(finished):
+    workdir, _ = finished
+    text = (workdir / "leaderboard.md").read_text()
+    assert text.startswith("# Leaderboard") and "| rank | classifier |" in text
+    with open(workdir / "leaderboard.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2"]
+    assert {row["classifier"] for row in rows} == {"one", "two"}
+    with open(workdir / "attacks.csv") as file:
+        seeds = {(row["attack"], row["seeds"]) for row in csv.DictReader(file)}
+    assert {("universal_pgd", "3"), ("pgd", "2")} <= seeds
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    original, scored = scoring.Scorer._score, []
+
+    def dies(self, model, chosen, test):
+        if len(scored) == 3:
+            raise Stopped("killed")
+        scored.append(sorted(chosen))
+        return original(self, model, chosen, test)
+
+    monkeypatch.setattr(scoring.Scorer, "_score", dies)
+    with pytest.raises(Stopped):
+        go(config(), tmp_path)
+    kept = sorted((tmp_path / "protocol" / "groups").glob("*.npz"))
+    assert len(kept) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:50])  # and one was cut short by the power failure
+    again = []
+    monkeypatch.setattr(
+        scoring.Scorer,
+        "_score",
+        lambda self, *args: (again.append(1), original(self, *args))[1],
+    )
+    go(config(), tmp_path)
+    groups = len(list((workdir / "protocol" / "groups").glob("*.npz")))
+    assert len(again) == groups - 2
+
+    def counted(folder):
+        entries = report.read_results(folder / "results.json")["results"]
+        return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
+
+    assert counted(tmp_path) == counted(workdir)
+
+
+@pytest.mark.slow
+def test_autoattack_and_the_verdict(tmp_path):
+    made = config()
+    made.classifiers = {"one": {"function": "test_protocol:classifier"}}
+    made.protocol.autoattack.threats = {"Linf": (8 / 255,)}
+    made.protocol.checks = True
+    go(made, tmp_path)
+    document = report.read_results(tmp_path / "results.json")
+    [entry] = [e for e in document["results"] if e["family"] == "autoattack"]
+    assert (entry["n"], entry["attack"]) == (16, "autoattack")
+    assert document["verdicts"]["one"]["checks"]
+    assert entry["verdict"] == document["verdicts"]["one"]["verdict"]
+
+
+def test_a_saved_stage_is_a_classifier(tmp_path):
+    made = tiny.config("usual")
+    go(made, tmp_path)
+    loaded = weights.load_classifier(tmp_path / "usual", builder=lambda key: tiny.encoder())
+    assert loaded.num_classes == 4
+    card = json.loads((tmp_path / "usual" / "classifier" / "classifier.json").read_text())["card"]
+    assert card["stage"] == "usual"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"classifiers": {}}, "config.classifiers is empty"),
+        ({"classifiers": {"a": {"path": "nowhere"}}}, r"no classifier in nowhere.*classifiers\.a"),
+        ({"classifiers": {"a": {}}}, 'either a "path" or a "function"'),
+        (
+            {"classifiers": {"a": {"function": "test_protocol:no_classifier"}}},
+            "must return a robust_ssl.Classifier, got Encoder",
+        ),
+        ({"protocol.seeds": ()}, "seeds is empty"),
+        ({"protocol.autoattack.version": "best"}, "version 'best'"),
+        ({"protocol.per_image.epsilons": (8.0,)}, r"epsilon must lie in \[0, 1\]"),
+        ({"attack.batch_size": 64}, "the surrogate set"),
+    ],
+)
+def test_bad_configs_are_refused_before_the_first_step(tmp_path, change, says):
+    made = config()
+    for name, value in change.items():
+        made.unlock()
+        *parents, last = name.split(".")
+        place = made
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    with pytest.raises(stages.UsageError, match=f"(?s){says}"):
+        go(made, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_per_image_results_of_a_sample_meet_those_of_the_split():
+    """A figure over AutoAttack's sample and a whole split is that of the sample."""
+    from robust_ssl.stages import examining
+
+    right = np.array([True, False, True, True])
+    whole = PerImage(right, right, ~right)
+    part = PerImage(right[[1, 2]], np.array([True, False]), right[[1, 2]])
+    group = scoring.Group("m", "hardened", "per_image", "Linf", 0.1)
+    rows, figure = examining._figure(
+        [
+            scoring.Scored(group, (), {"worst": whole}),
+            scoring.Scored(group, (), {"worst": part}, np.array([1, 2])),
+        ],
+        4,
+    )
+    assert rows.tolist() == [1, 2]
+    assert figure.robust_correct.tolist() == [False, False]
+
+
+def test_a_targeted_attack_takes_a_surrogate_image():
+    made = settings.to_json(config())
+    run = stages.Run(made, None, Parallel.create(num_devices=1), Progress("quiet"))
+    built = protocol_stage.build_methods(run, 8 / 255)
+    assert built["tdaa"].target_image.shape == (8, 8, 3)
+    assert (
+        0 <= float(built["tdaa"].target_image.min()) <= float(built["tdaa"].target_image.max()) <= 1
+    )
