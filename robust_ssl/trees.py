@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -18,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from robust_ssl import manifests
 
 _SHOWN = 20  # differences listed in one error
 
@@ -223,3 +226,25 @@ def _place(restored: Any, like: Any) -> Any:
     if isinstance(like, jax.Array) and not like.committed:
         return jnp.asarray(np.asarray(restored))
     return restored
+
+
+def keep_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a part of a stage's work, so that an interrupted stage need not do it again.
+
+    Args:
+      file: A ``.npz``; its folder is made.  It is there whole or not at all.
+      arrays: By name; text and numbers too.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    manifests.write_atomically(file, buffer.getvalue())
+
+
+def kept_arrays(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """Returns what `keep_arrays` wrote; None if nothing was, or it is damaged (zip has a CRC)."""
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception:  # a truncated zip has many names; what cannot be read is made again
+        return None

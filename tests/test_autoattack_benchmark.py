@@ -80,4 +80,4 @@ def test_it_runs_and_reports_what_it_promises(benchmark, monkeypatch, tmp_path, 
         assert row["points"] == pytest.approx(100 * (row["ours"] - row["official"]))
         assert row["ours"] <= found["clean_accuracy"]["plain"] and row["our_seconds"] > 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and all(line.count("|") == 10 for line in table)
+    assert len(table) == 4 and all(line.count("|") == 11 for line in table)

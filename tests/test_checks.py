@@ -95,7 +95,7 @@ LOGITS = np.array([[3.0, 1.0, -2.0], [0.5, 0.2, 0.1]])
 SLOPES = np.random.default_rng(0).normal(size=(64, 8))
 RISING = np.linspace(0.0, 1.0, 21).reshape(1, -1)  # the last ten of twenty steps bring a half
 EARLY = np.minimum(4 * RISING, 1.0)
-FIVE = [
+BY_HAND = [
     (checks.finite_logits, (LOGITS,), (np.full((2, 3), np.nan),), 1.0),
     (checks.deterministic, (LOGITS, [LOGITS], LOGITS), (LOGITS, [LOGITS + 0.175], LOGITS), 0.1),
     (checks.deterministic, (LOGITS, [LOGITS], LOGITS), (LOGITS, [LOGITS], LOGITS - 0.175), 0.1),
@@ -124,7 +124,7 @@ FIVE = [
 ]
 
 
-@pytest.mark.parametrize(("check", "good", "bad", "value"), FIVE)
+@pytest.mark.parametrize(("check", "good", "bad", "value"), BY_HAND)
 def test_a_check_passes_what_is_good_and_fails_what_is_bad_with_its_value(check, good, bad, value):
     assert check(*good).status == "passed", check(*good)
     failed = check(*bad)

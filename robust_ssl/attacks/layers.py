@@ -16,12 +16,11 @@ from flax import struct
 from jax import lax
 
 from robust_ssl import objectives
-from robust_ssl.attacks.perturbation import GREY, within_budget
+from robust_ssl.attacks.perturbation import GREY, random_delta, within_budget
 from robust_ssl.attacks.universal import (
     UniversalPGD,
     UniversalPGDState,
     objective_of_delta,
-    random_delta,
 )
 from robust_ssl.objectives import layers
 from robust_ssl.types import Objective
@@ -388,6 +387,11 @@ class UAPPGD:
         """Checks the static fields."""
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Input gradients of one batch."""
+        return 2 * self.num_steps
 
     def init(self, key, image_shape, threat) -> UniversalPGDState:
         """Starts at a random allowed perturbation: zero is stationary for feature distances."""

@@ -75,6 +75,8 @@ class TDAA:
     restarts: int = struct.field(pytree_node=False, default=1)
     keep_best: bool = struct.field(pytree_node=False, default=True)
 
+    label_free = True  # so it can be crafted on an encoder alone
+
     @property
     def gradient_evaluations(self) -> int:
         """Input gradients per image."""

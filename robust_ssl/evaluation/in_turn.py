@@ -22,7 +22,7 @@ from robust_ssl.evaluation.counts import PerImage
 from robust_ssl.evaluation.metrics import _check_attacks, _compiled, _padded
 from robust_ssl.types import Attack, Classifier
 
-ROUND_KEY = 2**31 - 1  # of the answers of a randomised model; no attack of a list has this number
+ANSWERS = 2**31 - 1  # key number of a randomised model's answers; no member has it
 
 
 def gathered(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def _answers(key: jax.Array, model: Classifier, images: jax.Array, indices: jax.
         return metrics.predictions(model, images)
 
     def answer(index, image):
-        drawn = draw(model, jax.random.fold_in(jax.random.fold_in(key, ROUND_KEY), index))
+        drawn = draw(model, jax.random.fold_in(jax.random.fold_in(key, ANSWERS), index))
         return metrics.predictions(drawn, image[None])[0]
 
     return jax.vmap(answer)(indices, images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import attacks, checkpoints, data, manifests, threats
+from robust_ssl import attacks, checkpoints, data, threats
 from robust_ssl.conformance import resolve
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages.run import Run
-from robust_ssl.trees import fingerprint
+from robust_ssl.trees import fingerprint, keep_arrays, kept_arrays
 from robust_ssl.types import Encoder, Threat
 
 _OF_THE_FIT = ("threat", "epsilon", "curve", "fit")  # options that are not the attack's own
@@ -189,7 +188,7 @@ def attack(
             methods = {m: u for m, u in methods.items() if not is_noise(u)}
         for method, universal in methods.items():
             epsilons = budgets(config, curve=curve, method=method)
-            found = _kept(stage, method)
+            found = kept_arrays(stage.path / "fitted" / f"{method}.npz")
             if found is None:
                 found = _fit_and_keep(run, stage, universal, encoder, epsilons)
             tree[method] = {"delta": found["delta"], "curve": found["curve"]}
@@ -205,15 +204,6 @@ def attack(
     return stage
 
 
-def _kept(stage: checkpoints.StageDirectory, method: str) -> dict[str, np.ndarray] | None:
-    """Returns what was fitted before an interruption; None if nothing was, or it is damaged."""
-    try:
-        with np.load(stage.path / "fitted" / f"{method}.npz", allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("delta", "curve", "seconds")}
-    except Exception:  # a truncated zip has many names; what cannot be read is fitted again
-        return None
-
-
 def _fit_and_keep(run: Run, stage, universal, encoder: Encoder, epsilons) -> dict[str, np.ndarray]:
     begun = time.monotonic()
     fitted = _fit(run, stage.path.name, universal, encoder, epsilons)
@@ -224,12 +214,7 @@ def _fit_and_keep(run: Run, stage, universal, encoder: Encoder, epsilons) -> dic
     }
     if jax.process_index() == 0:
         _save(stage, fitted, run.config["attack"]["seeds"], epsilons)
-        buffer = io.BytesIO()
-        np.savez(buffer, **found)
-        (stage.path / "fitted").mkdir(exist_ok=True)
-        manifests.write_atomically(
-            stage.path / "fitted" / f"{universal.name}.npz", buffer.getvalue()
-        )
+        keep_arrays(stage.path / "fitted" / f"{universal.name}.npz", found)
     return found
 
 

@@ -8,7 +8,6 @@ interrupted evaluation goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import zlib
@@ -20,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from robust_ssl import data, evaluation, manifests
+from robust_ssl import data, evaluation
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.evaluation import PerImage
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import stage_key
+from robust_ssl.trees import keep_arrays, kept_arrays
 from robust_ssl.types import Classifier
 
 
@@ -97,13 +97,13 @@ class Scorer:
     def kept(self, name: str, compute: Callable[[], Mapping[str, PerImage]]) -> dict[str, PerImage]:
         """Returns what was computed under this name before, else computes and keeps it."""
         file = self.stage.path / "groups" / f"{name}.npz"
-        results = _read(file)
+        results = _kept(file)
         if results is None:
             if stop_requested():
                 raise Stopped(f"{self.stage.path.name} stopped; run it again to go on")
             results = dict(compute())
             if jax.process_index() == 0:
-                _write(file, results)
+                _keep(file, results)
         self.on_group()
         return results
 
@@ -278,24 +278,16 @@ def _file_name(group: Group, labels: Iterable[str]) -> str:
     return re.sub(r"[^\w.\-]", "_", words)
 
 
-def _write(file, results: Mapping[str, PerImage]) -> None:
+def _keep(file, results: Mapping[str, PerImage]) -> None:
     labels = list(results)
-    stacked = {
-        field: np.stack([np.asarray(getattr(results[label], field)) for label in labels])
-        for field in ("clean_correct", "robust_correct", "flipped", "seconds")
-    }
-    buffer = io.BytesIO()
-    np.savez(buffer, labels=np.asarray(labels), **stacked)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    manifests.write_atomically(file, buffer.getvalue())
+    fields = ("clean_correct", "robust_correct", "flipped", "seconds")
+    stacked = {f: np.stack([np.asarray(getattr(results[n], f)) for n in labels]) for f in fields}
+    keep_arrays(file, {"labels": np.asarray(labels), **stacked})
 
 
-def _read(file) -> dict[str, PerImage] | None:
-    """Returns what was kept; None where nothing was, or where it is damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            fields = {name: stored[name] for name in stored.files}
-    except Exception:  # a truncated zip has many names; what cannot be read is computed again
+def _kept(file) -> dict[str, PerImage] | None:
+    fields = kept_arrays(file)
+    if fields is None:
         return None
     return {
         str(label): PerImage(
