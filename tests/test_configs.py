@@ -39,7 +39,26 @@ def test_a_config_names_what_exists(name):
     assert set(load(name)["stages"]) <= set(stages.STAGES)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "pretrain.py"])
+FINE_TUNING = [name for name in FILES if name not in ("pretrain.py", "evaluate.py")]
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_the_suite_can_be_built(scale):
+    config = load(f"evaluate.py:scale={scale}")
+    built = attack.build_attacks(config["attack"]["methods"])
+    assert set(built) == set(config["attack"]["methods"])
+    kinds = {type(value).__name__ for value in built.values()}
+    assert {
+        *("AdvEncoderPER", "AdvEncoderPAT", "L4ABase", "L4AFuse", "L4AUGS", "SSP", "FFF", "STD"),
+        *("UAP", "UAPPGD", "RandomNoise"),
+    } <= kinds
+    for name in built:
+        fitted = [attack.fit_option(config["attack"], name, o) for o in ("num_steps", "batch_size")]
+        assert min(fitted) > 0
+        assert attack.budgets(config["attack"], curve=True, method=name)
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
 def test_what_a_config_describes_can_be_built(name):
     config = load(name)
     budgets = attack.budgets(config["attack"], curve=True)

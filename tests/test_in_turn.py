@@ -9,6 +9,7 @@ from flax import struct
 from robust_ssl import threats
 from robust_ssl.attacks.apgd import APGD
 from robust_ssl.attacks.per_image import PGD
+from robust_ssl.attacks.square import Square
 from robust_ssl.evaluation import in_turn, metrics
 from robust_ssl.objectives import labelled
 from robust_ssl.parallel import Parallel
@@ -60,6 +61,16 @@ class Brighten:
 
     def __call__(self, key, model, image, label=None):
         return jnp.clip(image + self.by, 0.0, 1.0)
+
+
+@struct.dataclass
+class Whole:
+    """Hides that a search can be interrupted."""
+
+    search_of: Square
+
+    def __call__(self, key, model, image, label=None):
+        return self.search_of(key, model, image, label)
 
 
 def _mlp():
@@ -163,6 +174,18 @@ def test_only_living_images_are_attacked_in_batches_of_one_shape(monkeypatch):
         Brightness(), batches, attacks, key=KEY, parallel=ONE, batch_size=4
     )
     assert seen[-1] == 0 and found["none left"].counts.robust_accuracy == 0
+
+
+def test_a_search_that_is_interrupted_ends_as_one_that_is_not(monkeypatch):
+    monkeypatch.setattr(in_turn, "TOGETHER", 2)  # batches: more than one round
+    examples = in_turn.gathered(_batches(*_split(40)))
+    shared = {"key": KEY, "parallel": TWO, "batch_size": 8}
+    clean = in_turn.clean_correct(_mlp(), examples, **shared)
+    search = Square(threats.Linf(0.02), num_queries=60)
+    interrupted = in_turn.strike(_mlp(), examples, search, clean, **shared)
+    whole = in_turn.strike(_mlp(), examples, Whole(search), clean, **shared)
+    np.testing.assert_array_equal(interrupted, whole)
+    assert 0 < interrupted.sum() < clean.sum()
 
 
 @pytest.mark.parametrize(("eight_bit", "right"), [(True, 0), (False, 2)])

@@ -233,18 +233,29 @@ def test_results_keep_their_contract(finished):
     for model in ("usual", "stage1", "stage2"):
         ours = [entry for entry in entries if entry["model"] == model]
         assert len({entry["clean_accuracy"] for entry in ours}) == 1
-        public = {entry["attack"] for entry in ours if entry["crafted_against"] == "public"}
-        assert {"advencoder-seed0", "universal_pgd-seed1", "embed", "worst"} <= public
-        assert "pgd" not in public  # it needs labels: whoever has them attacks the model itself
+        public = {
+            (entry["attack"], entry["seed"])
+            for entry in ours
+            if entry["crafted_against"] == "public"
+        }
+        assert {("advencoder", 0), ("universal_pgd", 1), ("embed", 0), ("worst", None)} <= public
+        assert (
+            "pgd",
+            0,
+        ) not in public  # it needs labels: whoever has them attacks the model itself
         single = [entry for entry in ours if entry["attack"] != "worst"]
         for worst in (entry for entry in ours if entry["attack"] == "worst"):
             rivals = [
                 entry["robust_accuracy"]
                 for entry in single
-                if (entry["crafted_against"], entry["epsilon"])
-                == (worst["crafted_against"], worst["epsilon"])
+                if all(entry[f] == worst[f] for f in ("crafted_against", "family", "epsilon"))
             ]
             assert worst["robust_accuracy"] <= min(rivals)
+    for model, found in document["verdicts"].items():
+        assert {entry["verdict"] for entry in entries if entry["model"] == model} == {
+            found["verdict"]
+        }
+        assert {check["number"] for check in found["checks"]} == set(range(1, 28))
     costs = document["run"]["costs"]
     assert costs["stage2"]["gradient_evaluations"] > costs["stage1"]["gradient_evaluations"] > 0
 

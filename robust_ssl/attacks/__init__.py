@@ -1,7 +1,7 @@
 """Attacks: frozen values called as ``attack(key, model, image, label)``, and how to fit them."""
 
 from robust_ssl.attacks import autoattack
-from robust_ssl.attacks.accumulated import UAP
+from robust_ssl.attacks.accumulated import UAP, cluster_change_rate
 from robust_ssl.attacks.apgd import APGD
 from robust_ssl.attacks.fab import FABT
 from robust_ssl.attacks.generative import AdvEncoderPAT, AdvEncoderPER
@@ -9,7 +9,7 @@ from robust_ssl.attacks.layers import FFF, L4AUGS, SSP, STD, UAPPGD, L4ABase, L4
 from robust_ssl.attacks.per_image import FGSM, PGD, EmbedAttack, attack_batch
 from robust_ssl.attacks.perturbation import UniversalPerturbation
 from robust_ssl.attacks.square import Square
-from robust_ssl.attacks.targeted import TDAA
+from robust_ssl.attacks.targeted import TDAA, towards_target
 from robust_ssl.attacks.universal import (
     FittedUniversal,
     RandomNoise,
@@ -44,6 +44,8 @@ __all__ = [
     "UniversalPerturbation",
     "attack_batch",
     "autoattack",
+    "cluster_change_rate",
     "fit",
     "members",
+    "towards_target",
 ]

@@ -177,6 +177,10 @@ class UAP:
         """What the curve reports."""
         return functools.partial(cluster_change_rate, num_clusters=self.num_clusters)
 
+    def gradients_per_batch(self, images: int) -> int:
+        """Returns the input gradients of one step of the fit: one for each cluster."""
+        return self.num_clusters * images
+
     def init(self, key, image_shape, threat) -> jax.Array:
         """Starts at zero, as published."""
         del key, threat

@@ -310,6 +310,11 @@ class FFF:
         """What is maximised."""
         return functools.partial(layers.log_activation_norms, layers=self.layers)
 
+    def gradients_per_batch(self, images: int) -> int:
+        """Returns the input gradients of one step of the fit: it looks at no image."""
+        del images
+        return 1
+
     def init(self, key, image_shape, threat) -> FFFState:
         """Starts at a random allowed perturbation."""
         start = random_delta(key, image_shape, threat)
@@ -388,10 +393,9 @@ class UAPPGD:
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    @property
-    def gradients_per_step(self) -> int:
-        """Input gradients of one batch."""
-        return 2 * self.num_steps
+    def gradients_per_batch(self, images: int) -> int:
+        """Returns the input gradients of one step of the fit."""
+        return 2 * self.num_steps * images
 
     def init(self, key, image_shape, threat) -> UniversalPGDState:
         """Starts at a random allowed perturbation: zero is stationary for feature distances."""

@@ -72,7 +72,9 @@ class UniversalAttack(Protocol):
 
     `state` is any pytree of arrays.  Randomness comes from the key of `init`; a step is a function
     of the state, the threat and the batch.  A threat that is random itself, as a patch of random
-    location, comes to `step` with a key for that step, which `objective_of_delta` reads.
+    location, comes to `step` with a key for that step, which `objective_of_delta` reads.  An attack
+    whose step does not take one input gradient for each image says what it takes in a method
+    ``gradients_per_batch(images)``.
     """
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> Any:

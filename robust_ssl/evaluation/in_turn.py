@@ -7,6 +7,7 @@ that stores the progress between them.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from robust_ssl.evaluation.counts import PerImage
 from robust_ssl.evaluation.metrics import _check_attacks, _compiled, _padded
 from robust_ssl.types import Attack, Classifier
 
+SHARES = (0.02, 0.1, 0.3, 1.0)  # of a search's queries; then images that are broken drop out
+TOGETHER = 16  # batches whose searches are held in host memory at once
 ANSWERS = 2**31 - 1  # key number of a randomised model's answers; no member has it
 
 
@@ -66,29 +69,61 @@ def _is_right(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
     return _answers(key, model, images, batch["indices"]) == batch["labels"]
 
 
-def _stays_right(constants, batch: Mapping[str, jax.Array], eight_bit: bool):
+def _verdict(key, model, adversarial: jax.Array, batch: Mapping[str, jax.Array], eight_bit: bool):
+    """Returns which images stay right, and which have finite pixels only, bool ``[batch]``."""
+    finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
+    scored = metrics.quantise(adversarial) if eight_bit else adversarial
+    return _answers(key, model, scored, batch["indices"]) == batch["labels"], finite
+
+
+def _attacked(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
     key, model, attack = constants
     images, labels, indices = (batch[name] for name in ("images", "labels", "indices"))
     adversarial = attack_batch(attack, key, model, metrics.to_pixels(images), labels, indices)
-    finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
-    scored = metrics.quantise(adversarial) if eight_bit else adversarial
-    return _answers(key, model, scored, indices) == labels, finite
+    return _verdict(key, model, adversarial, batch, eight_bit)
 
 
-def _stays_right_rounded(constants, batch):
-    return _stays_right(constants, batch, eight_bit=True)
+def _first_try(key: jax.Array, index: jax.Array) -> jax.Array:
+    """The key that an attack with restarts, called for that image, gives its first try."""
+    return jax.random.fold_in(jax.random.fold_in(key, index), 0)
 
 
-def _stays_right_exact(constants, batch):
-    return _stays_right(constants, batch, eight_bit=False)
+def _started(constants, batch: Mapping[str, jax.Array]):
+    key, model, attack = constants
+
+    def start(index, image, label):
+        return attack.start(_first_try(key, index), model, image, label)
+
+    images = metrics.to_pixels(batch["images"])
+    return jax.vmap(start)(batch["indices"], images, batch["labels"])
 
 
-def _on_some(function, constants, examples, rows: np.ndarray, batch_size: int):
+def _searched(constants, batch: Mapping[str, jax.Array]):
+    key, model, attack, until = constants
+
+    def search(index, image, label, state):
+        return attack.search(_first_try(key, index), model, image, label, state, until)
+
+    images = metrics.to_pixels(batch["images"])
+    return jax.vmap(search)(batch["indices"], images, batch["labels"], batch["state"])
+
+
+def _judged(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
+    key, model, _ = constants
+    return _verdict(key, model, batch["state"].best, batch, eight_bit)
+
+
+# Made once: two equal partials are two different functions to `_compiled`.
+_ATTACKED = {bits: functools.partial(_attacked, eight_bit=bits) for bits in (True, False)}
+_JUDGED = {bits: functools.partial(_judged, eight_bit=bits) for bits in (True, False)}
+
+
+def _on_some(function, constants, examples: Mapping[str, Any], rows: np.ndarray, batch_size: int):
     """Calls a compiled function on some rows, in batches of one shape; yields (rows, results)."""
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         whole = np.concatenate([some, np.repeat(some[:1], batch_size - len(some))])
-        results = function(constants, {name: values[whole] for name, values in examples.items()})
+        results = function(constants, jax.tree.map(lambda x, whole=whole: x[whole], examples))
         count = len(some)
         yield some, jax.tree.map(lambda x, count=count: x[:count], results)
 
@@ -126,6 +161,27 @@ def clean_correct(
     return right
 
 
+def _by_shares(constants, examples, rows: np.ndarray, parallel, batch_size: int, eight_bit: bool):
+    """As `_on_some` for a search that can be interrupted: who is broken is not asked again."""
+    attack = constants[2]
+    start, search = _compiled(parallel, _started), _compiled(parallel, _searched)
+    judge = _compiled(parallel, _JUDGED[eight_bit])
+    for first in range(0, len(rows), TOGETHER * batch_size):
+        some = rows[first : first + TOGETHER * batch_size]
+        part = {name: values[some] for name, values in examples.items()}
+        everyone = np.arange(len(some))
+        states = [state for _, state in _on_some(start, constants, part, everyone, batch_size)]
+        part["state"] = state = jax.tree.map(lambda *x: np.concatenate(x), *states)
+        for share in SHARES:
+            until = parallel.replicate(np.int32(np.ceil(share * attack.num_queries)))
+            searching = np.flatnonzero(~state.fooled)
+            for rows_, found in _on_some(search, (*constants, until), part, searching, batch_size):
+                for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+                    old[rows_] = new
+        for rows_, verdict in _on_some(judge, constants, part, everyone, batch_size):
+            yield some[rows_], verdict
+
+
 def strike(
     classifier: Classifier,
     examples: Mapping[str, np.ndarray],
@@ -146,7 +202,8 @@ def strike(
       classifier: The model under attack.
       examples: A whole split, as `gathered` returns it.
       attack: One attack, or several of one structure (for example one for each target), which
-        share one compiled function.
+        share one compiled function.  One with methods ``start`` and ``search``, as `Square` has,
+        is interrupted a few times to drop the images that it has broken; the outcome is the same.
       alive: Which images are to be attacked, bool ``[n]``; left as it is.
       key: Random key; member m of a list gets ``fold_in(key, m)``, a single attack and the first
         member `key` itself; of that, the image at place i gets ``fold_in(.., i)``.
@@ -168,12 +225,16 @@ def strike(
             f"alive must be bool {examples['labels'].shape}, one for each image, got "
             f"{alive.dtype} {alive.shape}"
         )
-    function = _compiled(parallel, _stays_right_rounded if eight_bit else _stays_right_exact)
+    function = _compiled(parallel, _ATTACKED[eight_bit])
     for number, member in enumerate(_members(attack)):
         member_key = key if number == 0 else jax.random.fold_in(key, number)
         constants = parallel.replicate((member_key, classifier, member))
         rows = np.flatnonzero(alive)
-        for some, (right, finite) in _on_some(function, constants, examples, rows, batch_size):
+        if hasattr(member, "search") and member.restarts == 1:
+            verdicts = _by_shares(constants, examples, rows, parallel, batch_size, eight_bit)
+        else:
+            verdicts = _on_some(function, constants, examples, rows, batch_size)
+        for some, (right, finite) in verdicts:
             if not finite.all():
                 raise ValueError(
                     f"attack {type(member).__name__} made pixels that are not finite, in images "

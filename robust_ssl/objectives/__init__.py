@@ -11,7 +11,22 @@ reuse it, since two equal partials are two different functions to the compiler.
 """
 
 from robust_ssl.objectives.features import feature_cosine_distance, feature_l2, info_nce
-from robust_ssl.objectives.labelled import cross_entropy, margin
+from robust_ssl.objectives.labelled import (
+    cross_entropy,
+    dlr,
+    dlr_targeted,
+    margin,
+    margin_targeted,
+)
+from robust_ssl.objectives.layers import (
+    activation,
+    activation_distance,
+    activation_energy,
+    block_names,
+    fused_energy,
+    log_activation_norms,
+    negative_dispersion,
+)
 from robust_ssl.objectives.pixels import (
     advencoder_paper,
     advencoder_released,
@@ -21,14 +36,24 @@ from robust_ssl.objectives.pixels import (
 from robust_ssl.objectives.vectors import safe_norm, unit_vectors
 
 __all__ = [
+    "activation",
+    "activation_distance",
+    "activation_energy",
     "advencoder_paper",
     "advencoder_released",
+    "block_names",
     "cross_entropy",
+    "dlr",
+    "dlr_targeted",
     "feature_cosine_distance",
     "feature_l2",
+    "fused_energy",
     "high_frequency_change",
     "info_nce",
+    "log_activation_norms",
     "margin",
+    "margin_targeted",
+    "negative_dispersion",
     "pixel_l2",
     "safe_norm",
     "unit_vectors",

@@ -278,8 +278,8 @@ def _surrogate_batches(run: Run, steps: int, batch_size: int) -> Iterator[dict[s
 def _gradients(universal, config: Mapping[str, Any]) -> int:
     """Gradients with respect to an image that one perturbation cost."""
     steps, images = (fit_option(config, universal.name, o) for o in ("num_steps", "batch_size"))
-    each = getattr(universal, "gradients_per_step", 1)
-    return 0 if is_noise(universal) else steps * images * each
+    each = getattr(universal, "gradients_per_batch", lambda images: images)
+    return 0 if is_noise(universal) else steps * each(images)
 
 
 def is_noise(universal: attacks.UniversalAttack) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl import evaluation, manifests, threats
@@ -143,15 +142,10 @@ def _against_per_image(scored: Sequence[Scored], at: Scored, found: PerImage):
 
 def _against_baselines(scorer, name: str, model, at: Scored, strongest: Member, found: PerImage):
     """Check 22: random noise where it was scored, and the perturbation's own pixels shuffled."""
-    delta = strongest.value.delta
-    order = np.random.default_rng([scorer.run.seed, 22]).permutation(
-        delta.shape[0] * delta.shape[1]
-    )
-    shuffled = jnp.reshape(jnp.reshape(delta, (-1, 3))[order], delta.shape)
+    key = stage_key(scorer.run.seed, "examine")
+    moved = strongest.value.replace(delta=checks.shuffled(key, strongest.value.delta))
     group = at.group._replace(family="shuffled")
-    apart = scorer.score(
-        group, model, [Member("shuffled", None, strongest.value.replace(delta=shuffled))]
-    )
+    apart = scorer.score(group, model, [Member("shuffled", None, moved)])
     baselines = {"its own pixels shuffled": apart.worst.robust_correct}
     for member in at.members:
         if _is_noise(member):

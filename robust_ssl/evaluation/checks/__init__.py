@@ -17,7 +17,7 @@ from robust_ssl.evaluation.checks.model import (
     finite_logits,
     gives_logits,
 )
-from robust_ssl.evaluation.checks.perturbations import examine_universal
+from robust_ssl.evaluation.checks.perturbations import examine_universal, shuffled
 from robust_ssl.evaluation.checks.result import (
     NAMES,
     NOT_TRUSTED,
@@ -84,6 +84,7 @@ __all__ = [
     "patch_places",
     "per_image_not_weaker",
     "seeds_agree",
+    "shuffled",
     "silent_hits",
     "statistics_unchanged",
     "survives_rounding",
