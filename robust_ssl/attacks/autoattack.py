@@ -50,7 +50,7 @@ def standard(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
         "apgd-ce": [APGD(threat)],
         targeted: [APGD(threat, objective, rank=rank) for rank in ranks],
         "fab-t": [FABT(threat, rank=rank) for rank in ranks],
-        "square": [Square(threat)],
+        "square": [Square(threat, rescale_schedule=False)],
     }
 
 

@@ -41,15 +41,21 @@ class SquareState:
 
 
 def side_lengths(
-    num_queries: int, pixels: tuple[int, int], p_init: float, smallest: int
+    num_queries: int,
+    pixels: tuple[int, int],
+    p_init: float,
+    smallest: int,
+    rescale_schedule: bool = True,
 ) -> np.ndarray:
     """Returns the side of the square at every query.
 
     Args:
-      num_queries: Length of the schedule, which is stretched to it from 10 000.
+      num_queries: How many.
       pixels: Height and width of the images.
       p_init: Share of the pixels in the first square.
       smallest: Lower bound; from 3 on (the L2 form) sides are odd.
+      rescale_schedule: Whether the published schedule of 10 000 queries is stretched to
+        `num_queries`, or only its beginning is taken.
 
     Returns:
       int ``[num_queries]``, never above the shorter side of the image.
@@ -63,7 +69,8 @@ def side_lengths(
     """
     sides = []
     for query in range(num_queries):
-        halvings = int(np.sum(int(query / num_queries * 10_000) > _HALVINGS))
+        place = int(query / num_queries * 10_000) if rescale_schedule else query
+        halvings = int(np.sum(place > _HALVINGS))
         share = p_init / 2**halvings
         side = max(round(math.sqrt(share * pixels[0] * pixels[1])), smallest)
         side += smallest >= 3 and side % 2 == 0
@@ -142,6 +149,8 @@ class Square:
       num_queries: Proposals of each try, at least 1.
       p_init: Share of the pixels in the first squares, in (0, 1].
       restarts: Tries, at least 1; an image fooled in one is not tried again.
+      rescale_schedule: Whether the published schedule of 10 000 queries is stretched to
+        `num_queries` (AutoAttack takes the beginning of it).
 
     Raises:
       ValueError: If a field is out of range; when called, if there is no label, the model has no
@@ -166,6 +175,7 @@ class Square:
     num_queries: int = struct.field(pytree_node=False, default=5000)
     p_init: float = struct.field(pytree_node=False, default=0.8)
     restarts: int = struct.field(pytree_node=False, default=1)
+    rescale_schedule: bool = struct.field(pytree_node=False, default=True)
 
     def __post_init__(self):
         """Checks the static fields."""
@@ -246,7 +256,7 @@ class Square:
         """
         smallest = 3 if isinstance(self.threat, threats.L2) else 1
         pixels = image.shape[:2]
-        sides = side_lengths(self.num_queries, pixels, self.p_init, smallest)
+        sides = side_lengths(self.num_queries, pixels, self.p_init, smallest, self.rescale_schedule)
         distinct, which = np.unique(sides, return_inverse=True)
         propose = self._propose_l2(distinct, pixels) if smallest == 3 else self._propose_linf
         schedule, distinct = jnp.asarray(which), jnp.asarray(distinct)

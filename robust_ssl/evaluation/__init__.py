@@ -3,7 +3,7 @@
 from robust_ssl.evaluation import analysis, checks
 from robust_ssl.evaluation.analysis import per_layer_stability
 from robust_ssl.evaluation.counts import Counts, PerImage, wilson_interval, worst_case
-from robust_ssl.evaluation.in_turn import clean_correct, score_in_turn, strike
+from robust_ssl.evaluation.in_turn import clean_correct, gathered, score_in_turn, strike
 from robust_ssl.evaluation.metrics import (
     WORST,
     accuracy_against_epsilon,
@@ -21,6 +21,7 @@ __all__ = [
     "analysis",
     "checks",
     "clean_correct",
+    "gathered",
     "per_layer_stability",
     "predictions",
     "quantise",

@@ -20,7 +20,7 @@ from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.evaluation import metrics
 from robust_ssl.evaluation.counts import PerImage
-from robust_ssl.evaluation.metrics import _check_attacks, _compiled, _padded
+from robust_ssl.evaluation.metrics import check_attacks, compiled, padded
 from robust_ssl.types import Attack, Classifier
 
 SHARES = (0.02, 0.1, 0.3, 1.0)  # of a search's queries; then images that are broken drop out
@@ -45,7 +45,7 @@ def gathered(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarra
       >>> gathered([part, part])["indices"].tolist()
       [0, 1, 2, 3]
     """
-    parts = [{name: values[:n] for name, values in batch.items()} for n, batch in _padded(batches)]
+    parts = [{name: values[:n] for name, values in batch.items()} for n, batch in padded(batches)]
     if not parts:
         raise ValueError("no images to score: the split is empty")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -113,7 +113,7 @@ def _judged(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
     return _verdict(key, model, batch["state"].best, batch, eight_bit)
 
 
-# Made once: two equal partials are two different functions to `_compiled`.
+# Made once: two equal partials are two different functions to `compiled`.
 _ATTACKED = {bits: functools.partial(_attacked, eight_bit=bits) for bits in (True, False)}
 _JUDGED = {bits: functools.partial(_judged, eight_bit=bits) for bits in (True, False)}
 
@@ -155,7 +155,7 @@ def clean_correct(
     """
     constants = parallel.replicate((key, classifier))
     right = np.zeros(len(examples["labels"]), bool)
-    function = _compiled(parallel, _is_right)
+    function = compiled(parallel, _is_right)
     for rows, found in _on_some(function, constants, examples, np.arange(len(right)), batch_size):
         right[rows] = found
     return right
@@ -164,8 +164,8 @@ def clean_correct(
 def _by_shares(constants, examples, rows: np.ndarray, parallel, batch_size: int, eight_bit: bool):
     """As `_on_some` for a search that can be interrupted: who is broken is not asked again."""
     attack = constants[2]
-    start, search = _compiled(parallel, _started), _compiled(parallel, _searched)
-    judge = _compiled(parallel, _JUDGED[eight_bit])
+    start, search = compiled(parallel, _started), compiled(parallel, _searched)
+    judge = compiled(parallel, _JUDGED[eight_bit])
     for first in range(0, len(rows), TOGETHER * batch_size):
         some = rows[first : first + TOGETHER * batch_size]
         part = {name: values[some] for name, values in examples.items()}
@@ -225,7 +225,7 @@ def strike(
             f"alive must be bool {examples['labels'].shape}, one for each image, got "
             f"{alive.dtype} {alive.shape}"
         )
-    function = _compiled(parallel, _ATTACKED[eight_bit])
+    function = compiled(parallel, _ATTACKED[eight_bit])
     for number, member in enumerate(_members(attack)):
         member_key = key if number == 0 else jax.random.fold_in(key, number)
         constants = parallel.replicate((member_key, classifier, member))
@@ -284,7 +284,7 @@ def score_in_turn(
       TypeError: If an attack is not a pytree value.
     """
     parts = {name: _members(attack) for name, attack in attacks.items()}
-    _check_attacks({name: members[0] for name, members in parts.items()})
+    check_attacks({name: members[0] for name, members in parts.items()})
     examples = gathered(batches)
     shared = {"key": key, "parallel": parallel, "batch_size": batch_size}
     clean = alive = clean_correct(classifier, examples, **shared)

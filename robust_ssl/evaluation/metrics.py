@@ -82,13 +82,13 @@ def _attacked_predictions(constants, batch: Mapping[str, jax.Array]):
     return predictions(model, quantise(adversarial)), finite
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(parallel, function):
-    # Kept, so that a second call with the same structures compiles nothing.
+@functools.lru_cache(maxsize=64)
+def compiled(parallel, function):
+    """Returns ``parallel.map(function)``, kept: a second call compiles nothing."""
     return parallel.map(function)
 
 
-def _padded(batches: Iterable[Mapping[str, np.ndarray]]):
+def padded(batches: Iterable[Mapping[str, np.ndarray]]):
     """Yields (number of images, batch), every batch as long as the first: one shape, one compile.
 
     What is padded repeats the first image.
@@ -113,7 +113,8 @@ def _padded(batches: Iterable[Mapping[str, np.ndarray]]):
         yield n, {name: values[take] for name, values in whole.items()}
 
 
-def _check_attacks(attacks: Mapping[str, Attack]) -> None:
+def check_attacks(attacks: Mapping[str, Attack]) -> None:
+    """Raises unless there is an attack, none is called "worst", and each is a pytree value."""
     if not attacks or WORST in attacks:
         raise ValueError(
             f"name at least one attack, and none {WORST!r} (the worst case over all of them is "
@@ -162,14 +163,14 @@ def score(
         pixels that are not numbers.
       TypeError: If an attack is not a pytree value.
     """
-    _check_attacks(attacks)
-    classify = _compiled(parallel, _clean_predictions)
-    strike = _compiled(parallel, _attacked_predictions)
+    check_attacks(attacks)
+    classify = compiled(parallel, _clean_predictions)
+    strike = compiled(parallel, _attacked_predictions)
     model = parallel.replicate(classifier)
     constants = {name: parallel.replicate((key, classifier, a)) for name, a in attacks.items()}
     labels, clean, seconds = [], [], dict.fromkeys(attacks, 0.0)
     adversarial: dict[str, list[np.ndarray]] = {name: [] for name in attacks}
-    for n, batch in _padded(batches):
+    for n, batch in padded(batches):
         labels.append(batch["labels"][:n])
         clean.append(classify(model, batch)[:n])
         for name in attacks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +17,10 @@ from robust_ssl.evaluation.checks.path import (
     logits_of,
     objective_value,
 )
-from robust_ssl.evaluation.metrics import predictions, quantise
+from robust_ssl.evaluation.metrics import compiled, predictions, quantise
 from robust_ssl.parallel import Parallel
 
 DIRECTIONS = 8  # per image, for finite differences
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(parallel: Parallel, function: Callable) -> Callable:
-    return parallel.map(function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Bench:
             # The last batch is filled up with first images, so that one shape is compiled.
             rows = np.arange(start, start + size)
             part = {name: values[np.where(rows < n, rows, 0)] for name, values in batch.items()}
-            results = _compiled(self.parallel, function)(constants, part)
+            results = compiled(self.parallel, function)(constants, part)
             found.append(jax.tree.map(lambda x, kept=n - start: x[:kept], results))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
