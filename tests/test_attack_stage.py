@@ -115,3 +115,38 @@ def test_a_config_names_the_inner_threat_and_shares_the_budgets():
     threat = stage.threat_of("banded", methods["banded"])(0.1)
     assert threat == Band(Linf(0.1), 0.1, 0.3)
     assert stage.build_attacks(methods)["banded"].name == "banded"
+
+
+def test_a_killed_fit_goes_on_with_the_next_method(tmp_path, monkeypatch):
+    config = tiny.config("attack")
+    fitted, original = [], stage._fit
+
+    def dies(run, name, universal, *args):
+        if len(fitted) == 1:
+            raise progress.Stopped("killed")
+        fitted.append(universal.name)
+        return original(run, name, universal, *args)
+
+    def go(workdir):
+        run = stages.Run(
+            settings.to_json(config),
+            workdir,
+            Parallel.create(num_devices=1),
+            progress.Progress("quiet"),
+        )
+        return stage.attack(run)
+
+    monkeypatch.setattr(stage, "_fit", dies)
+    with pytest.raises(progress.Stopped):
+        go(tmp_path / "killed")
+    first = list(fitted)
+    monkeypatch.setattr(
+        stage, "_fit", lambda *args: (fitted.append(args[2].name), original(*args))[1]
+    )
+    resumed = go(tmp_path / "killed")
+    assert fitted == list(config.attack.methods) and fitted[:1] == first
+    monkeypatch.setattr(stage, "_fit", original)
+    whole = go(tmp_path / "whole")
+    assert resumed.fingerprint == whole.fingerprint
+    steps = [entry["step"] for entry in resumed.metrics()]
+    assert steps == list(range(len(steps)))
