@@ -152,8 +152,8 @@ def _check(run: Run) -> None:
         _ = run.encoder
     if "protocol" in stages:
         _check_protocol(run)
-    if set(stages) <= {"attack", "protocol"}:
-        return
+        if set(stages) <= {"attack", "protocol"}:
+            return
     if "analyse" in stages:
         with _inside("analyse"):
             analyse_stage.check_analyse(config)

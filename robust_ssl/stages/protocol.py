@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -158,17 +161,20 @@ def protocol(run: Run) -> StageDirectory:
         if stage.done:
             return stage
         results, verdicts = [], {}
-        with run.progress.stage("protocol", len(models)) as bar:
-            for number, (name, model) in enumerate(models.items()):
-                scorer = Scorer(run, stage, config["batch_size"])
-                scored = _score(scorer, name, model, public, crafted[name])
+        jobs = {n: _jobs(run, n, model, public, crafted[n]) for n, model in models.items()}
+        total = sum(parts for some in jobs.values() for parts, _ in some)
+        with run.progress.stage("protocol", total) as bar:
+            done = itertools.count(1)
+            scorer = Scorer(run, stage, config["batch_size"], lambda: bar.update(next(done)))
+            quiet = dataclasses.replace(scorer, on_part=lambda: None)
+            for name, model in models.items():
+                scored = [job(scorer) for _, job in jobs[name]]
                 verdicts[name] = (
-                    examine(scorer, name, model, scored)
+                    examine(quiet, name, model, scored)
                     if config["checks"]
                     else {"verdict": "not examined", "checks": []}
                 )
                 results += [e for s in scored for e in s.entries(verdicts[name]["verdict"])]
-                bar.update(number + 1)
         _write(run, results, verdicts)
         stage.finish(None, {"results": results, "verdicts": verdicts})
     return stage
@@ -183,34 +189,35 @@ def _crafted_again(run: Run, name: str, model: Classifier) -> StageDirectory | N
     return attack(run, f"attack_{name}", model.encoder, curve=True)
 
 
-def _score(
-    scorer: Scorer,
+def _jobs(
+    run: Run,
     name: str,
     model: Classifier,
     public: StageDirectory,
     crafted: StageDirectory | None,
-) -> list[Scored]:
-    run = scorer.run
-    scored = []
+) -> list[tuple[int, Callable[[Scorer], Scored]]]:
+    """Returns what is to be scored of one classifier: in how many parts, and how."""
+    jobs = []
+
+    def add(group: Group, members: Sequence[Member]) -> None:
+        parts = len(members) if group.family == "per_image" else 1
+        jobs.append((parts, lambda scorer: scorer.score(group, model, members)))
+
     for against, stage in (("public", public), ("hardened", crafted)):
-        if stage is None:
-            continue
-        found = by_budget(_found(run, stage, against), stage.results)
+        found = {} if stage is None else by_budget(_found(run, stage, against), stage.results)
         for (threat, epsilon), members in found.items():
-            group = Group(name, against, "universal", threat, epsilon)
-            scored.append(scorer.score(group, model, members))
+            add(Group(name, against, "universal", threat, epsilon), members)
     config = run.config["protocol"]
     for against in ("public", "hardened"):
         for epsilon in config["per_image"]["epsilons"]:
             built = build_methods(run, epsilon)
             members = per_image_members(run, built, against, config["seeds"])
             if members:
-                group = Group(name, against, "per_image", "Linf", epsilon)
-                scored.append(scorer.score(group, model, members))
+                add(Group(name, against, "per_image", "Linf", epsilon), members)
     for (threat, epsilon), ensemble in build_ensembles(run, model.num_classes).items():
         group = Group(name, "hardened", "autoattack", threat, epsilon)
-        scored.append(_in_turn(scorer, group, model, ensemble))
-    return scored
+        jobs.append((len(ensemble), functools.partial(_in_turn, group, model, ensemble)))
+    return jobs
 
 
 def _found(run: Run, stage: StageDirectory, against: str) -> dict[tuple[str, int, float], Any]:
@@ -225,7 +232,7 @@ def _found(run: Run, stage: StageDirectory, against: str) -> dict[tuple[str, int
 
 
 def _in_turn(
-    scorer: Scorer, group: Group, model: Classifier, ensemble: Mapping[str, Sequence[Any]]
+    group: Group, model: Classifier, ensemble: Mapping[str, Sequence[Any]], scorer: Scorer
 ) -> Scored:
     """Scores AutoAttack: each attack on what the ones before have left, kept one by one."""
     run, config = scorer.run, scorer.run.config["protocol"]["autoattack"]

@@ -78,21 +78,29 @@ class Scorer:
       run: The run.
       stage: Whose directory keeps the groups.
       batch_size: Images at a time.
-      on_group: Called after each group, for a progress bar.
+      on_part: Called after each part, for a progress bar.
     """
 
     run: Run
     stage: StageDirectory
     batch_size: int
-    on_group: Callable[[], None] = lambda: None
+    on_part: Callable[[], None] = lambda: None
 
     def score(self, group: Group, model: Classifier, members: Sequence[Member]) -> Scored:
-        """Scores all members on the whole split, or reads what was scored before."""
-        chosen = {member.label: member.value for member in members}
-        results = self.kept(
-            _file_name(group, chosen), lambda: self._score(model, chosen, self.run.test)
-        )
-        return Scored(group, tuple(members), results)
+        """Scores all members on the whole split, or reads what was scored before.
+
+        Per-image attacks take long, so each is kept by itself; universal ones share one pass over
+        the clean images.
+        """
+        parts = [[m] for m in members] if group.family == "per_image" else [members]
+        results: dict[str, PerImage] = {}
+        for part in parts:
+            chosen = {member.label: member.value for member in part}
+            name = _file_name(group, chosen)
+            results |= self.kept(name, lambda c=chosen: self._score(model, c, self.run.test))
+        alone = {member.label: results[member.label] for member in members}
+        worst = evaluation.worst_case(alone.values())
+        return Scored(group, tuple(members), {**alone, evaluation.WORST: worst})
 
     def kept(self, name: str, compute: Callable[[], Mapping[str, PerImage]]) -> dict[str, PerImage]:
         """Returns what was computed under this name before, else computes and keeps it."""
@@ -104,7 +112,7 @@ class Scorer:
             results = dict(compute())
             if jax.process_index() == 0:
                 _keep(file, results)
-        self.on_group()
+        self.on_part()
         return results
 
     def _score(self, model: Classifier, chosen: Mapping[str, Any], test) -> dict[str, PerImage]:
