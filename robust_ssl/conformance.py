@@ -183,7 +183,9 @@ def check_attack(
     Its image must have the shape and type of the original, lie in [0, 1] and inside the budget
     (projecting it changes nothing); the same key must give the same image, under `jax.jit` too; and
     in a batch each image's result must not depend on its neighbours.  Where the attack carries its
-    `threat` and that an `epsilon`, an `epsilon` of 0 must return the image.
+    `threat` and that an `epsilon` (or a threat that has one, as `Band` does), an `epsilon` of 0
+    must return the image.  At least one image must move: an attack that does nothing keeps every
+    law, and so would one that found nothing to do here.
 
     Args:
       attack: ``attack(key, model, image, label=None) -> image``.
@@ -191,12 +193,15 @@ def check_attack(
       model: Attacked; None takes a small one with 4 classes.
       image_size: Height and width of the made-up images, pixels.
       batch: Number of made-up images, at least 2.
-      needs_label: Call the attack with a label; a downstream-agnostic attack never has one.
+      needs_label: Call the attack with a label, the model's own answer, so that an attack which
+        leaves misclassified images alone has something to do; a downstream-agnostic attack never
+        has one.
       seed: Of the made-up images.
 
     Raises:
       AssertionError: Names the attack and the law it breaks.
-      ValueError: If no threat is given and the attack carries none.
+      ValueError: If no threat is given and the attack carries none, or labels are needed and the
+        model has no logits.
 
     Example:
       >>> from flax import struct
@@ -218,8 +223,8 @@ def check_attack(
     images = jnp.asarray(random.uniform(size=(batch, image_size, image_size, 3)), jnp.float32)
     # Corners of the box: what leaves [0, 1] there is seen at once.
     images = images.at[0, 0].set(0.0).at[0, 1].set(1.0)
-    labels = jnp.arange(batch, dtype=jnp.int32) % 4 if needs_label else None
     model = _small_model(random, image_size) if model is None else model
+    labels = _own_answers(name, model, images) if needs_label else None
     keys = jax.random.split(jax.random.key(seed), batch)
 
     def craft(attack, keys, images, labels):
@@ -234,10 +239,13 @@ def check_attack(
     assert low >= 0 and high <= 1, f"{name} leaves [0, 1]: pixels from {low:.4f} to {high:.4f}"
     allowed = jax.vmap(threat.project)(adversarial, images)
     _assert_close(adversarial, allowed, f"{name} leaves the budget of {threat}")
+    assert not bool((adversarial == images).all()), (
+        f"{name} moved no image, so nothing is known of the other laws: pass a model that it can "
+        "attack, or give it a larger budget or more steps"
+    )
     _check_repeatable(name, attack, craft, keys, images, labels, np.asarray(adversarial))
-    fields = getattr(getattr(attack, "threat", None), "__dataclass_fields__", ())
-    if "epsilon" in fields:
-        calm = dataclasses.replace(attack.threat, epsilon=0.0)
+    calm = _without_budget(getattr(attack, "threat", None))
+    if calm is not None:
         still = dataclasses.replace(attack, threat=calm)
         unmoved = craft(still, keys, images, labels)
         _assert_close(unmoved, images, f"{name} moves the image although epsilon is 0")
@@ -250,12 +258,32 @@ def _check_repeatable(name, attack, craft, keys, images, labels, adversarial) ->
         assert differs <= share, f"{name} {law} ({100 * differs:.1f} % of the pixels differ)"
 
     same(craft(attack, keys, images, labels), "gives another image for the same key")
-    compiled = jax.jit(lambda *batch: craft(attack, *batch))(keys, images, labels)
-    same(compiled, "gives something else under jax.jit", share=0.01)
-    strangers = images.at[1:].set(images[1:][:, ::-1])
-    beside = craft(attack, keys, strangers, labels)[:1]
-    differs = float(np.max(np.abs(np.asarray(beside) - adversarial[:1])))
-    assert differs <= 1e-5, f"{name}'s image depends on its neighbours in the batch ({differs:.4f})"
+    compiled = jax.jit(lambda *batch: craft(attack, *batch))
+    together = np.asarray(compiled(keys, images, labels))
+    same(together, "gives something else under jax.jit", share=0.01)
+    for place in range(len(images)):
+        strangers = images[:, ::-1].at[place].set(images[place])
+        beside = np.asarray(compiled(keys, strangers, labels))
+        differs = float(np.max(np.abs(beside[place] - together[place])))
+        assert differs <= 1e-5, (
+            f"{name}'s image depends on its neighbours in the batch (place {place}, {differs:.4f})"
+        )
+
+
+def _own_answers(name: str, model: Model, images: jax.Array) -> jax.Array:
+    logits = model(images).logits
+    if logits is None:
+        raise ValueError(f"{name} needs labels, but the model has no logits: pass a classifier")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _without_budget(threat: Any) -> Any:
+    """Returns the threat with an epsilon of 0, its own or an inner threat's; None if none has."""
+    fields = getattr(threat, "__dataclass_fields__", ())
+    if "epsilon" in fields:
+        return dataclasses.replace(threat, epsilon=0.0)
+    inner = _without_budget(threat.threat) if "threat" in fields else None
+    return None if inner is None else dataclasses.replace(threat, threat=inner)
 
 
 def _small_model(random: np.random.Generator, image_size: int) -> _Bilinear:

@@ -80,6 +80,19 @@ def test_too_few_classes_and_impossible_targets_are_refused():
         labelled.margin_targeted(_inputs(np.zeros((1, 3)), [0]), 3)
     with pytest.raises(ValueError, match="needs labels"):
         labelled.dlr_targeted(_inputs(np.zeros((1, 5)), [0]).replace(labels=None))
+    with pytest.raises(ValueError, match=r"at least 2 classes.* has 1"):
+        labelled.margin_targeted(_inputs(np.zeros((1, 1)), [0]), jnp.int32(1))
+
+
+@pytest.mark.parametrize("objective", [labelled.margin_targeted, labelled.dlr_targeted])
+@pytest.mark.parametrize(("rank", "nearest"), [(-3, 1), (0, 1), (5, 4), (99, 4)])
+def test_a_traced_rank_out_of_range_means_the_end_of_the_range(objective, rank, nearest):
+    # Not the true class, whose margin is 0 whatever the image, and not no class at all.
+    inputs = _inputs(RNG.normal(size=(3, 5)), [0, 4, 2], RNG.normal(size=(3, 5)))
+    found = jax.jit(objective)(inputs, rank)
+    assert float(found) == pytest.approx(float(objective(inputs, nearest)), rel=1e-6) != 0
+    with pytest.raises(ValueError, match=f"between 1 and classes - 1 = 4, got {rank}"):
+        objective(inputs, np.int64(rank))
 
 
 # --------------------------------------------------------------------------------------- models
@@ -389,3 +402,17 @@ def test_bad_static_fields_are_refused():
         APGD(threats.Linf(0.1), num_steps=0)
     with pytest.raises(ValueError, match=r"eot=20 averages.*with_key\(key\)"):
         APGD(threats.Linf(0.1), eot=20)(KEY, _mlp(), jnp.zeros(SHAPE), jnp.array(0))
+
+
+def test_a_threat_without_epsilon_and_an_objective_without_rank_are_refused():
+    image, label = jnp.zeros(SHAPE), jnp.array(0)
+    with pytest.raises(ValueError, match=r"APGD .*takes the threats Linf, L2 and Band.*got Patch"):
+        APGD(threats.Patch(0.25))(KEY, _mlp(), image, label)
+    with pytest.raises(ValueError, match=r"dlr_targeted and margin_targeted.*cross_entropy"):
+        APGD(threats.Linf(0.1), rank=2)(KEY, _mlp(), image, label)
+
+    def any_words(inputs, **words):
+        return labelled.margin_targeted(inputs, **words)
+
+    attack = APGD(threats.Linf(0.1), any_words, rank=2, num_steps=1)
+    assert attack(KEY, _mlp(), image, label).shape == SHAPE

@@ -11,7 +11,7 @@ import pytest
 from flax import struct
 
 from robust_ssl import attacks, models, objectives, threats
-from robust_ssl.attacks import universal
+from robust_ssl.attacks import per_image, universal
 from robust_ssl.models.generator import Generator, mix, upsampling_convolution
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder, Outputs
@@ -193,8 +193,116 @@ def test_another_budget_does_not_trace_again():
 
     image = jnp.asarray(_images(1)[0])
     small = run(attacks.PGD(threats.Linf(1 / 255), num_steps=2), image)
-    large = run(attacks.PGD(threats.Linf(32 / 255), 4 / 255, num_steps=2), image)
+    large = run(attacks.PGD(threats.Linf(32 / 255), num_steps=2), image)
     assert np.abs(small - image).max() < 1.01 / 255 < np.abs(large - image).max()
+    chex.clear_trace_counter()
+    run = jax.jit(chex.assert_max_traces(run.__wrapped__.__wrapped__, 1))
+    for step_size in (1 / 255, 4 / 255):  # nor does another step, or another L2 budget
+        run(attacks.PGD(threats.Linf(32 / 255), step_size, num_steps=2), image)
+
+
+# ------------------------------------------------------------------------------ the usual step
+
+
+@pytest.mark.parametrize(
+    ("threat", "num_steps", "expected"),
+    [
+        (threats.Linf(8 / 255), 7, 2 / 255),
+        (threats.L2(3.0), 10, 0.75),
+        (threats.Band(threats.L2(0.5), 0.1), 5, 0.25),
+        (threats.Patch(0.1), 10, 0.1),
+    ],
+)
+def test_the_usual_step_follows_the_threat(threat, num_steps, expected):
+    assert per_image.usual_step_size(threat, num_steps) == pytest.approx(expected)
+    image, label = jnp.asarray(_images(1)[0]), jnp.array(1)
+    usual, given = (
+        attacks.PGD(threat, step, num_steps=num_steps)(KEY, _classifier(), image, label)
+        for step in (None, expected)
+    )
+    np.testing.assert_allclose(usual, given, atol=1e-5)
+
+
+def test_l2_pgd_without_a_given_step_is_nearly_as_strong_as_apgd():
+    rng = np.random.default_rng(3)
+    first, second = 0.4 * rng.normal(size=(192, 10)), rng.normal(size=(10, 5))
+
+    def mlp(images):
+        hidden = jnp.tanh((images.reshape(len(images), -1) - 0.5) @ jnp.asarray(first, jnp.float32))
+        return Outputs(features=hidden, logits=hidden @ jnp.asarray(second, jnp.float32))
+
+    images = jnp.asarray(_images(100))
+    labels = jnp.argmax(mlp(images).logits, axis=-1)
+
+    def accuracy(attack):
+        found = jax.jit(lambda: attacks.attack_batch(attack, KEY, mlp, images, labels))()
+        return float(jnp.mean(jnp.argmax(mlp(found).logits, axis=-1) == labels))
+
+    threat = threats.L2(0.15)
+    pgd, apgd = accuracy(attacks.PGD(threat)), accuracy(attacks.APGD(threat, num_steps=50))
+    assert 0.1 < apgd < 0.9 and pgd <= apgd + 0.03
+    assert accuracy(attacks.PGD(threat, 2 / 255)) > pgd + 0.03  # what the step of Linf leaves
+
+
+def test_fgsm_says_which_threats_it_takes():
+    attack = attacks.FGSM(threats.Patch(0.25))
+    with pytest.raises(ValueError, match=r"FGSM .*takes the threats Linf, L2 and Band.*got Patch"):
+        attack(KEY, _classifier(), jnp.full(SHAPE, 0.5), jnp.array(1))
+
+
+# ------------------------------------------------------------------------------ randomised models
+
+
+@struct.dataclass
+class Noisy:
+    """A randomised model: it answers for the image with noise on it."""
+
+    weights: jax.Array
+    key: jax.Array
+
+    def with_key(self, key):
+        return self.replace(key=key)
+
+    def __call__(self, images):
+        noise = jax.random.normal(self.key, images.shape)
+        return jax.tree.map(jnp.tanh, Linear(self.weights)(images + 0.1 * noise))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        attacks.FGSM(threats.Linf(0.05)),
+        attacks.PGD(threats.Linf(0.05), num_steps=2, restarts=2),
+        attacks.PGD(threats.Linf(0.05), num_steps=2, random_start=False, keep_best=False),
+        attacks.EmbedAttack(threats.Linf(0.05), num_steps=2),
+        attacks.FABT(threats.L2(9.0), num_steps=3, restarts=2),
+        attacks.Square(threats.Linf(0.3), num_queries=3),
+    ],
+)
+def test_an_attack_draws_a_randomised_model_and_never_asks_for_the_key_it_carries(attack):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 3)), jnp.float32)
+    image, one = jnp.asarray(_images(1)[0]), Noisy(weights, jax.random.key(5))
+    label = jnp.argmax(Linear(weights)(image[None]).logits[0])
+    run = jax.jit(lambda key, model: attack(key, model, image, label))
+    found = run(KEY, one)
+    np.testing.assert_array_equal(found, run(KEY, one.with_key(jax.random.key(6))))
+    assert not np.array_equal(found, run(jax.random.key(1), one))
+    assert not np.array_equal(found, image)
+
+
+def test_every_step_of_pgd_has_a_draw_of_its_own():
+    seen = []
+
+    class Counted(Noisy):
+        def with_key(self, key):
+            seen.append(key)
+            return self
+
+    model = Counted(jnp.ones((192, 3)), KEY)
+    attack = attacks.PGD(threats.Linf(0.05), num_steps=3, restarts=2)
+    with jax.disable_jit():
+        attack(KEY, model, jnp.asarray(_images(1)[0]), jnp.array(1))
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in seen}) == len(seen) == 9
 
 
 def test_training_pgd_costs_its_gradients_and_nothing_more():

@@ -11,7 +11,8 @@ from flax import struct
 from robust_ssl import losses
 from robust_ssl.attacks import PGD, EmbedAttack
 from robust_ssl.conformance import check_attack, check_loss, resolve
-from robust_ssl.threats import Linf
+from robust_ssl.threats import L2, Band, Linf
+from robust_ssl.types import Outputs
 
 
 def first_image_matters(inputs):
@@ -61,7 +62,13 @@ class Sloppy:
             Sloppy.calls = getattr(Sloppy, "calls", 0) + 1
             return self.threat.project(image + 0.01 * Sloppy.calls, image)
         if self.how == "zero":
-            return jnp.clip(image + 0.05 * (self.threat.epsilon == 0.0), 0.0, 1.0)
+            move = jnp.where(self.threat.epsilon == 0.0, 0.05, 0.01)
+            return jnp.clip(image + move, 0.0, 1.0)
+        if self.how == "nothing":
+            return image
+        if self.how == "wrong only":  # and then out of the budget
+            right = jnp.argmax(model(image[None]).logits[0]) == label
+            return jnp.where(right, jnp.clip(image + 0.2, 0.0, 1.0), image)
         return self.threat.project(image + jax.random.normal(key, image.shape), image)
 
 
@@ -73,12 +80,71 @@ class Sloppy:
         ("shape", "must return"),
         ("nan", "not finite"),
         ("state", "another image for the same key"),
-        ("zero", "leaves the budget|although epsilon is 0"),
+        ("zero", "although epsilon is 0"),
+        ("nothing", "moved no image"),
     ],
 )
 def test_check_attack_names_the_broken_law(how, law):
     with pytest.raises(AssertionError, match=law):
         check_attack(Sloppy(how))
+
+
+def test_an_attack_that_leaves_misclassified_images_alone_is_seen_at_work():
+    # Every image is of class 3 for this model, which no list of labels 0, 1, 2 has.
+    def of_class_3(images):
+        logits = jnp.broadcast_to(jnp.arange(4.0), (len(images), 4))
+        return Outputs(features=logits, logits=logits)
+
+    with pytest.raises(AssertionError, match="leaves the budget"):
+        check_attack(Sloppy("wrong only"), needs_label=True, model=of_class_3)
+    with pytest.raises(ValueError, match="pass a classifier"):
+        check_attack(
+            Sloppy("wrong only"), needs_label=True, model=lambda images: Outputs(images[:, 0, 0])
+        )
+
+
+@struct.dataclass
+class Gossip:
+    """Looks at the whole batch, but for the first image it hides it."""
+
+    threat: Any = field(default_factory=lambda: Linf(0.1))
+
+    def __call__(self, key, model, image, label=None):
+        return _gossip(image)
+
+
+@jax.custom_batching.custom_vmap
+def _gossip(image):
+    return jnp.clip(image + 0.01, 0.0, 1.0)
+
+
+@_gossip.def_vmap
+def _gossip_of_batch(axis_size, in_batched, images):
+    means = jnp.broadcast_to(jnp.mean(jnp.square(images[:, 0])), (axis_size, 1, 1, 1))
+    return jnp.clip(images + 0.1 * means.at[0].set(0.1), 0.0, 1.0), True
+
+
+def test_every_image_is_watched_for_what_its_neighbours_do():
+    with pytest.raises(AssertionError, match=r"neighbours in the batch \(place 1,"):
+        check_attack(Gossip())
+
+
+@pytest.mark.parametrize("inner", [Linf(0.1), L2(0.5)])
+def test_the_budget_inside_a_band_is_set_to_zero_too(inner):
+    @struct.dataclass
+    class Stubborn:
+        threat: Any
+
+        def __call__(self, key, model, image, label=None):
+            moved = self.threat.sample(key, image)
+            return jnp.where(self.threat.epsilon > 0, moved, image.at[4, 4].set(0.5))
+
+    class Anything:  # a band that is cut to [0, 1] may change when it is projected again
+        def project(self, candidate, image):
+            return candidate
+
+    with pytest.raises(AssertionError, match="although epsilon is 0"):
+        check_attack(Stubborn(Band(inner, 0.0, 0.4)), threat=Anything())
 
 
 def test_good_attacks_pass():
@@ -93,7 +159,11 @@ def test_an_attack_without_a_threat_needs_one():
 
     with pytest.raises(ValueError, match="pass threat="):
         check_attack(nothing)
-    check_attack(nothing, threat=Linf(0.1))
+
+    def brighter(key, model, image, label=None):
+        return jnp.minimum(image + 0.05, 1.0)
+
+    check_attack(brighter, threat=Linf(0.1))
 
 
 def test_resolve_finds_modules_files_and_notebook_cells(tmp_path, monkeypatch):

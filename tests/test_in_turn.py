@@ -216,6 +216,45 @@ def test_a_randomised_model_is_asked_once_for_each_image_by_its_place():
     np.testing.assert_array_equal(results[0].robust_correct, results[1].robust_correct)
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_members_that_do_nothing_change_nothing_for_a_randomised_model(search):
+    images, labels = np.zeros((30, 8, 8, 3), np.float32), np.zeros(30, int)
+    nothing = Square(threats.Linf(0.0), num_queries=1) if search else Brighten(0.0)
+    found = in_turn.score_in_turn(
+        Coin(jax.random.key(7)), _batches(images, labels), {"none": [nothing] * 4}, key=KEY,
+        parallel=ONE, batch_size=30,
+    )["none"]  # fmt: skip
+    assert 5 < found.clean_correct.sum() < 25
+    np.testing.assert_array_equal(found.robust_correct, found.clean_correct)
+
+
+def test_score_and_score_in_turn_ask_a_randomised_model_the_same():
+    batches = _batches(np.zeros((30, 8, 8, 3), np.float32), np.zeros(30, int))
+    shared = {"key": KEY, "parallel": ONE}
+    coin, attacks = Coin(jax.random.key(7)), {"none": Brighten(0.0)}
+    one = metrics.score(coin, batches, attacks, **shared)["none"]
+    other = in_turn.score_in_turn(coin, batches, attacks, batch_size=8, **shared)["none"]
+    np.testing.assert_array_equal(one.clean_correct, other.clean_correct)
+    np.testing.assert_array_equal(one.robust_correct, one.clean_correct)
+    assert not one.flipped.any()
+
+
+def test_a_threat_that_makes_no_sense_is_refused_before_anything_is_attacked():
+    batches, shared = _batches(*_split(4)), {"key": KEY, "parallel": ONE, "batch_size": 4}
+    for threat, words in [
+        (threats.Patch(0.0), "share of the image"),
+        (threats.Patch(1e-3), "no pixel in an image of 8x8"),
+        (threats.Linf(8), "epsilon must lie"),
+        (threats.L2(14.0), r"at most 13.86 for \(8, 8, 3\)"),
+    ]:
+        attacks = {"run": Brighten(float("nan")), "later": [PGD(threats.Patch(0.1)), PGD(threat)]}
+        with pytest.raises(ValueError, match=words):
+            in_turn.score_in_turn(_mlp(), batches, attacks, **shared)
+        with pytest.raises(ValueError, match=words):
+            alive = np.ones(4, bool)
+            in_turn.strike(_mlp(), in_turn.gathered(batches), PGD(threat), alive, **shared)
+
+
 def test_it_says_what_is_wrong():
     batches = _batches(*_split(4))
     shared = {"key": KEY, "parallel": ONE, "batch_size": 4}

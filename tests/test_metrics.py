@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import struct
 
-from robust_ssl import evaluation
+from robust_ssl import evaluation, threats
+from robust_ssl.attacks import APGD, PGD
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
 from robust_ssl.parallel import METHODS, Parallel
 from robust_ssl.types import Classifier, Encoder
@@ -252,6 +253,60 @@ def test_one_compilation_serves_all_epsilons_and_the_short_batch(two):
     assert [point[0] for point in curve] == [0.0, 1 / 255, 2 / 255]
     assert [point[1] for point in curve] == [1.0, 0.0, 0.0]
     assert curve[0][2:] == wilson_interval(5, 5)
+
+
+@struct.dataclass
+class Budgeted:
+    """Counts its compilations; its budget and its target are leaves."""
+
+    threat: threats.Linf
+    rank: int = 1
+
+    def __call__(self, key, model, image, label=None):
+        TRACES.append(1)
+        return image + self.threat.epsilon * jnp.where(self.rank > 0, 1.0, 0.0)
+
+
+def test_one_compilation_serves_all_types_of_a_number(two):
+    TRACES.clear()
+    budgets = (1.0, 1, np.float32(1), np.float64(1), np.int64(1), jnp.ones(()), jnp.array(1))
+    attacks = {str(i): Budgeted(threats.Linf(budget)) for i, budget in enumerate(budgets)}
+    attacks |= {"np": Budgeted(threats.Linf(1), np.int64(1))}
+    attacks |= {"jnp": Budgeted(threats.Linf(1), jnp.int32(1))}
+    shared = {"key": jax.random.key(0), "parallel": two}
+    results = score(first_pixel_classifier(), batches_of([3], [3], 1), attacks, **shared)
+    assert len(TRACES) == 1 and len(results) == 10
+    TRACES.clear()
+    evaluation.score_in_turn(
+        first_pixel_classifier(), batches_of([3], [3], 1), {"all": list(attacks.values())}, **shared
+    )
+    assert len(TRACES) == 1
+
+
+def test_settled_numbers_keep_their_values_and_arrays_their_types():
+    attack = evaluation.metrics.settled(APGD(threats.Linf(0.25), rank=np.int64(3)))
+    assert attack == APGD(threats.Linf(0.25), rank=3)
+    assert attack.threat.epsilon.dtype == jnp.float32 and attack.rank.dtype == jnp.int32
+    patch = PGD(threats.Patch(0.25, "random", jax.random.key(1)))
+    assert jax.dtypes.issubdtype(
+        evaluation.metrics.settled(patch).threat.key.dtype, jax.dtypes.prng_key
+    )
+    half = jax.tree_util.Partial(print, jnp.ones(3, jnp.bfloat16))
+    assert evaluation.metrics.settled(half).args[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("area", [0.0, -1, 1.5, 0.1])
+def test_a_patch_of_no_pixels_or_too_many_is_not_scored(two, area):
+    batches = list(batches_of([0, 1], [0, 1], 2))
+    attacks = {"patch": PGD(threats.Patch(area), num_steps=1)}
+    with pytest.raises(ValueError, match=r"a share of the image, above 0|no pixel in an image"):
+        score(first_pixel_classifier(), batches, attacks, key=jax.random.key(0), parallel=two)
+
+
+def test_rounding_leaves_an_l2_ball_by_its_bound_at_most():
+    halves = jnp.full(300, 127.5 / 255) + jnp.where(jnp.arange(300) % 2, 1e-4, -1e-4)
+    moved = float(jnp.linalg.norm(evaluation.quantise(halves) - halves))
+    assert 0.9 * math.sqrt(300) / 510 < moved <= math.sqrt(300) / 510
 
 
 def test_nan_logits_are_never_correct():

@@ -18,9 +18,10 @@ from robust_ssl.stages import scoring
 ATTACKS = "robust_ssl.attacks:"
 
 
-def classifier(seed=0):
+def classifier(seed=0, classes=4, size=8):
     """A classifier from a function: with random weights in its head."""
-    return models.classifier(jax.random.key(seed), tiny.encoder(), 4, head="linear")
+    encoder = tiny.encoder(image_size=size)
+    return models.classifier(jax.random.key(seed), encoder, classes, head="linear")
 
 
 def no_classifier():
@@ -79,7 +80,7 @@ def finished(tmp_path_factory):
 
 def test_every_classifier_is_scored_under_every_attack(finished):
     workdir, _ = finished
-    entries = report.read_results(workdir / "results.json")["results"]
+    entries = report.read_results(workdir / "leaderboard.json")["results"]
     assert {entry["model"] for entry in entries} == {"one", "two"}
     assert {entry["verdict"] for entry in entries} == {"not examined"}
     found = {
@@ -109,13 +110,15 @@ def test_the_leaderboard_is_markdown_and_csv(finished):
     workdir, _ = finished
     text = (workdir / "leaderboard.md").read_text()
     assert text.startswith("# Leaderboard") and "| rank | classifier |" in text
+    assert "| - | one |" in text  # no rank without an examination
     with open(workdir / "leaderboard.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["rank"] for row in rows] == ["1", "2"]
-    assert {row["classifier"] for row in rows} == {"one", "two"}
+    assert {row["model"] for row in rows} == {"one", "two"}
+    assert {row["verdict"] for row in rows} == {"not examined"}
+    assert all(0 <= float(row["robust_accuracy"]) <= float(row["robust_high"]) for row in rows)
     with open(workdir / "attacks.csv") as file:
-        seeds = {(row["attack"], row["seeds"]) for row in csv.DictReader(file)}
-    assert {("universal_pgd", "3"), ("pgd", "2")} <= seeds
+        seeds = {(row["attack"], row["seed"]) for row in csv.DictReader(file)}
+    assert {("universal_pgd", "2"), ("pgd", "1"), ("worst", "")} <= seeds
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatch):
@@ -145,7 +148,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatc
     assert len(again) == groups - 2
 
     def counted(folder):
-        entries = report.read_results(folder / "results.json")["results"]
+        entries = report.read_results(folder / "leaderboard.json")["results"]
         return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
 
     assert counted(tmp_path) == counted(workdir)
@@ -158,11 +161,32 @@ def test_autoattack_and_the_verdict(tmp_path):
     made.protocol.autoattack.threats = {"Linf": (8 / 255,)}
     made.protocol.checks = True
     go(made, tmp_path)
-    document = report.read_results(tmp_path / "results.json")
-    [entry] = [e for e in document["results"] if e["family"] == "autoattack"]
-    assert (entry["n"], entry["attack"]) == (16, "autoattack")
-    assert document["verdicts"]["one"]["checks"]
-    assert entry["verdict"] == document["verdicts"]["one"]["verdict"]
+    document = report.read_results(tmp_path / "leaderboard.json")
+    turns = [e for e in document["results"] if e["family"] == "autoattack"]
+    names = ["apgd-ce", "apgd-t", "fab-t", "square", "worst"]
+    assert [entry["attack"] for entry in turns] == names
+    left = [entry["robust_accuracy"] for entry in turns]
+    assert left == sorted(left, reverse=True) and left[-1] == left[-2]
+    assert {entry["n"] for entry in turns} == {16}
+    found = document["verdicts"]["one"]
+    assert {entry["verdict"] for entry in turns} == {found["verdict"]}
+    assert {c["number"] for c in found["checks"]} == set(range(1, 28))
+    assert "images" in found["examined"]
+
+
+def test_other_statics_are_another_model():
+    """The same weights behind another normalisation are another classifier."""
+    one = classifier()
+    other = one.replace(encoder=one.encoder.replace(mean=(0.9, 0.9, 0.9)))
+    assert scoring.identity(one) != scoring.identity(other)
+    assert scoring.identity(one) == scoring.identity(classifier())
+
+
+def test_budgets_that_print_alike_are_kept_apart():
+    group = scoring.Group("m", "hardened", "autoattack", "Linf", 0.04996)
+    assert scoring.file_name(group, ["a"]) != scoring.file_name(
+        group._replace(epsilon=0.05004), ["a"]
+    )
 
 
 def test_a_saved_stage_is_a_classifier(tmp_path):
@@ -179,12 +203,42 @@ def test_a_saved_stage_is_a_classifier(tmp_path):
     [
         ({"classifiers": {}}, "config.classifiers is empty"),
         ({"classifiers": {"a": {"path": "nowhere"}}}, r"no classifier in nowhere.*classifiers\.a"),
-        ({"classifiers": {"a": {}}}, 'either a "path" or a "function"'),
+        ({"classifiers": {"a": {}}}, r'give \{"path": directory\} or .*got \{\}'),
+        ({"classifiers": {"a": "runs/x"}}, r"give \{\"path\": directory\} or .*'runs/x'"),
+        ({"classifiers": {"a/b": {"path": "x"}}}, r"'a/b' cannot be a name"),
+        (
+            {"classifiers": {"a": {"function": "test_protocol:classifier", "classes": 3}}},
+            "has 3 classes and .* 4: it was made for another task",
+        ),
+        (
+            {"classifiers": {"a": {"function": "test_protocol:classifier", "size": 16}}},
+            r"takes 16 x 16 pixels and the public encoder tiny 8 x 8",
+        ),
+        ({"protocol.autoattack.threats": {"Linf": (8.0,)}}, r"epsilon must lie in \[0, 1\]"),
+        ({"protocol.autoattack.batch_size": 0}, "batch"),
+        ({"protocol.adaptve": True}, "must have the entries .*adaptve"),
+        (
+            {"protocol.per_image.methods": {"t": {"function": f"{ATTACKS}TDAA", "target": 99}}},
+            "target 99 is not the place of one of the 32",
+        ),
+        (
+            {"protocol.per_image.methods": {"t": {"fuction": "x"}}},
+            "attack 't' needs a \"function\"",
+        ),
+        ({"attack.methods": {"worst": {"function": f"{ATTACKS}RandomNoise"}}}, "'worst' cannot"),
+        ({"attack.seeds": (0, 0)}, "none twice"),
+        (
+            {
+                "protocol.autoattack.version": "rand",
+                "protocol.autoattack.threats": {"Linf": (0.1,)},
+            },
+            "eot=20",
+        ),
         (
             {"classifiers": {"a": {"function": "test_protocol:no_classifier"}}},
             "must return a robust_ssl.Classifier, got Encoder",
         ),
-        ({"protocol.seeds": ()}, "seeds is empty"),
+        ({"protocol.seeds": ()}, "at least one seed"),
         ({"protocol.autoattack.version": "best"}, "version 'best'"),
         ({"protocol.per_image.epsilons": (8.0,)}, r"epsilon must lie in \[0, 1\]"),
         ({"attack.batch_size": 64}, "the surrogate set"),

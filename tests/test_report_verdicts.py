@@ -9,9 +9,10 @@ from robust_ssl import report
 from robust_ssl.evaluation.checks import Check, Verdict
 from robust_ssl.report.leaderboard import over_seeds, ranking
 
+MODEL = tuple(Check(number, 0.0, 0.0, "passed", "") for number in range(1, 7))
 FAILED = Check(16, 0.39, 0.002, "failed", "Square found more.", "Attack without gradients.")
-BAD = Verdict((FAILED, Check(3, 0.0, 0.0, "passed", ""))).as_dict()
-GOOD = Verdict((Check(3, 0.0, 0.0, "passed", ""),)).as_dict()
+BAD = Verdict((*MODEL, FAILED)).as_dict()
+GOOD = Verdict(MODEL).as_dict()
 
 
 def marked(model="stage2", **other):
@@ -54,19 +55,31 @@ def test_results_and_verdicts_must_agree(tmp_path):
     assert not (tmp_path / "s.json").exists()
 
 
+def test_a_verdict_is_what_its_checks_say(tmp_path):
+    forged = {**BAD, "verdict": "trusted"}
+    with pytest.raises(ValueError, match="'trusted' is not what its checks say"):
+        trusted = entry("stage2", verdict="trusted")
+        report.write_results(tmp_path / "r.json", {}, [trusted], {"stage2": forged})
+
+
+def test_without_an_examined_model_there_is_no_trust():
+    assert Verdict((Check(27, 0.0, 0.0, "passed", ""),)).word == "not examined"
+    assert Verdict((*MODEL, Check(27, 0.0, 0.0, "passed", ""))).word == "trusted"
+
+
 def test_one_line_then_only_what_did_not_pass(tmp_path):
     results = [entry("usual", verdict="trusted"), marked(), entry("stage1")]
     document = {"results": results, "verdicts": {"usual": GOOD, "stage2": BAD}}
     assert report.verdict_lines(document) == [
-        "usual fine-tuning: trusted (1 of 1 checks passed)",
+        "usual fine-tuning: trusted (6 of 6 checks passed)",
         "secure stage 1: not examined",
-        "secure stage 2: not trusted (1 of 2 checks passed)",
+        "secure stage 2: not trusted (6 of 7 checks passed)",
         "  failed: 16 black box not stronger: 0.39 (limit 0.002). Square found more. "
         "Attack without gradients.",
     ]
     report.write_report(tmp_path / "report.md", {}, results, verdicts=document["verdicts"])
     text = (tmp_path / "report.md").read_text()
-    assert "- secure stage 2: **not trusted** (1 of 2 checks passed)\n  - failed: 16 black" in text
+    assert "- secure stage 2: **not trusted** (6 of 7 checks passed)\n  - failed: 16 black" in text
 
 
 def test_the_leaderboard_ranks_and_marks(tmp_path):
@@ -76,15 +89,17 @@ def test_the_leaderboard_ranks_and_marks(tmp_path):
         entry("ours", attack="worst", robust=18, verdict="trusted"),
         marked("theirs", attack="a", seed=0),
     ]
-    assert ranking(results) == ["theirs", "ours"]
+    assert ranking(results) == [(1, "ours"), (None, "theirs")]  # whatever its figure
     report.write_leaderboard(tmp_path, results, {"ours": GOOD, "theirs": BAD})
-    with open(tmp_path / "leaderboard.csv") as file:
-        rows = list(csv.DictReader(file))
-    [column] = [name for name in rows[0] if name.startswith("universal")]
-    assert [row["classifier"] for row in rows] == ["theirs", "ours"]
-    assert rows[0][column].endswith("NOT TRUSTED") and rows[1][column].startswith("36.0 (")
+    for name, lines in (("leaderboard.csv", 2), ("attacks.csv", 4)):
+        with open(tmp_path / name) as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == lines
+        verdicts = {row["model"]: row["verdict"] for row in rows}
+        assert verdicts == {"ours": "trusted", "theirs": "not trusted"}
     text = (tmp_path / "leaderboard.md").read_text()
-    assert text.count("NOT TRUSTED") == 2  # in both tables
+    assert text.count("NOT TRUSTED") == 4  # the worst case; the robust accuracy and both rates
+    assert "| - | theirs |" in text
     assert "| ours | a | public encoder | 10/255 | 2 | 50.0 ± 14.1 (36.6-63.4)" in text
 
 

@@ -126,7 +126,7 @@ def test_no_label_is_seen_and_another_target_does_not_trace_again():
     found = run(attack, image)
     unlabelled = jax.jit(lambda attack, image: attack(KEY, model, image))(attack, image)
     np.testing.assert_allclose(found, unlabelled, atol=1e-6)
-    other = run(TDAA(threats.Linf(0.1), second, 0.01, num_steps=2), image)
+    other = run(TDAA(threats.Linf(0.1), second, num_steps=2), image)
     assert len(traces) == 1 and not np.array_equal(found, other)
     assert attack.gradient_evaluations == 2
 
@@ -135,3 +135,14 @@ def test_a_target_of_another_size_says_how_to_resize_it():
     attack = TDAA(threats.Linf(0.05), jnp.ones((16, 16, 3)), num_steps=1)
     with pytest.raises(ValueError, match=r"\(16, 16, 3\).*\(8, 8, 3\).*jax.image.resize"):
         attack(KEY, _model(), _images(1)[0])
+
+
+def test_without_a_given_step_an_l2_budget_is_spent():
+    images, target = _images(4), _images(1, seed=5)[0]
+    attack = TDAA(threats.L2(1.0), target, num_steps=10)
+    usual, given, short = (
+        _distances(_attack(attack.replace(step_size=step), _model(), images), target)
+        for step in (None, 0.25, 2 / 255)
+    )
+    np.testing.assert_allclose(usual, given, rtol=1e-5)
+    assert np.all(usual < 0.9 * short)

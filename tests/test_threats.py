@@ -105,4 +105,18 @@ def test_every_threat_survives_being_taken_apart(threat):
 def test_check_looks_at_every_budget_of_a_stack():
     threats.check(threats.Linf(np.array([0.0, 0.1])), SHAPE)
     with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\].*got 8"):
-        threats.check(threats.L2(np.array([0.1, 8.0])))
+        threats.check(threats.Linf(np.array([0.1, 8.0])))
+    with pytest.raises(ValueError, match=r"epsilon of L2.*got -8"):
+        threats.check(threats.L2(np.array([0.1, -8.0])))
+
+
+def test_an_l2_budget_may_be_as_long_as_the_image_allows():
+    threats.check(threats.L2(3.0), (224, 224, 3))
+    threats.check(threats.L2(np.sqrt(8 * 8 * 3)), (8, 8, 3))
+    threats.check(threats.L2(500.0))  # for an image of unknown size
+    threats.check(threats.Band(threats.L2(3.0), 0.1), (224, 224, 3))
+    with pytest.raises(ValueError, match=r"at most 13.86 for \(8, 8, 3\), got 14"):
+        threats.check(threats.L2(14.0), (8, 8, 3))
+    for epsilon in (-0.5, np.nan, np.inf):
+        with pytest.raises(ValueError, match="finite and at least 0"):
+            threats.check(threats.L2(epsilon))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from robust_ssl.attacks.perturbation import within_budget
+from robust_ssl.attacks.perturbation import attacked_images, within_budget
 from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.objectives.vectors import unit_vectors
 from robust_ssl.parallel import gather
@@ -77,7 +77,7 @@ def cluster_change_rate(inputs: AttackInputs, *, num_clusters: int = 10) -> jax.
       num_clusters: As in `cluster_directions`.
 
     Returns:
-      Share in [0, 1].
+      Share in [0, 1]; NaN if a feature is.
 
     Raises:
       ValueError: If there are fewer than two clusters or images.
@@ -90,9 +90,10 @@ def cluster_change_rate(inputs: AttackInputs, *, num_clusters: int = 10) -> jax.
       0.5
     """
     centres = cluster_directions(inputs.clean.features, num_clusters)
-    before = jnp.argmax(inputs.clean.features @ centres.T, axis=1)
-    after = jnp.argmax(inputs.adversarial.features @ centres.T, axis=1)
-    return jnp.mean((before != after).astype(jnp.float32))
+    before, after = (x.features @ centres.T for x in (inputs.clean, inputs.adversarial))
+    changed = jnp.argmax(before, axis=1) != jnp.argmax(after, axis=1)
+    known = jnp.all(jnp.isfinite(before) & jnp.isfinite(after), axis=1)  # NaN has no nearest one
+    return jnp.mean(jnp.where(known, changed.astype(jnp.float32), jnp.nan))
 
 
 def deepfool_step(scores: jax.Array, jacobian: jax.Array, label: jax.Array) -> jax.Array:
@@ -179,7 +180,7 @@ class UAP:
 
     def gradients_per_batch(self, images: int) -> int:
         """Returns the input gradients of one step of the fit: one for each cluster."""
-        return self.num_clusters * images
+        return min(self.num_clusters, images) * images
 
     def init(self, key, image_shape, threat) -> jax.Array:
         """Starts at zero, as published."""
@@ -202,7 +203,8 @@ class UAP:
         labels = jnp.argmax(features @ centres.T, axis=1)
         size = max(n for n in range(1, self.images_at_once + 1) if len(everything) % n == 0)
         groups = jax.tree.map(
-            lambda x: x.reshape(-1, size, *x.shape[1:]), {"image": everything, "label": labels}
+            lambda x: x.reshape(-1, size, *x.shape[1:]),
+            {"image": everything, "label": labels, "place": jnp.arange(len(everything))},
         )
 
         def visit(delta, group):
@@ -224,14 +226,8 @@ class UAP:
         image = example["image"][None]
 
         def scores(delta):
-            found = objective_of_delta(
-                delta,
-                objective=lambda inputs: unit_vectors(inputs.adversarial.features)[0] @ centres.T,
-                threat=threat,
-                model=model,
-                clean=None,
-                images=image,
-            )
+            attacked = attacked_images(delta, image, threat, first=example["place"])
+            found = unit_vectors(model(attacked).features)[0] @ centres.T
             return found, found
 
         jacobian, found = jax.jacrev(scores, has_aux=True)(delta)

@@ -7,6 +7,7 @@ targets of a targeted attack share one compiled function.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,10 +44,44 @@ def draw(model: Model, key: jax.Array) -> Model:
     return model.with_key(key) if hasattr(model, "with_key") else model
 
 
+def budget(threat: Threat, name: str) -> jax.Array | float:
+    """Returns the budget of a threat, or says that the attack `name` needs one.
+
+    Raises:
+      ValueError: If the threat has no `epsilon`.
+
+    Example:
+      >>> from robust_ssl import threats
+      >>> budget(threats.Linf(0.25), "APGD")
+      0.25
+    """
+    if not hasattr(threat, "epsilon"):
+        raise ValueError(
+            f"{name} measures its steps by `epsilon`, so it takes the threats Linf, L2 and Band, "
+            f"or one with such a budget, got {type(threat).__name__}; PGD takes any"
+        )
+    return threat.epsilon
+
+
+def _with_rank(objective: Objective, rank: jax.Array | int | None) -> Objective:
+    if rank is None:
+        return objective
+    parameters = inspect.signature(objective).parameters
+    if "rank" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            "a rank names the target of an objective with a parameter `rank`, as dlr_targeted and "
+            "margin_targeted of robust_ssl.objectives.labelled are; objective "
+            f"{getattr(objective, '__name__', objective)} has none: take one of those, or rank=None"
+        )
+    return functools.partial(objective, rank=rank)
+
+
 def checkpoints(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns after which steps the step size is looked at, and how many steps lie before.
 
     The first window is 22 % of the steps; each one is 3 % of them shorter, but none below 6 %.
+    The first step of the first window is compared with the start, as in the paper; their code
+    (``check_oscillation``) reads a zero there, an entry of its list of losses not yet filled.
 
     Args:
       num_steps: Number of gradient steps, at least 1.
@@ -119,8 +154,9 @@ class APGD:
     `draw`) is drawn anew at every step.
 
     Attributes:
-      threat: With a field `epsilon`.
-      objective: What is raised.  With a `rank` it is called as ``objective(inputs, rank)``.
+      threat: With a budget `epsilon`: `Linf`, `L2`, or a `Band` of them.
+      objective: What is raised.  With a `rank` it is called as
+        ``objective(inputs, rank=rank)``.
       rank: Which wrong class a targeted objective moves to, 1 is the likeliest for the clean
         image; None for objectives without a target.  A leaf: all targets compile once.
       num_steps: Gradient steps of a try, at least 1.
@@ -129,8 +165,9 @@ class APGD:
       eot: Draws of a randomised model over which objective, gradient and logits are averaged.
 
     Raises:
-      ValueError: If `num_steps`, `restarts` or `eot` is below 1, or `eot` is above 1 and the model
-        is not randomised.
+      ValueError: If `num_steps`, `restarts` or `eot` is below 1; when called, if `eot` is above 1
+        and the model is not randomised, if the threat has no `epsilon`, or if there is a `rank`
+        but the objective takes none.
 
     Example:
       >>> from robust_ssl import models, threats
@@ -189,8 +226,7 @@ class APGD:
                 f"eot={self.eot} averages over draws of a randomised model, but the model has no "
                 "method with_key(key); take eot=1 for a deterministic one"
             )
-        ranked = {} if self.rank is None else {"rank": self.rank}
-        objective = functools.partial(self.objective, **ranked)
+        objective = _with_rank(self.objective, self.rank)
         images, labels = image[None], None if label is None else jnp.reshape(label, (1,))
         clean = lax.stop_gradient(draw(model, key)(images))
 
@@ -223,7 +259,7 @@ class APGD:
             gradient=gradient,
             value=value,
             before=start,
-            step_size=jnp.asarray(FIRST_STEP * self.threat.epsilon, image.dtype),
+            step_size=jnp.asarray(FIRST_STEP * budget(self.threat, "APGD"), image.dtype),
             best_point=start,
             best_gradient=gradient,
             best_value=value,

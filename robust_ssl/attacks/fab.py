@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 
 from robust_ssl import threats
+from robust_ssl.attacks.apgd import draw
 from robust_ssl.types import Model, Threat
 
 
@@ -124,7 +125,11 @@ class FABT:
     one, a little beyond (`eta`), drawn towards the same plane's point nearest to the original
     (at most `alpha_max`); from a misclassified point it comes back (`beta`).  Any wrong
     class counts as a success.  The attack does not use its budget while it searches (random
-    starts apart), so one run answers for all budgets.
+    starts apart), so one run answers for all budgets.  A randomised model
+    (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
+
+    What it finds lies just past the boundary: rounding to 8 bits may push it back.  Score it with
+    ``eight_bit=False`` (`robust_ssl.evaluation.score_in_turn`), as AutoAttack's own code does.
 
     Attributes:
       threat: `threats.Linf` or `threats.L2`.
@@ -192,15 +197,17 @@ class FABT:
         The image itself comes back where none was found inside the budget, and where it is
         misclassified already.
         """
-        clean = labelled_logits(model, image, label, "FABT")
+        clean = labelled_logits(draw(model, key), image, label, "FABT")
         target = self._target(clean, label)
 
         def attempt(restart, best):
-            start = self._start(jax.random.fold_in(key, restart), image)
-            return self._walk(model, image, label, target, start, best)
+            start_key, draw_key = jax.random.split(jax.random.fold_in(key, restart))
+            start = self._start(start_key, image)
+            return self._walk(draw_key, model, image, label, target, start, best)
 
         nothing = (image, jnp.full((), jnp.inf))
-        best = self._walk(model, image, label, target, image, nothing)
+        first_key = jax.random.fold_in(key, 0)
+        best = self._walk(first_key, model, image, label, target, image, nothing)
         if self.restarts > 1:
             best = lax.fori_loop(1, self.restarts, attempt, best)
         found, distance = best
@@ -220,19 +227,20 @@ class FABT:
         noise = noise * (0.5 * self.threat.epsilon / length(self.threat, noise))
         return jnp.clip(image + noise, 0.0, 1.0)
 
-    def _walk(self, model: Model, image, label, target, start, best):
+    def _walk(self, key: jax.Array, model: Model, image, label, target, start, best):
         """Returns the nearest misclassified image of the path and its distance, or `best`."""
 
-        def lead(point):  # of the target over the true class
-            logits = model(point[None]).logits[0]
+        def lead(point, drawn):  # of the target over the true class
+            logits = drawn(point[None]).logits[0]
             classes = jnp.arange(logits.shape[-1])
             signs = (classes == target).astype(logits.dtype) - (classes == label)
             return jnp.sum(signs * logits)
 
-        def step(_, carry):
+        def step(number, carry):
             current, (nearest, distance) = carry
-            moved = self._move(current, image, *jax.value_and_grad(lead)(current))
-            fooled = jnp.argmax(model(moved[None]).logits[0]) != label
+            drawn = draw(model, jax.random.fold_in(key, number))
+            moved = self._move(current, image, *jax.value_and_grad(lead)(current, drawn))
+            fooled = jnp.argmax(drawn(moved[None]).logits[0]) != label
             reached = length(self.threat, moved - image)
             wins = fooled & (reached < distance)
             best = (jnp.where(wins, moved, nearest), jnp.where(wins, reached, distance))

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from robust_ssl import objectives
-from robust_ssl.attacks.perturbation import GREY, random_delta, within_budget
+from robust_ssl.attacks.perturbation import GREY, random_delta, share_at_budget, within_budget
 from robust_ssl.attacks.universal import (
     UniversalPGD,
     UniversalPGDState,
@@ -259,7 +259,7 @@ class FFFState:
     Attributes:
       current: The perturbation, float ``[H, W, 3]``.
       opt_state: Of Adam.
-      saturation: Share of the entries that the budget stopped in the last step.
+      saturation: Share of the entries at the budget after the last step, before any halving.
       best: The perturbation of the highest objective so far, float ``[H, W, 3]``.
       best_value: Its objective.
     """
@@ -280,8 +280,9 @@ class FFF:
 
     The images of a step are not looked at: the perturbation stands on a grey image, and so a step
     costs one image's gradient whatever the batch.  When most entries sit at the budget and stay
-    there, the perturbation is halved to make room, as published.  The paper picks the result by its
-    fooling rate on other data; here it is the point with the highest objective.
+    there, the perturbation is halved to make room, as published; that is a matter of budgets that
+    bound each entry, and does not happen under `threats.L2` or in a patch.  The paper picks the
+    result by its fooling rate on other data; here it is the point with the highest objective.
 
     Attributes:
       learning_rate: Of Adam, pixel units.
@@ -335,7 +336,7 @@ class FFF:
         direction, opt_state = _ADAM.update(gradient, state.opt_state)
         moved = state.current + self.learning_rate * direction
         allowed = within_budget(moved, threat)
-        saturation = jnp.mean((jnp.abs(allowed - moved) > 1e-6).astype(jnp.float32))
+        saturation = share_at_budget(allowed, threat)
         # 1e-5 is the published limit for "stays there".
         stuck = (saturation > self.full) & (jnp.abs(saturation - state.saturation) < 1e-5)
         better = value > state.best_value

@@ -15,8 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from robust_ssl import objectives
+from robust_ssl import objectives, threats
+from robust_ssl.attacks.apgd import budget, draw
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
+
+_DRAWS = 2**31 - 1  # key number of the draws of a randomised model; no try has it
 
 
 def attack_batch(
@@ -58,20 +61,51 @@ def attack_batch(
     return jax.vmap(lambda k, image, label: attack(k, model, image, label))(keys, images, labels)
 
 
+def usual_step_size(threat: Threat, num_steps: int) -> jax.Array | float:
+    """Returns the step of `PGD` where none is given: what is usual for the threat.
+
+    2/255 for `Linf`; for any other threat with an `epsilon` 2.5 times the way to the boundary in
+    `num_steps` equal steps, so that every point of the ball can be reached from every other; for
+    one without, as `Patch`, whose pixels may take any value, a tenth of the range of a pixel.
+
+    Args:
+      threat: What the attacker may do.
+      num_steps: Gradient steps.
+
+    Returns:
+      Pixel units, a scalar.
+
+    Example:
+      >>> usual_step_size(threats.L2(0.5), 10)
+      0.125
+
+    References:
+      Madry et al., ICLR 2018: Section 5 (2/255 for CIFAR-10), and 2.5 epsilon / num_steps for L2.
+    """
+    if isinstance(threat, threats.Linf):
+        return 2 / 255
+    return 2.5 * threat.epsilon / num_steps if hasattr(threat, "epsilon") else 0.1
+
+
 def _objective_at(
-    objective: Objective, model: Model, image: jax.Array, label: jax.Array | None
-) -> Callable[[jax.Array], jax.Array]:
-    """Returns the objective as a function of the adversarial image alone."""
+    objective: Objective, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None
+) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
+    """Returns the objective of the adversarial image and the number of a randomised model's draw.
+
+    A deterministic model is the same whatever the number.
+    """
     images = image[None]
+    key = jax.random.fold_in(key, _DRAWS)
     # Objectives that never look at the clean outputs cost no clean pass: it is dead code then.
-    clean = lax.stop_gradient(model(images))
+    clean = lax.stop_gradient(draw(model, key)(images))
     labels = None if label is None else jnp.reshape(label, (1,))
 
-    def value(adversarial: jax.Array) -> jax.Array:
+    def value(adversarial: jax.Array, number: jax.Array | int) -> jax.Array:
+        drawn = draw(model, jax.random.fold_in(key, number))
         return objective(
             AttackInputs(
                 clean=clean,
-                adversarial=model(adversarial[None]),
+                adversarial=drawn(adversarial[None]),
                 clean_images=images,
                 adversarial_images=adversarial[None],
                 labels=labels,
@@ -86,8 +120,11 @@ class FGSM:
     """One step of the whole budget along the steepest direction, from the image itself.
 
     Attributes:
-      threat: With a field `epsilon`.
+      threat: With a budget `epsilon`: `Linf`, `L2`, or a `Band` of them.
       objective: What is raised; it must not be stationary at the image, as feature distances are.
+
+    Raises:
+      ValueError: When called, if the threat has no `epsilon`.
 
     Example:
       >>> from robust_ssl import models, threats
@@ -113,10 +150,10 @@ class FGSM:
     def __call__(
         self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the adversarial image, ``[H, W, 3]``; `key` is not used."""
-        del key
-        gradient = jax.grad(_objective_at(self.objective, model, image, label))(image)
-        step = self.threat.epsilon * self.threat.steepest(gradient)
+        """Returns the adversarial image, ``[H, W, 3]``; `key` draws a randomised model only."""
+        length = budget(self.threat, "FGSM")
+        gradient = jax.grad(_objective_at(self.objective, key, model, image, label))(image, 0)
+        step = length * self.threat.steepest(gradient)
         return self.threat.project(image + step, image)
 
 
@@ -127,10 +164,12 @@ class PGD:
     Only the image gets a gradient.  With `keep_best` the best point of the whole path is returned,
     so the objective never ends below its start; that costs one forward pass more than the
     ``num_steps`` gradients.  Training takes ``keep_best=False``: exactly ``num_steps`` gradients.
+    A randomised model (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
 
     Attributes:
       threat: What the attacker may do.
-      step_size: Length of a step, pixel units.
+      step_size: Length of a step, pixel units; None is `usual_step_size`.  A leaf: another number
+        does not compile again.
       objective: What is raised.
       num_steps: Gradient steps, at least 1.
       random_start: Start at a random allowed image, not at the image itself.  Needed where the
@@ -156,7 +195,7 @@ class PGD:
     """
 
     threat: Any
-    step_size: jax.Array | float = 2 / 255  # Madry et al. 2018, CIFAR-10
+    step_size: jax.Array | float | None = None
     objective: Objective = struct.field(pytree_node=False, default=objectives.cross_entropy)
     num_steps: int = struct.field(pytree_node=False, default=10)
     random_start: bool = struct.field(pytree_node=False, default=True)
@@ -185,13 +224,14 @@ class PGD:
         self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
     ) -> jax.Array:
         """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]."""
-        value = _objective_at(self.objective, model, image, label)
+        value = _objective_at(self.objective, key, model, image, label)
         if not self.keep_best:
             return self._last(value, image, self._start(key, image))
 
         def attempt(index, best):
             start = self._start(jax.random.fold_in(key, index), image)
-            return self._best(value, image, start, best)
+            first = index * (self.num_steps + 1)  # every look has a draw of its own
+            return self._best(lambda x, step: value(x, first + step), image, start, best)
 
         best = (image, jnp.full((), -jnp.inf))
         if self.restarts == 1:
@@ -202,13 +242,15 @@ class PGD:
         return self.threat.sample(key, image) if self.random_start else image
 
     def _move(self, current: jax.Array, gradient: jax.Array, image: jax.Array) -> jax.Array:
-        step = self.step_size * self.threat.steepest(gradient)
-        return self.threat.project(current + step, image)
+        length = self.step_size
+        if length is None:
+            length = usual_step_size(self.threat, self.num_steps)
+        return self.threat.project(current + length * self.threat.steepest(gradient), image)
 
     def _last(self, value, image: jax.Array, start: jax.Array) -> jax.Array:
         gradient = jax.grad(value)
         return lax.fori_loop(
-            0, self.num_steps, lambda _, x: self._move(x, gradient(x), image), start
+            0, self.num_steps, lambda i, x: self._move(x, gradient(x, i), image), start
         )
 
     def _best(self, value, image: jax.Array, start: jax.Array, best):
@@ -216,14 +258,14 @@ class PGD:
             wins = reached > best[1]
             return jnp.where(wins, current, best[0]), jnp.where(wins, reached, best[1])
 
-        def step(_, carry):
+        def step(number, carry):
             current, best = carry
             # The gradient brings the value along, so looking for the best point is free.
-            reached, gradient = jax.value_and_grad(value)(current)
+            reached, gradient = jax.value_and_grad(value)(current, number)
             return self._move(current, gradient, image), better(best, current, reached)
 
         last, best = lax.fori_loop(0, self.num_steps, step, (start, best))
-        return better(best, last, value(last))
+        return better(best, last, value(last, self.num_steps))
 
 
 @struct.dataclass
@@ -235,7 +277,8 @@ class EmbedAttack:
 
     Attributes:
       threat: What the attacker may do.
-      step_size: Length of a step, pixel units.
+      step_size: Length of a step, pixel units; None is `usual_step_size`.  A leaf: another number
+        does not compile again.
       objective: A distance of features.
       num_steps: Gradient steps, at least 1.
       restarts: Independent tries, at least 1.
@@ -247,7 +290,7 @@ class EmbedAttack:
     """
 
     threat: Threat
-    step_size: jax.Array | float = 2 / 255
+    step_size: jax.Array | float | None = None
     objective: Objective = struct.field(pytree_node=False, default=objectives.feature_l2)
     num_steps: int = struct.field(pytree_node=False, default=20)
     restarts: int = struct.field(pytree_node=False, default=1)

@@ -89,12 +89,18 @@ class UniversalPerturbation:
         """Writes one ``.npz`` file that NumPy alone can read.
 
         Raises:
-          ValueError: If this is a stack of perturbations, or its threat is not of this package.
+          ValueError: If this is a stack of perturbations, it is not finite, or its threat is not of
+            this package.
         """
         if np.ndim(self.delta) != 3:
             raise ValueError(
                 f"save writes one perturbation [H, W, 3], got shape {self.delta.shape}; save the "
                 "members of a fit one by one: fitted.member(i).save(path)"
+            )
+        if not np.all(np.isfinite(self.delta)):
+            raise ValueError(
+                f"the perturbation {self.name!r} has entries that are not finite and is not saved; "
+                "look at what it was made of: a fit's curve, the model's outputs"
             )
         entries = threats.to_entries(self.threat)
         with open(path, "wb") as file:  # np.savez on a name would append .npz to it
@@ -165,30 +171,41 @@ def apply_delta(
 
 
 def attacked_images(
-    delta: jax.Array, images: jax.Array, threat: Threat, *, axis_name: str | None = None
+    delta: jax.Array,
+    images: jax.Array,
+    threat: Threat,
+    *,
+    axis_name: str | None = None,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Returns a device's part of the attacked images, with the gradient fitting needs.
 
     An image's key is the threat's own (see `at_step`) folded with the image's place in the global
-    batch, so the result does not depend on the number of devices.
+    batch, so the result does not depend on the number of devices.  The gradient is that of the
+    pixels that `delta` may move, and lies in the threat's band if it has one.
 
     Args:
       delta: Float ``[H, W, 3]``.
       images: This device's part, float ``[batch / devices, H, W, 3]``.
       threat: Says how they meet.
       axis_name: The device axis, or None.
+      first: Place of the first device's first image in the batch, int32 scalar; above 0 where the
+        images are a part of it.
     """
     if hasattr(threat, "apply"):
         if getattr(threat, "key", None) is None:
             return jax.vmap(lambda image: threat.apply(delta, image, None))(images)
-        keys = _image_keys(threat.key, images.shape[0], axis_name)
+        keys = _image_keys(threat.key, images.shape[0], axis_name, first)
         return jax.vmap(lambda key, image: threat.apply(delta, image, key))(keys, images)
     candidates = images + delta.reshape(1, *delta.shape)
     valid = jax.vmap(threat.project)(candidates, images)
     # Where delta touches its budget, rounding decides whether `project` lets the gradient through;
-    # only the cut to [0, 1] may stop it, because only there a pixel cannot move.
-    path = jnp.clip(candidates, 0.0, 1.0)
-    return path + lax.stop_gradient(valid - path)
+    # only the cut to [0, 1] may stop it, because only there a pixel cannot move.  A pixel at 0 or 1
+    # itself can, and a clip would halve its gradient.
+    if hasattr(threat, "filter_delta"):
+        candidates = images + threat.filter_delta(delta).reshape(1, *delta.shape)
+    movable = jnp.where((candidates >= 0.0) & (candidates <= 1.0), candidates, 0.0)
+    return lax.stop_gradient(valid) + (movable - lax.stop_gradient(movable))
 
 
 def at_step(threat: Threat, key: jax.Array, step: jax.Array) -> Threat:
@@ -212,6 +229,34 @@ def within_budget(delta: jax.Array, threat: Threat) -> jax.Array:
     return threat.project(grey + delta, grey) - grey
 
 
+def share_at_budget(delta: jax.Array, threat: Threat) -> jax.Array:
+    """Returns the share of the entries that the budget alone keeps from growing, a scalar.
+
+    Under a Euclidean budget that is none (unless one entry takes it all), nor in a patch, whose
+    budget is no entry's; in a band mostly a few, since the largest entry scales all others.
+    """
+    if not hasattr(threat, "epsilon"):
+        return jnp.zeros(())
+    return jnp.mean((jnp.abs(delta) >= threat.epsilon - 1e-6).astype(jnp.float32))
+
+
+def check_fits_grey(threat: Threat, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError if a budget is larger than a perturbation without an image can use.
+
+    For the host, and for a stack of threats.  Nothing is to be said of a threat that projects
+    deltas by itself, or has no ``norm(change)`` for its `epsilon`.
+    """
+    if hasattr(threat, "project_delta") or not hasattr(threat, "norm"):
+        return
+    most, largest = float(threat.norm(jnp.full(image_shape, GREY))), np.max(threat.epsilon)
+    if largest > most:
+        raise ValueError(
+            f"a perturbation for all images cannot use {type(threat).__name__} with epsilon "
+            f"{largest:g}: it is judged on a grey image and ends at {most:g}, so larger budgets "
+            f"would silently be {most:g}; take at most {most:g}, or a per-image attack such as PGD"
+        )
+
+
 def delta_of_pattern(pattern: jax.Array, threat: Threat) -> jax.Array:
     """Returns the perturbation that numbers in [-1, 1], ``[H, W, 3]``, stand for.
 
@@ -229,7 +274,10 @@ def resize_delta(delta: jax.Array, size: tuple[int, int], threat: Threat) -> jax
     return within_budget(jax.image.resize(delta, (*size, delta.shape[-1]), "bilinear"), threat)
 
 
-def _image_keys(key: jax.Array, count: int, axis_name: str | None) -> jax.Array:
+def _image_keys(
+    key: jax.Array, count: int, axis_name: str | None, first: jax.Array | int = 0
+) -> jax.Array:
     """Returns the keys of a device's part of the batch, by the images' global places."""
-    first = 0 if axis_name is None else count * lax.axis_index(axis_name)
+    if axis_name is not None:
+        first = first + count * lax.axis_index(axis_name)
     return jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(count))

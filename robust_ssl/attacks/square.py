@@ -16,6 +16,7 @@ from flax import struct
 from jax import lax
 
 from robust_ssl import threats
+from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.fab import labelled_logits
 from robust_ssl.types import Model
 
@@ -142,7 +143,8 @@ class Square:
     A proposal is kept if it lowers the margin of the true class; an image's search ends as soon
     as it is misclassified.  Under `jax.vmap` all images are asked until the last one is done:
     `start` and `search` let a caller run a share of the queries, drop the images that are
-    fooled, and go on with the others, with the same outcome.
+    fooled, and go on with the others, with the same outcome.  A randomised model
+    (`robust_ssl.attacks.apgd.draw`) is drawn anew for every query.
 
     Attributes:
       threat: `threats.Linf` or `threats.L2`.
@@ -223,8 +225,10 @@ class Square:
 
         An image that is misclassified already stays, and is done.
         """
+        clean_key = jax.random.fold_in(self._draws(key), self.num_queries)
+        first_key = jax.random.fold_in(self._draws(key), self.num_queries + 1)
         key = jax.random.fold_in(key, self.num_queries)  # `search` takes 0 ... num_queries - 1
-        clean = self._look(model, image, label)
+        clean = self._look(draw(model, clean_key), image, label)
         if isinstance(self.threat, threats.Linf):
             stripes = _signs(jax.random.uniform(key, (1, *image.shape[1:])))
             first = self.threat.project(image + self.threat.epsilon * stripes, image)
@@ -235,7 +239,7 @@ class Square:
             raise TypeError(
                 f"Square knows the threats Linf and L2, got {type(self.threat).__name__}"
             )
-        state = self._look(model, first, label)
+        state = self._look(draw(model, first_key), first, label)
         return jax.tree.map(lambda new, old: jnp.where(clean.fooled, old, new), state, clean)
 
     def search(
@@ -265,12 +269,17 @@ class Square:
             draws = jax.random.uniform(jax.random.fold_in(key, state.asked), (8,))
             index = schedule[state.asked]
             candidate = propose(draws, image, state.best, distinct[index], index)
-            seen = self._look(model, candidate, label)
+            drawn = draw(model, jax.random.fold_in(self._draws(key), state.asked))
+            seen = self._look(drawn, candidate, label)
             wins = seen.fooled | (seen.margin < state.margin)
             kept = jax.tree.map(lambda new, old: jnp.where(wins, new, old), seen, state)
             return kept.replace(asked=state.asked + 1)
 
         return lax.while_loop(lambda s: ~s.fooled & (s.asked < until), ask, state)
+
+    def _draws(self, key: jax.Array) -> jax.Array:
+        """The key of a randomised model's draws, which no proposal has."""
+        return jax.random.fold_in(key, self.num_queries + 1)
 
     def _look(self, model: Model, candidate: jax.Array, label) -> SquareState:
         logits = labelled_logits(model, candidate, label, "Square")

@@ -49,7 +49,8 @@ class TDAA:
     Attributes:
       threat: What the attacker may do.
       target_image: The threat image, pixels in [0, 1], float ``[H, W, 3]``.
-      step_size: Length of a step, pixel units.
+      step_size: Length of a step, pixel units; None is the usual one, as for `PGD`.  A
+        leaf: another number does not compile again.
       objective: Nearness to ``AttackInputs.target``.
       num_steps: Gradient steps, at least 1.
       restarts: Independent tries, at least 1.
@@ -69,7 +70,7 @@ class TDAA:
 
     threat: Any
     target_image: jax.Array
-    step_size: jax.Array | float = 2 / 255
+    step_size: jax.Array | float | None = None
     objective: Objective = struct.field(pytree_node=False, default=towards_target)
     num_steps: int = struct.field(pytree_node=False, default=20)
     restarts: int = struct.field(pytree_node=False, default=1)

@@ -22,6 +22,7 @@ from robust_ssl.attacks.perturbation import (
     UniversalPerturbation,
     at_step,
     attacked_images,
+    check_fits_grey,
     delta_of_pattern,
     random_delta,
     within_budget,
@@ -256,7 +257,8 @@ def fit(
       image_shape: (height, width, 3).
       parallel: Over which devices, and how; the result does not depend on it.
       threat: Makes a threat of a budget: `threats.Linf`, `threats.L2`, `threats.Patch` (of an
-        area), ``lambda epsilon: threats.Band(threats.Linf(epsilon), 0, 0.125)``.
+        area), ``lambda epsilon: threats.Band(threats.Linf(epsilon), 0, 0.125)``.  A perturbation
+        without an image is judged on a grey one, so a budget of `threats.Linf` is at most 0.5.
       on_step: Called with the step's number and its objective ``[members]``, which is still being
         computed: reading it waits for it.
 
@@ -265,7 +267,8 @@ def fit(
 
     Raises:
       ValueError: If there are no batches, an image has another shape, a budget is one that the
-        threat cannot have, or the numbers of keys and budgets differ.
+        threat cannot have or above 0.5 under `threats.Linf`, the numbers of keys and budgets
+        differ, or an objective or a perturbation is not finite.
 
     Example:
       >>> from robust_ssl import models
@@ -281,6 +284,7 @@ def fit(
         raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")
     budgets = jax.vmap(threat)(jnp.asarray(epsilons, jnp.float32))
     threats.check(budgets, tuple(image_shape))
+    check_fits_grey(budgets, tuple(image_shape))
     states = _init_members(attack, tuple(image_shape), keys, budgets)
     constants = parallel.replicate((attack, model, budgets, keys))
     states, step, curve = parallel.replicate((states, jnp.int32(0))), _fit_step(parallel), []
@@ -298,8 +302,22 @@ def fit(
     if not curve:
         raise ValueError("there is nothing to fit on: `batches` is empty")
     deltas = _deltas_of_members(attack, states[0], budgets)
-    perturbations = UniversalPerturbation(deltas, budgets, name=attack.name)
-    return FittedUniversal(perturbations, np.stack([np.asarray(values) for values in curve]))
+    curve = np.stack([np.asarray(values) for values in curve])
+    _check_finite(attack.name, curve, np.asarray(deltas))
+    return FittedUniversal(UniversalPerturbation(deltas, budgets, name=attack.name), curve)
+
+
+def _check_finite(name: str, curve: np.ndarray, deltas: np.ndarray) -> None:
+    finite = np.isfinite(curve).all(axis=0) & np.isfinite(deltas).all(axis=(1, 2, 3))
+    if finite.all():
+        return
+    bad, (steps, _) = np.flatnonzero(~finite), np.nonzero(~np.isfinite(curve))
+    where = f"first in step {steps.min()}" if len(steps) else f"after the last step, {len(curve)}"
+    raise ValueError(
+        f"{name}: the objective or the perturbation of member(s) {bad.tolist()} of {len(finite)} "
+        f"is not finite, {where}; look at what the encoder gives for these images (its outputs, "
+        "its weights, the mean and std of its normalisation) and at the images themselves"
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -16,16 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.evaluation import metrics
 from robust_ssl.evaluation.counts import PerImage
-from robust_ssl.evaluation.metrics import check_attacks, compiled, padded
+from robust_ssl.evaluation.metrics import check_attacks, check_threats, compiled, padded
 from robust_ssl.types import Attack, Classifier
 
 SHARES = (0.02, 0.1, 0.3, 1.0)  # of a search's queries; then images that are broken drop out
 TOGETHER = 16  # batches whose searches are held in host memory at once
-ANSWERS = 2**31 - 1  # key number of a randomised model's answers; no member has it
 
 
 def gathered(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -51,35 +49,23 @@ def gathered(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarra
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _answers(key: jax.Array, model: Classifier, images: jax.Array, indices: jax.Array):
-    """Predictions; a randomised model is drawn once for each image, by its place in the split."""
-    if not hasattr(model, "with_key"):
-        return metrics.predictions(model, images)
-
-    def answer(index, image):
-        drawn = draw(model, jax.random.fold_in(jax.random.fold_in(key, ANSWERS), index))
-        return metrics.predictions(drawn, image[None])[0]
-
-    return jax.vmap(answer)(indices, images)
-
-
 def _is_right(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
     key, model = constants
-    images = metrics.to_pixels(batch["images"])
-    return _answers(key, model, images, batch["indices"]) == batch["labels"]
+    return metrics.answers(key, model, batch["images"], batch["indices"]) == batch["labels"]
 
 
 def _verdict(key, model, adversarial: jax.Array, batch: Mapping[str, jax.Array], eight_bit: bool):
     """Returns which images stay right, and which have finite pixels only, bool ``[batch]``."""
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
     scored = metrics.quantise(adversarial) if eight_bit else adversarial
-    return _answers(key, model, scored, batch["indices"]) == batch["labels"], finite
+    return metrics.answers(key, model, scored, batch["indices"]) == batch["labels"], finite
 
 
 def _attacked(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
-    key, model, attack = constants
+    (key, attack_key), model, attack = constants
     images, labels, indices = (batch[name] for name in ("images", "labels", "indices"))
-    adversarial = attack_batch(attack, key, model, metrics.to_pixels(images), labels, indices)
+    pixels = metrics.to_pixels(images)
+    adversarial = attack_batch(attack, attack_key, model, pixels, labels, indices)
     return _verdict(key, model, adversarial, batch, eight_bit)
 
 
@@ -89,7 +75,7 @@ def _first_try(key: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _started(constants, batch: Mapping[str, jax.Array]):
-    key, model, attack = constants
+    (_, key), model, attack = constants
 
     def start(index, image, label):
         return attack.start(_first_try(key, index), model, image, label)
@@ -99,7 +85,7 @@ def _started(constants, batch: Mapping[str, jax.Array]):
 
 
 def _searched(constants, batch: Mapping[str, jax.Array]):
-    key, model, attack, until = constants
+    (_, key), model, attack, until = constants
 
     def search(index, image, label, state):
         return attack.search(_first_try(key, index), model, image, label, state, until)
@@ -109,7 +95,7 @@ def _searched(constants, batch: Mapping[str, jax.Array]):
 
 
 def _judged(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
-    key, model, _ = constants
+    (key, _), model, _ = constants
     return _verdict(key, model, batch["state"].best, batch, eight_bit)
 
 
@@ -206,7 +192,8 @@ def strike(
         is interrupted a few times to drop the images that it has broken; the outcome is the same.
       alive: Which images are to be attacked, bool ``[n]``; left as it is.
       key: Random key; member m of a list gets ``fold_in(key, m)``, a single attack and the first
-        member `key` itself; of that, the image at place i gets ``fold_in(.., i)``.
+        member `key` itself; of that, the image at place i gets ``fold_in(.., i)``.  The answers of
+        a randomised model depend on `key` and the place alone (`metrics.answers`).
       parallel: A `robust_ssl.parallel.Parallel`.
       batch_size: Images of a batch.  The last one is filled up, so that nothing compiles twice.
       eight_bit: Round adversarial images to 8 bits before they are classified, as
@@ -216,8 +203,8 @@ def strike(
       Which images were alive and are still classified correctly, bool ``[n]``.
 
     Raises:
-      ValueError: If `alive` is not a bool for each image, or an attack makes pixels that are not
-        numbers.
+      ValueError: If `alive` is not a bool for each image, a threat makes no sense for the images,
+        or an attack makes pixels that are not numbers.
     """
     alive = np.array(alive)
     if alive.shape != examples["labels"].shape or alive.dtype != bool:
@@ -225,10 +212,12 @@ def strike(
             f"alive must be bool {examples['labels'].shape}, one for each image, got "
             f"{alive.dtype} {alive.shape}"
         )
+    check_threats(_members(attack), examples["images"].shape[1:])
     function = compiled(parallel, _ATTACKED[eight_bit])
     for number, member in enumerate(_members(attack)):
         member_key = key if number == 0 else jax.random.fold_in(key, number)
-        constants = parallel.replicate((member_key, classifier, member))
+        constants = ((key, member_key), classifier, metrics.settled(member))
+        constants = parallel.replicate(constants)
         rows = np.flatnonzero(alive)
         if hasattr(member, "search") and member.restarts == 1:
             verdicts = _by_shares(constants, examples, rows, parallel, batch_size, eight_bit)
@@ -279,13 +268,15 @@ def score_in_turn(
       `seconds` are the attack's own.  ``"worst"`` is the last one with the seconds of all.
 
     Raises:
-      ValueError: If there is no image or no attack, a batch is malformed, or an attack makes
-        pixels that are not numbers.
+      ValueError: If there is no image or no attack, a batch is malformed, a threat makes no sense
+        for the images, or an attack makes pixels that are not numbers.
       TypeError: If an attack is not a pytree value.
     """
     parts = {name: _members(attack) for name, attack in attacks.items()}
     check_attacks({name: members[0] for name, members in parts.items()})
     examples = gathered(batches)
+    for members in parts.values():  # all of them before the first one costs anything
+        check_threats(members, examples["images"].shape[1:])
     shared = {"key": key, "parallel": parallel, "batch_size": batch_size}
     clean = alive = clean_correct(classifier, examples, **shared)
     results = {}

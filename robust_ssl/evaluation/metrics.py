@@ -15,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_ssl import threats
+from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.evaluation.counts import PerImage, worst_case
 from robust_ssl.types import Attack, Classifier
 
 WORST = "worst"  # the name of the worst case per image over all attacks
 NO_ANSWER = -1  # the prediction of a model whose logits are NaN: never correct
+_ANSWERS = 2**31 - 1  # key number of a randomised model's answers; no attack has it
 
 
 def to_pixels(images: jax.Array | np.ndarray) -> jax.Array:
@@ -37,8 +40,10 @@ def to_pixels(images: jax.Array | np.ndarray) -> jax.Array:
 def quantise(images: jax.Array) -> jax.Array:
     """Clips to [0, 1] and rounds to 8 bits: the image as a file would hold it.
 
-    A pixel moves by at most 1/510, so an image may leave its epsilon ball by that much and no
-    more.  If the clean image is 8-bit and epsilon a multiple of 1/255, it does not leave at all.
+    A pixel value moves by at most 1/510, so an image may leave its `Linf` ball by that much and no
+    more, and its `L2` ball by at most ``sqrt(d) / 510`` with ``d`` pixel values (0.11 at 32x32,
+    0.76 at 224x224).  If the clean image is 8-bit and epsilon a multiple of 1/255, it does not
+    leave the `Linf` ball at all.
 
     Args:
       images: Pixels, float, any shape.
@@ -64,22 +69,51 @@ def predictions(classifier: Classifier, images: jax.Array) -> jax.Array:
       int32 ``[batch]``; -1 where a logit is NaN, so that no broken model scores by chance.
     """
     logits = classifier(to_pixels(images)).logits
-    answers = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.isnan(logits).any(axis=-1), NO_ANSWER, answers)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isnan(logits).any(axis=-1), NO_ANSWER, likeliest)
 
 
-def _clean_predictions(model: Classifier, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return predictions(model, batch["images"])
+def answers(
+    key: jax.Array, classifier: Classifier, images: jax.Array, indices: jax.Array
+) -> jax.Array:
+    """Returns what the model says of images whose place in the split is known.
+
+    A randomised model (`robust_ssl.attacks.apgd.draw`) is drawn once for each image, from the key
+    of the evaluation and the image's place: whoever attacks, and with what else in the batch, an
+    image that did not change keeps its answer.
+
+    Args:
+      key: Random key of the whole evaluation.
+      classifier: Gives logits.
+      images: As for `predictions`.
+      indices: int32 ``[batch]``.
+
+    Returns:
+      As `predictions`, int32 ``[batch]``.
+    """
+    if not hasattr(classifier, "with_key"):
+        return predictions(classifier, images)
+    key = jax.random.fold_in(key, _ANSWERS)
+
+    def one(index, image):
+        return predictions(draw(classifier, jax.random.fold_in(key, index)), image[None])[0]
+
+    return jax.vmap(one)(indices, images)
 
 
-def _attacked_predictions(constants, batch: Mapping[str, jax.Array]):
-    """Attacks each image by itself; returns predictions and whether all pixels are numbers."""
+def _clean_answers(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
+    key, model = constants
+    return answers(key, model, batch["images"], batch["indices"])
+
+
+def _attacked_answers(constants, batch: Mapping[str, jax.Array]):
+    """Attacks each image by itself; returns answers and whether all pixels are numbers."""
     key, model, attack = constants
     adversarial = attack_batch(
         attack, key, model, to_pixels(batch["images"]), batch["labels"], batch["indices"]
     )
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
-    return predictions(model, quantise(adversarial)), finite
+    return answers(key, model, quantise(adversarial), batch["indices"]), finite
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,6 +164,48 @@ def check_attacks(attacks: Mapping[str, Attack]) -> None:
             )
 
 
+def check_threats(attacks: Iterable[Attack], image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError where an attack carries a threat that no such image can meet.
+
+    For the host: a threat inside a compiled function is passed over, as its values are unknown.
+
+    Args:
+      attacks: Those with a field `threat` are looked at (see `robust_ssl.threats.check`).
+      image_shape: (height, width, 3).
+    """
+    for attack in attacks:
+        threat = getattr(attack, "threat", None)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(threat)):
+            threats.check(threat, image_shape)
+
+
+def settled(attack: Attack) -> Attack:
+    """Returns the attack with one type for each number, so that 1, 1.0 and NumPy's compile once.
+
+    Of the single numbers every float becomes float32, a threat's whole ones too; other whole
+    numbers become int32.  Arrays stay as they are.
+
+    Example:
+      >>> from robust_ssl.attacks import APGD
+      >>> attack = settled(APGD(threats.Linf(1), rank=2))
+      >>> attack.threat.epsilon.dtype, attack.rank.dtype
+      (dtype('float32'), dtype('int32'))
+    """
+
+    def settle(path, leaf):
+        if jnp.ndim(leaf):
+            return leaf
+        leaf = jnp.asarray(leaf)
+        of_threat = any(getattr(step, "name", None) == "threat" for step in path)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.astype(jnp.float32)
+        if jnp.issubdtype(leaf.dtype, jnp.signedinteger):
+            return leaf.astype(jnp.float32 if of_threat else jnp.int32)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(settle, attack)
+
+
 def score(
     classifier: Classifier,
     batches: Iterable[Mapping[str, np.ndarray]],
@@ -152,30 +228,33 @@ def score(
         of its images once.
       attacks: Attacks by name.  Each is called as ``attack(key, model, image, label)``.
       key: Random key; the image at place i gets ``fold_in(key, i)`` whatever the batch size, the
-        devices or the other attacks.
+        devices or the other attacks, and a randomised model one draw for it (`answers`).
       parallel: A `robust_ssl.parallel.Parallel`.
 
     Returns:
       One `PerImage` per attack, and the worst case over them under ``"worst"``.
 
     Raises:
-      ValueError: If there is no image or no attack, a batch is malformed, or an attack makes
-        pixels that are not numbers.
+      ValueError: If there is no image or no attack, a batch is malformed, a threat makes no sense
+        for the images, or an attack makes pixels that are not numbers.
       TypeError: If an attack is not a pytree value.
     """
     check_attacks(attacks)
-    classify = compiled(parallel, _clean_predictions)
-    strike = compiled(parallel, _attacked_predictions)
-    model = parallel.replicate(classifier)
-    constants = {name: parallel.replicate((key, classifier, a)) for name, a in attacks.items()}
+    classify, strike = (compiled(parallel, f) for f in (_clean_answers, _attacked_answers))
+    unattacked = parallel.replicate((key, classifier))
+    constants = {
+        name: parallel.replicate((key, classifier, settled(a))) for name, a in attacks.items()
+    }
     labels, clean, seconds = [], [], dict.fromkeys(attacks, 0.0)
     adversarial: dict[str, list[np.ndarray]] = {name: [] for name in attacks}
     for n, batch in padded(batches):
+        if not labels:
+            check_threats(attacks.values(), batch["images"].shape[1:])
         labels.append(batch["labels"][:n])
-        clean.append(classify(model, batch)[:n])
+        clean.append(classify(unattacked, batch)[:n])
         for name in attacks:
             begun = time.perf_counter()
-            answers, finite = strike(constants[name], batch)
+            said, finite = strike(constants[name], batch)
             seconds[name] += time.perf_counter() - begun
             if not finite.all():
                 broken = batch["indices"][~finite][:5].tolist()
@@ -183,7 +262,7 @@ def score(
                     f"attack {name!r} made pixels that are not finite, in images {broken} of the "
                     "split; a perturbed image may hold neither NaN nor infinity"
                 )
-            adversarial[name].append(answers[:n])
+            adversarial[name].append(said[:n])
     if not labels:
         raise ValueError("no images to score: the split is empty")
     truth, before = np.concatenate(labels), np.concatenate(clean)

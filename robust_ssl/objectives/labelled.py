@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from robust_ssl.types import AttackInputs
@@ -131,13 +132,15 @@ def margin_targeted(inputs: AttackInputs, rank: jax.Array | int = 1) -> jax.Arra
 
     Args:
       inputs: Reads ``clean.logits``, ``adversarial.logits`` and ``labels``.
-      rank: 1 is the likeliest wrong class, ``classes - 1`` the least likely; int32 scalar.
+      rank: 1 is the likeliest wrong class, ``classes - 1`` the least likely; int32 scalar.  An
+        array beyond either end, whose value nobody can look at, means that end.
 
     Returns:
       Mean over the batch, in logit units.
 
     Raises:
-      ValueError: If there are no labels or no logits, or a plain number `rank` is out of range.
+      ValueError: If there are no labels or no logits, fewer than 2 classes, or a plain number
+        `rank` is out of range.
 
     Example:
       >>> from robust_ssl.types import Outputs
@@ -159,7 +162,8 @@ def dlr_targeted(inputs: AttackInputs, rank: jax.Array | int = 1) -> jax.Array:
 
     Args:
       inputs: Reads ``clean.logits``, ``adversarial.logits`` and ``labels``; at least 4 classes.
-      rank: 1 is the likeliest wrong class, ``classes - 1`` the least likely; int32 scalar.
+      rank: 1 is the likeliest wrong class, ``classes - 1`` the least likely; int32 scalar.  An
+        array beyond either end, whose value nobody can look at, means that end.
 
     Returns:
       Mean over the batch; 0 where the best logits are all equal.
@@ -189,14 +193,17 @@ def dlr_targeted(inputs: AttackInputs, rank: jax.Array | int = 1) -> jax.Array:
 def _targeted_margins(inputs: AttackInputs, rank: jax.Array | int, name: str) -> jax.Array:
     """Target logit minus the true one, ``[batch]``."""
     logits, labels = _labelled_logits(inputs, name)
+    _check_classes(logits, 2, name, "feature_l2")
     classes = logits.shape[-1]
-    if isinstance(rank, int) and not 1 <= rank < classes:
+    if isinstance(rank, int | np.integer) and not 1 <= rank < classes:
         raise ValueError(
             f"objective {name}: rank must be between 1 and classes - 1 = {classes - 1}, got {rank}"
         )
     true = jax.nn.one_hot(labels, classes, dtype=bool)
     order = jnp.argsort(jnp.where(true, jnp.inf, -inputs.clean.logits), axis=-1)
-    target = jax.nn.one_hot(jnp.take(order, rank - 1, axis=-1), classes, dtype=bool)
+    # A traced rank cannot be refused; out of range it must not make the true class the target.
+    place = jnp.clip(rank, 1, classes - 1) - 1
+    target = jax.nn.one_hot(jnp.take(order, place, axis=-1), classes, dtype=bool)
     return jnp.sum(jnp.where(target, logits, 0.0) - jnp.where(true, logits, 0.0), axis=-1)
 
 

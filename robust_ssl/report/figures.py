@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.report.tables import MODELS
 
 # Okabe and Ito's colours, which the colour-blind tell apart; line and marker differ too.
@@ -125,6 +126,7 @@ def figure_epsilon(
     curves: Mapping[str, Sequence[tuple[float, float, float, float]]],
     *,
     name: str = "epsilon",
+    verdicts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> pathlib.Path:
     """Draws accuracy against the attacker's budget, with 95 % intervals as bands.
 
@@ -133,10 +135,15 @@ def figure_epsilon(
       curves: For each model, ``(epsilon, accuracy, low, high)``, pixel units and shares, as
         `robust_ssl.evaluation.accuracy_against_epsilon` returns them.
       name: File name without suffix.
+      verdicts: By model, as in ``results.json``: a curve that is not trusted says so in the
+        legend, and each line of the numbers has its verdict.
 
     Returns:
       Path of the PNG.
     """
+    words = {
+        model: (verdicts or {}).get(model, {}).get("verdict", "not examined") for model in curves
+    }
     figure = new_figure(6.0, 3.7)
     axis = figure.subplots()
     for model, style in styles(curves).items():
@@ -144,6 +151,7 @@ def figure_epsilon(
         x, colour = 255 * epsilon, style["color"]
         axis.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
         label = MODELS.get(model, model)
+        label += "\nNOT TRUSTED" if words[model] == NOT_TRUSTED else ""
         axis.plot(x, 100 * accuracy, label=label, ms=5, clip_on=False, **style)
     axis.set_xlabel("attack budget epsilon (/255)")
     axis.set_ylabel("accuracy under attack (%)")
@@ -151,8 +159,10 @@ def figure_epsilon(
     axis.set_xlim(left=0)
     axis.margins(x=0.02)
     figure.legend(loc="outside upper center", ncols=3)
-    numbers = [(model, *point) for model, points in curves.items() for point in points]
-    header = ("model", "epsilon", "accuracy", "ci95_low", "ci95_high")
+    numbers = [
+        (model, *point, words[model]) for model, points in curves.items() for point in points
+    ]
+    header = ("model", "epsilon", "accuracy", "ci95_low", "ci95_high", "verdict")
     return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from robust_ssl import manifests
 from robust_ssl.evaluation import WORST, wilson_interval
-from robust_ssl.report.results import NOT_TRUSTED
+from robust_ssl.report.results import METRICS, NOT_TRUSTED
 from robust_ssl.report.tables import (
     Entry,
     Group,
@@ -25,22 +25,30 @@ from robust_ssl.report.tables import (
 from robust_ssl.report.verdicts import verdict_section
 
 FAMILIES = {"universal": "universal", "per_image": "per image", "autoattack": "AutoAttack"}
+_UNRANKED = ("not examined", NOT_TRUSTED)
 SAW = {"public": "public encoder", "hardened": "the model itself"}
 
 
-def ranking(results: Sequence[Entry]) -> list[str]:
-    """Returns the classifiers by falling robust accuracy, worst case over every group.
+def ranking(results: Sequence[Entry]) -> list[tuple[int | None, str]]:
+    """Returns (rank, classifier) by falling robust accuracy, worst case over every group.
+
+    Those whose figures are not trusted, or were not examined, come last and have no rank.
 
     Example:
-      >>> low = {"model": "a", "robust_accuracy": 0.2}
-      >>> ranking([low, {**low, "model": "b", "robust_accuracy": 0.5}])
-      ['b', 'a']
+      >>> low = {"model": "a", "robust_accuracy": 0.2, "verdict": "trusted"}
+      >>> ranking([low, {**low, "model": "b", "robust_accuracy": 0.5},
+      ...          {**low, "model": "c", "robust_accuracy": 0.9, "verdict": "not trusted"}])
+      [(1, 'b'), (2, 'a'), (None, 'c')]
     """
-    lowest = {
-        model: min(e["robust_accuracy"] for e in results if e["model"] == model)
-        for model in models_of(results)
-    }
-    return sorted(lowest, key=lambda model: -lowest[model])
+    keys = {}
+    for model in models_of(results):
+        mine = [entry for entry in results if entry["model"] == model]
+        verdict = mine[0]["verdict"]
+        unranked = verdict in _UNRANKED
+        place = _UNRANKED.index(verdict) + 1 if unranked else 0
+        keys[model] = (place, -min(entry["robust_accuracy"] for entry in mine))
+    order = sorted(keys, key=keys.__getitem__)
+    return [(None if keys[m][0] else place, m) for place, m in enumerate(order, 1)]
 
 
 def over_seeds(entries: Sequence[Entry]) -> dict[str, Any]:
@@ -77,9 +85,10 @@ def write_leaderboard(
     verdicts: Mapping[str, Mapping[str, Any]],
     about: Sequence[str] = (),
 ) -> list[pathlib.Path]:
-    """Writes ``leaderboard.md``, ``leaderboard.csv`` (classifiers) and ``attacks.csv``.
+    """Writes ``leaderboard.md``, ``leaderboard.csv`` (worst cases) and ``attacks.csv`` (all).
 
-    A figure that is not trusted carries its mark in all three.
+    A figure that is not trusted carries its mark in the first, and every line of the others has
+    its verdict.
 
     Args:
       directory: Where to write.
@@ -106,8 +115,8 @@ def write_leaderboard(
     ]
     written = {
         "leaderboard.md": "\n\n".join(filter(None, page)) + "\n",
-        "leaderboard.csv": _csv(board),
-        "attacks.csv": _csv(attacks),
+        "leaderboard.csv": _csv(_numbers(headline_entries(results))),
+        "attacks.csv": _csv(_numbers(results)),
     }
     for name, text in written.items():
         manifests.write_atomically(directory / name, text)
@@ -120,15 +129,18 @@ Rows = list[dict[str, str]]
 def _board(results: Sequence[Entry]) -> Rows:
     groups = headline(results)
     rows = []
-    for place, model in enumerate(ranking(results), 1):
+    whole = max(entry["n"] for entry in results)
+    for place, model in ranking(results):
         mine = {group: models[model] for group, models in groups.items() if model in models}
         first = next(iter(mine.values()))
-        row = {"rank": str(place), "classifier": model_name(model)}
+        row = {"rank": "-" if place is None else str(place), "classifier": model_name(model)}
         row["clean"] = _with_interval(first, "clean_accuracy")
-        for group in groups:
+        for group, models in groups.items():
             entry = mine.get(group)
             cell = "n/a" if entry is None else _with_interval(entry, "robust_accuracy")
-            row[_heading(group)] = cell + _mark(entry)
+            images = next(iter(models.values()))["n"]
+            heading = _heading(group) + (f", {images} images" if images < whole else "")
+            row[heading] = cell + _mark(entry)
         row["verdict"] = first["verdict"]
         rows.append(row)
     return rows
@@ -158,12 +170,35 @@ def _attacks(results: Sequence[Entry]) -> Rows:
                 "seeds": str(found["seeds"]),
                 "robust": f"{100 * found['mean']:.1f}{spread} "
                 f"({100 * found['low']:.1f}-{100 * found['high']:.1f})" + _mark(entries[0]),
-                "attack success": f"{100 * found['attack_success_rate']:.1f}",
-                "fooling": f"{100 * found['fooling_rate']:.1f}",
+                "attack success": f"{100 * found['attack_success_rate']:.1f}" + _mark(entries[0]),
+                "fooling": f"{100 * found['fooling_rate']:.1f}" + _mark(entries[0]),
                 "images": str(found["n"]),
                 "seconds": f"{found['seconds']:.1f}",
             }
         )
+    return rows
+
+
+def headline_entries(results: Sequence[Entry]) -> list[Entry]:
+    """Returns the worst case of each classifier in each group of attacks."""
+    return [entry for models in headline(results).values() for entry in models.values()]
+
+
+def _numbers(results: Sequence[Entry]) -> Rows:
+    """Returns entries as rows that a program can sort and plot: shares, not per cent."""
+    rows = []
+    for entry in results:
+        low, high = entry["ci95"]["robust_accuracy"]
+        plain = {
+            name: entry[name]
+            for name in (
+                *("model", "verdict", "family", "crafted_against", "threat", "epsilon", "attack"),
+                *("seed", "n", *METRICS),
+            )
+        }
+        cost = {name: entry[name] for name in ("seconds", "gradient_evaluations")}
+        row = {**plain, "robust_low": low, "robust_high": high, **cost}
+        rows.append({name: "" if value is None else str(value) for name, value in row.items()})
     return rows
 
 

@@ -39,7 +39,19 @@ def check_results(document: Any) -> None:
     error = jsonschema.exceptions.best_match(validator.iter_errors(document))
     if error is not None:
         raise ValueError(f"results.json, {_dotted(error.absolute_path)}: {error.message}")
+    for model, found in document["verdicts"].items():
+        if any(c["status"] == "failed" for c in found["checks"]) != (
+            found["verdict"] == NOT_TRUSTED
+        ):
+            raise ValueError(
+                f"results.json, verdicts.{model}: {found['verdict']!r} is not what its checks say"
+            )
     for index, entry in enumerate(document["results"]):
+        if entry["epsilon"] > 1 and not entry["threat"].startswith("L2"):
+            raise ValueError(
+                f"results.json, results[{index}].epsilon: {entry['epsilon']} is greater than 1, "
+                f"the whole range of {entry['threat']}"
+            )
         examined = document["verdicts"].get(entry["model"], {"verdict": "not examined"})
         if entry["verdict"] != examined["verdict"]:
             raise ValueError(

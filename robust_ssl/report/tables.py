@@ -57,13 +57,16 @@ def budget(epsilon: float, threat: str = "Linf") -> str:
     Example:
       >>> budget(8 / 255), budget(0.5, "L2"), budget(0.03, "Patch")
       ('8/255', '0.5 (L2)', '3 % of the area')
+      >>> budget(8 / 255, "Linf, 0-0.125 cycles/pixel")
+      '8/255 (0-0.125 cycles/pixel)'
     """
-    if threat == "Patch":
+    kind, _, band = threat.partition(", ")
+    if kind == "Patch":
         return f"{round(100 * epsilon, 2):g} % of the area"
-    if threat == "L2":
-        return f"{epsilon:g} (L2)"
-    text = f"{round(epsilon * 255, 2):g}/255"
-    return text if threat == "Linf" else f"{text} ({threat.lower()})"
+    words = [] if kind == "Linf" else [kind]
+    words += [band] if band else []
+    text = f"{epsilon:g}" if kind == "L2" else f"{round(epsilon * 255, 2):g}/255"
+    return f"{text} ({', '.join(words)})" if words else text
 
 
 def model_name(name: str) -> str:

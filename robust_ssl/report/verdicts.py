@@ -48,7 +48,8 @@ def verdict_section(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
 def _count(found: Mapping[str, Any]) -> str:
     run = [check for check in found["checks"] if check["status"] != "not run"]
     passed = sum(check["status"] == "passed" for check in run)
-    return f" ({passed} of {len(run)} checks passed)"
+    examined = f"; examined: {found['examined']}" if found.get("examined") else ""
+    return f" ({passed} of {len(run)} checks passed{examined})"
 
 
 def _not_passed(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:

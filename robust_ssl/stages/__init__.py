@@ -152,8 +152,13 @@ def _check(run: Run) -> None:
         _ = run.encoder
     if "protocol" in stages:
         _check_protocol(run)
-        if set(stages) <= {"attack", "protocol"}:
-            return
+    elif "attack" in stages:
+        with _inside("surrogate"):
+            _ = run.surrogate
+        with _inside("attack"):
+            _check_fits(run)
+    if set(stages) <= {"attack", "protocol"}:
+        return
     if "analyse" in stages:
         with _inside("analyse"):
             analyse_stage.check_analyse(config)

@@ -13,7 +13,7 @@ import numpy as np
 from robust_ssl import attacks, checkpoints, data, threats
 from robust_ssl.conformance import resolve
 from robust_ssl.progress import Stopped, stop_requested
-from robust_ssl.stages.run import Run
+from robust_ssl.stages.run import Run, check_names, check_seeds
 from robust_ssl.trees import fingerprint, keep_arrays, kept_arrays
 from robust_ssl.types import Encoder, Threat
 
@@ -38,7 +38,7 @@ def build_attacks(config: Mapping[str, Any]) -> dict[str, attacks.UniversalAttac
     for name, options in config.items():
         threat_of(name, options)
         options = {key: value for key, value in options.items() if key not in _OF_THE_FIT}
-        function = options.pop("function")
+        function = function_of(name, options)
         try:
             built[name] = resolve(function)(**options, name=name)
         except TypeError as error:
@@ -46,6 +46,19 @@ def build_attacks(config: Mapping[str, Any]) -> dict[str, attacks.UniversalAttac
     if not built:
         raise ValueError("config.attack.methods is empty; name at least one attack")
     return built
+
+
+def function_of(name: str, options: dict[str, Any]) -> str:
+    """Takes ``"function"`` out of an attack's options.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if "function" not in options:
+        raise ValueError(
+            f'attack {name!r} needs a "function", such as "robust_ssl.attacks:PGD"; got {options}'
+        )
+    return options.pop("function")
 
 
 def build_threat(options: Mapping[str, Any] | None) -> Callable[[Any], Threat]:
@@ -139,6 +152,8 @@ def check_config(config: Mapping[str, Any], surrogate: data.Examples) -> None:
       config: ``config.attack``.
       surrogate: The attacker's images, at least one batch of them.
     """
+    check_names(config["methods"], "config.attack.methods")
+    check_seeds(config["seeds"], "config.attack.seeds")
     build_attacks(config["methods"])
     for method, options in config["methods"].items():
         try:
@@ -233,6 +248,7 @@ def load_perturbations(
             found[method, seed, epsilon] = attacks.UniversalPerturbation(
                 delta=jnp.asarray(stored[method]["delta"][index]),
                 threat=jax.tree.map(jnp.float32, make(epsilon)),
+                name=method,
             )
     return found
 

@@ -14,7 +14,7 @@ from robust_ssl.stages import finetune
 from robust_ssl.stages.attack import attack, budgets, build_attacks, is_noise, load_perturbations
 from robust_ssl.stages.examining import examine
 from robust_ssl.stages.run import Run
-from robust_ssl.stages.scoring import Group, Scored, Scorer, by_budget, per_image_members
+from robust_ssl.stages.scoring import Group, Scored, Scorer, by_budget, identity, per_image_members
 from robust_ssl.trees import fingerprint
 from robust_ssl.types import Classifier, Encoder
 
@@ -68,7 +68,7 @@ def evaluate(run: Run) -> StageDirectory:
     public = attack(run)
     crafted = {name: _crafted_again(run, name, model.encoder) for name, model in models.items()}
     inputs = {
-        **{name: fingerprint(model.variables) for name, model in models.items()},
+        **{name: identity(model) for name, model in models.items()},
         **{f"attack_{name}": stage.fingerprint for name, stage in crafted.items()},
         "attack": public.fingerprint,
         "test": run.test.fingerprint(),
@@ -81,7 +81,7 @@ def evaluate(run: Run) -> StageDirectory:
         with run.progress.stage("evaluate", len(models)) as bar:
             for number, (name, model) in enumerate(models.items()):
                 scored = _score_model(scorer, name, model, public, crafted[name])
-                verdicts[name] = examine(scorer, name, model, scored)
+                verdicts[name] = examine(scorer, name, model, scored, inputs[name])
                 results += [e for s in scored for e in s.entries(verdicts[name]["verdict"])]
                 curves[name] = _curve(scorer, name, model, public)
                 examples[name], drifts[name] = _look(model, run, _strongest(scored))
@@ -92,7 +92,7 @@ def evaluate(run: Run) -> StageDirectory:
 
 
 def _crafted_again(run: Run, name: str, encoder: Encoder) -> StageDirectory:
-    if fingerprint(encoder.variables) == fingerprint(run.encoder.variables):
+    if identity(encoder) == identity(run.encoder):
         return attack(run)
     return attack(run, f"attack_{name}", encoder)
 
@@ -195,7 +195,7 @@ def _write(run: Run, results, verdicts, curves, drifts, examples) -> None:
     clean, attacked, answers = examples["usual" if "usual" in examples else next(iter(examples))]
     drawn = [
         report.figure_examples(figures, clean, attacked, predictions=answers),
-        report.figure_epsilon(figures, curves),
+        report.figure_epsilon(figures, curves, verdicts=verdicts),
         report.figure_stability(figures, drifts),
     ]
     if "stage2" in run.config["evaluate"]["models"]:

@@ -18,15 +18,23 @@ from robust_ssl.attacks import autoattack
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import PerImage
-from robust_ssl.stages.attack import attack, build_attacks, is_noise, load_perturbations
+from robust_ssl.stages.attack import (
+    attack,
+    build_attacks,
+    function_of,
+    is_noise,
+    load_perturbations,
+)
 from robust_ssl.stages.examining import examine
-from robust_ssl.stages.run import Run
+from robust_ssl.stages.run import Run, check_names, check_seeds
 from robust_ssl.stages.scoring import (
     Group,
     Member,
     Scored,
     Scorer,
     by_budget,
+    file_name,
+    identity,
     per_image_members,
     sample,
 )
@@ -48,6 +56,7 @@ def load_classifiers(run: Run) -> dict[str, Classifier]:
       ValueError: If there is none, one cannot be read, or one does not fit the test split.
     """
     config = run.config["classifiers"]
+    check_names(config or (), "config.classifiers")
     if not config:
         raise ValueError(
             "config.classifiers is empty; name what is to be scored, for example "
@@ -56,18 +65,38 @@ def load_classifiers(run: Run) -> dict[str, Classifier]:
     found = {}
     for name, options in config.items():
         try:
-            found[name] = _load(dict(options))
-            data.check_image_size(run.test, found[name].image_size)
-            data.check_classes(run.test, found[name].num_classes)
+            found[name] = _load(options)
+            _check_fits(run, found[name])
         except (ValueError, TypeError, OSError) as error:
             error.add_note(f"in config.classifiers.{name}")
             raise
     return found
 
 
-def _load(options: dict[str, Any]) -> Classifier:
-    if ("path" in options) == ("function" in options):
-        raise ValueError(f'give either a "path" or a "function", got {options}')
+def _check_fits(run: Run, classifier: Classifier) -> None:
+    size, public, classes = classifier.image_size, run.encoder.image_size, run.num_classes
+    if size != public:
+        raise ValueError(
+            f"the classifier takes {size} x {size} pixels and the public encoder "
+            f"{run.encoder.name} {public} x {public}: perturbations fitted on one do not fit the "
+            "other; take the encoder that the classifier was built on (config.encoder)"
+        )
+    data.check_image_size(run.test, size)
+    if classifier.num_classes != classes:
+        raise ValueError(
+            f"the classifier has {classifier.num_classes} classes and {run.test.name} {classes}: "
+            "it was made for another task; change config.downstream or the classifier"
+        )
+
+
+def _load(options: Mapping[str, Any]) -> Classifier:
+    kinds = {"path", "function"}
+    if not isinstance(options, Mapping) or len(kinds & {k for k, v in options.items() if v}) != 1:
+        raise ValueError(
+            'give {"path": directory} or {"function": "module:function", **options}, got '
+            f"{options!r}"
+        )
+    options = {name: value for name, value in options.items() if value is not None}
     if "path" in options:
         return weights.load_classifier(options["path"])
     function = options.pop("function")
@@ -88,12 +117,19 @@ def build_methods(run: Run, epsilon: float) -> dict[str, Any]:
       ValueError: If a function or an option is not known, or the budget is not in [0, 1].
     """
     threats.check_epsilon(epsilon)
-    built = {}
-    for name, options in run.config["protocol"]["per_image"]["methods"].items():
+    methods, built = run.config["protocol"]["per_image"]["methods"], {}
+    check_names(methods, "config.protocol.per_image.methods")
+    for name, options in methods.items():
         options = dict(options)
-        function = options.pop("function")
+        function = function_of(name, options)
         if "target" in options:
-            [image] = run.surrogate.read(np.asarray([options.pop("target")]))["images"]
+            target = options.pop("target")
+            if not 0 <= target < len(run.surrogate):
+                raise ValueError(
+                    f"attack {name!r}: target {target} is not the place of one of the "
+                    f"{len(run.surrogate)} surrogate images"
+                )
+            [image] = run.surrogate.read(np.asarray([target]))["images"]
             options["target_image"] = evaluation.to_pixels(jnp.asarray(image))
         try:
             built[name] = resolve(function)(threats.Linf(epsilon), **options)
@@ -114,11 +150,17 @@ def build_ensembles(run: Run, num_classes: int) -> dict[tuple[str, float], Mappi
             f"config.protocol.autoattack: version {config['version']!r} of {sorted(_ENSEMBLES)}, "
             f"threats {sorted(config['threats'])} of {sorted(_THREATS)}"
         )
-    return {
-        (name, epsilon): _ENSEMBLES[config["version"]](_THREATS[name](epsilon), num_classes)
-        for name, epsilons in config["threats"].items()
-        for epsilon in epsilons
-    }
+    built = {}
+    for name, epsilons in config["threats"].items():
+        for epsilon in epsilons:
+            threat = _THREATS[name](epsilon)
+            try:
+                threats.check(threat, run.test.image_shape)
+            except ValueError as error:
+                error.add_note(f"in autoattack.threats.{name}")
+                raise
+            built[name, epsilon] = _ENSEMBLES[config["version"]](threat, num_classes)
+    return built
 
 
 def check(run: Run) -> None:
@@ -128,13 +170,44 @@ def check(run: Run) -> None:
       ValueError: With what is wrong and what to do.
     """
     config = run.config["protocol"]
+    _check_entries(config)
+    check_seeds(config["seeds"], "config.protocol.seeds")
+    for size in (config["batch_size"], config["autoattack"]["batch_size"]):
+        run.parallel.check_batch(size)
+    attacks = [list(build_methods(run, e).values()) for e in config["per_image"]["epsilons"]]
     for classifier in load_classifiers(run).values():
-        build_ensembles(run, classifier.num_classes)
-        run.parallel.check_batch(config["batch_size"])
-    for epsilon in config["per_image"]["epsilons"]:
-        build_methods(run, epsilon)
-    if not config["seeds"]:
-        raise ValueError("config.protocol.seeds is empty; name at least one seed")
+        ensembles = build_ensembles(run, classifier.num_classes)
+        parts = [
+            part for ensemble in ensembles.values() for some in ensemble.values() for part in some
+        ]
+        for attack_value in [value for some in attacks for value in some] + parts:
+            _trace(attack_value, classifier, run.test.image_shape)
+
+
+def _check_entries(config: Mapping[str, Any]) -> None:
+    expected = {
+        "": ("seeds", "batch_size", "adaptive", "checks", "per_image", "autoattack"),
+        "per_image": ("methods", "epsilons"),
+        "autoattack": ("version", "threats", "images", "batch_size"),
+    }
+    for part, names in expected.items():
+        found = config[part] if part else config
+        if set(found) != set(names):
+            raise ValueError(
+                f"config.protocol{'.' * bool(part)}{part} must have the entries {sorted(names)}, "
+                f"got {sorted(found)}"
+            )
+    if (config["autoattack"]["images"] or 1) < 1 or config["autoattack"]["batch_size"] < 1:
+        raise ValueError("config.protocol.autoattack: images and batch_size must be at least 1")
+    lists = [config["per_image"]["epsilons"], *config["autoattack"]["threats"].values()]
+    if not all(isinstance(some, list | tuple) for some in lists):
+        raise ValueError("config.protocol: epsilons are lists, for example (0.03,), also of one")
+
+
+def _trace(attack: Any, classifier: Classifier, image_shape: tuple[int, ...]) -> None:
+    """Traces an attack, so that one which does not suit the classifier is refused at the start."""
+    image, label = jnp.zeros(image_shape), jnp.zeros((), jnp.int32)
+    jax.eval_shape(lambda a, c: a(jax.random.key(0), c, image, label), attack, classifier)
 
 
 def protocol(run: Run) -> StageDirectory:
@@ -144,7 +217,7 @@ def protocol(run: Run) -> StageDirectory:
     soon as it is done, so an interrupted stage goes on where it was.
 
     Returns:
-      The stage's directory.  ``results.json``, ``leaderboard.md``, ``leaderboard.csv`` and
+      The stage's directory.  ``leaderboard.json``, ``leaderboard.md``, ``leaderboard.csv`` and
       ``attacks.csv`` are in the workdir.
     """
     config = run.config["protocol"]
@@ -152,13 +225,16 @@ def protocol(run: Run) -> StageDirectory:
     public = attack(run)
     crafted = {name: _crafted_again(run, name, model) for name, model in models.items()}
     inputs = {
-        **{name: fingerprint(model.variables) for name, model in models.items()},
-        **{f"attack_{name}": stage.fingerprint for name, stage in crafted.items() if stage},
+        **{f"classifier/{name}": identity(model) for name, model in models.items()},
+        **{f"attack/{name}": stage.fingerprint for name, stage in crafted.items() if stage},
         "attack": public.fingerprint,
         "test": run.test.fingerprint(),
     }
-    with run.open("protocol", config, inputs) as stage:
+    asked = {"protocol": config, "classifiers": run.config["classifiers"]}
+    with run.open("protocol", asked, inputs) as stage:
         if stage.done:
+            if not (run.workdir / "leaderboard.md").exists():
+                _write(run, stage.results["results"], stage.results["verdicts"])
             return stage
         results, verdicts = [], {}
         jobs = {n: _jobs(run, n, model, public, crafted[n]) for n, model in models.items()}
@@ -170,7 +246,7 @@ def protocol(run: Run) -> StageDirectory:
             for name, model in models.items():
                 scored = [job(scorer) for _, job in jobs[name]]
                 verdicts[name] = (
-                    examine(quiet, name, model, scored)
+                    examine(quiet, name, model, scored, inputs[f"classifier/{name}"])
                     if config["checks"]
                     else {"verdict": "not examined", "checks": []}
                 )
@@ -184,7 +260,7 @@ def _crafted_again(run: Run, name: str, model: Classifier) -> StageDirectory | N
     """Fits the universal attacks on the classifier's own encoder; None where that is not asked."""
     if not run.config["protocol"]["adaptive"]:
         return None
-    if fingerprint(model.encoder.variables) == fingerprint(run.encoder.variables):
+    if identity(model.encoder) == identity(run.encoder):
         return attack(run)
     return attack(run, f"attack_{name}", model.encoder, curve=True)
 
@@ -248,18 +324,19 @@ def _in_turn(
         "parallel": run.parallel,
         "batch_size": config["batch_size"],
     }
-    before, gradients = None, 0
+    before, members, results = None, [], {}
     for name, parts in ensemble.items():
-        file = f"{group.model}-autoattack-{group.threat}-{group.epsilon:.4f}-{name}"
+        file = file_name(group, [config["version"], name, f"{len(rows)} images"])
         found = scorer.kept(
             file, lambda p=parts, b=before: {"after": _after(model, examples, p, b, shared)}
         )["after"]
         alive = found.clean_correct if before is None else before.robust_correct
-        gradients += int(alive.sum()) * sum(part.gradient_evaluations for part in parts)
-        before = found
-    member = Member("autoattack", None, next(iter(ensemble.values()))[0], 0.0, gradients)
-    results = {member.label: before, evaluation.WORST: before}
-    return Scored(group, (member,), results, rows)
+        gradients = int(alive.sum()) * sum(part.gradient_evaluations for part in parts)
+        members.append(Member(name, None, parts[0], 0.0, gradients))
+        results[name] = before = found
+    total = sum(result.seconds for result in results.values())
+    worst = dataclasses.replace(before, seconds=total)
+    return Scored(group, tuple(members), {**results, evaluation.WORST: worst}, rows)
 
 
 def _after(model, examples, parts, before: PerImage | None, shared) -> PerImage:
@@ -269,9 +346,9 @@ def _after(model, examples, parts, before: PerImage | None, shared) -> PerImage:
         clean = alive = evaluation.clean_correct(model, examples, **shared)
     else:
         clean, alive = before.clean_correct, before.robust_correct
-    left = evaluation.strike(model, examples, parts, alive, **shared)
-    seconds = time.perf_counter() - begun + (before.seconds if before else 0.0)
-    return PerImage(clean, left, clean & ~left, seconds)
+    # As AutoAttack's own code: FAB stops just past the boundary, and rounding may push it back.
+    left = evaluation.strike(model, examples, parts, alive, eight_bit=False, **shared)
+    return PerImage(clean, left, clean & ~left, time.perf_counter() - begun)
 
 
 def _write(run: Run, results, verdicts) -> None:
@@ -284,7 +361,7 @@ def _write(run: Run, results, verdicts) -> None:
         "seeds": list(run.config["protocol"]["seeds"]),
         "config": run.config,
     }
-    report.write_results(run.workdir / "results.json", about, results, verdicts)
+    report.write_results(run.workdir / "leaderboard.json", about, results, verdicts)
     said = [
         f"Test split of {run.test.name}, {len(run.test)} images; universal attacks fitted on "
         f"{run.encoder.name} with {len(run.surrogate)} images of {run.surrogate.name}."

@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from robust_ssl import checkpoints, data, models, weights
 from robust_ssl.conformance import resolve
+from robust_ssl.evaluation import WORST
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.types import Classifier, Encoder
@@ -204,3 +206,19 @@ def own_builder(options: Mapping[str, Any]) -> Callable[..., Encoder] | None:
     """Returns the user's own builder of ``{"builder": ..., **options}``, None for the package's."""
     name = options["builder"]
     return resolve(name) if ":" in name and not name.startswith("robust_ssl.models") else None
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raises ValueError for a name that cannot be a file's, or that means something else."""
+    for name in names:
+        if name == WORST or not re.fullmatch(r"[\w][\w .+\-]*", name):
+            raise ValueError(
+                f"{where}: {name!r} cannot be a name; take letters, digits, spaces and . + - _ "
+                f"(and not {WORST!r}, which is the worst case over all)"
+            )
+
+
+def check_seeds(seeds: Sequence[int], where: str) -> None:
+    """Raises ValueError unless there is a seed and none twice."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"{where}: need at least one seed and none twice, got {list(seeds)}")

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from robust_ssl import data, evaluation
+from robust_ssl import data, evaluation, threats
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.evaluation import PerImage
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import stage_key
-from robust_ssl.trees import keep_arrays, kept_arrays
-from robust_ssl.types import Classifier
+from robust_ssl.trees import fingerprint, keep_arrays, kept_arrays
+from robust_ssl.types import Classifier, Encoder
 
 
 class Group(NamedTuple):
@@ -36,7 +36,7 @@ class Group(NamedTuple):
       model: The classifier's name.
       crafted_against: ``"public"`` or ``"hardened"``: whose weights the attacker saw.
       family: ``"universal"``, ``"per_image"`` or ``"autoattack"``.
-      threat: Class of the threat, for example ``"Linf"``.
+      threat: What bounds the change, for example ``"Linf"``; see `threat_name`.
       epsilon: The budget (pixel units; for a patch the share of the image's area).
     """
 
@@ -55,7 +55,8 @@ class Member(NamedTuple):
       seed: Its seed; None where there is none.
       value: What `evaluation.score` takes.
       seconds: What it took to craft, before it is applied to any image.
-      gradient_evaluations: Input gradients that crafting and applying it took, over all images.
+      gradient_evaluations: Input gradients that crafting and applying it took, over all images;
+        0 for noise.
     """
 
     attack: str
@@ -96,7 +97,7 @@ class Scorer:
         results: dict[str, PerImage] = {}
         for part in parts:
             chosen = {member.label: member.value for member in part}
-            name = _file_name(group, chosen)
+            name = file_name(group, chosen)
             results |= self.kept(name, lambda c=chosen: self._score(model, c, self.run.test))
         alone = {member.label: results[member.label] for member in members}
         worst = evaluation.worst_case(alone.values())
@@ -182,20 +183,44 @@ class Scored(NamedTuple):
 def by_budget(
     found: Mapping[tuple[str, int, float], Any], results: Mapping[str, Mapping[str, Any]]
 ) -> dict[tuple[str, float], list[Member]]:
-    """Sorts fitted perturbations by (class of threat, budget).
+    """Sorts fitted perturbations by (threat, budget).
 
     Args:
       found: By (method, seed, epsilon), from `attack.load_perturbations`.
-      results: Of the attack stage that fitted them: what each method took.
+      results: Of the attack stage that fitted them: what each method took.  Its members were
+        fitted together, so each is charged its part of the seconds.
     """
     groups: dict[tuple[str, float], list[Member]] = {}
     for (method, seed, epsilon), perturbation in found.items():
         cost = results[method]
-        threat = type(perturbation.threat).__name__
-        groups.setdefault((threat, epsilon), []).append(
-            Member(method, seed, perturbation, cost["seconds"], cost["gradient_evaluations"])
+        seconds = cost["seconds"] / max(len(cost["objective"]), 1)
+        groups.setdefault((threat_name(perturbation.threat), epsilon), []).append(
+            Member(method, seed, perturbation, seconds, cost["gradient_evaluations"])
         )
     return groups
+
+
+def threat_name(threat: Any) -> str:
+    """Returns what a threat is called in tables: its class, and for a band its inside and edges.
+
+    Example:
+      >>> threat_name(threats.Band(threats.Linf(0.1), high=0.125))
+      'Linf, 0-0.125 cycles/pixel'
+    """
+    if isinstance(threat, threats.Band):
+        low, high = float(threat.low), float(threat.high)
+        edges = f"{low:.3g}-{high:.3g}" if np.isfinite(high) else f"from {low:.3g}"
+        return f"{threat_name(threat.threat)}, {edges} cycles/pixel"
+    return type(threat).__name__
+
+
+def identity(model: Classifier | Encoder) -> str:
+    """Identifies a model by its weights and by everything else it is made of.
+
+    Two classifiers of the same weights and another normalisation, head or module differ.
+    """
+    made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
+    return f"{fingerprint(model.variables)}-{zlib.crc32(made_of.encode()):08x}"
 
 
 def sample(run: Run, count: int) -> np.ndarray:
@@ -278,7 +303,8 @@ class Reseeded:
         return self.attack(jax.random.fold_in(key, self.seed), model, image, label)
 
 
-def _file_name(group: Group, labels: Iterable[str]) -> str:
+def file_name(group: Group, labels: Iterable[str]) -> str:
+    """Returns the name of the file that keeps a part of a group."""
     # The labels too: which attacks are in a group may differ from one group to the next.
     text = json.dumps([*group, sorted(labels)])
     digest = f"{zlib.crc32(text.encode()):08x}"  # the same in every process, unlike hash()
@@ -286,16 +312,18 @@ def _file_name(group: Group, labels: Iterable[str]) -> str:
     return re.sub(r"[^\w.\-]", "_", words)
 
 
+_FIELDS = ("clean_correct", "robust_correct", "flipped", "seconds")
+
+
 def _keep(file, results: Mapping[str, PerImage]) -> None:
     labels = list(results)
-    fields = ("clean_correct", "robust_correct", "flipped", "seconds")
-    stacked = {f: np.stack([np.asarray(getattr(results[n], f)) for n in labels]) for f in fields}
+    stacked = {f: np.stack([np.asarray(getattr(results[n], f)) for n in labels]) for f in _FIELDS}
     keep_arrays(file, {"labels": np.asarray(labels), **stacked})
 
 
 def _kept(file) -> dict[str, PerImage] | None:
     fields = kept_arrays(file)
-    if fields is None:
+    if fields is None or not {"labels", *_FIELDS} <= fields.keys():
         return None
     return {
         str(label): PerImage(

@@ -11,7 +11,7 @@ from flax import struct
 
 
 def check_epsilon(epsilon) -> None:
-    """Raises ValueError unless every budget is a finite number in [0, 1].
+    """Raises ValueError unless every budget is a number in [0, 1], as one for a pixel must be.
 
     For the host, before anything is compiled: inside a compiled function a budget is an array
     whose value nobody can look at.
@@ -42,7 +42,8 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
 
     Args:
       threat: A threat of this package or one's own, which may bring a method
-        ``check(image_shape)``; otherwise its `epsilon`, if it has one, must lie in [0, 1].
+        ``check(image_shape)``, as `L2` does; otherwise its `epsilon`, if it has one, must lie in
+        [0, 1].
       image_shape: (height, width, 3), or None to check what does not depend on it.
 
     Raises:
@@ -109,7 +110,9 @@ class L2:
     All entries of an array count into one length, so a batch goes through `jax.vmap`.
 
     Attributes:
-      epsilon: Budget in [0, 1] pixel units, float scalar.
+      epsilon: Budget, float scalar, at least 0: the Euclidean length of a change of pixels in
+        [0, 1], which grows with the image.  Usual are 0.5 at 32x32 and 3.0 at 224x224; a change
+        of every pixel from 0 to 1 has ``sqrt(H * W * 3)``.
 
     Example:
       >>> L2(0.25).project(jnp.array([0.0, 1.0]), jnp.zeros(2)).tolist()
@@ -117,6 +120,17 @@ class L2:
     """
 
     epsilon: jax.Array | float
+
+    def check(self, image_shape: tuple[int, ...] | None = None) -> None:
+        """Raises ValueError unless every budget is finite, at least 0 and within the image."""
+        most = np.inf if image_shape is None else np.sqrt(np.prod(image_shape))
+        for value in np.asarray(self.epsilon, np.float64).reshape(-1):
+            if not (np.isfinite(value) and 0 <= value <= most):
+                bound = "" if image_shape is None else f", at most {most:.4g} for {image_shape}"
+                raise ValueError(
+                    "the epsilon of L2 is a Euclidean length of pixels in [0, 1], finite and at "
+                    f"least 0 (for example 0.5 at 32x32){bound}, got {value}"
+                )
 
     def norm(self, change: jax.Array) -> jax.Array:
         """Returns what `epsilon` bounds: the Euclidean length, a scalar with gradient 0 at zero."""

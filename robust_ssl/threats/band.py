@@ -89,7 +89,7 @@ class Band:
 
     def steepest(self, gradient: jax.Array) -> jax.Array:
         """Returns the inner threat's steepest step for the gradient in the band, size one."""
-        return self._of_size(self.threat.steepest(self._filter(gradient)), 1.0)
+        return self._of_size(self.threat.steepest(self.filter_delta(gradient)), 1.0)
 
     def sample_delta(self, key: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
         """Returns a random change in the band, ``[H, W, 3]``, as large as the inner threat's."""
@@ -99,7 +99,7 @@ class Band:
 
     def project_delta(self, delta: jax.Array) -> jax.Array:
         """Returns what is in the band, scaled down if it exceeds the budget."""
-        filtered = self._filter(delta)
+        filtered = self.filter_delta(delta)
         size = self.norm(filtered)
         too_large = size > self.epsilon
         return filtered * jnp.where(too_large, self.epsilon / jnp.where(too_large, size, 1.0), 1.0)
@@ -108,11 +108,12 @@ class Band:
         """Returns what of the pattern is in the band, as large as the budget allows."""
         return self._of_size(pattern, self.epsilon)
 
-    def _filter(self, change: jax.Array) -> jax.Array:
-        return band_pass(change, self.low, self.high)
+    def filter_delta(self, delta: jax.Array) -> jax.Array:
+        """Returns what is in the band: linear and its own transpose, so gradients stay in it."""
+        return band_pass(delta, self.low, self.high)
 
     def _of_size(self, change: jax.Array, size: jax.Array | float) -> jax.Array:
-        filtered = self._filter(change)
+        filtered = self.filter_delta(change)
         now = self.norm(filtered)
         # What is left of a change outside the band is rounding, which must not be blown up.
         something = now > 1e-5 * self.norm(change)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 TRUSTED, WITH_NOTES, NOT_TRUSTED = "trusted", "trusted with notes", "not trusted"
+NOT_EXAMINED = "not examined"
+ESSENTIAL = frozenset(range(1, 7))  # is the gradient honest?  Without these nothing can be said
 STATUSES = ("passed", "not run", "note", "failed")  # from harmless to grave
 
 NAMES = {
@@ -133,9 +135,13 @@ class Verdict:
     def word(self) -> str:
         """``"trusted"``, ``"trusted with notes"`` or ``"not trusted"``.
 
-        Nothing that passed is nothing to trust: without any check run it is ``"not trusted"``.
+        Trust needs an examined model: without checks 1 to 6 run it is ``"not examined"``, unless
+        another check has failed.
         """
         found = {check.status for check in self.checks}
+        run = {check.number for check in self.checks if check.status != "not run"}
+        if "failed" not in found and not run >= ESSENTIAL:
+            return NOT_EXAMINED
         if "failed" in found or found <= {"not run"}:
             return NOT_TRUSTED
         return WITH_NOTES if "note" in found else TRUSTED

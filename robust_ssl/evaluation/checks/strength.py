@@ -51,19 +51,32 @@ def falling_steps(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> 
     )
 
 
-def converged(losses: np.ndarray, limit: float = 0.05, window: int = 10) -> Check:
+def converged(
+    losses: np.ndarray,
+    limit: float = 0.05,
+    window: int = 10,
+    still_right: np.ndarray | None = None,
+) -> Check:
     """Check 8: the share of the whole rise that the last steps brought.
 
     Args:
       losses: The objective along the path, float ``[n, num_steps + 1]``.
       limit: Largest share, of the best mean so far minus the start; from the prototype.
       window: How many steps are the last ones; at most half of them.
+      still_right: The images that the attack has not broken, bool ``[n]``; only their loss says
+        whether more steps could lower the figure.  None is all of them.
 
     Example:
       >>> converged(np.array([[0.0, 4.0, 5.0]]), window=1).value
       0.2
+      >>> converged(np.array([[0.0, 4.0, 5.0]]), still_right=np.array([False])).status
+      'passed'
     """
-    best = np.maximum.accumulate(np.asarray(losses, np.float64), axis=1).mean(axis=0)
+    losses = np.asarray(losses, np.float64)
+    losses = losses if still_right is None else losses[np.asarray(still_right)]
+    if not len(losses):
+        losses = np.zeros((1, 2))  # nothing is left to break
+    best = np.maximum.accumulate(losses, axis=1).mean(axis=0)
     window = min(window, (len(best) - 1) // 2)
     rise = float(best[-1] - best[0])
     share = float(best[-1] - best[-1 - window]) / rise if rise > 0 else 0.0

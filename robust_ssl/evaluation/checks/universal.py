@@ -128,25 +128,34 @@ def crafted_again(reported: np.ndarray, again: np.ndarray | None, limit: float =
     """Check 25: by how much a perturbation crafted on the hardened encoder does more.
 
     Args:
-      reported: Correct under all that the figure counts, bool ``[n]``.
-      again: Correct under a perturbation crafted through the whole pipeline against the encoder
-        as it is after hardening, bool ``[n]``; None where nobody has crafted one.
-      limit: Largest difference; the figure should include it, so none is left.
+      reported: Correct under the perturbations crafted on the public encoder, bool ``[n]``.
+      again: Correct under perturbations crafted through the whole pipeline against the encoder
+        as it is after hardening, bool ``[n]``; None where nobody has crafted one, which fails.
+      limit: Largest difference; more is a note: the second figure is the one to go by.
 
     Example:
       >>> crafted_again(np.ones(9, bool), None).status
       'failed'
     """
-    value, half = (None, 0.0) if again is None else difference(reported, again)
-    status = "failed" if value is None else status_of_difference(value, half, limit)
+    if again is None:
+        value, status = None, "failed"
+        meaning = (
+            "Only perturbations made before hardening were replayed: their maker did not see the "
+            "defence."
+        )
+    else:
+        value, _ = difference(reported, again)
+        status = "passed" if value <= limit else "note"
+        meaning = (
+            "Perturbations crafted again on the hardened encoder do more than the public ones."
+        )
     return Check(
         25,
         value,
         limit,
         status,
-        "Only perturbations made before hardening were replayed: their maker did not see the "
-        "defence.",
-        "Craft against the hardened encoder and report the worst case over both.",
+        meaning,
+        "Craft against the hardened encoder and go by the lower of the two figures.",
         "Tramer et al. 2020; limit of this package",
     )
 
@@ -155,17 +164,19 @@ def patch_places(reported: np.ndarray, elsewhere: np.ndarray | None, limit: floa
     """Check 26: by how much a patch at the other kind of place does more.
 
     Args:
-      reported: Correct under all that the figure counts, bool ``[n]``.
+      reported: Correct under the patch of the figure, bool ``[n]``.
       elsewhere: Correct under a patch at random places where the figure's is fixed, or the other
-        way round, bool ``[n]``; None where nobody has tried.
-      limit: Largest difference.
+        way round, bool ``[n]``; None where nobody has tried, which fails.
+      limit: Largest difference; more is a note.
 
     Example:
       >>> patch_places(np.ones(9, bool), np.ones(9, bool)).status
       'passed'
     """
-    value, half = (None, 0.0) if elsewhere is None else difference(reported, elsewhere)
-    status = "failed" if value is None else status_of_difference(value, half, limit)
+    value, status = None, "failed"
+    if elsewhere is not None:
+        value, _ = difference(reported, elsewhere)
+        status = "passed" if value <= limit else "note"
     return Check(
         26,
         value,

@@ -1,0 +1,175 @@
+"""Two processes that talk over loopback: the same answer as one, also after one of them was lost."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from robust_ssl import trees
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+SECONDS = 170  # what a run may take before it counts as hanging
+
+CONFIG = """
+import tiny
+
+def get_config():
+    config = tiny.config("attack", "usual", "stage1", "evaluate")
+    config.usual.rates = {"encoder/**": 1e-2, "head/**": 1e-2}
+    config.usual.batch_statistics = "clean"
+    config.evaluate.models = ("stage1",)
+    del config.attack.methods.advencoder
+    config.attack.curve = ()
+    config.evaluate.per_image.attacks = ("pgd",)
+    return config
+"""
+
+# The command line as it is, but for the number of devices, for time limits that suit a test, and
+# for an accident: "ACT PROCESS MODULE:NAME COUNT" does ACT in PROCESS when MODULE:NAME is called
+# for the COUNT-th time.
+WORKER = """
+import functools, importlib, os, signal, sys, time
+import jax
+from robust_ssl import main, parallel
+
+def wrap(place, make):
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    setattr(owner, name, make(getattr(owner, name)))
+
+def accident(act, place, count):
+    calls = iter(range(1, 1_000_000))
+    def make(function):
+        def wrapped(*args, **kwargs):
+            call = next(calls)
+            if act == "blind":  # an old view of a shared folder: the file is not there yet
+                return None if call == count else function(*args, **kwargs)
+            if act == "late":
+                time.sleep(2)
+            if call == count and act in ("SIGKILL", "SIGTERM"):
+                os.kill(os.getpid(), getattr(signal, act))
+            if act == "SIGTERM":
+                time.sleep(0.3)  # the others hear of it between two steps
+            return function(*args, **kwargs)
+        return wrapped
+    wrap(place, make)
+
+devices = int(sys.argv[1])
+parallel.use_every_core = lambda: jax.config.update("jax_num_cpu_devices", devices)
+jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize,
+    initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=20,
+)
+if sys.argv[2]:
+    act, place, count = sys.argv[2].split()
+    accident(act, place, int(count))
+sys.exit(main.main(sys.argv[3:]))
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(folder, workdir, *, devices, accident="", flags=()):
+    """Starts one process of a run; its output goes to a file."""
+    (folder / "tiny_run.py").write_text(CONFIG)
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "JAX_PLATFORMS": "cpu",
+        "MPLBACKEND": "agg",
+        "PYTHONWARNINGS": "default",
+    }
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", WORKER, str(devices), accident, "run", "--debug"]
+    command += [f"--config={folder / 'tiny_run.py'}", f"--workdir={workdir}", "--no-progress"]
+    output = folder / f"output-{time.monotonic_ns()}.txt"
+    with open(output, "w") as stream:
+        process = subprocess.Popen(
+            [*command, *flags], env=environment, cwd=folder, stdout=stream, stderr=stream
+        )
+    process.output = output
+    return process
+
+
+def finish(processes):
+    """Waits for all; returns exit codes.  What hangs is killed and fails with what all said."""
+    end = time.monotonic() + SECONDS
+    try:
+        for process in processes:
+            process.wait(max(0.1, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"a process still ran after {SECONDS} s\n{said(processes)}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes]
+
+
+def said(processes):
+    return "\n".join(
+        f"--- process {number}, exit code {process.returncode}:\n{process.output.read_text()[-6000:]}"
+        for number, process in enumerate(processes)
+    )
+
+
+def run_pair(folder, workdir, *, accidents=("", ""), devices=1, method="pmap"):
+    """Runs two processes of `devices` devices each; returns them, ended."""
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        start(
+            folder,
+            workdir,
+            devices=devices,
+            accident=accidents[number],
+            flags=(
+                f"--coordinator={address}",
+                "--num-processes=2",
+                f"--process-id={number}",
+                f"--method={method}",
+            ),
+        )
+        for number in range(2)
+    ]
+    finish(processes)
+    return processes
+
+
+def codes(processes):
+    return [process.returncode for process in processes]
+
+
+def run_one(folder, workdir, *, devices):
+    process = start(folder, workdir, devices=devices)
+    assert finish([process]) == [0], said([process])
+
+
+def final(workdir, stage):
+    return flatten_dict(trees.read(workdir / stage / "final"), sep="/")
+
+
+def results(workdir):
+    """``results.json`` without what differs from run to run: times, places, device names."""
+    document = json.loads((workdir / "results.json").read_text())
+    entries = [
+        {key: value for key, value in entry.items() if key != "seconds"}
+        for entry in document["results"]
+    ]
+    return entries, document["verdicts"]
