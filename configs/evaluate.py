@@ -57,7 +57,14 @@ def universal(small: bool) -> dict:
         "uap_pgd": {"function": f"{ATTACKS}UAPPGD", "fit": {"num_steps": 10 if small else 200}},
         "universal_pgd": {"function": f"{ATTACKS}UniversalPGD"},
         "universal_pgd_low": {"function": f"{ATTACKS}UniversalPGD", "threat": low},
+        # What noise of the same size and place does: the baseline of each kind of threat.
         "random_noise": {"function": f"{ATTACKS}RandomNoise"},
+        "random_noise_low": {"function": f"{ATTACKS}RandomNoise", "threat": low},
+        "random_patch": {
+            "function": f"{ATTACKS}RandomNoise",
+            "threat": {"function": PATCH, "location": "fixed"},
+            "epsilon": 0.03,
+        },
     }
 
 
