@@ -166,13 +166,14 @@ def final(workdir, stage):
 
 
 def results(workdir):
-    """``results.json`` without what differs from run to run: times, places, device names."""
+    """The entries and the verdicts of ``results.json``, without the time they took."""
     document = json.loads((workdir / "results.json").read_text())
-    entries = [
-        {key: value for key, value in entry.items() if key != "seconds"}
-        for entry in document["results"]
-    ]
-    return entries, document["verdicts"]
+
+    def timeless(entry):
+        return {key: value for key, value in entry.items() if key != "seconds"}
+
+    verdicts = {model: timeless(found) for model, found in document["verdicts"].items()}
+    return [timeless(entry) for entry in document["results"]], verdicts
 
 
 @pytest.fixture(scope="module")
