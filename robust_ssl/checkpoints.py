@@ -21,7 +21,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ import numpy as np
 
 from robust_ssl import manifests, trees
 from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready, make_directory
+from robust_ssl.parallel import everywhere
 from robust_ssl.trees import DamagedTreeError, WrongTreeError, fingerprint
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+_LOOKS = 60  # two seconds apart, for what all processes must see
 
 
 def open_stage(
@@ -79,7 +82,7 @@ def open_stage(
     """
     path = pathlib.Path(workdir).expanduser() / name
     asked = json_ready({"config": config, "inputs": inputs, "seed": seed})
-    old = manifests.read(path) if (path / "manifest.json").exists() else None
+    old = _read_manifest(path)
     if old is not None:
         manifests.check_unchanged(path, old, asked)
         if old["status"] == "done":
@@ -103,6 +106,24 @@ def open_stage(
     if not stage.checkpoints.exists():
         stage.keep_metrics_before(0)  # a stage that starts over logs everything again
     return stage
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns a stage's manifest, None where there is none; finished for all processes or none.
+
+    A network disk may show an old state for a minute: those that see an unfinished stage would
+    wait for ever for those that see nothing left to do.
+    """
+    for _ in range(_LOOKS):
+        found = manifests.read(path) if (path / "manifest.json").exists() else None
+        done = found is not None and found["status"] == "done"
+        if everywhere(done) or everywhere(not done):
+            return found
+        time.sleep(2)
+    raise WorkdirError(
+        f"{path} is finished for some processes only; give all of them the same workdir, on a "
+        "disk that they share"
+    )
 
 
 class StageDirectory:
@@ -181,13 +202,6 @@ class StageDirectory:
         """Returns when all that was saved is on disk; raises if that failed (a full disk)."""
         self._manager.wait_until_finished()
 
-    def reached_preemption(self, step: int) -> bool:
-        """Tells all processes of a cluster at the same step that they will be stopped.
-
-        Always False in a single process, which asks `progress.stop_requested` instead.
-        """
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """Returns the newest undamaged state, and cuts the metrics back to it.
 
@@ -206,7 +220,7 @@ class StageDirectory:
           DamagedTreeError: If there are states, and none is intact.
         """
         damaged: dict[int, Exception] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in _as_first_process_sees(self._manager.all_steps()):
             tree, error = None, None
             try:
                 tree = trees.read(self.checkpoints / str(step), like)
@@ -214,7 +228,7 @@ class StageDirectory:
                 raise
             except Exception as caught:  # orbax has many words for a damaged file
                 error = caught
-            if _all_processes(error is None):
+            if everywhere(error is None):
                 self._set_aside(damaged)
                 self.keep_metrics_before(step)
                 return step, tree
@@ -345,13 +359,16 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _all_processes(ok: bool) -> bool:
-    """Returns whether it went well everywhere, so that all processes take the same turn."""
+def _as_first_process_sees(steps: Iterable[int]) -> list[int]:
+    """Returns the steps from the newest down, the same in all processes."""
+    newest = sorted(steps, reverse=True)
     if jax.process_count() == 1:
-        return ok
+        return newest
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+    padded = np.full(8, -1, np.int32)
+    padded[: len(newest[:8])] = newest[:8]
+    return [int(x) for x in multihost_utils.broadcast_one_to_all(padded) if x >= 0]
 
 
 def _barrier(name: str) -> None:

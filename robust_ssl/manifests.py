@@ -36,7 +36,7 @@ def make_directory(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable-{os.getpid()}"
+        probe = path / f".writable-{platform.node()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -97,6 +98,13 @@ class Parallel:
         """Name of the device axis inside a step; None where the compiler shards by itself."""
         return None if self.method == "jit" else AXIS
 
+    @property
+    def _way(self) -> str:
+        # Among several processes `pmap`, itself a `shard_map` inside, returns each process's own
+        # part; state and checkpoints need the global arrays.
+        several = self.method == "pmap" and jax.process_count() > 1
+        return "shard_map" if several else self.method
+
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The one-dimensional mesh of all devices."""
@@ -120,8 +128,19 @@ class Parallel:
             )
 
     def replicate(self, tree: Any) -> Any:
-        """Puts the same values on every device."""
-        return jax.tree.map(lambda x: jax.device_put(x, self.replicated), tree)
+        """Puts the same values on every device; every process has them all."""
+        return jax.tree.map(self._replicate_leaf, tree)
+
+    def _replicate_leaf(self, x) -> jax.Array:
+        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, self.replicated)
+        # Here device_put would compare the value between the processes, leaf by leaf: slow, not
+        # for Python scalars, and NaN is not equal to itself.
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = self._replicate_leaf(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        host = np.asarray(jnp.asarray(x))  # a Python scalar gets JAX's dtype, not NumPy's
+        return jax.make_array_from_callback(host.shape, self.replicated, lambda index: host[index])
 
     def put(self, batch: Any) -> Any:
         """Spreads ``[batch, ...]`` arrays over the devices along their first axis.
@@ -164,7 +183,7 @@ class Parallel:
                 donate_argnums=donated,
             )
             return compiled if not more else lambda state, batch: compiled(state, batch, *more)
-        if self.method == "shard_map":
+        if self._way == "shard_map":
             specs = (P(), P(AXIS), *(P() for _ in more))
             spread = jax.shard_map(
                 step, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
@@ -202,7 +221,7 @@ class Parallel:
                 in_shardings=(self.replicated, self._sharded),
                 out_shardings=self._sharded,
             )
-        elif self.method == "shard_map":
+        elif self._way == "shard_map":
             compiled = jax.jit(
                 jax.shard_map(
                     function,
@@ -244,6 +263,18 @@ def to_host(x: jax.Array) -> np.ndarray:
 
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
+
+
+def everywhere(ok: bool) -> bool:
+    """Returns whether something holds in all processes, so that all take the same turn.
+
+    All of them have to ask, at the same point: one that turned off would leave the others waiting.
+    """
+    if jax.process_count() == 1:
+        return ok
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ LOG_SECONDS = 5.0
 
 _mode = "auto"
 _stop = threading.Event()
+# Far above any step number, by which orbax asks JAX the same question when it saves.
+_looks = itertools.count(1 << 30)
 
 
 class Stopped(Exception):  # noqa: N818 (no error: the state is saved, the run goes on later)
@@ -50,8 +53,16 @@ def request_stop() -> None:
 
 
 def stop_requested() -> bool:
-    """Whether somebody asked to stop; a stage looks after every step."""
-    return _stop.is_set()
+    """Whether somebody asked to stop; a stage looks after every step.
+
+    Several processes all look at the same points, and a SIGTERM to one of them is answered by all
+    at the same one, a little later.
+    """
+    if _stop.is_set():
+        return True
+    from jax.experimental import multihost_utils  # this module does without JAX until then
+
+    return multihost_utils.reached_preemption_sync_point(next(_looks))
 
 
 def clear_stop() -> None:
@@ -64,7 +75,7 @@ def stop_on_signals() -> Iterator[None]:
     """Turns the first SIGTERM or Ctrl-C into `request_stop`; a second one ends at once.
 
     Works in the main thread only, as signals do.  Not for several processes, which must all stop
-    at the same step: there JAX passes the signal on (`StageDirectory.reached_preemption`).
+    at the same step: there JAX passes the signal on (`stop_requested`).
     """
     previous = {}
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl import manifests
+from robust_ssl.parallel import everywhere
 
 _SHOWN = 20  # differences listed in one error
 
@@ -242,7 +243,15 @@ def keep_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def kept_arrays(file: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """Returns what `keep_arrays` wrote; None if nothing was, or it is damaged (zip has a CRC)."""
+    """Returns what `keep_arrays` wrote; None if nothing was, or it is damaged (zip has a CRC).
+
+    All processes ask together, and all get it or none: what is missing is made by all of them.
+    """
+    found = _read_arrays(file)
+    return found if everywhere(found is not None) else None
+
+
+def _read_arrays(file: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}

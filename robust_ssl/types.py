@@ -290,6 +290,8 @@ class Threat(Protocol):
     * ``project_delta(delta)``: the allowed delta nearest to one;
     * ``delta_of(pattern)``: the delta that numbers in [-1, 1], ``[H, W, 3]``, stand for;
     * ``resize_delta(delta, (height, width))``: the same delta for another image size;
+    * ``filter_delta(delta)``: the part of a delta that the threat lets through, linear and its own
+      transpose: gradients of a fit pass through it too;
     * ``keyed(key)``: the threat for one step of fitting; its field `key` is then folded with an
       image's index to what `apply` gets as `key`;
     * ``check(image_shape)``: raises ValueError where the budget makes no sense.

@@ -189,6 +189,9 @@ def _look(model: Classifier, run: Run, perturbation):
 
 
 def _write(run: Run, results, verdicts, curves, drifts, examples) -> None:
+    costs, about = _costs(run), _about(run)  # open stages, which all processes do together
+    stage2 = "stage2" in run.config["evaluate"]["models"]
+    measured = finetune.sensitivity(run).results if stage2 else {}
     if jax.process_index():
         return
     figures = run.workdir / "figures"
@@ -198,11 +201,8 @@ def _write(run: Run, results, verdicts, curves, drifts, examples) -> None:
         report.figure_epsilon(figures, curves, verdicts=verdicts),
         report.figure_stability(figures, drifts),
     ]
-    if "stage2" in run.config["evaluate"]["models"]:
-        measured = finetune.sensitivity(run).results
+    if stage2:
         drawn.append(report.figure_sensitivity(figures, measured["scores"], measured["selected"]))
-    costs = _costs(run)
-    about = _about(run)
     whole = {**about, "costs": costs}
     report.write_results(run.workdir / "results.json", whole, results, verdicts)
     page = run.workdir / "report.md"

@@ -15,6 +15,7 @@ import numpy as np
 from robust_ssl import evaluation, manifests, threats
 from robust_ssl.attacks import attack_batch
 from robust_ssl.evaluation import PerImage, checks
+from robust_ssl.parallel import everywhere
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.scoring import Member, Scored, Scorer, identity, sample
@@ -41,7 +42,7 @@ def examine(
     """
     file = scorer.stage.path / "groups" / f"{name}-verdict.json"
     kept = _kept(file)
-    if kept is not None:
+    if everywhere(kept is not None):
         return kept
     if stop_requested():
         raise Stopped(f"{scorer.stage.path.name} stopped; run it again to go on")

@@ -116,7 +116,7 @@ def train(
                 extra = {"epoch": epoch, **measured}
                 kept = _keep_best(kept, measured.get(score), epoch, parallel)
             unwritten.append((start, done, metrics, extra))
-            stopping = stop_requested() or stage.reached_preemption(done)
+            stopping = stop_requested()
             saving = stopping or done % every == 0
             if saving or epoch_ends:
                 _write(stage, unwritten)
