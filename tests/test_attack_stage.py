@@ -28,6 +28,7 @@ CONFIG = {
     "epsilon": 0.1,
     "curve": (0.05,),
     "batch_size": 4,
+    "seeds": (0,),
 }
 
 

@@ -43,18 +43,25 @@ def right(count, n=500):
         (["passed", "not run"], "trusted"),
         (["passed", "note"], "trusted with notes"),
         (["passed", "note", "failed"], "not trusted"),
-        (["not run"], "not trusted"),
-        ([], "not trusted"),
     ],
 )
 def test_a_verdict_is_the_worst_of_its_checks(found, word):
-    verdict = checks.Verdict(
-        tuple(checks.Check(n, 0.5, 0.25, status, "Why.") for n, status in enumerate(found, 1))
-    )
+    honest = [checks.Check(n, 0.0, 0.0, "passed", "") for n in range(1, 7)]
+    others = [checks.Check(n, 0.5, 0.25, status, "Why.") for n, status in enumerate(found, 7)]
+    verdict = checks.Verdict((*honest, *others))
     assert verdict.word == word and verdict.trusted == (word != "not trusted")
     lines = str(verdict).splitlines()
     assert lines[0].startswith(f"{word}: ")
     assert len(lines) == 1 + sum(status in ("note", "failed") for status in found)
+
+
+@pytest.mark.parametrize("statuses", [[], ["not run"], ["passed"], ["passed", "note"]])
+def test_without_an_examined_model_nothing_is_trusted(statuses):
+    found = [checks.Check(n, 0.5, 0.25, status, "Why.") for n, status in enumerate(statuses, 20)]
+    verdict = checks.Verdict(tuple(found))
+    assert verdict.word == "not examined" and not verdict.trusted
+    failed = checks.Check(27, 0.5, 0.25, "failed", "Why.")
+    assert checks.Verdict((*found, failed)).word == "not trusted"
 
 
 def test_a_verdict_goes_into_json_whatever_was_measured():
@@ -118,8 +125,6 @@ BY_HAND = [
     (checks.per_image_not_weaker, (right(300), right(300)), (right(250), right(300)), 0.1),
     (checks.holds_on_new_images, (right(300), right(250)), (right(300), right(150)), 0.3),
     (checks.seeds_agree, ([right(300), right(310)],), ([right(300), right(350)],), 0.1),
-    (checks.crafted_again, (right(300), right(301)), (right(300), right(250)), 0.1),
-    (checks.patch_places, (right(300), right(295)), (right(300), right(250)), 0.1),
     (checks.statistics_unchanged, ({"m": np.ones(3)},) * 2, ({"m": np.ones(3)}, {}), np.inf),
 ]
 
@@ -149,6 +154,10 @@ def test_checks_over_several_attacks_take_the_worst():
 def test_what_nobody_tried_fails_and_few_images_are_a_note():
     assert checks.crafted_again(right(300), None).status == "failed"
     assert checks.patch_places(right(300), None).status == "failed"
+    for check, limit in ((checks.crafted_again, 1), (checks.patch_places, 10)):
+        assert check(right(300), right(300 - limit)).status == "passed"
+        lower = check(right(300), right(250))
+        assert lower.status == "note" and lower.value == pytest.approx(0.1)
     assert checks.enough_images(1200, 2401).status == "passed"
     assert checks.enough_images(250, 500).status == "note"
     assert checks.enough_images(0, 1).status == "note"
@@ -302,7 +311,7 @@ def test_a_fitted_perturbation_comes_out_clean_and_noise_does_not():
     found = examine(noise, *sample(), hardened=True, other_seeds=[first, noise])
     assert found.numbers("failed") == (22, 24, 25) and found[25].value is None
     again = examine(noise, *sample(), hardened=True, crafted_again=first)
-    assert again[25].status == "failed" and again[25].value > 0.1
+    assert again[25].status == "note" and again[25].value > 0.1
 
 
 def test_a_patch_must_be_tried_elsewhere():

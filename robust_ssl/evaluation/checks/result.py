@@ -119,10 +119,12 @@ class Verdict:
         ``"worst"``, right under the reported attacks and all of the examination.
 
     Example:
-      >>> print(Verdict((Check(1, 0.0, 0.0, "passed", ""),)))
-      trusted: 1 of 1 checks passed
-      >>> print(Verdict((Check(20, 0.03, 0.02, "note", "Few images.", "Take more."),)))
-      trusted with notes: 0 of 1 checks passed
+      >>> model = tuple(Check(number, 0.0, 0.0, "passed", "") for number in range(1, 7))
+      >>> print(Verdict(model))
+      trusted: 6 of 6 checks passed
+      >>> few = Check(20, 0.03, 0.02, "note", "Few images.", "Take more.")
+      >>> print(Verdict((*model, few)))
+      trusted with notes: 6 of 7 checks passed
         note: 20 enough images: 0.03 (limit 0.02). Few images. Take more.
     """
 
@@ -133,7 +135,7 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """``"trusted"``, ``"trusted with notes"`` or ``"not trusted"``.
+        """``"trusted"``, ``"trusted with notes"``, ``"not trusted"`` or ``"not examined"``.
 
         Trust needs an examined model: without checks 1 to 6 run it is ``"not examined"``, unless
         another check has failed.
@@ -148,8 +150,8 @@ class Verdict:
 
     @property
     def trusted(self) -> bool:
-        """False where the figure must not be shown without its mark."""
-        return self.word != NOT_TRUSTED
+        """Whether the figure was examined and nothing failed."""
+        return self.word in (TRUSTED, WITH_NOTES)
 
     def numbers(self, status: str) -> tuple[int, ...]:
         """Returns the numbers of the checks with this status."""
