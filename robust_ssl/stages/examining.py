@@ -22,6 +22,7 @@ from robust_ssl.stages.scoring import Member, Scored, Scorer, identity, sample
 from robust_ssl.stages.training import stage_key
 from robust_ssl.types import Classifier
 
+_PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
 FITTED_IMAGES = 512  # surrogate images that check 23 looks at
 
 
@@ -31,7 +32,7 @@ def examine(
     """Returns the verdict on a model's figures, `Verdict.as_dict`, and keeps it.
 
     The model is examined on a sample of the test split that costs at most a quarter of what its
-    per-image attacks took (and on 64 images at least); the universal checks use what was scored.
+    per-image attacks took (and on 32 images at least); the universal checks use what was scored.
 
     Args:
       scorer: Knows the run and where to keep the verdict.
@@ -99,7 +100,8 @@ def _per_image(run: Run, model: Classifier, scored: Sequence[Scored]) -> tuple[s
             reason = "nothing was scored that checks of one image could look at"
             return "nothing", checks.Verdict(checks.not_run(range(1, 21), reason))
         threat, words = threats.Linf(epsilon), f"Linf {epsilon:.4g}, no per-image attack was scored"
-    chosen = np.intersect1d(rows, sample(run, checks.affordable_images(spent)))
+    steps, queries, count = _plan(spent)
+    chosen = np.intersect1d(rows, sample(run, count))
     batch = run.test.read(chosen)
     if seen:
         options["reported"] = figure.robust_correct[np.searchsorted(rows, chosen)]
@@ -112,12 +114,26 @@ def _per_image(run: Run, model: Classifier, scored: Sequence[Scored]) -> tuple[s
             batch["labels"],
             threat=threat,
             key=stage_key(run.seed, "examine"),
+            num_steps=steps,
+            num_queries=queries,
             parallel=run.parallel,
             **options,
         )
     except ValueError as error:  # hours of scoring are not lost for it
         verdict = checks.Verdict(checks.not_run(range(1, 21), str(error)))
     return f"{words}, {len(chosen)} images", verdict
+
+
+def _plan(spent: float) -> tuple[int, int, int]:
+    """Returns steps, queries and images of an examination that costs a quarter of `spent`.
+
+    A small evaluation gets a short examination of few images, which may cost more than that.
+    """
+    for steps, queries, least in _PLANS:
+        count = checks.affordable_images(spent, steps, queries, least=0)
+        if count >= least:
+            return steps, queries, count
+    return steps, queries, least
 
 
 def _strongest_images(run: Run, model: Classifier, seen: Sequence[Scored], chosen, batch):
