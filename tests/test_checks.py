@@ -151,6 +151,20 @@ def test_checks_over_several_attacks_take_the_worst():
     assert checks.beats_noise_and_shuffle(right(200), baselines).status == "passed"
 
 
+def test_a_robust_model_is_no_proof_against_an_attack_that_works_elsewhere():
+    assert checks.beats_noise(right(300), right(300)).status == "failed"
+    assert checks.beats_noise(right(300), right(300), able=True).status == "note"
+    assert checks.beats_noise(right(311), right(300), able=True).status == "passed"
+
+
+def test_only_images_that_are_left_can_be_broken_by_more_steps():
+    rising = np.arange(21.0) * np.ones((500, 1))
+    assert checks.converged(rising).status == "failed"
+    assert checks.converged(rising, still_right=right(100)).status == "failed"
+    assert checks.converged(rising, still_right=right(20)).status == "note"
+    assert checks.converged(rising, still_right=right(0)).status == "passed"
+
+
 def test_what_nobody_tried_fails_and_few_images_are_a_note():
     assert checks.crafted_again(right(300), None).status == "failed"
     assert checks.patch_places(right(300), None).status == "failed"

@@ -242,7 +242,8 @@ def print_table(
             drawn.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         for row in table.rows:
             name, *shares = row
-            drawn.add_row(name[0].replace(" ", "\n", 1), *("\n".join(cell) for cell in shares))
+            cells = ("\n".join(cell).replace("NOT TRUSTED", "NOT\nTRUSTED") for cell in shares)
+            drawn.add_row(name[0].replace(" ", "\n", 1), *cells)
         console.print(drawn)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,10 +77,12 @@ def evaluate(run: Run) -> StageDirectory:
     with run.open("evaluate", config, inputs) as stage:
         if stage.done:
             return stage
-        scorer = Scorer(run, stage, config["batch_size"])
         results, verdicts, curves, drifts, examples = [], {}, {}, {}, {}
         with run.progress.stage("evaluate", len(models)) as bar:
             for number, (name, model) in enumerate(models.items()):
+                scorer = Scorer(
+                    run, stage, config["batch_size"], functools.partial(bar.update, number)
+                )
                 scored = _score_model(scorer, name, model, public, crafted[name])
                 verdicts[name] = examine(scorer, name, model, scored, inputs[name])
                 results += [e for s in scored for e in s.entries(verdicts[name]["verdict"])]
