@@ -266,7 +266,7 @@ def _path_checks(climbs, probed, reported: np.ndarray) -> tuple[Check, ...]:
     by_objective = {"reported": reported, **{name: correct[name] for name in OBJECTIVES}}
     return (
         strength.falling_steps(main["losses"]),
-        strength.converged(main["losses"], still_right=correct["cross_entropy"]),
+        strength.converged(main["losses"], still_right=correct["cross_entropy"] & reported),
         strength.silent_hits(main["hit"], main["exact"]),
         strength.twice_the_steps(reported, correct["twice"] & correct["cross_entropy"]),
         strength.iterative_not_weaker(reported, probed["one_step"] & clean),
