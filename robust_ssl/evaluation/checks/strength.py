@@ -19,6 +19,7 @@ from robust_ssl.evaluation.checks.result import (
     status_of_difference,
     status_of_gain,
 )
+from robust_ssl.evaluation.counts import wilson_interval
 
 _PINTOR = "Pintor et al. 2022"
 _CARLINI = "Carlini et al. 2019, Section 3"
@@ -67,8 +68,8 @@ def converged(
       limit: Largest share, of the best mean so far minus the start; from the prototype.
       window: How many steps are the last ones; at most half of them.
       still_right: The images that the attack has not broken, bool ``[n]``; only their loss says
-        whether more steps could lower the figure, and where they are few (`FEW`) they could not
-        lower it much: a note at worst.  None is all of them.
+        whether more steps could lower the figure, and where they may be few (`FEW`) they could
+        not lower it much: a note at worst.  None is all of them.
 
     Example:
       >>> converged(np.array([[0.0, 4.0, 5.0]]), window=1).value
@@ -77,7 +78,9 @@ def converged(
       'passed'
     """
     losses = np.asarray(losses, np.float64)
-    few = still_right is not None and np.mean(still_right) <= FEW
+    few = False
+    if still_right is not None:
+        few = wilson_interval(int(np.sum(still_right)), len(losses))[0] <= FEW
     losses = losses if still_right is None else losses[np.asarray(still_right)]
     if not len(losses):
         losses = np.zeros((1, 2))  # nothing is left to break
