@@ -246,7 +246,5 @@ def _check_finetuning(run: Run) -> None:
                 losses=build_losses(entry),
                 key=jax.random.key(0),
                 attack=pgd if name == "finetune" else None,
-                pretrained=run.encoder if entry.get("compare_with_pretrained") else None,
-                batch_statistics=entry["batch_statistics"],
-                augment=resolve(entry["augment"]) if entry["augment"] else None,
+                **finetune_stages.step_options(run, entry),
             )

@@ -191,11 +191,9 @@ def _finetune(
             losses=losses,
             key=stage_key(run.seed, name),
             attack=attack,
-            pretrained=run.encoder if config.get("compare_with_pretrained") else None,
-            batch_statistics=config["batch_statistics"],
             frozen=frozen,
-            augment=resolve(config["augment"]) if config["augment"] else None,
             axis_name=run.parallel.axis_name,
+            **step_options(run, config),
         )
         against = None if attack is None else run.config["finetune"]["attack"]
         state, best = train(
@@ -225,6 +223,15 @@ def _finetune(
         _keep_classifier(run, stage, classifier.with_variables(jax.device_get(variables)), results)
         stage.finish(jax.device_get(variables), results)
     return stage
+
+
+def step_options(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a fine-tuning config says of its step besides losses and rates."""
+    return {
+        "pretrained": run.encoder if config.get("compare_with_pretrained") else None,
+        "batch_statistics": config["batch_statistics"],
+        "augment": resolve(config["augment"]) if config["augment"] else None,
+    }
 
 
 def _keep_classifier(run: Run, stage: StageDirectory, classifier: Classifier, results) -> None:
