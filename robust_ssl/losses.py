@@ -7,13 +7,17 @@ there are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.objectives.layers import activation
 from robust_ssl.types import LossInputs, Outputs
 
 _STABILIZER = 1e-6  # keeps logarithms finite; far below 1 / batch, the size of a row's entries
+_SILENT = 1e-12  # squared length below which an activation is no measure of anything
 
 
 def clean_cross_entropy(inputs: LossInputs) -> jax.Array:
@@ -102,6 +106,88 @@ def trades_kl(inputs: LossInputs) -> jax.Array:
     return jnp.sum(jnp.exp(clean) * (clean - adversarial), axis=-1)
 
 
+def boosted_cross_entropy(inputs: LossInputs) -> jax.Array:
+    r"""Measures how little the model believes in the right class under attack, with a margin.
+
+    .. math:: \ell_i = -\log p_{y_i}(\tilde x_i)
+              - \log\big(1 - \max_{k \ne y_i} p_k(\tilde x_i)\big)
+
+    The first term of MART: the second logarithm pushes the likeliest wrong class down.  0 means
+    "certain and right"; with two classes it is twice the cross-entropy.  The logarithms are taken
+    of logits, so that nothing overflows and nothing needs a guard; the released code guards the
+    second one by adding 1e-4, which holds it, and its gradient, down where a model is surely wrong.
+
+    Args:
+      inputs: Uses `labels` and `adversarial.logits`, float ``[batch, classes]``.
+
+    Returns:
+      One loss per image, at least 0, ``[batch]``.
+
+    Raises:
+      ValueError: If there are no adversarial logits or fewer than two classes.
+
+    Example:
+      >>> outputs = Outputs(features=jnp.zeros((1, 3)), logits=jnp.zeros((1, 4)))
+      >>> inputs = LossInputs(labels=jnp.array([0]), clean=outputs, adversarial=outputs)
+      >>> boosted_cross_entropy(inputs).round(3).tolist()  # log(4) + log(4 / 3)
+      [1.674...]
+
+    References:
+      Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
+      ICLR 2020, first term of the loss in Algorithm 1.
+    """
+    logits = _logits(inputs.adversarial, "adversarial")
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"boosted_cross_entropy needs a wrong class: at least 2 logits, got {logits.shape[-1]}"
+        )
+    error = _cross_entropy(logits, inputs.labels)
+    log_probabilities = jax.nn.log_softmax(logits)
+    true = jax.nn.one_hot(inputs.labels, logits.shape[-1], dtype=bool)
+    # One rival, the first, even where several are equally likely: all others sum to 1 - p.
+    rival = jnp.argmax(jnp.where(true, -jnp.inf, log_probabilities), axis=-1)
+    rival = jax.nn.one_hot(rival, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(rival, -jnp.inf, log_probabilities), axis=-1)
+    return error - others
+
+
+def misclassification_kl(inputs: LossInputs) -> jax.Array:
+    r"""Measures how far the attack moves the prediction, the more the worse it was without one.
+
+    .. math:: \ell_i = \mathrm{KL}\big(p(x_i) \,\|\, p(\tilde x_i)\big)
+              \cdot \big(1 - p_{y_i}(x_i)\big)
+
+    The second term of MART.  0 means "the same prediction", or "certain and right without the
+    attack".  The gradient flows into both predictions and into the factor, as in MART's
+    algorithm and its released code.
+
+    Args:
+      inputs: Uses `labels`, and `clean.logits` and `adversarial.logits`, float
+        ``[batch, classes]``.
+
+    Returns:
+      One weighted divergence per image, at least 0, ``[batch]``.
+
+    Raises:
+      ValueError: If clean or adversarial logits are missing.
+
+    Example:
+      >>> guess = Outputs(features=jnp.zeros((1, 3)), logits=jnp.zeros((1, 2)))
+      >>> surer = guess.replace(logits=jnp.log(jnp.array([[1.0, 3.0]])))
+      >>> inputs = LossInputs(labels=jnp.array([0]), clean=guess, adversarial=surer)
+      >>> (misclassification_kl(inputs) / trades_kl(inputs)).round(3).tolist()
+      [0.5]
+
+    References:
+      Wang et al., ICLR 2020, second term of the loss in Algorithm 1.
+    """
+    logits = _logits(inputs.clean, "clean")
+    wrong = ~jax.nn.one_hot(inputs.labels, logits.shape[-1], dtype=bool)
+    # 1 - p as a sum, which keeps its digits where p is nearly 1.
+    doubt = jnp.sum(jnp.where(wrong, jax.nn.softmax(logits), 0.0), axis=-1)
+    return trades_kl(inputs) * doubt
+
+
 def feature_preservation(inputs: LossInputs, of: str = "adversarial") -> jax.Array:
     r"""Measures how far features have moved from the pre-trained encoder's clean features.
 
@@ -132,17 +218,55 @@ def feature_preservation(inputs: LossInputs, of: str = "adversarial") -> jax.Arr
     References:
       Schlarmann et al., "Robust CLIP", ICML 2024 (their FARE loss).
     """
-    if of not in ("clean", "adversarial"):
-        raise ValueError(f'feature_preservation: of must be "clean" or "adversarial", got {of!r}')
-    if inputs.pretrained is None:
-        raise ValueError(
-            "feature_preservation needs the pre-trained encoder's features: give the step "
-            "pretrained=encoder"
-        )
-    features = _features(getattr(inputs, of), of)
-    anchor = jax.lax.stop_gradient(inputs.pretrained.features)
+    moved, anchor = _moved_and_anchor(inputs, of, "feature_preservation")
+    features = _features(moved, of)
+    anchor = jax.lax.stop_gradient(anchor.features)
     chex.assert_equal_shape([features, anchor])
     return jnp.sum(jnp.square(features - anchor), axis=-1)
+
+
+def feature_drift(
+    inputs: LossInputs, layers: Sequence[int | str] = (0,), of: str = "adversarial"
+) -> jax.Array:
+    r"""Measures how far layers have moved from the pre-trained encoder's, relative to their length.
+
+    .. math:: \ell_i = \frac{1}{|L|} \sum_{l \in L}
+              \frac{\|a_l(\tilde x_i) - a^0_l(x_i)\|_2^2}{\|a^0_l(x_i)\|_2^2}
+
+    0 means "as in the public encoder on the clean image"; 1 is what a layer that has fallen silent
+    costs.  Relative, because layers differ in scale and in size: one weight serves them all.
+
+    Args:
+      inputs: Uses `pretrained.taps`, constants that get no gradient, and the taps of `clean` or
+        `adversarial`.
+      layers: Names of taps, or places among the blocks (0 is the first, -1 the last), as in
+        `objectives.activation`.
+      of: ``"adversarial"`` or ``"clean"``: whose activations are held in place.
+
+    Returns:
+      One mean of squared relative distances per image, at least 0, ``[batch]``.  Where the
+      pre-trained layer is silent on an image there is no scale, and the squared distance itself
+      is taken.
+
+    Raises:
+      ValueError: If `of` is not known, no layer or no such layer is named, or outputs or taps are
+        missing.
+
+    Example:
+      >>> public = Outputs(jnp.zeros((1, 2)), taps={"block1": jnp.array([[3.0, 4.0]])})
+      >>> silent = Outputs(jnp.zeros((1, 2)), taps={"block1": jnp.zeros((1, 2))})
+      >>> inputs = LossInputs(labels=jnp.array([0]), clean=silent, pretrained=public)
+      >>> feature_drift(inputs, layers=("block1",), of="clean").tolist()
+      [1.0]
+    """
+    if isinstance(layers, int | str) or not len(layers):
+        raise ValueError(f"feature_drift: layers must list at least one, as (0,), got {layers!r}")
+    moved, anchor = _moved_and_anchor(inputs, of, "feature_drift")
+    drifts = [
+        _relative_drift(_tap(moved, layer, of), _tap(anchor, layer, "pretrained"))
+        for layer in layers
+    ]
+    return sum(drifts) / len(drifts)
 
 
 def genetic_regularization(
@@ -227,6 +351,38 @@ def _features(outputs: Outputs | None, which: str) -> jax.Array:
         raise ValueError(f"this loss needs {which} features{_advice(which)}")
     chex.assert_rank(outputs.features, 2)
     return outputs.features
+
+
+def _moved_and_anchor(inputs: LossInputs, of: str, loss: str) -> tuple[Outputs | None, Outputs]:
+    """Returns the outputs that are held in place and the pre-trained ones that hold them."""
+    if of not in ("clean", "adversarial"):
+        raise ValueError(f'{loss}: of must be "clean" or "adversarial", got {of!r}')
+    if inputs.pretrained is None:
+        raise ValueError(
+            f"{loss} needs the pre-trained encoder's outputs: give the step pretrained=encoder"
+        )
+    return getattr(inputs, of), inputs.pretrained
+
+
+def _tap(outputs: Outputs | None, layer: int | str, which: str) -> jax.Array:
+    """One activation of every image as a row, ``[batch, units]``."""
+    if outputs is None:
+        raise ValueError(f"this loss needs {which} taps{_advice(which)}")
+    if not outputs.taps:
+        raise ValueError(
+            f"this loss needs {which} taps, and the outputs have none: the encoder must return "
+            "taps, and whoever builds LossInputs must not drop them"
+        )
+    values = activation(outputs, layer)
+    return values.reshape(len(values), -1)
+
+
+def _relative_drift(moved: jax.Array, anchor: jax.Array) -> jax.Array:
+    chex.assert_equal_shape([moved, anchor])
+    anchor = jax.lax.stop_gradient(anchor)
+    energy = jnp.sum(jnp.square(anchor), axis=-1)
+    scale = jnp.where(energy > _SILENT, energy, 1.0)
+    return jnp.sum(jnp.square(moved - anchor), axis=-1) / scale
 
 
 def _advice(which: str) -> str:

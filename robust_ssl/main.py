@@ -1,4 +1,4 @@
-"""The command line: ``robust-ssl run``, ``describe``, ``encoder`` and ``zoo``.
+"""The command line: ``robust-ssl run``, ``sweep``, ``describe``, ``encoder`` and ``zoo``.
 
 JAX is imported only once the arguments are understood, so that help and mistakes are answered at
 once, and so that devices are set up before JAX first looks for them.
@@ -28,6 +28,9 @@ examples:
   robust-ssl run --config=configs/gen_af.py:downstream=cifar10,epsilon=10/255 \\
       --config.finetune.adv_ratio=0.5 --workdir=runs/cifar10
       arguments of the config file after the colon, single settings after --config.
+
+  robust-ssl sweep --config=configs/compare.py:downstream=gtsrb32 --workdir=runs/sweep
+      a grid over a method's settings: one table, the trade-off, and what to take
 
   robust-ssl describe --config=configs/quickstart.py
       every setting and what the functions it names are for
@@ -88,15 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | describe | encoder | zoo"
+        dest="command", required=True, metavar="run | sweep | describe | encoder | zoo"
     )
     text = "run a config's stages: finished ones are skipped, an interrupted one goes on"
-    run = _add_command(commands, "run", text)
-    _add_config(run)
-    run.add_argument(
-        "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
+    _add_run(commands, "run", text)
+    text = (
+        "train and score every point of config.sweep.grid on validation images; finished points "
+        "are kept, impossible ones are named and left out"
     )
-    _add_run_flags(run)
+    _add_run(commands, "sweep", text)
     text = "print a config's settings and what the functions in it do"
     _add_config(_add_command(commands, "describe", text))
     encoder_command.add_parser(commands)
@@ -123,6 +126,15 @@ def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _add_run(commands, name: str, text: str) -> None:
+    command = _add_command(commands, name, text)
+    _add_config(command)
+    command.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
+    )
+    _add_run_flags(command)
 
 
 def _add_config(command: argparse.ArgumentParser, action: str = "store") -> None:
@@ -177,6 +189,12 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     several = _check_cluster(arguments)
     config = settings.load_config(arguments.config, overrides)
+    if arguments.command == "sweep":
+        if "sweep" not in config:
+            raise settings.SettingsError(
+                f"{arguments.config} has no config.sweep; see configs/compare.py"
+            )
+        config.stages = ("attack", "sweep")
     with _started(arguments, several, arguments.workdir) as layout:
         from robust_ssl import stages
 
@@ -227,7 +245,13 @@ def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-_COMMANDS = {"run": _run, "describe": _describe, "encoder": encoder_command.run, "zoo": _zoo}
+_COMMANDS = {
+    "run": _run,
+    "sweep": _run,
+    "describe": _describe,
+    "encoder": encoder_command.run,
+    "zoo": _zoo,
+}
 
 
 def _check_cluster(arguments: argparse.Namespace) -> bool:

@@ -66,12 +66,19 @@ class Encoder:
       image_size: Height and width the encoder was trained for, pixels.
       dim: Number of features.
       name: For tables and manifests.
+      preprocess: An input transformation that comes before the normalisation, pixels
+        ``[..., H, W, 3]`` in [0, 1] to the same shape: one of `robust_ssl.models.preprocessing`,
+        or any callable that hashes (equal ones compile once); None for none.
 
     Example:
       >>> from robust_ssl import models
       >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=16)
       >>> encoder(jnp.zeros((2, 16, 16, 3))).features.shape
       (2, 64)
+      >>> black_or_white = encoder.replace(preprocess=models.Quantise(levels=2))
+      >>> float(black_or_white.replace(mean=(0.0,) * 3, std=(1.0,) * 3).normalise(
+      ...     jnp.full((1, 1, 3), 0.4)).max())
+      0.0
     """
 
     variables: Variables
@@ -81,12 +88,18 @@ class Encoder:
     image_size: int = struct.field(pytree_node=False)
     dim: int = struct.field(pytree_node=False)
     name: str = struct.field(pytree_node=False, default="encoder")
+    preprocess: Callable[[jax.Array], jax.Array] | None = struct.field(
+        pytree_node=False, default=None
+    )
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Turns pixels in [0, 1] into what the module was trained on; float32, same shape.
 
+        First `preprocess`, then ``(image - mean) / std``.
+
         Raises:
           TypeError: If the images are integers, which are not in [0, 1].
+          ValueError: If `preprocess` returns another shape.
         """
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
@@ -94,6 +107,14 @@ class Encoder:
                 "images by 255"
             )
         images = jnp.asarray(images, jnp.float32)
+        if self.preprocess is not None:
+            processed = jnp.asarray(self.preprocess(images), jnp.float32)
+            if processed.shape != images.shape:
+                raise ValueError(
+                    f"preprocess={self.preprocess} turns images {images.shape} into "
+                    f"{processed.shape}; it must keep the shape"
+                )
+            images = processed
         channels = (1,) * (images.ndim - 1) + (3,)
         mean = jnp.asarray(self.mean, jnp.float32).reshape(channels)
         std = jnp.asarray(self.std, jnp.float32).reshape(channels)

@@ -143,9 +143,9 @@ def test_a_resumed_stage_is_bit_equal(stop_after, uninterrupted, tmp_path, monke
     assert manifest(tmp_path, "usual")["status"] == "running"
     assert not (tmp_path / "usual" / "final").exists()
     seen = []
-    batches = stages.finetune_stages.data.Batches.__call__
+    batches = stages.fitting.data.Batches.__call__
     monkeypatch.setattr(
-        stages.finetune_stages.data.Batches,
+        stages.fitting.data.Batches,
         "__call__",
         lambda self, step: seen.append(step) or batches(self, step),
     )
@@ -161,9 +161,7 @@ def test_a_resumed_stage_is_bit_equal(stop_after, uninterrupted, tmp_path, monke
 def test_a_finished_stage_is_skipped(uninterrupted, monkeypatch):
     workdir, results = uninterrupted
     before = snapshot(workdir)
-    monkeypatch.setattr(
-        stages.finetune_stages, "train", lambda *a, **k: pytest.fail("it trained again")
-    )
+    monkeypatch.setattr(stages.fitting, "train", lambda *a, **k: pytest.fail("it trained again"))
     assert go(training_everything(), workdir) == results
     assert snapshot(workdir) == before
 
@@ -316,7 +314,7 @@ def test_a_finished_run_is_skipped_whole(finished, monkeypatch):
     def again(*args, **kwargs):
         pytest.fail("something was computed again")
 
-    monkeypatch.setattr(stages.finetune_stages, "train", again)
+    monkeypatch.setattr(stages.fitting, "train", again)
     monkeypatch.setattr(attacks, "fit", again)
     monkeypatch.setattr(stages.evaluate_stage.evaluation, "score", again)
     assert go(whole(), workdir) == results

@@ -3,6 +3,7 @@
 from robust_ssl.attacks import autoattack
 from robust_ssl.attacks.accumulated import UAP, cluster_change_rate
 from robust_ssl.attacks.apgd import APGD
+from robust_ssl.attacks.drift import DriftPGD
 from robust_ssl.attacks.fab import FABT
 from robust_ssl.attacks.generative import AdvEncoderPAT, AdvEncoderPER
 from robust_ssl.attacks.layers import FFF, L4AUGS, SSP, STD, UAPPGD, L4ABase, L4AFuse
@@ -33,6 +34,7 @@ __all__ = [
     "UAPPGD",
     "AdvEncoderPAT",
     "AdvEncoderPER",
+    "DriftPGD",
     "EmbedAttack",
     "FittedUniversal",
     "L4ABase",

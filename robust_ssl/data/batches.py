@@ -105,6 +105,7 @@ class Batches:
       parallel: The devices.
       resident: Whether the set lies on the devices; None decides by size, up to 2 GiB.
       ahead: How many batches the reading thread prepares.
+      replays: How many steps in a row see the same batch; an epoch has as many times more steps.
 
     Raises:
       ValueError: If the batch is larger than the set or does not divide over the devices.
@@ -130,12 +131,13 @@ class Batches:
         parallel: Parallel,
         resident: bool | None = None,
         ahead: int = 2,
+        replays: int = 1,
     ):
-        self.steps_per_epoch = steps_per_epoch(len(examples), batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(examples), batch_size) * replays
         parallel.check_batch(batch_size)
         self.batch_size = batch_size
-        self._order = functools.partial(
-            batch_indices, len(examples), batch_size, seed=seed, stage=stage
+        self._order = lambda step: batch_indices(
+            len(examples), batch_size, seed=seed, stage=stage, step=step // replays
         )
         self._parallel = parallel
         self._places = parallel.put(np.arange(batch_size, dtype=np.int32))

@@ -185,7 +185,7 @@ def layerwise_optimizer(
 
     Returns:
       An optax transformation of the whole tree.  Weight decay inside `make_tx` never reaches a
-      frozen parameter.
+      frozen parameter.  Its state holds the rates, so it may be read (and changed) there.
 
     Example:
       >>> params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
@@ -195,13 +195,18 @@ def layerwise_optimizer(
       >>> updates["encoder"].tolist(), updates["head"].tolist()
       ([0.0, 0.0], [-0.5, -0.5])
     """
-    # Labels are strings: optax keeps its states in a dict, whose keys JAX must be able to sort.
+    # Numbered, and the rate itself in the state: two runs that differ in a rate share one program.
+    numbers = {
+        rate: f"group{number:02d}" for number, rate in enumerate(dict.fromkeys(rates.values()))
+    }
     transforms = {
-        str(rate): optax.set_to_zero() if rate == FREEZE else make_tx(rate)
-        for rate in dict.fromkeys(rates.values())
+        group: optax.set_to_zero()
+        if rate == FREEZE
+        else optax.inject_hyperparams(lambda rate: make_tx(rate))(rate)
+        for rate, group in numbers.items()
     }
     paths = flatten_dict(params, sep="/")
-    labels = unflatten_dict({tuple(path.split("/")): str(rates[path]) for path in paths})
+    labels = unflatten_dict({tuple(path.split("/")): numbers[rates[path]] for path in paths})
     return optax.multi_transform(transforms, labels)
 
 

@@ -72,7 +72,7 @@ def layer_sensitivity(
     parallel = Parallel.create(num_devices=1, method="jit") if parallel is None else parallel
     original = classifier.variables["params"]
     paths = list(flatten_dict(original, sep="/"))
-    chosen = _kernels(original, layers)
+    chosen = kernels(original, layers)
     measure, ascend = _compile(classifier, parallel, learning_rate, radius)
     batch = parallel.put({"images": adversarial_images, "labels": labels})
 
@@ -135,7 +135,13 @@ def rates_for(selected: Sequence[str], rate: float) -> dict[str, Rate]:
     return {"**": FREEZE, **dict.fromkeys(selected, rate)}
 
 
-def _kernels(params: Mapping[str, Any], patterns: Iterable[str] | None) -> list[str]:
+def kernels(params: Mapping[str, Any], patterns: Iterable[str] | None = None) -> list[str]:
+    """Returns the paths of the convolution and dense kernels, all or those that patterns match.
+
+    Example:
+      >>> kernels({"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+      ['head/kernel']
+    """
     flat = flatten_dict(params, sep="/")
     kernels = [path for path, x in flat.items() if path.endswith("kernel") and x.ndim >= 2]
     if patterns is None:

@@ -6,16 +6,20 @@ two learning rates; its second stage is clean cross-entropy with most parameters
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from robust_ssl import losses as losses_lib
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.conformance import resolve
+from robust_ssl.finetuning.adversaries import COLLECTION, Adversary
 from robust_ssl.finetuning.layerwise import keep_frozen, stop_frozen
 from robust_ssl.parallel import average, gather
 from robust_ssl.types import (
@@ -31,19 +35,50 @@ from robust_ssl.types import (
 from robust_ssl.updates import no_skips, take_if_finite
 
 Batch = Mapping[str, jax.Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-BATCH_STATISTICS = ("clean", "adversarial", "both", "frozen")
+BATCH_STATISTICS = ("clean", "adversarial", "both", "frozen", "twins")
 
 
-def init_state(classifier: Classifier, tx: optax.GradientTransformation) -> TrainState:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One update, ``step(state, batch) -> (state, metrics)``, as `make_step` builds it.
+
+    Attributes:
+      function: ``(state, batch, settings) -> (state, metrics)``.
+      settings: What differs between runs that share a compiled program: the weights of the losses,
+        the attack with its budget, the random key, the pre-trained encoder.  A pytree of NumPy
+        arrays and keys, for `Parallel.compile(function, constants=settings)`.
+    """
+
+    function: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
+    settings: Any
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Returns the next state and the metrics; under `jax.jit` the settings are constants."""
+        return self.function(state, batch, self.settings)
+
+
+def init_state(
+    classifier: Classifier,
+    tx: optax.GradientTransformation,
+    attack: Attack | Adversary | None = None,
+    *,
+    key: jax.Array | None = None,
+    batch_size: int | None = None,
+) -> TrainState:
     """Returns the state before the first update.
 
     Args:
       classifier: Its variables are copied, so that the state may be donated.
       tx: What updates the parameters.
+      attack: What the step is given; an `Adversary` has perturbations in the state.
+      key: Random key of an adversary's first perturbations.
+      batch_size: Size of the global batch, for an adversary.
 
     Returns:
       A `TrainState` at step 0 with the counters ``skipped`` and ``skipped_in_a_row``.
+
+    Raises:
+      ValueError: If an adversary comes without `key` or `batch_size`.
 
     Example:
       >>> from robust_ssl import models
@@ -53,6 +88,15 @@ def init_state(classifier: Classifier, tx: optax.GradientTransformation) -> Trai
       0
     """
     variables = jax.tree.map(jnp.array, classifier.variables)
+    if isinstance(attack, Adversary):
+        if key is None or batch_size is None:
+            raise ValueError(
+                f"{type(attack).__name__} keeps perturbations in the state: give init_state key= "
+                "and batch_size= too"
+            )
+        size = classifier.image_size
+        deltas = attack.init(key, (size, size, 3), batch_size)
+        variables = {**variables, COLLECTION: {"deltas": deltas}}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
@@ -116,7 +160,7 @@ def make_step(
     *,
     losses: Mapping[str, tuple[Loss | str, float]],
     key: jax.Array,
-    attack: Attack | None = None,
+    attack: Attack | Adversary | None = None,
     pretrained: Encoder | None = None,
     batch_statistics: str = "clean",
     frozen: Collection[str] = (),
@@ -126,31 +170,36 @@ def make_step(
     """Builds the update; give it to `Parallel.compile`.
 
     Adversarial images are crafted against the very weights that are being trained, in evaluation
-    mode, and are constants.  Losses see the gathered global batch.  A step whose loss, gradient or
-    new state is not finite changes nothing but the counters.
+    mode, and are constants; those of an `Adversary` have a gradient, by which it moves.  Losses see
+    the gathered global batch.  What no loss looks at is not computed.  A step whose loss, gradient
+    or new state is not finite changes nothing but the counters.
 
     Args:
       template: The classifier's structure; the weights come from the state.
       tx: What updates the parameters, for example `layerwise_optimizer`.
       losses: Name to (loss, weight); a loss may be ``"module:function"``.  Logged by name.
       key: Base key; step `t` uses ``fold_in(key, t)``, image `i` of it ``fold_in(..., i)``.
-      attack: Perturbs one image, sees its label; None where no loss needs adversarial outputs.
+      attack: Perturbs one image, sees its label; or an `Adversary`, whose perturbations are in the
+        state (`init_state`).  None where no loss needs adversarial outputs.
       pretrained: The public encoder, for losses that compare with it; frozen, evaluation mode.
       batch_statistics: Whose statistics the running ones follow: ``"clean"``, ``"adversarial"``,
         ``"both"`` (the mean of the two) or ``"frozen"``.  In the first three each forward pass is
         normalised by its own batch; with ``"frozen"`` the encoder runs in evaluation mode,
-        normalised by the running statistics, which is what a frozen encoder needs.
+        normalised by the running statistics, which is what a frozen encoder needs.  ``"twins"``:
+        images at even places are normalised by their own batch, which the running statistics
+        follow, those at odd places by the statistics of `template`, which stay.
       frozen: Paths of parameters that must not move, from `frozen_paths`.  They get no gradient
         (whose cost is saved), and a frozen norm's running statistics stay as they are too.
       augment: ``augment(key, image) -> image`` for one image in [0, 1], or None.
       axis_name: `Parallel.axis_name`.
 
     Returns:
-      ``step(state, batch) -> (state, metrics)``.  The batch has ``images``, float32 in [0, 1] or
-      uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; and ``indices``, int32 ``[n]``, each
-      image's position in the global batch.  Metrics are scalars: each loss by name, unweighted,
-      and ``loss``, ``clean_accuracy``, ``robust_accuracy`` (with an attack; shares of this batch in
-      training mode), ``gradient_norm`` (of what is trained) and ``skipped`` (0 or 1).
+      A `Step`, ``step(state, batch) -> (state, metrics)``.  The batch has ``images``, float32 in
+      [0, 1] or uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; and ``indices``, int32 ``[n]``,
+      each image's position in the global batch.  Metrics are scalars: each loss by name,
+      unweighted, and ``loss``, ``clean_accuracy`` and ``robust_accuracy`` (where a loss looks at
+      those logits; shares of this batch in training mode), ``gradient_norm`` (of what is trained)
+      and ``skipped`` (0 or 1).
 
     Raises:
       ValueError: If there is no loss, `batch_statistics` is not known or asks for an attack that
@@ -170,6 +219,9 @@ def make_step(
 
     References:
       Zhou et al., IEEE S&P 2024, both stages; what differs from the released code is named here.
+      Liu et al., "TWINS: A Fine-Tuning Framework for Improved Transferability of Adversarial
+      Robustness and Generalization", CVPR 2023, for ``"twins"``; there each of the two halves of a
+      batch goes through one of two networks that share their weights, as here.
     """
     if batch_statistics not in BATCH_STATISTICS:
         raise ValueError(
@@ -177,35 +229,64 @@ def make_step(
         )
     if attack is None and batch_statistics in ("adversarial", "both"):
         raise ValueError(f"batch_statistics={batch_statistics!r} needs an attack, got None")
-    losses = {name: (resolve(loss), weight) for name, (loss, weight) in losses.items()}
-    _check_losses(losses, template, attack is not None, pretrained is not None)
-    # Read once, as NumPy: constants must not sit on one device or in one process.
-    pretrained = None if pretrained is None else jax.device_get(pretrained)
+    weights = {name: weight for name, (_, weight) in losses.items()}
+    losses = {name: resolve(loss) for name, (loss, _) in losses.items()}
+    read = _read_by(losses, template, attack is not None, pretrained)
+    carried, twins = isinstance(attack, Adversary), batch_statistics == "twins"
+    settings = {
+        # Read once, as NumPy: constants must not sit on one device or in one process.
+        **_on_host({"weights": weights, "attack": attack, "pretrained": pretrained}),
+        "statistics": _on_host(template.variables["batch_stats"]) if twins else None,
+        "key": key,
+    }
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        step_key, train_key = jax.random.split(jax.random.fold_in(key, state.step))
-        model = template.with_variables(state.variables)
-        images, adversarial = _images(step_key, model, batch, augment, attack)
-        anchor = None if pretrained is None else pretrained(images).without_taps()
-        anchor = gather(anchor, axis_name)
-        labels = gather(batch["labels"], axis_name)
+    def function(
+        state: TrainState, batch: Batch, settings: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        attack, pretrained = settings["attack"], settings["pretrained"]
+        step_key, train_key = jax.random.split(jax.random.fold_in(settings["key"], state.step))
+        # Every replay of a batch has the same augmentation.
+        shown = state.step // getattr(attack, "replays", 1)
+        image_key, _ = jax.random.split(jax.random.fold_in(settings["key"], shown))
+        images = _clean_images(jax.random.split(image_key)[0], batch, augment)
+        _, attack_key = jax.random.split(step_key)
+        labels, indices = batch["labels"], batch["indices"]
+        look = functools.partial(
+            _look, train_key, batch_statistics, settings["statistics"], axis_name
+        )
+        if attack is not None and not carried:
+            model = template.with_variables(state.variables)
+            crafted = attack_batch(attack, attack_key, model, images, labels, indices)
+            crafted = jax.lax.stop_gradient(crafted)
+        anchor = None
+        if pretrained is not None:
+            anchor = _gathered(pretrained(images), read["pretrained"], axis_name)
+        deltas = state.variables.get(COLLECTION, {})
+        everyones_labels = gather(labels, axis_name)
 
-        def total_loss(params):
+        def total_loss(params, deltas):
             variables = {**state.variables, "params": stop_frozen(params, frozen)}
-            look = functools.partial(
-                _look, template.with_variables(variables), train_key, batch_statistics, axis_name
+            model = template.with_variables(variables)
+            clean, clean_statistics = look(read["clean"], model, images)
+            attacked, attacked_statistics = None, None
+            if attack is not None:
+                adversarial = (
+                    attack.apply(deltas["deltas"], attack_key, images, indices)
+                    if carried
+                    else crafted
+                )
+                attacked, attacked_statistics = look(read["adversarial"], model, adversarial)
+            inputs = LossInputs(
+                labels=everyones_labels, clean=clean, adversarial=attacked, pretrained=anchor
             )
-            clean, clean_statistics = look(images)
-            attacked, attacked_statistics = (None, None) if attack is None else look(adversarial)
-            inputs = LossInputs(labels=labels, clean=clean, adversarial=attacked, pretrained=anchor)
-            loss, metrics = _weighted_sum(losses, inputs)
-            metrics |= _accuracies(inputs)
+            loss, metrics = _weighted_sum(losses, settings["weights"], inputs)
+            metrics |= _accuracies(inputs, read)
             return loss, (metrics, (clean_statistics, attacked_statistics))
 
-        gradient, (metrics, statistics) = jax.grad(total_loss, has_aux=True)(
-            state.variables["params"]
-        )
-        gradient = average(gradient, axis_name)
+        (gradient, uphill), (metrics, statistics) = jax.grad(
+            total_loss, argnums=(0, 1), has_aux=True
+        )(state.variables["params"], deltas)
+        gradient, uphill = average((gradient, uphill), axis_name)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
         updates, opt_state = tx.update(gradient, state.opt_state, state.variables["params"])
         variables = {
@@ -214,27 +295,38 @@ def make_step(
             "params": optax.apply_updates(state.variables["params"], updates),
         }
         variables = keep_frozen(variables, state.variables, frozen)
+        if carried:
+            moved = attack.update(deltas["deltas"], uphill["deltas"], step_key, state.step)
+            variables[COLLECTION] = {"deltas": moved}
         return take_if_finite(state, variables, opt_state, metrics)
 
-    return step
+    return Step(function, settings)
 
 
-def _images(key, model: Classifier, batch: Batch, augment, attack):
-    """Returns the step's clean and adversarial images (or None), each keyed by its index."""
-    augment_key, attack_key = jax.random.split(key)
-    images, labels, indices = batch["images"], batch["labels"], batch["indices"]
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.asarray(leaf).dtype), tree)
+
+
+def _clean_images(key: jax.Array, batch: Batch, augment) -> jax.Array:
+    """Returns the step's clean images, augmented; each is keyed by its index."""
+    images = batch["images"]
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255.0
-    if augment is not None:
-        keys = jax.vmap(lambda index: jax.random.fold_in(augment_key, index))(indices)
-        images = jax.vmap(augment)(keys, images)
-    if attack is None:
-        return images, None
-    adversarial = attack_batch(attack, attack_key, model, images, labels, indices)
-    return images, jax.lax.stop_gradient(adversarial)
+    if augment is None:
+        return images
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["indices"])
+    return jax.vmap(augment)(keys, images)
 
 
-def _look(model: Classifier, key, batch_statistics, axis_name, images):
+def _look(
+    key: jax.Array,
+    batch_statistics: str,
+    start_statistics: Variables,
+    axis_name: str | None,
+    read: Collection[str],
+    model: Classifier,
+    images: jax.Array,
+) -> tuple[Outputs, Variables | None]:
     """Returns outputs for the global batch and the new batch statistics (or None).
 
     The head runs on the gathered features: it is small, and its dropout then does not depend on
@@ -242,33 +334,61 @@ def _look(model: Classifier, key, batch_statistics, axis_name, images):
     difference between them.
     """
     encoder_key, head_key = jax.random.split(key)
+    train = functools.partial(model.encoder.apply_train, key=encoder_key, axis_name=axis_name)
     if batch_statistics == "frozen":
         outputs, statistics = model.encoder(images), None
+    elif batch_statistics == "twins":
+        outputs, statistics = _twins(model.encoder, start_statistics, train, images)
     else:
-        outputs, statistics = model.encoder.apply_train(
-            images, key=encoder_key, axis_name=axis_name
-        )
-    features = gather(outputs.features, axis_name)
+        outputs, statistics = train(images)
+    outputs = _gathered(outputs, read, axis_name)
     logits = model.head.apply(
-        model.head_variables, features, train=True, rngs={"dropout": head_key}
+        model.head_variables, outputs.features, train=True, rngs={"dropout": head_key}
     )
-    return Outputs(features=features, logits=logits), statistics
+    return outputs.replace(logits=logits), statistics
+
+
+def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, images: jax.Array):
+    """Even places through batch norm of their own batch, odd ones through that of the start."""
+    if images.shape[0] % 2:
+        raise ValueError(
+            f'batch_statistics="twins" halves a batch: each device needs an even number of '
+            f"images, got {images.shape[0]}"
+        )
+    adaptive, statistics = train(images[0::2])
+    start = {**encoder.variables, "batch_stats": start_statistics["encoder"]}
+    held = encoder.replace(variables=start)(images[1::2])
+
+    def in_turn(a, b):
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+    return jax.tree.map(in_turn, adaptive, held), statistics
+
+
+def _gathered(outputs: Outputs, read: Collection[str], axis_name: str | None) -> Outputs:
+    """The global batch of the features and of those taps that a loss looks at."""
+    taps = {name: tap for name, tap in outputs.taps.items() if name in read}
+    features, taps = gather((outputs.features, taps), axis_name)
+    return Outputs(features=features, taps=taps)
 
 
 def _follow(batch_statistics: str, clean, adversarial) -> Variables:
     """Chooses the new running statistics; empty where nothing changes."""
-    new = {"clean": clean, "adversarial": adversarial, "frozen": None}.get(batch_statistics)
     if batch_statistics == "both":
         new = jax.tree.map(lambda a, b: (a + b) / 2, clean, adversarial)
+    elif batch_statistics == "twins":
+        new = clean if adversarial is None else adversarial
+    else:
+        new = {"clean": clean, "adversarial": adversarial}.get(batch_statistics)
     return {"batch_stats": {"encoder": new}} if new else {}
 
 
-def _weighted_sum(losses, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _weighted_sum(losses, weights, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     metrics = {}
     total = jnp.zeros(())
-    for name, (loss, weight) in losses.items():
+    for name, loss in losses.items():
         metrics[name] = jnp.mean(_per_image(name, loss, inputs))
-        total = total + weight * metrics[name]
+        total = total + weights[name] * metrics[name]
     return total, metrics | {"loss": total}
 
 
@@ -287,32 +407,49 @@ def _per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
     return values
 
 
-def _check_losses(losses, template: Classifier, attacked: bool, anchored: bool) -> None:
-    """Calls every loss on shapes only, so that a wrong one fails before anything is compiled."""
+def _read_by(
+    losses: Mapping[str, Loss], template: Classifier, attacked: bool, pretrained: Encoder | None
+) -> dict[str, set[str]]:
+    """Returns what the losses look at: ``"logits"``, ``"features"`` and taps of each output.
+
+    Every loss is called on shapes only, so that a wrong one fails before anything is compiled.
+    """
     if not losses:
         raise ValueError("there is nothing to minimise: losses is empty")
-    batch = 8
-    features = jax.ShapeDtypeStruct((batch, template.encoder.dim), jnp.float32)
-    outputs = Outputs(
-        features=features, logits=jax.ShapeDtypeStruct((batch, template.num_classes), jnp.float32)
-    )
+    size = template.image_size
+    images = jax.ShapeDtypeStruct((_BATCH, size, size, 3), jnp.float32)
+    outputs = jax.eval_shape(template, images)
     inputs = LossInputs(
-        labels=jax.ShapeDtypeStruct((batch,), jnp.int32),
+        labels=jax.ShapeDtypeStruct((_BATCH,), jnp.int32),
         clean=outputs,
         adversarial=outputs if attacked else None,
-        pretrained=Outputs(features=features) if anchored else None,
+        pretrained=None if pretrained is None else jax.eval_shape(pretrained, images),
     )
-    for name, (loss, _) in losses.items():
-        jax.eval_shape(functools.partial(_per_image, name, loss), inputs)
+    read: dict[str, set[str]] = {"clean": set(), "adversarial": set(), "pretrained": set()}
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(inputs)[0]]
+    for name, loss in losses.items():
+        program = jax.make_jaxpr(functools.partial(_per_image, name, loss))(inputs).jaxpr
+        used = {id(v) for equation in program.eqns for v in equation.invars}
+        used |= {id(v) for v in program.outvars}
+        for (output, *rest), variable in zip(paths, program.invars, strict=True):
+            if rest and id(variable) in used:
+                read[output.name].add(_last(rest))
+    return read
 
 
-def _accuracies(inputs: LossInputs) -> dict[str, jax.Array]:
-    def accuracy(outputs):
-        return jnp.mean(jnp.argmax(outputs.logits, axis=-1) == inputs.labels)
+_BATCH = 8  # images of the made-up batch on which losses are tried
 
-    found = {"clean_accuracy": accuracy(inputs.clean)}
-    return (
-        found
-        if inputs.adversarial is None
-        else found | {"robust_accuracy": accuracy(inputs.adversarial)}
-    )
+
+def _last(path) -> str:
+    """``"logits"`` of ``.logits``, ``"stage1/block1"`` of ``.taps["stage1/block1"]``."""
+    return str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
+
+
+def _accuracies(inputs: LossInputs, read: Mapping[str, Collection[str]]) -> dict[str, jax.Array]:
+    """The accuracies of those outputs whose logits a loss looks at; others would cost a pass."""
+    names = {"clean_accuracy": "clean", "robust_accuracy": "adversarial"}
+    return {
+        name: jnp.mean(jnp.argmax(getattr(inputs, which).logits, axis=-1) == inputs.labels)
+        for name, which in names.items()
+        if "logits" in read[which]
+    }

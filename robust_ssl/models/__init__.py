@@ -1,7 +1,9 @@
 """Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
 
+from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
 from robust_ssl.models.heads import LinearHead, MLPHead, classifier
 from robust_ssl.models.positions import resize_positions
+from robust_ssl.models.preprocessing import JPEG, Quantise, Smooth
 from robust_ssl.models.resnet import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -21,11 +23,16 @@ __all__ = [
     "CIFAR10_STD",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "JPEG",
     "LinearHead",
     "MLPHead",
+    "Quantise",
     "ResNet",
+    "Smooth",
     "ViT",
     "classifier",
+    "confidence_ensemble",
+    "ensemble_members",
     "resize_positions",
     "resnet18",
     "resnet34",

@@ -33,6 +33,7 @@ from robust_ssl.objectives.pixels import (
     high_frequency_change,
     pixel_l2,
 )
+from robust_ssl.objectives.predictions import kl_divergence
 from robust_ssl.objectives.vectors import safe_norm, unit_vectors
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "fused_energy",
     "high_frequency_change",
     "info_nce",
+    "kl_divergence",
     "log_activation_norms",
     "margin",
     "margin_targeted",

@@ -104,19 +104,19 @@ def write_leaderboard(
     page = [
         "# Leaderboard",
         *about,
-        _markdown(board),
+        markdown_table(board),
         "Robust accuracy in per cent, worst case per image over the attacks of a column and their "
         "seeds, with its 95 % interval. The most robust first, by the lowest of its columns.",
         verdict_section(verdicts),
         "## Every attack",
-        _markdown(attacks),
+        markdown_table(attacks),
         "Mean and standard deviation over seeds; the interval is that of the mean over the images, "
         "which the seeds share.",
     ]
     written = {
         "leaderboard.md": "\n\n".join(filter(None, page)) + "\n",
-        "leaderboard.csv": _csv(_numbers(headline_entries(results))),
-        "attacks.csv": _csv(_numbers(results)),
+        "leaderboard.csv": csv_text(_numbers(headline_entries(results))),
+        "attacks.csv": csv_text(_numbers(results)),
     }
     for name, text in written.items():
         manifests.write_atomically(directory / name, text)
@@ -211,14 +211,16 @@ def _mark(entry: Entry | None) -> str:
     return " NOT TRUSTED" if entry is not None and entry["verdict"] == NOT_TRUSTED else ""
 
 
-def _markdown(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
+    """Returns rows, heading to text, as a Markdown table."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(row[c].replace("|", "\\|") for c in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _csv(rows: Rows) -> str:
+def csv_text(rows: Rows) -> str:
+    """Returns rows, heading to value, as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -16,19 +16,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import optax
 
-from robust_ssl import checkpoints, data, finetuning, report, settings
+from robust_ssl import checkpoints, data, report, settings
 from robust_ssl.conformance import resolve
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.settings import describe
 from robust_ssl.stages import analyse as analyse_stage
 from robust_ssl.stages import attack as attack_stage
+from robust_ssl.stages import compare as compare_stage
 from robust_ssl.stages import evaluate as evaluate_stage
 from robust_ssl.stages import finetune as finetune_stages
+from robust_ssl.stages import fitting, methods
 from robust_ssl.stages import pretrain as pretrain_stage
 from robust_ssl.stages import protocol as protocol_stage
+from robust_ssl.stages import sweep as sweep_stage
 from robust_ssl.stages.run import Run, UsageError, build_encoder
 
 __all__ = ["STAGES", "Run", "UsageError", "check", "describe", "run"]
@@ -43,9 +45,16 @@ STAGES = {
     "sensitivity": finetune_stages.sensitivity,
     "stage2": finetune_stages.stage2,
     "evaluate": evaluate_stage.evaluate,
+    "defend": methods.defend,
     "analyse": analyse_stage.analyse,
     "protocol": protocol_stage.protocol,
+    "compare": compare_stage.compare,
+    "sweep": sweep_stage.sweep,
 }
+
+
+# What is printed at the end, of the last of these stages that was run.
+_PAGES = {"compare": "comparison.md", "sweep": "sweep.md", "protocol": "leaderboard.md"}
 
 
 def run(
@@ -89,8 +98,10 @@ def run(
     if jax.process_index() == 0:
         if "evaluate" in results:
             _print_table(whole)
-        elif "protocol" in results:
-            print((whole.workdir / "leaderboard.md").read_text(encoding="utf-8"))
+        for name, page in _PAGES.items():
+            if name in results:
+                print((whole.workdir / page).read_text(encoding="utf-8"))
+                break
     return results
 
 
@@ -157,7 +168,18 @@ def _check(run: Run) -> None:
             _ = run.surrogate
         with _inside("attack"):
             _check_fits(run)
-    if set(stages) <= {"attack", "protocol"}:
+    if {"defend", "sweep"} & set(stages):
+        with _inside("downstream"):
+            _ = run.downstream
+        if "defend" in stages:
+            methods.check(run)
+        if "sweep" in stages:
+            with _inside("sweep"):
+                sweep_stage.check(run)
+    if "compare" in stages:
+        with _inside("compare"):
+            compare_stage.check(config)
+    if set(stages) <= {"attack", "defend", "protocol", "compare", "sweep"}:
         return
     if "analyse" in stages:
         with _inside("analyse"):
@@ -239,12 +261,6 @@ def _check_finetuning(run: Run) -> None:
         with _inside(name):
             steps = data.steps_per_epoch(len(run.downstream[0]), entry["batch_size"])
             run.parallel.check_batch(entry["batch_size"])
-            finetune_stages.build_optimizer(classifier, entry, steps)
-            finetuning.make_step(
-                classifier,
-                optax.identity(),
-                losses=build_losses(entry),
-                key=jax.random.key(0),
-                attack=pgd if name == "finetune" else None,
-                **finetune_stages.step_options(run, entry),
-            )
+            attack = pgd if name == "finetune" else None
+            losses = build_losses(entry)
+            fitting.build_step(run, name, classifier, entry, losses, attack, steps)

@@ -18,6 +18,7 @@ from robust_ssl.attacks import autoattack
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import PerImage
+from robust_ssl.stages import methods
 from robust_ssl.stages.attack import (
     attack,
     build_attacks,
@@ -46,23 +47,25 @@ _THREATS = {"Linf": threats.Linf, "L2": threats.L2}
 _ENSEMBLES = {"standard": autoattack.standard, "rand": autoattack.rand}
 
 
-def load_classifiers(run: Run) -> dict[str, Classifier]:
-    """Returns the classifiers of ``config.classifiers``, by name.
+def load_classifiers(run: Run, *, made: bool = True) -> dict[str, Classifier]:
+    """Returns the classifiers of ``config.classifiers`` and of ``config.methods``, by name.
 
     Each is ``{"path": directory}``, what `weights.save_classifier` wrote or a finished fine-tuning
     stage, or ``{"function": "module:function", **options}``, which returns a `Classifier`.
 
     Raises:
       ValueError: If there is none, one cannot be read, or one does not fit the test split.
+
+    Recipes that are not `made` yet are shown with the weights they start from.
     """
     config = run.config["classifiers"]
     check_names(config or (), "config.classifiers")
-    if not config:
+    found = _recipes(run, made) if "methods" in run.config else {}
+    if not config and not found:
         raise ValueError(
             "config.classifiers is empty; name what is to be scored, for example "
             '--config.classifiers=\'{"secured": {"path": "runs/gtsrb/stage2"}}\''
         )
-    found = {}
     for name, options in config.items():
         try:
             found[name] = _load(options)
@@ -71,6 +74,19 @@ def load_classifiers(run: Run) -> dict[str, Classifier]:
             error.add_note(f"in config.classifiers.{name}")
             raise
     return found
+
+
+def _recipes(run: Run, made: bool) -> dict[str, Classifier]:
+    """The classifiers of the recipes, which are methods of this run, with every seed."""
+    if not made:
+        return {name: methods.untrained(run, name) for name in methods.scored(run.config)}
+    failed = methods.defend(run).results["failed"]
+    return {
+        methods.model_name(name, seed): methods.load_method(run, name, seed)
+        for name in methods.scored(run.config)
+        for seed in run.config["defend"]["seeds"]
+        if methods.directory(name, seed) not in failed
+    }
 
 
 def _check_fits(run: Run, classifier: Classifier) -> None:
@@ -175,7 +191,7 @@ def check(run: Run) -> None:
     for size in (config["batch_size"], config["autoattack"]["batch_size"]):
         run.parallel.check_batch(size)
     attacks = [list(build_methods(run, e).values()) for e in config["per_image"]["epsilons"]]
-    for classifier in load_classifiers(run).values():
+    for classifier in load_classifiers(run, made=False).values():
         ensembles = build_ensembles(run, classifier.num_classes)
         parts = [
             part for ensemble in ensembles.values() for some in ensemble.values() for part in some

@@ -47,10 +47,15 @@ class Run:
         return self.config["seed"]
 
     def open(
-        self, name: str, config: Mapping[str, Any], inputs: Mapping[str, str]
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        seed: int | None = None,
     ) -> checkpoints.StageDirectory:
-        """Opens the directory of a stage; see `checkpoints.open_stage`."""
-        return checkpoints.open_stage(self.workdir, name, config, inputs, self.seed)
+        """Opens the directory of a stage; see `checkpoints.open_stage`.  None is the run's seed."""
+        seed = self.seed if seed is None else seed
+        return checkpoints.open_stage(self.workdir, name, config, inputs, seed)
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -106,11 +111,13 @@ class Run:
             data.check_classes(train, expected)
         return expected or train.num_classes
 
-    def classifier(self, head: str) -> Classifier:
-        """Returns the public encoder with a fresh head, the same one in every stage."""
+    def classifier(
+        self, head: str, seed: int | None = None, encoder: Encoder | None = None
+    ) -> Classifier:
+        """Returns the public encoder, or another, with a fresh head, the same one for a seed."""
         module = head if ":" not in head else resolve(head)(self.num_classes)
-        key = jax.random.fold_in(jax.random.key(self.seed), 1)
-        return models.classifier(key, self.encoder, self.num_classes, head=module)
+        key = jax.random.fold_in(jax.random.key(self.seed if seed is None else seed), 1)
+        return models.classifier(key, encoder or self.encoder, self.num_classes, head=module)
 
     def load(self, config: Mapping[str, Any], split: str):
         """Loads a split of a data set, once per run.

@@ -60,9 +60,14 @@ def train(
     checkpoint_every: int | None = None,
     at_epoch_end: Callable[[int, Variables], Mapping[str, float]] | None = None,
     score: str | None = None,
+    patience: int | None = None,
     loop_on_device: bool | None = None,
 ) -> tuple[TrainState, Best | None]:
     """Trains from the stage's newest checkpoint to its end.
+
+    Updates that are not finite are skipped and counted by the step.  Too many in a row end the
+    training, with the last good state kept: the same command goes on from there with the batches
+    that follow, and with its full limit again.
 
     Args:
       stage: Where checkpoints and metrics go.
@@ -77,21 +82,27 @@ def train(
       at_epoch_end: Called with the number of finished epochs and the variables; what it returns
         is logged.
       score: Which entry of that decides the best epoch; None keeps none.
+      patience: Stops after this many epochs whose score was not above all before; None never
+        does.  What it needs is part of the checkpoint, so a resumed training stops at the same
+        epoch.
       loop_on_device: Whether the steps up to the next checkpoint or epoch's end are one compiled
         scan; None: on accelerators, where the data lie on the device.
 
     Returns:
-      The state after the last step, and the best epoch (None without `score`).
+      The state after the last step, and the best epoch (None without `score`).  With `patience`
+      the number of steps is the state's.
 
     Raises:
+      ValueError: If `patience` is below 1 or there is no `score` to judge by.
       Stopped: If a stop was asked for; the state has been saved.
-      FloatingPointError: If too many updates in a row were not finite.
+      FloatingPointError: If too many updates in a row were not finite; the message says where the
+        last good state is kept.
     """
     total = epochs * batches.steps_per_epoch
     every = checkpoint_every or batches.steps_per_epoch
-    kept = {"state": state} | ({"best": Best.none_yet(state.variables)} if score else {})
-    kept = parallel.replicate(kept)
+    kept = parallel.replicate(_nothing_yet(state, score, patience))
     first, kept = stage.restore_latest(kept) or (0, kept)
+    _raise_if_stuck(stage, first, total, kept, parallel)  # one that was so at its end still is
     advance, looped = _advance(step, batches, parallel, loop_on_device)
     if looped:
         every = _fitting(every, batches.steps_per_epoch)
@@ -99,7 +110,7 @@ def train(
     unwritten: list[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]] = []
     done = first
     with progress.stage(stage.path.name, total, batches.batch_size, first) as bar:
-        while done < total:
+        while done < total and not _lost_patience(kept, done, batches, patience):
             start, done = done, done + 1
             if looped:
                 done = _next_stop(start, every, batches.steps_per_epoch)
@@ -120,7 +131,7 @@ def train(
             saving = stopping or done % every == 0
             if saving or epoch_ends:
                 _write(stage, unwritten)
-                raise_if_stuck(state)
+                _raise_if_stuck(stage, done, total, kept, parallel)
             if saving and done < total:
                 stage.save(done, kept)
             if stopping and done < total:
@@ -158,28 +169,77 @@ def _advance(
             "loop_on_device needs a set that lies on the devices, and this one is read in a "
             "stream; leave it None"
         )
+    function, settings = getattr(step, "function", None), getattr(step, "settings", None)
+    if function is None:  # a plain function of (state, batch)
+        function, settings = lambda state, batch, settings: step(state, batch), ()
+    settings = parallel.replicate(settings)
     if not loop_on_device:
-        compiled = parallel.compile(step)
+        compiled = parallel.compile(function, constants=settings)
         return lambda state, first, count: compiled(state, batches(first)), False
 
-    def loop(state, order, resident_set):
+    def loop(state, order, constants):
         def one(state, rows):
-            batch = take(resident_set, rows)
-            return step(state, {**batch, "indices": order["indices"], "rows": rows})
+            batch = take(constants["set"], rows)
+            batch = {**batch, "indices": order["indices"], "rows": rows}
+            return function(state, batch, constants["settings"])
 
         return jax.lax.scan(one, state, order["rows"].T)
 
-    compiled = parallel.compile(loop, constants=batches.resident_set)
+    constants = {"set": batches.resident_set, "settings": settings}
+    compiled = parallel.compile(loop, constants=constants)
     return lambda state, first, count: compiled(state, batches.rows(first, count)), True
 
 
+def _nothing_yet(state: TrainState, score: str | None, patience: int | None) -> dict[str, Any]:
+    """Returns all that a checkpoint holds, before the first step."""
+    if patience is not None and (patience < 1 or score is None):
+        raise ValueError(
+            f"patience={patience} with score={score!r}: stopping early needs a patience of at "
+            "least 1 epoch and a score to judge by"
+        )
+    kept: dict[str, Any] = {"state": state}
+    if score is not None:
+        kept["best"] = Best.none_yet(state.variables)
+    if patience is not None:
+        kept["improved"] = jnp.asarray(0, jnp.int32)  # the last epoch above all before it
+    return kept
+
+
 def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) -> dict:
-    # `>=`: of equal epochs the later one, which has seen more.
-    if score is None or score < float(kept["best"].score):
+    # In the precision that is kept: 0.8 would be below its own float32.
+    if score is None or np.float32(score) < (before := np.float32(kept["best"].score)):
         return kept
-    scalars = {"score": jnp.asarray(score, jnp.float32), "epoch": jnp.asarray(epoch, jnp.int32)}
-    best = Best(variables=kept["state"].variables, **parallel.replicate(scalars))
-    return {**kept, "best": best}
+    # Of equal epochs the later one, which has seen more; but it is no improvement.
+    number = jnp.asarray(epoch, jnp.int32)
+    scalars = {"score": jnp.asarray(score, jnp.float32), "epoch": number}
+    kept = {**kept, "best": Best(kept["state"].variables, **parallel.replicate(scalars))}
+    if "improved" in kept and np.float32(score) > before:
+        kept["improved"] = parallel.replicate(number)
+    return kept
+
+
+def _lost_patience(kept: dict, done: int, batches: Batches, patience: int | None) -> bool:
+    """Whether training ends here; a function of what a checkpoint of this step holds."""
+    epoch, steps = divmod(done, batches.steps_per_epoch)
+    return patience is not None and not steps and epoch - int(kept["improved"]) >= patience
+
+
+def _raise_if_stuck(
+    stage: StageDirectory, done: int, total: int, kept: dict, parallel: Parallel
+) -> None:
+    """Raises if only updates that are not finite come, once the last good state is on disk."""
+    state = kept["state"]
+    try:
+        raise_if_stuck(state)
+    except FloatingPointError as error:
+        where = f"the last good state is kept in {stage.checkpoints / str(done)}"
+        if done < total:  # who goes on from it has the full limit again
+            where += ", from which the same command goes on with the batches that follow"
+            none = parallel.replicate(jnp.zeros((), jnp.int32))
+            state = state.replace(counters={**state.counters, "skipped_in_a_row": none})
+        stage.save(done, {**kept, "state": state})
+        stage.wait()
+        raise FloatingPointError(f"{error}; {where}") from None
 
 
 def _write(stage: StageDirectory, unwritten: list) -> None:

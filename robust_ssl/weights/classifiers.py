@@ -1,4 +1,7 @@
-"""Classifiers on disk: an encoder's two files, and the head's weights with a card beside them."""
+"""Classifiers on disk: an encoder's two files, and the head's weights with a card beside them.
+
+An ensemble is a card and one such directory per member: ``members/0``, ``members/1``, ...
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.models import heads
+from robust_ssl.models import ensembles, heads
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import native
 
@@ -23,6 +26,7 @@ CARD_FILE = "classifier.json"
 
 # A card names its head; only these names are ever looked up, whatever the card says.
 _HEADS = {"linear": heads.LinearHead, "mlp": heads.MLPHead}
+_FUSION = "confidence"  # what the card of an ensemble has for a head
 
 
 def save_classifier(
@@ -35,18 +39,23 @@ def save_classifier(
 ) -> pathlib.Path:
     """Writes a classifier: what `save_encoder` writes, ``head.safetensors``, ``classifier.json``.
 
+    An ensemble of `robust_ssl.models.confidence_ensemble` is written as ``classifier.json`` and
+    its members in ``members/0``, ``members/1``, ...
+
     Args:
       classifier: What to save; every variable float32 and finite.
       directory: Made if it is not there; the files in it are replaced.
       card: Anything JSON can say: how it was trained, on what.
-      builder: Of an encoder that is not one of `robust_ssl.models`; see `save_encoder`.
+      builder: Of an encoder that is not one of `robust_ssl.models`; see `save_encoder`.  Of
+        every member of an ensemble.
       options: Keyword arguments of `builder`.
 
     Returns:
       The directory.
 
     Raises:
-      ValueError: If the encoder cannot be rebuilt, or a variable is not finite float32.
+      ValueError: If the encoder cannot be rebuilt (its input transformation is not one of
+        `robust_ssl.models.preprocessing`), or a variable is not finite float32.
 
     Example:
       >>> import tempfile
@@ -60,6 +69,8 @@ def save_classifier(
     """
     from safetensors.numpy import save
 
+    if ensembles.ensemble_members(classifier):
+        return _save_ensemble(classifier, pathlib.Path(directory), card, builder, options)
     arrays = {p: np.asarray(leaf) for p, leaf in native.flat(classifier.head_variables).items()}
     native.check_arrays(arrays, native.flat(classifier.head_variables), "the head to save")
     known = [n for n, kind in _HEADS.items() if classifier.head == kind(classifier.num_classes)]
@@ -91,8 +102,9 @@ def load_classifier(
     Args:
       directory: What `save_classifier` wrote, or a fine-tuning stage's directory that holds it
         in ``classifier/``.
-      head: ``head(num_classes) -> module``, for a head of your own.
-      builder: For an encoder of your own; see `load_encoder`.
+      head: ``head(num_classes) -> module``, for a head of your own; of an ensemble, of every
+        member.
+      builder: For an encoder of your own; see `load_encoder`; likewise.
 
     Returns:
       The classifier, bit-equal to the one that was saved.
@@ -105,11 +117,63 @@ def load_classifier(
     if not (folder / CARD_FILE).is_file() and (folder / "classifier" / CARD_FILE).is_file():
         folder = folder / "classifier"
     record = _read_card(folder)
+    if record["head"] == _FUSION:
+        return _load_ensemble(folder, record, head, builder)
     encoder = native.load_encoder(folder.absolute(), builder=builder)
     module = (head or _known_head(record["head"], folder))(record["num_classes"])
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, encoder.dim)))
     variables = native.read_variables(folder, HEAD_FILE, record["weights"], like)
     return Classifier(encoder, variables, module, record["num_classes"])
+
+
+def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) -> pathlib.Path:
+    encoder, temperature = classifier.encoder, classifier.head.temperature
+    members = ensembles.ensemble_members(classifier)
+    again = ensembles.confidence_ensemble(members, temperature=temperature)
+    kept = again.encoder.replace(name=encoder.name, preprocess=encoder.preprocess)
+    if jax.tree.structure(again.replace(encoder=kept)) != jax.tree.structure(classifier):
+        raise ValueError(
+            "the ensemble is not one of its members any more (its encoder was replaced); save the "
+            "members, or the ensemble as confidence_ensemble made it"
+        )
+    record = {
+        "schema": SCHEMA,
+        "head": _FUSION,
+        "num_classes": classifier.num_classes,
+        "name": encoder.name,
+        "members": len(members),
+        "temperature": temperature,
+        **native.describe_preprocess(encoder.preprocess),
+        "card": dict(card or {}),
+    }
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    # The card goes first and comes last: an interruption shows as a classifier that is not there.
+    for name in (CARD_FILE, HEAD_FILE, native.CARD_FILE, native.WEIGHTS_FILE):
+        (directory / name).unlink(missing_ok=True)
+    for index, member in enumerate(members):
+        folder = directory / "members" / str(index)
+        save_classifier(member, folder, card, builder=builder, options=options)
+    native.replace_file(directory / CARD_FILE, text.encode())
+    return directory
+
+
+def _load_ensemble(folder: pathlib.Path, record: Mapping[str, Any], head, builder) -> Classifier:
+    members = [
+        load_classifier(folder / "members" / str(index), head=head, builder=builder)
+        for index in range(record["members"])
+    ]
+    where = folder / CARD_FILE
+    try:
+        ensemble = ensembles.confidence_ensemble(members, temperature=record["temperature"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if ensemble.num_classes != record["num_classes"]:
+        raise ValueError(
+            f"{where} says {record['num_classes']} classes, its members have {ensemble.num_classes}"
+        )
+    preprocess = native.read_preprocess(record, str(where))
+    encoder = ensemble.encoder.replace(name=record["name"], preprocess=preprocess)
+    return ensemble.replace(encoder=encoder)
 
 
 def _read_card(folder: pathlib.Path) -> dict[str, Any]:
@@ -123,13 +187,15 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
         record = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    kinds = {"schema": int, "head": str, "num_classes": int, "weights": dict}
+    fused = isinstance(record, dict) and record.get("head") == _FUSION
+    kinds = {"schema": int, "head": str, "num_classes": int}
+    kinds |= {"name": str, "members": int, "temperature": float} if fused else {"weights": dict}
     wrong = [
         key
         for key, kind in kinds.items()
         if not isinstance(record, dict) or not isinstance(record.get(key), kind)
     ]
-    if not wrong and not isinstance(record["weights"].get("sha256"), str):
+    if not wrong and not fused and not isinstance(record["weights"].get("sha256"), str):
         wrong.append("weights/sha256")
     if wrong:
         raise ValueError(f"{file}: missing or of the wrong type: {', '.join(wrong)}")

@@ -8,6 +8,7 @@ whatever its maker wants to tell: how it was trained, how accurate it is.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from robust_ssl.models import resnet, vit
+from robust_ssl.models import preprocessing, resnet, vit
 from robust_ssl.types import Encoder
 
 SCHEMA = 1
@@ -51,6 +52,11 @@ _VIT_OPTIONS = (
     "norm_after_pooling", "registers", "pre_norm", "patch_bias", "layer_scale", "activation",
     "norm_epsilon",
 )  # fmt: skip
+# The same for an input transformation.
+_STEPS = {
+    step.__name__: step
+    for step in (preprocessing.JPEG, preprocessing.Quantise, preprocessing.Smooth)
+}
 
 
 def save_encoder(
@@ -75,8 +81,9 @@ def save_encoder(
       The directory.
 
     Raises:
-      ValueError: If the encoder cannot be rebuilt from what would be written, a variable is not
-        finite float32, or the card is not JSON (NaN is not).
+      ValueError: If the encoder cannot be rebuilt from what would be written (its input
+        transformation is not one of `robust_ssl.models.preprocessing`), a variable is not finite
+        float32, or the card is not JSON (NaN is not).
 
     Example:
       >>> import tempfile
@@ -90,13 +97,17 @@ def save_encoder(
     from safetensors.numpy import save
 
     if builder is None:
-        builder_name, options = builder_of(encoder)
+        builder_name, options = builder_of(encoder.replace(preprocess=None))
         builder = _BUILDERS[builder_name]
     else:
         builder_name = f"{builder.__module__}:{builder.__qualname__}"
         options = dict(options or {})
     arrays = {path: np.asarray(leaf) for path, leaf in flat(encoder.variables).items()}
     skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
+    preprocess = {}
+    if encoder.preprocess not in (None, skeleton.preprocess):
+        preprocess = describe_preprocess(encoder.preprocess)
+        skeleton = skeleton.replace(preprocess=encoder.preprocess)
     if _static(skeleton) != _static(encoder):
         raise ValueError(
             f"{builder_name}({options}) does not rebuild this encoder:\n  {_static(skeleton)}\n"
@@ -109,6 +120,7 @@ def save_encoder(
         "name": encoder.name,
         "builder": builder_name,
         "options": options,
+        **preprocess,
         "weights": describe_file(WEIGHTS_FILE, weights),
         "card": dict(card or {}),
     }
@@ -153,9 +165,11 @@ def load_encoder(
     record = _read_card(folder)
     if builder is None:
         builder = _allowed_builder(record["builder"], folder)
-    skeleton = build_skeleton(builder, record["options"], f"{folder}/{CARD_FILE}")
+    where = f"{folder}/{CARD_FILE}"
+    skeleton = build_skeleton(builder, record["options"], where)
+    preprocess = read_preprocess(record, where) or skeleton.preprocess
     variables = read_variables(folder, WEIGHTS_FILE, record["weights"], skeleton.variables)
-    return skeleton.replace(variables=variables, name=record["name"])
+    return skeleton.replace(variables=variables, name=record["name"], preprocess=preprocess)
 
 
 def encoder_card(name_or_path: str | os.PathLike) -> dict[str, Any]:
@@ -291,8 +305,46 @@ def build_skeleton(
         raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
 
 
+def describe_preprocess(preprocess: Any) -> dict[str, Any]:
+    """Returns what a card says of an input transformation, nothing where there is none."""
+    if preprocess is None:
+        return {}
+    name = type(preprocess).__name__
+    if _STEPS.get(name) is not type(preprocess):
+        raise ValueError(
+            f"a card cannot name the input transformation {preprocess!r}, only one of "
+            f"robust_ssl.models.preprocessing ({', '.join(_STEPS)}); save "
+            "encoder.replace(preprocess=None) and put it back after loading, or pass a builder= "
+            "whose encoder has it"
+        )
+    return {"preprocess": {"name": name, "options": dataclasses.asdict(preprocess)}}
+
+
+def read_preprocess(record: Mapping[str, Any], where: str) -> Any:
+    """Returns the input transformation that a card tells of, None where it tells of none."""
+    said = record.get("preprocess")
+    if said is None:
+        return None
+    well_formed = isinstance(said, dict) and isinstance(said.get("options"), dict)
+    if not well_formed or not isinstance(said.get("name"), str) or said["name"] not in _STEPS:
+        raise ValueError(
+            f'{where}: "preprocess" must be {{"name": ..., "options": {{...}}}} with one of the '
+            f"names {sorted(_STEPS)}, got {said!r}"
+        )
+    try:
+        return _STEPS[said["name"]](**said["options"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: cannot make {said['name']}: {error}") from error
+
+
 def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
     """The public builder and the options that make an encoder like this one."""
+    if encoder.preprocess is not None:
+        raise ValueError(
+            f"no builder of robust_ssl.models makes an encoder with {encoder.preprocess!r}, and "
+            "PyTorch's layouts know no input transformation; take encoder.replace(preprocess=None) "
+            "and apply it yourself"
+        )
     module = encoder.module
     if isinstance(module, resnet.ResNet):
         name = RESNETS.get((module.block, tuple(module.depths)))
@@ -313,7 +365,12 @@ def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
 
 
 def _static(encoder: Encoder) -> tuple:
-    return encoder.module, encoder.mean, encoder.std, encoder.image_size, encoder.dim, encoder.name
+    """All of an encoder but its variables."""
+    return tuple(
+        getattr(encoder, field.name)
+        for field in dataclasses.fields(encoder)
+        if field.name != "variables"
+    )
 
 
 def flat(variables) -> dict[str, Any]:

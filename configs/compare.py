@@ -1,0 +1,297 @@
+r"""Every baseline and every defence by one protocol: one table, one trade-off picture.
+
+    robust-ssl run --config=configs/compare.py:downstream=cifar10 --workdir=runs/compare
+    robust-ssl sweep --config=configs/compare.py:downstream=cifar10 --workdir=runs/sweep
+
+Arguments: ``encoder``, ``surrogate`` and ``downstream`` as in ``gen_af.py``; ``epochs``,
+``train_limit`` and ``test_limit`` (0 takes all); ``scale``: ``research`` has the published numbers
+of steps, ``small`` is for a CPU; ``methods``: a part of them, as ``methods=usual+trades+universal``
+(what they start from comes with them).
+
+Time and figure: see ``docs/defences.md``, whose tables were made by this file at ``scale=small``;
+nobody has run ``scale=research`` yet.
+"""
+
+from ml_collections import ConfigDict
+
+from robust_ssl.settings import parse_arguments
+
+ARGUMENTS = {
+    "encoder": "simclr-cifar10-r18w24",
+    "downstream": "cifar10",
+    "surrogate": "cifar100_small",
+    "epsilon": 10 / 255,
+    "epochs": 50,
+    "batch_size": 128,
+    "train_limit": 0,
+    "test_limit": 0,
+    "scale": "research",
+    "methods": "",
+}
+
+LOSS, ATTACK = "robust_ssl.losses:", "robust_ssl.attacks:"
+FROZEN = {"rates": {"encoder/**": "freeze", "head/**": 5e-3}, "batch_statistics": "frozen"}
+SLOW = {"encoder/**": 1e-4, "head/**": 1e-3}
+PGD = {
+    "function": f"{ATTACK}PGD",
+    "epsilon": 8 / 255,
+    "step_size": 2 / 255,
+    "num_steps": 10,
+    "keep_best": False,
+}
+ONE_STEP = {**PGD, "num_steps": 1, "step_size": 10 / 255}  # 1.25 epsilon: Wong et al. 2020
+TOWARDS_KL = {**PGD, "objective": "robust_ssl.objectives:kl_divergence"}
+ON_ADVERSARIAL = {
+    "losses": {"adversarial_cross_entropy": (f"{LOSS}adversarial_cross_entropy", 1.0)},
+    "batch_statistics": "adversarial",
+}
+CLEAN = {"clean_cross_entropy": (f"{LOSS}clean_cross_entropy", 1.0)}
+TRADES = {
+    "losses": {**CLEAN, "trades_kl": (f"{LOSS}trades_kl", 6.0)},  # Zhang et al. 2019: 1 / lambda
+    "attack": TOWARDS_KL,
+    "batch_statistics": "both",
+}
+MART = {
+    "boosted_cross_entropy": (f"{LOSS}boosted_cross_entropy", 1.0),
+    "misclassification_kl": (f"{LOSS}misclassification_kl", 5.0),  # Wang et al. 2020
+}
+LAYERS = {
+    "images": 256,
+    "num_steps": 10,
+    "learning_rate": 1.0,
+    "radius": 0.1,
+    "top_k": None,
+    "top_k_fraction": None,
+    "rate": 1e-3,
+}
+BAND = {
+    "function": "robust_ssl.threats:Band",
+    "threat": {"function": "robust_ssl.threats:Linf"},
+    # The band that does most to the shipped encoder: `robust-ssl run --config=configs/analyse.py`.
+    "low": 0.125,
+    "high": 0.25,
+}
+
+
+def pool(epsilon: float, **options) -> dict:
+    """Returns the recipe of universal adversarial fine-tuning."""
+    attack = {"function": "robust_ssl.finetuning:UniversalPool", "epsilon": epsilon, **options}
+    return {**ON_ADVERSARIAL, "attack": attack}
+
+
+def baselines(epochs: int) -> dict:
+    """Returns the recipes of the literature, by name."""
+    free = {"function": "robust_ssl.finetuning:FreeReplays", "epsilon": 8 / 255, "replays": 4}
+    drift = {**PGD, "function": f"{ATTACK}DriftPGD", "step_size": 1 / 255}
+    drift = {key: value for key, value in drift.items() if key != "keep_best"}
+    preserve = {"preservation": (f"{LOSS}feature_preservation", 1.0)}
+    preprocess = "robust_ssl.models.preprocessing:"
+    return {
+        "linear_probe": {**FROZEN, "head": "linear"},
+        "usual": FROZEN,
+        "full": {},
+        "lp_ft": {"start": "usual", "rates": SLOW},
+        "l2_sp": {"l2_sp": 0.1},
+        "pruned": {"prune": 0.5},
+        "jpeg": {"start": "usual", "epochs": 0, "preprocess": {"function": f"{preprocess}JPEG"}},
+        "quantised": {
+            "start": "usual",
+            "epochs": 0,
+            "preprocess": {"function": f"{preprocess}Quantise"},
+        },
+        "smoothed": {
+            "start": "usual",
+            "epochs": 0,
+            "preprocess": {"function": f"{preprocess}Smooth"},
+        },
+        "pgd_at": {**ON_ADVERSARIAL, "attack": PGD},
+        "trades": TRADES,
+        "mart": {"losses": MART, "attack": PGD, "batch_statistics": "both"},
+        "fgsm_rs": {**ON_ADVERSARIAL, "attack": ONE_STEP},
+        "free_at": {**ON_ADVERSARIAL, "attack": free, "epochs": max(1, epochs // 4)},
+        "alf": {**FROZEN, "head": "linear", "losses": ON_ADVERSARIAL["losses"], "attack": PGD},
+        "aff": {**TRADES, "head": "linear"},
+        "adversarial_probe": {
+            **FROZEN,
+            "losses": ON_ADVERSARIAL["losses"],
+            "attack": PGD,
+            "scored": False,
+        },
+        "roli": {**ON_ADVERSARIAL, "start": "adversarial_probe", "attack": PGD},
+        "twins": {**ON_ADVERSARIAL, "attack": PGD, "batch_statistics": "twins"},
+        "rift": {
+            "start": "pgd_at",
+            "select": {**LAYERS, "top_k": 1},
+            "batch_statistics": "frozen",
+            "tolerance": 0.01,
+        },
+        "fare_encoder": {
+            "losses": preserve,
+            "attack": {**drift, "epsilon": 4 / 255},
+            "rates": {"encoder/**": 1e-3, "head/**": "freeze"},
+            "batch_statistics": "adversarial",
+            "compare_with_pretrained": True,
+            "best": "last",
+            "scored": False,
+        },
+        "fare": {**FROZEN, "start": "fare_encoder"},
+    }
+
+
+def defences(epsilon: float) -> dict:
+    """Returns Gen-AF and the defences of this project, by name."""
+    regularization = (f"{LOSS}genetic_regularization", 20.0)
+    shallow = {
+        "function": f"{ATTACK}DriftPGD",
+        "epsilon": epsilon,
+        "step_size": epsilon,
+        "num_steps": 1,
+        "layer": 1,
+    }
+    return {
+        "gen_af_stage1": {
+            "losses": {
+                "clean_cross_entropy": (f"{LOSS}clean_cross_entropy", 0.3),
+                "adversarial_cross_entropy": (f"{LOSS}adversarial_cross_entropy", 0.7),
+                "genetic_regularization": regularization,
+            },
+            "attack": PGD,
+            "batch_statistics": "both",
+        },
+        "gen_af": {
+            "start": "gen_af_stage1",
+            "select": {**LAYERS, "top_k_fraction": 0.2},
+            "batch_statistics": "frozen",
+            "tolerance": 0.01,
+        },
+        "shallow_stable": {
+            "losses": {**CLEAN, "drift": (f"{LOSS}feature_drift", 1.0, {"layers": (1,)})},
+            "attack": shallow,
+            "compare_with_pretrained": True,
+            "best": "last",
+        },
+        "universal": pool(epsilon),
+        "universal_band": pool(epsilon, threat=BAND),
+        "universal_shallow": {
+            **pool(epsilon),
+            "losses": {
+                **ON_ADVERSARIAL["losses"],
+                "drift": (f"{LOSS}feature_drift", 1.0, {"layers": (1,)}),
+            },
+            "compare_with_pretrained": True,
+        },
+        "universal_trades": {
+            **pool(epsilon, clean_share=0.0),
+            "losses": {**CLEAN, "trades_kl": (f"{LOSS}trades_kl", 3.0)},
+            "batch_statistics": "both",
+        },
+        # ZePAD's idea: what is accurate and what is robust, and the more certain one decides.
+        "other_encoder": {**FROZEN, "encoder": "byol-cifar10-r18w16", "scored": False},
+        "ensemble": {"members": ("usual", "gen_af", "other_encoder")},
+    }
+
+
+def only(recipes: dict, names: str) -> dict:
+    """Returns some recipes, with what they start from, in the order of all."""
+    if not names:
+        return recipes
+    wanted = names.split("+")
+    unknown = sorted(set(wanted) - set(recipes))
+    if unknown:
+        raise ValueError(f"methods: no {unknown[0]!r}; there are {', '.join(recipes)}")
+    needed, waiting = set(), list(wanted)
+    while waiting:
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            recipe = recipes[name]
+            waiting += [*recipe.get("members", ()), *filter(None, [recipe.get("start")])]
+    return {
+        name: recipe if name in wanted else {**recipe, "scored": False}
+        for name, recipe in recipes.items()
+        if name in needed
+    }
+
+
+def universal_attacks(small: bool) -> dict:
+    """Returns the suite of downstream-agnostic attacks, by name."""
+    generator = {"form": "released", **({"width": 32, "learning_rate": 1e-3} if small else {})}
+    step = {"step_size": 2e-3} if small else {}
+    return {
+        "advencoder": {"function": f"{ATTACK}AdvEncoderPER", **generator},
+        "universal_pgd": {"function": f"{ATTACK}UniversalPGD"},
+        "l4a_base": {"function": f"{ATTACK}L4ABase", **step, "fit": {"batch_size": 16}},
+        "ssp": {"function": f"{ATTACK}SSP", **step},
+        "random_noise": {"function": f"{ATTACK}RandomNoise"},
+    }
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    """Returns the config; see the file's docstring for the arguments."""
+    given = parse_arguments(arguments, ARGUMENTS)
+    if given["scale"] not in ("research", "small"):
+        raise ValueError(f"scale must be research or small, got {given['scale']!r}")
+    small = given["scale"] == "small"
+    config = ConfigDict()
+    config.seed = 0
+    config.stages = ("attack", "defend", "protocol", "compare")
+    config.encoder = {"path": given["encoder"]}
+    config.surrogate = {"source": given["surrogate"]}
+    config.downstream = {
+        "source": given["downstream"],
+        "validation": 0.1,
+        "train_limit": given["train_limit"] or None,
+        "test_limit": given["test_limit"] or None,
+    }
+    config.attack = {
+        "methods": universal_attacks(small),
+        "epsilon": given["epsilon"],
+        "curve": (),
+        "seeds": (0,),
+        "num_steps": 200 if small else 4000,
+        "batch_size": 64,
+    }
+    config.common = {"epochs": given["epochs"], "batch_size": given["batch_size"]}
+    recipes = {**baselines(given["epochs"]), **defences(given["epsilon"])}
+    config.methods = only(recipes, given["methods"])
+    config.defend = {
+        "seeds": (0,) if small else (0, 1, 2),
+        "batch_size": 250,
+        "validation": PGD,  # what the best epoch is chosen by, the same for all
+    }
+    config.classifiers = {}  # the recipes' classifiers come by themselves
+    config.protocol = {
+        "seeds": (0,),
+        "batch_size": 250,
+        "adaptive": True,
+        "checks": True,
+        "per_image": {
+            "methods": {"pgd": {"function": f"{ATTACK}PGD", "num_steps": 20}},
+            "epsilons": (8 / 255,),
+        },
+        "autoattack": {
+            "version": "standard",
+            "threats": {"Linf": (8 / 255,)},
+            "images": 200 if small else 1000,
+            "batch_size": 100,
+        },
+    }
+    config.compare = {
+        "reference": "full",  # whose cost is 1
+        "order": ("usual", "pgd_at", "mart", "trades", "gen_af"),  # the claim of the paper
+        "memory": True,
+        "rounds": 3,
+        "steps_per_round": 3,
+    }
+    config.sweep = {
+        "method": "universal",
+        # Paths into the recipe, each with its values; points are all combinations.
+        "grid": (
+            ("attack.epsilon", (5 / 255, 10 / 255, 15 / 255)),
+            ("attack.clean_share", (0.3, 0.7)),
+        ),
+        "usual": "usual",
+        "max_clean_loss": 0.02,
+        "max_cost": 2.0,
+    }
+    return config

@@ -1,0 +1,302 @@
+"""Every baseline and every defence as a recipe for the one step; the `defend` stage makes them.
+
+A recipe is plain values: what training starts from, which losses with which weights, which layer
+learns how fast, what the inner attack is, whose batch statistics count.  No method has a trainer of
+its own, so what differs between two of them is what their recipes say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from robust_ssl import finetuning, models
+from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.conformance import resolve
+from robust_ssl.stages import finetune, fitting
+from robust_ssl.stages.attack import function_of
+from robust_ssl.stages.run import Run, check_names, check_seeds, load_or_import
+from robust_ssl.trees import fingerprint
+from robust_ssl.types import Classifier
+
+_log = logging.getLogger(__name__)
+
+CLEAN = {"clean_cross_entropy": ("robust_ssl.losses:clean_cross_entropy", 1.0)}
+
+# What a recipe need not say.
+DEFAULTS: dict[str, Any] = {
+    "start": None,  # another recipe's name; None: the public encoder and a fresh head
+    "encoder": None,  # another public encoder, a path or a shipped one's name
+    "head": "mlp",
+    "preprocess": None,  # {"function": ..., **options}: what happens to pixels first
+    "members": (),  # names of recipes: an ensemble, nothing is trained
+    "prune": 0.0,  # share of the encoder's kernel weights set to zero before training
+    "epochs": 0,  # 0: nothing is trained
+    "batch_size": 128,
+    "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
+    "select": None,  # options of layer sensitivity: only robust-redundant layers move
+    "losses": CLEAN,
+    "attack": None,
+    "batch_statistics": "clean",
+    "augment": "",
+    "compare_with_pretrained": False,
+    "weight_decay": 8e-4,
+    "decay": 0.96,
+    "l2_sp": 0.0,  # weight of the distance to the start
+    "patience": None,  # epochs without a better one after which training stops
+    "best": None,  # "clean", "robust" or "last"; None: robust where there is an attack
+    "tolerance": None,  # of the interpolation guard towards the start
+    "scored": True,  # whether it is a method, not only another one's start
+}
+
+
+def complete(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a recipe of ``config.methods`` with what it does not say.
+
+    Args:
+      config: The run's; ``config.common`` is what all recipes share, and is overridden by each.
+      name: Of the recipe.
+
+    Raises:
+      ValueError: If there is no such recipe, or it has an entry that means nothing.
+
+    Example:
+      >>> config = {"common": {"epochs": 5}, "methods": {"probe": {"head": "linear"}}}
+      >>> recipe = complete(config, "probe")
+      >>> recipe["epochs"], recipe["head"], recipe["attack"]
+      (5, 'linear', None)
+    """
+    methods = config["methods"]
+    if name not in methods:
+        near = difflib.get_close_matches(name, methods, n=3) or sorted(methods)
+        raise ValueError(f"config.methods has no {name!r}; near names: {', '.join(near)}")
+    given = {**config.get("common", {}), **methods[name]}
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], DEFAULTS, n=3) or sorted(DEFAULTS)
+        raise ValueError(
+            f"the recipe {name!r} has an entry {unknown[0]!r} that means nothing; near names: "
+            f"{', '.join(near)}"
+        )
+    return {**DEFAULTS, **given}
+
+
+def scored(config: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the recipes that are methods, in order."""
+    return [name for name in config["methods"] if complete(config, name)["scored"]]
+
+
+def model_name(name: str, seed: int) -> str:
+    """Returns what a recipe with a seed is called among classifiers."""
+    return f"{name}-seed{seed}"
+
+
+def directory(name: str, seed: int) -> str:
+    """Returns the stage name of a recipe with a seed."""
+    return f"methods/{model_name(name, seed)}"
+
+
+def check(run: Run) -> None:
+    """Builds every recipe's step, without a step of it.
+
+    Raises:
+      ValueError: With which recipe is wrong, and what to do.
+    """
+    config = run.config
+    check_names(config["methods"], "config.methods")
+    check_seeds(config["defend"]["seeds"], "config.defend.seeds")
+    fitting.build_attack(run, config["defend"]["validation"])
+    for name in config["methods"]:
+        check_one(run, name)
+
+
+def check_one(run: Run, name: str) -> None:
+    """Raises ValueError, with the recipe's name, unless it can be made."""
+    try:
+        recipe = complete(run.config, name)
+        check_chain(run.config, name)
+        classifier = untrained(run, name)
+        if not recipe["epochs"] or recipe["members"]:
+            return
+        if recipe["best"] not in (None, "clean", "robust", "last"):
+            raise ValueError(f'best must be "clean", "robust" or "last", got {recipe["best"]!r}')
+        if recipe["select"] is not None:
+            found = dict.fromkeys(finetuning.kernels(classifier.variables["params"]), 0.0)
+            top = {option: recipe["select"][option] for option in ("top_k", "top_k_fraction")}
+            finetuning.select_redundant(found, **top)
+            recipe = {**recipe, "rates": {"**": 1e-3}}  # which layers move is found out later
+        run.parallel.check_batch(recipe["batch_size"])
+        attack = fitting.build_attack(run, recipe["attack"])
+        losses = fitting.build_losses(recipe["losses"])
+        fitting.build_step(run, name, classifier, recipe, losses, attack, 1)
+    except (ValueError, TypeError, KeyError) as error:
+        error.add_note(f"in config.methods.{name}")
+        raise
+
+
+def check_chain(config: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError if a recipe starts, over others, from itself."""
+    path = [name]
+    waiting = [(name, path)]
+    while waiting:
+        name, path = waiting.pop()
+        recipe = complete(config, name)
+        for other in (*recipe["members"], *filter(None, [recipe["start"]])):
+            if other in path:
+                raise ValueError(f"recipes start from each other: {' <- '.join([*path, other])}")
+            waiting.append((other, [*path, other]))
+
+
+def untrained(run: Run, name: str, seed: int = 0) -> Classifier:
+    """Returns the classifier of a recipe's shape, with the weights before any training."""
+    return _assemble(run, name, seed, lambda other: untrained(run, other, seed))
+
+
+def _assemble(run: Run, name: str, seed: int, get) -> Classifier:
+    """What training of a recipe starts from; `get` returns another recipe's classifier."""
+    recipe = complete(run.config, name)
+    if recipe["members"]:
+        return models.confidence_ensemble([get(other) for other in recipe["members"]])
+    if recipe["start"]:
+        classifier = get(recipe["start"])
+    else:
+        encoder = load_or_import(recipe["encoder"], {}) if recipe["encoder"] else None
+        classifier = run.classifier(recipe["head"], seed, encoder)
+    if recipe["preprocess"]:
+        first = _build_preprocess(name, recipe["preprocess"])
+        classifier = classifier.replace(encoder=classifier.encoder.replace(preprocess=first))
+    if recipe["prune"]:
+        params = finetuning.prune(classifier.variables["params"], recipe["prune"])
+        classifier = classifier.with_variables({**classifier.variables, "params": params})
+    return classifier
+
+
+def _build_preprocess(name: str, options: Mapping[str, Any]):
+    options = dict(options)
+    function = function_of(name, options)
+    try:
+        return resolve(function)(**options)
+    except TypeError as error:
+        raise ValueError(f"{function} does not take that: {error}") from error
+
+
+def method(run: Run, name: str, seed: int) -> StageDirectory:
+    """Makes one recipe with one seed, and before it what it starts from.
+
+    Args:
+      run: The run; ``config.methods`` has the recipe.
+      name: Of the recipe.
+      seed: Of the head's first weights, the batches and the keys; the data are the run's.
+
+    Returns:
+      The stage's directory, ``methods/NAME-seedSEED``.
+    """
+    recipe = complete(run.config, name)
+    start = _assemble(run, name, seed, lambda other: load_method(run, other, seed))
+    if recipe["members"] or not recipe["epochs"]:
+        return _as_it_is(run, name, seed, recipe, start)
+    attack = fitting.build_attack(run, recipe["attack"])
+    against = fitting.build_attack(run, run.config["defend"]["validation"])
+    afterwards, known = None, {}
+    if recipe["select"] is not None:
+        measured = finetune.measure_sensitivity(
+            run, f"{directory(name, seed)}-layers", start, against, recipe["select"], seed
+        )
+        selected = measured.results["selected"]
+        recipe = {**recipe, "rates": finetuning.rates_for(selected, recipe["select"]["rate"])}
+        spent = measured.results["gradient_evaluations"] / len(run.downstream[0])
+        known = {
+            "selected": selected,
+            "selection_seconds": measured.manifest["seconds"],
+            "selection_gradient_evaluations_per_image": spent,
+        }
+    if recipe["tolerance"] is not None:
+        afterwards = finetune.guarded(run, start, against, recipe["tolerance"])
+    return fitting.fit(
+        run,
+        directory(name, seed),
+        start,
+        recipe,
+        fitting.build_losses(recipe["losses"]),
+        attack=attack,
+        against={"validation": against},
+        seed=seed,
+        best=recipe["best"],
+        afterwards=afterwards,
+        known=known,
+    )
+
+
+def _as_it_is(run: Run, name: str, seed: int, recipe, classifier: Classifier) -> StageDirectory:
+    """A stage that trains nothing: an ensemble, an input transformation."""
+    inputs = {"start": fingerprint(classifier.variables)}
+    with run.open(directory(name, seed), recipe, inputs, seed) as stage:
+        if not stage.done:
+            results = {
+                "epochs": 0,
+                "steps": 0,
+                "skipped": 0,
+                "gradient_evaluations_per_image": 0,
+            }
+            fitting.keep_classifier(run, stage, classifier, results)
+            stage.finish(fitting.without_attack(classifier.variables), results)
+    return stage
+
+
+def load_method(run: Run, name: str, seed: int) -> Classifier:
+    """Returns the classifier of a recipe, which is made first where it is not there yet."""
+    made = method(run, name, seed)
+    template = untrained(run, name, seed)
+    return template.with_variables(made.load_final(template.variables))
+
+
+def chain(config: Mapping[str, Any], name: str) -> list[str]:
+    """Returns a recipe with all that it starts from, each once."""
+    needed, waiting = [], [name]
+    while waiting:
+        other = waiting.pop()
+        if other not in needed:
+            needed.append(other)
+            recipe = complete(config, other)
+            waiting += [*recipe["members"], *filter(None, [recipe["start"]])]
+    return needed
+
+
+def total_cost(run: Run, name: str, seed: int) -> dict[str, float]:
+    """Returns what a finished recipe took with all it starts from: seconds, gradients per image."""
+    made = [method(run, other, seed) for other in chain(run.config, name)]
+    return {
+        "seconds": sum(
+            one.manifest["seconds"] + one.results.get("selection_seconds", 0) for one in made
+        ),
+        "gradient_evaluations": sum(
+            one.results["gradient_evaluations_per_image"]
+            + one.results.get("selection_gradient_evaluations_per_image", 0)
+            for one in made
+        ),
+    }
+
+
+def defend(run: Run) -> StageDirectory:
+    """Makes every recipe with every seed; one that fails is reported, and the others go on.
+
+    Returns:
+      The stage's directory; its results are ``{"made": {stage: results}, "failed": {stage: why}}``.
+    """
+    made, failed = {}, {}
+    for seed in run.config["defend"]["seeds"]:
+        for name in run.config["methods"]:
+            stage = directory(name, seed)
+            try:
+                made[stage] = method(run, name, seed)
+            except FloatingPointError as error:
+                failed[stage] = str(error)
+                _log.error("%s failed, the others go on: %s", stage, error)
+    inputs = {name: stage.fingerprint for name, stage in made.items()}
+    with run.open("defend", run.config["defend"], inputs) as stage:
+        if not stage.done:
+            results = {name: one.results for name, one in made.items()}
+            stage.finish(None, {"made": results, "failed": failed})
+    return stage

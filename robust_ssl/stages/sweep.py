@@ -1,0 +1,161 @@
+"""The `sweep` stage: a grid over a recipe's settings, and what each point buys and costs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from robust_ssl import data, evaluation, report
+from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.stages import costs, fitting, methods
+from robust_ssl.stages.attack import attack, budgets, load_perturbations
+from robust_ssl.stages.grid import expand
+from robust_ssl.stages.run import Run
+from robust_ssl.stages.training import stage_key
+
+_log = logging.getLogger(__name__)
+
+
+def points(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the recipes of ``config.sweep``, by a name that can be a directory's.
+
+    Raises:
+      ValueError: If the method is not there, or a path leads nowhere.
+    """
+    name = config["sweep"]["method"]
+    base = methods.complete(config, name)
+    grid = {path: list(values) for path, values in config["sweep"]["grid"]}
+    return {
+        f"{name} {re.sub(r'[^0-9A-Za-z_.+ -]', '_', point.replace('=', ' ').replace(',', ''))}": {
+            **recipe,
+            "scored": True,
+        }
+        for point, recipe in expand(base, grid).items()
+    }
+
+
+def check(run: Run) -> tuple[Run, dict[str, str]]:
+    """Tries every point without a step of it.
+
+    Returns:
+      The run with the possible points among its recipes, and why the others are impossible.
+
+    Raises:
+      ValueError: If no point is possible.
+    """
+    found = points(run.config)
+    whole = {**run.config["methods"], **found}
+    run = dataclasses.replace(run, config={**run.config, "methods": whole})
+    impossible = {}
+    for name in found:
+        try:
+            methods.check_one(run, name)
+        except (ValueError, TypeError, KeyError) as error:
+            impossible[name] = str(error)
+            _log.warning("sweep: %s is impossible and left out: %s", name, error)
+    if len(impossible) == len(found):
+        raise ValueError(f"no point of the sweep is possible: {next(iter(impossible.values()))}")
+    return run, impossible
+
+
+def sweep(run: Run) -> StageDirectory:
+    """Makes and scores every point of the grid on **validation** images.
+
+    Robust accuracy is the worst case per image over the universal attacks of ``config.attack``,
+    crafted on the public encoder.  A point that cannot be built, or whose training fails, is
+    reported, and the others go on; finished points are kept.
+
+    Returns:
+      The stage's directory.  ``sweep.csv``, ``sweep.md`` and ``figures/sweep.png`` are in the
+      workdir.
+    """
+    config = run.config["sweep"]
+    run, failed = check(run)
+    mine = [name for name in points(run.config) if name not in failed]
+    scores, public = {}, attack(run)
+    for name in dict.fromkeys([config["usual"], *mine]):
+        try:
+            scores[name] = _score(run, name, public)
+        except FloatingPointError as error:
+            failed[name] = str(error)
+            _log.error("sweep: %s failed, the others go on: %s", name, error)
+    measured = costs.measure(run, list(scores), run.seed, "sweep_cost")
+    with run.open("sweep", config, {"scores": str(scores)}) as stage:
+        if not stage.done:
+            rows = [
+                {"point": n, **score, "cost": measured[n]["factor"]} for n, score in scores.items()
+            ]
+            stage.finish(None, {"rows": rows, "failed": failed})
+    _write(run, stage.results)
+    return stage
+
+
+def _score(run: Run, name: str, public: StageDirectory) -> dict[str, float]:
+    model = methods.load_method(run, name, run.seed)
+    config = run.config["attack"]
+    found = {
+        f"{method}, seed {seed}": perturbation
+        for (method, seed, epsilon), perturbation in load_perturbations(
+            public, config, curve=public.manifest["config"]["curve"]
+        ).items()
+        if epsilon == budgets(config, curve=False, method=method)[0]
+    }
+    results = evaluation.score(
+        model,
+        data.epoch_batches(run.downstream[1], fitting.scoring_batch_size(run)),
+        found,
+        key=stage_key(run.seed, "sweep"),
+        parallel=run.parallel,
+    )
+    counts = results[evaluation.WORST].counts
+    return {"clean": counts.clean_accuracy, "robust": counts.robust_accuracy}
+
+
+def _write(run: Run, results: Mapping[str, Any]) -> None:
+    if jax.process_index():
+        return
+    config, rows = run.config["sweep"], results["rows"]
+    found = [report.Point(r["point"], r["clean"], r["robust"], r["cost"]) for r in rows]
+    found = [point for point in found if point.cost > 0]
+    usual, limits = config["usual"], {k: config[k] for k in ("max_clean_loss", "max_cost")}
+    said = [report.advice(found, usual=usual, **limits)]
+    said += [f"{name} is left out: {why}" for name, why in results["failed"].items()]
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["point", "clean", "robust", "cost"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    (run.workdir / "sweep.csv").write_text(text.getvalue(), encoding="utf-8")
+    lines = [
+        f"| {r['point']} | {r['clean']:.1%} | {r['robust']:.1%} | {r['cost']:.2f}x |" for r in rows
+    ]
+    images = len(run.downstream[1])
+    (run.workdir / "sweep.md").write_text(
+        "\n".join(
+            [
+                *said,
+                "",
+                f"Accuracies on {images} validation images; robust: the worst case per image over "
+                "the universal attacks crafted on the public encoder.",
+                "",
+                "| point | clean | robust | training time |",
+                "| --- | --- | --- | --- |",
+                *lines,
+                "",
+            ]
+        ),
+        encoding="utf-8",
+    )
+    report.figure_pareto(
+        run.workdir / "figures",
+        found,
+        label_clean="clean accuracy, validation",
+        label_robust="accuracy under the universal attacks, validation",
+        name="sweep",
+    )

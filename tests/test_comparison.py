@@ -1,0 +1,199 @@
+"""The comparison of methods: its summary, its files, and the sentence on their order."""
+
+import csv
+
+import pytest
+
+from robust_ssl.report.comparison import FIELDS, Figure, ordering, summarise, write_comparison
+
+
+def row(method="usual", seed=0, robust=0.25, **changed):
+    return {
+        "method": method,
+        "seed": seed,
+        "clean": 0.75,
+        "robust_public": robust,
+        "robust_hardened": robust,
+        "autoattack": None,
+        "images": 1000,
+        "autoattack_images": None,
+        "verdict": "trusted",
+        "training_seconds": 1234.56,
+        "cost_factor": 1.0,
+        "gradients": 1.0,
+        "peak_bytes": None,
+        **changed,
+    }
+
+
+def test_mean_deviation_and_number_over_seeds():
+    rows = [
+        row("b", 0, 0.25, autoattack=0.1, autoattack_images=100),
+        row("a", 0, 0.5, verdict="trusted with notes"),
+        row("b", 1, 0.75, verdict="not examined"),
+        row("b", 2, 0.5, verdict="trusted with notes", images=500),
+    ]
+    found = summarise(rows)
+    assert list(found) == ["b", "a"]
+    assert found["b"]["robust_public"] == Figure(0.5, pytest.approx(0.25), 3)
+    assert found["b"]["autoattack"] == Figure(0.1, None, 1)
+    assert found["b"]["peak_bytes"] == Figure(None, None, 0)
+    assert found["a"]["robust_public"] == Figure(0.5, None, 1)
+    assert [found[m]["verdict"] for m in "ba"] == ["not examined", "trusted with notes"]
+    assert (found["b"]["seeds"], found["b"]["images"]) == (3, 500)
+    assert (found["b"]["autoattack_images"], found["a"]["autoattack_images"]) == (100, None)
+
+
+def test_not_trusted_is_the_worst_verdict():
+    rows = [row(seed=0, verdict="not trusted"), row(seed=1, verdict="not examined")]
+    assert summarise(rows)["usual"]["verdict"] == "not trusted"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "nothing to compare"),
+        ([row(), row()], "'usual', seed 0 is there twice"),
+        ([row(clean=75.0)], r"clean is 75.0; it must be in \[0, 1\]"),
+        ([row(clean=float("nan"))], "clean is nan"),
+        ([row(clean=None)], "clean was not measured"),
+        ([row(images=0)], "images is 0"),
+        ([row(training_seconds=float("inf"))], "training_seconds is inf"),
+        ([row(verdict="fine")], "'fine' is no verdict"),
+        ([row(accuracy=0.5)], r"unknown fields \['accuracy'\]"),
+        ([{k: v for k, v in row().items() if k != "clean"}], r"missing fields \['clean'\]"),
+        ([row(autoattack=0.5)], "go together"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        summarise(rows)
+    with pytest.raises(ValueError, match=said):
+        write_comparison(tmp_path, rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_csv_brings_every_row_back(tmp_path):
+    rows = [row(seed=0, robust=1 / 3), row(seed=1, autoattack=0.1, autoattack_images=100)]
+    table, page = write_comparison(tmp_path / "new", rows)
+    assert (table.name, page.name) == ("comparison.csv", "comparison.md")
+    with open(table, newline="") as file:
+        read = list(csv.DictReader(file))
+    texts = ("method", "verdict")
+    assert list(read[0]) == list(FIELDS)
+    assert [
+        {k: v if k in texts else float(v) if v else None for k, v in line.items()} for line in read
+    ] == rows
+
+
+def test_page_has_sentences_table_and_legend(tmp_path):
+    rows = [
+        row("usual", 0, 0.25, peak_bytes=3 * 2**20),
+        row("usual", 1, 0.75, peak_bytes=5 * 2**20),
+        row("trades", 0, 0.5, verdict="not trusted", autoattack=0.25, autoattack_images=100),
+    ]
+    _, page = write_comparison(tmp_path, rows, ["First.", "Second."])
+    text = page.read_text()
+    assert text.startswith("# Comparison\n\nFirst.\n\nSecond.\n\n| method |")
+    lines = [[c.strip() for c in s.split("|")[1:-1]] for s in text.splitlines() if s[:1] == "|"]
+    usual, trades = (dict(zip(lines[0], cells, strict=True)) for cells in lines[2:])
+    assert usual == {
+        "method": "usual fine-tuning",
+        "seeds": "2",
+        "clean": "75.0 ± 0.0 %",
+        "robust, public": "50.0 ± 35.4 %",
+        "robust, hardened": "50.0 ± 35.4 %",
+        "AutoAttack": "n/a",
+        "cost": "1.00 ± 0.00x",
+        "gradients": "1.0 ± 0.0",
+        "training": "1,234.6 ± 0.0 s",
+        "peak memory": "4 ± 1 MiB",
+        "verdict": "trusted",
+    }
+    assert trades["clean"] == "75.0 %"
+    assert trades["robust, public"] == "50.0 % NOT TRUSTED"
+    assert trades["AutoAttack"] == "25.0 % NOT TRUSTED"
+    assert trades["peak memory"] == "n/a" and trades["verdict"] == "not trusted"
+    legend = text.split("\n\n")[-1]
+    assert all(f"- {name}: " in legend for name in lines[0] if name not in ("method", "seeds"))
+    assert "1,000 test images, so that a share is known to ± 3.1 points" in legend
+    assert "AutoAttack: 100 test images" in legend
+
+
+def test_a_column_without_a_figure_is_left_out_and_a_part_is_said(tmp_path):
+    text = write_comparison(tmp_path, [row()])[1].read_text()
+    assert "AutoAttack" not in text and "peak memory" not in text and "±  " not in text
+    rows = [row(seed=0, cost_factor=2.0), row(seed=1, cost_factor=None)]
+    assert "| 2.00x (1 of 2 seeds) |" in write_comparison(tmp_path, rows)[1].read_text()
+
+
+def order(*robust, **changed):
+    methods = "abcd"[: len(robust)]
+    rows = [
+        row(m, 0, share, **changed.get(m, {})) for m, share in zip(methods, robust, strict=True)
+    ]
+    return ordering(summarise(rows), list(methods), by="robust_public")
+
+
+WHAT = "by accuracy in the worst case per image over the attacks crafted on the public encoder (a"
+
+
+def test_an_order_that_holds_is_confirmed_with_numbers():
+    assert order(0.1, 0.2, 0.3) == f"The order a < b < c holds {WHAT} 10.0 %, b 20.0 %, c 30.0 %)."
+
+
+def test_an_order_that_breaks_names_the_neighbours():
+    assert order(0.1, 0.4, 0.3, 0.5) == (
+        f"The order a < b < c < d does not hold {WHAT} 10.0 %, b 40.0 %, c 30.0 %, d 50.0 %): "
+        "b and c stand the other way round (-10.0 points)."
+    )
+
+
+@pytest.mark.parametrize("second", [0.21, 0.19, 0.2])
+def test_a_difference_inside_the_interval_is_undecided(second):
+    said = order(0.2, second)
+    assert said.startswith("The order a < b is undecided")
+    assert f"a and b are undecided ({100 * second - 20:+.1f} points, inside" in said
+
+
+def test_a_difference_inside_the_deviation_is_undecided():
+    apart = [row("a", 0, 0.2), row("b", 0, 0.4)]
+    assert " holds " in ordering(summarise(apart), "ab", by="robust_hardened")
+    spread = [row("a", 0, 0.2), row("b", 0, 0.1), row("b", 1, 0.7)]
+    assert " is undecided " in ordering(summarise(spread), "ab", by="robust_hardened")
+
+
+def test_the_number_of_images_decides_what_is_decided():
+    few = order(0.2, 0.4, a={"images": 20}, b={"images": 20})
+    assert " is undecided " in few and " holds " in order(0.2, 0.4)
+
+
+def test_what_was_not_measured_or_not_trusted_is_said():
+    rows = [
+        row("a", autoattack=0.1, autoattack_images=100),
+        row("b"),
+        row("c", autoattack=0.9, autoattack_images=100, verdict="not trusted"),
+    ]
+    found = summarise(rows)
+    assert ordering(found, "abc", by="autoattack") == (
+        "The order a < b < c holds by accuracy under AutoAttack (a 10.0 %, c 90.0 %). "
+        "Not measured: b. NOT TRUSTED: c."
+    )
+    assert ordering(found, "ab", by="autoattack") == (
+        "The order a < b cannot be judged by accuracy under AutoAttack. Not measured: b."
+    )
+    assert "NOT TRUSTED" not in ordering(found, "ac", by="clean")
+
+
+@pytest.mark.parametrize(
+    ("names", "by", "said"),
+    [
+        (["a", "z"], "clean", r"not compared: \['z'\]; known: a, b"),
+        (["a"], "clean", "two or more different"),
+        (["a", "a"], "clean", "two or more different"),
+        (["a", "b"], "gradients", "'gradients' is no share"),
+    ],
+)
+def test_an_order_of_strangers_is_refused(names, by, said):
+    with pytest.raises(ValueError, match=said):
+        ordering(summarise([row("a"), row("b")]), names, by=by)

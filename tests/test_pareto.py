@@ -1,0 +1,157 @@
+"""The trade-off: the front and its area against brute force, the sentence, the picture."""
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+
+from robust_ssl.report.pareto import Point, _placed, advice, area_under_front, figure_pareto, front
+
+
+def random_points(seed, n=12, steps=8):
+    """A coarse grid of values, so that ties and duplicates are common."""
+    values = np.random.default_rng(seed).integers(0, steps + 1, (n, 2)) / steps
+    return [Point(f"p{i}", float(c), float(r), 1.0 + i) for i, (c, r) in enumerate(values)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_front_is_what_no_other_beats(seed):
+    points = random_points(seed)
+    kept = {
+        (p.clean, p.robust)
+        for p in points
+        if not any(q.clean >= p.clean and q.robust >= p.robust and q[1:3] != p[1:3] for q in points)
+    }
+    found = front(points)
+    assert {(p.clean, p.robust) for p in found} == kept and len(found) == len(kept)
+    assert all(a.clean < b.clean and a.robust > b.robust for a, b in itertools.pairwise(found))
+    for point in found:  # of equals the cheapest
+        assert point.cost == min(q.cost for q in points if q[1:3] == point[1:3])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_area_is_the_share_of_cells_that_some_point_covers(seed):
+    steps = 8
+    points = random_points(seed, steps=steps)
+    middle = (np.arange(steps) + 0.5) / steps
+    clean, robust = np.meshgrid(middle, middle)
+    covered = np.zeros_like(clean, bool)
+    for point in points:
+        covered |= (clean < point.clean) & (robust < point.robust)
+    assert area_under_front(points) == pytest.approx(covered.mean(), abs=1e-12)
+
+
+def test_area_at_the_ends():
+    assert area_under_front([]) == 0 and front([]) == []
+    assert area_under_front([Point("perfect", 1.0, 1.0, 1.0)]) == 1
+    assert area_under_front([Point("plain", 0.9, 0.0, 1.0)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([Point("a", float("nan"), 0.5, 1.0)], "no point"),
+        ([Point("a", 0.5, float("nan"), 1.0)], "no point"),
+        ([Point("a", 90.0, 0.5, 1.0)], "shares"),
+        ([Point("a", 0.5, 0.5, float("inf"))], "cost"),
+        ([Point("a", 0.5, 0.5, 0.0)], "cost"),
+        ([Point("a", 0.5, 0.5, 1.0), Point("a", 0.6, 0.5, 1.0)], r"\['a'\]"),
+    ],
+)
+def test_points_that_are_none_are_refused(wrong, said):
+    for function in (front, area_under_front):
+        with pytest.raises(ValueError, match=said):
+            function(wrong)
+
+
+USUAL = Point("plain", 0.9, 0.1, 1.0)
+
+
+def test_advice_takes_the_most_robust_within_both_limits():
+    points = [
+        USUAL,
+        Point("on the limits", 0.88, 0.4, 2.0),
+        Point("too slow", 0.89, 0.6, 2.1),
+        Point("too wrong", 0.87, 0.7, 1.0),
+        Point("weaker", 0.95, 0.3, 1.0),
+    ]
+    assert advice(points, usual="plain") == (
+        "For at most 2 points of clean accuracy and 2x the training time, take on the limits: "
+        "40.0 % robust (30.0 points more than plain), clean 88.0 % (2.0 points less), cost 2.0x."
+    )
+    assert "take too slow" in advice(points, usual="plain", max_cost=3)
+    assert "take too wrong" in advice(points, usual="plain", max_clean_loss=0.03)
+    strict = advice(points, usual="plain", max_clean_loss=0, max_cost=1.5)
+    assert "take weaker" in strict and "clean 95.0 % (5.0 points more)" in strict
+
+
+def test_advice_says_that_nothing_does_it():
+    dear = Point("dear", 0.8, 0.5, 9.0)
+    assert advice([USUAL, dear], usual="plain") == (
+        "For at most 2 points of clean accuracy and 2x the training time, no point is more robust "
+        "than plain (10.0 %); the most robust at any price is dear: 50.0 % robust (40.0 points "
+        "more than plain), clean 80.0 % (10.0 points less), cost 9.0x."
+    )
+    assert "none is more robust than plain (10.0 %)" in advice([USUAL], usual="plain")
+    with pytest.raises(ValueError, match=r"no point is called 'usual'.*plain, dear"):
+        advice([USUAL, dear], usual="usual")
+
+
+def test_advice_counts_cost_from_the_usual_point():
+    slower = [USUAL._replace(cost=10.0), Point("twice", 0.9, 0.5, 20.0)]
+    assert "take twice" in advice(slower, usual="plain") and "2.0x." in advice(
+        slower, usual="plain"
+    )
+
+
+def draw(directory, points, name="pareto"):
+    return figure_pareto(
+        directory, points, label_clean="clean accuracy", label_robust="robust accuracy", name=name
+    )
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_figure_has_its_numbers_and_the_same_bytes(tmp_path, long):
+    points = random_points(3)
+    if long:
+        points = [
+            p._replace(name=f"epsilon=0.03, num_steps={i}, m=2") for i, p in enumerate(points)
+        ]
+    first = draw(tmp_path / "a", points)
+    second = draw(tmp_path / "b", points)
+    assert first.name == "pareto.png"
+    for suffix in (".png", ".svg", ".csv"):
+        bytes_ = first.with_suffix(suffix).read_bytes()
+        assert bytes_ and bytes_ == second.with_suffix(suffix).read_bytes()
+    with open(first.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    read = [Point(r["name"], float(r["clean"]), float(r["robust"]), float(r["cost"])) for r in rows]
+    assert read == points
+    assert {r["name"] for r in rows if r["on_front"] == "1"} == {p.name for p in front(points)}
+
+
+def test_figure_of_one_point_and_of_many(tmp_path):
+    assert draw(tmp_path, [USUAL], "one").exists()
+    assert draw(tmp_path, random_points(0, n=40, steps=50), "many").exists()
+    with pytest.raises(ValueError, match="no point to draw"):
+        draw(tmp_path, [])
+
+
+def test_names_cover_neither_each_other_nor_marks():
+    rng = np.random.default_rng(0)
+    circles = np.column_stack([rng.uniform(30, 370, 15), rng.uniform(30, 270, 15), np.full(15, 5)])
+    circles[1] = circles[0]  # one on the other
+    sizes = np.tile([45.0, 9.0], (15, 1))
+    frame = np.asarray([0.0, 0.0, 400.0, 300.0])
+    lines = np.asarray([[0.0, 150.0], [200.0, 150.0], [200.0, 0.0]])
+    boxes = _placed(sizes, circles, lines, frame)
+    np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], sizes)
+    assert (boxes[:, :2] >= -1e-9).all() and (boxes[:, 2:] <= frame[2:] + 1e-9).all()
+    for i, box in enumerate(boxes):
+        for other in np.delete(boxes, i, axis=0):
+            assert (np.minimum(box[2:], other[2:]) <= np.maximum(box[:2], other[:2]) + 1e-9).any()
+        distance = np.linalg.norm(
+            np.clip(circles[:, :2], box[:2], box[2:]) - circles[:, :2], axis=1
+        )
+        assert distance.min() > 4
