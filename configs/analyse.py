@@ -6,9 +6,10 @@ r"""Where attacks work: layer by layer, frequency by frequency, from encoder to 
 
 Everything but the last stage is `gen_af.py`, with its arguments: in a workdir where that has run,
 only the analysis is computed.  Leaves ``analysis/analysis.md`` with all figures, their numbers
-beside them.  Nobody has timed it as it stands.  The map of single frequencies costs most: 514
-frequencies at 32 pixels times 128 images, some 66,000 images through each model; a stride of 2
-measures a quarter of them, of 4 a sixteenth.  Take a stride of 4 on two CPU cores.
+beside them.  On two CPU cores with a stride of 4 the analysis of the README's GTSRB run took 68
+seconds; ``docs/attacks.md`` shows what one should see.  The map of single frequencies costs most:
+514 frequencies at 32 pixels times 128 images, some 66,000 images through each model; a stride of 2
+measures a quarter of them, of 4 a sixteenth.
 """
 
 import pathlib

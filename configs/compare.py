@@ -67,9 +67,9 @@ LAYERS = {
 BAND = {
     "function": "robust_ssl.threats:Band",
     "threat": {"function": "robust_ssl.threats:Linf"},
-    # The band that does most to the shipped encoder: `robust-ssl run --config=configs/analyse.py`.
+    # Where single frequencies hurt most and AdvEncoder has half of its energy (docs/attacks.md).
     "low": 0.125,
-    "high": 0.25,
+    "high": 0.1875,
 }
 
 

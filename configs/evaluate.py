@@ -10,6 +10,9 @@ own that returns a `robust_ssl.Classifier`.  Other arguments: ``encoder`` (the p
 is all that the downstream-agnostic attacker sees), ``downstream`` and ``surrogate`` (data sets),
 ``test_limit`` (images of the test split; 0 takes all) and ``scale``: ``paper`` has the published
 numbers of steps, ``small`` is for a CPU.
+
+``docs/attacks.md`` has the tables of ``scale=small`` with the commands that made them, on two CPU
+cores; nobody has run ``scale=paper`` yet.
 """
 
 from ml_collections import ConfigDict
