@@ -75,8 +75,13 @@ BAND = {
 
 def pool(epsilon: float, **options) -> dict:
     """Returns the recipe of universal adversarial fine-tuning."""
-    attack = {"function": "robust_ssl.finetuning:UniversalPool", "epsilon": epsilon, **options}
-    return {**ON_ADVERSARIAL, "attack": attack}
+    attack = {
+        "function": "robust_ssl.finetuning:UniversalPool",
+        "epsilon": epsilon,
+        "clean_share": 0.5,
+        "size": 4,
+    }
+    return {**ON_ADVERSARIAL, "attack": {**attack, **options}}
 
 
 def baselines(epochs: int) -> dict:

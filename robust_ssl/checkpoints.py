@@ -54,6 +54,8 @@ def open_stage(
     config: Mapping[str, Any],
     inputs: Mapping[str, str],
     seed: int,
+    *,
+    collects: bool = False,
 ) -> StageDirectory:
     """Opens the directory of one stage: new, to be resumed, or done.
 
@@ -63,6 +65,8 @@ def open_stage(
       config: The resolved configuration of this stage, JSON-able.
       inputs: Fingerprint of everything the stage reads, by name; see `fingerprint`.
       seed: The integer all its random keys derive from.
+      collects: Whether the stage only collects what others made, as a table does: which inputs it
+        has may change, and it is then done again; those of the same name must be what they were.
 
     Returns:
       The directory; its `done` says whether there is nothing left to do.
@@ -84,8 +88,8 @@ def open_stage(
     asked = json_ready({"config": config, "inputs": inputs, "seed": seed})
     old = _read_manifest(path)
     if old is not None:
-        manifests.check_unchanged(path, old, asked)
-        if old["status"] == "done":
+        manifests.check_unchanged(path, old, asked, collects=collects)
+        if old["status"] == "done" and old["inputs"] == asked["inputs"]:
             return StageDirectory(path, old)
     make_directory(path)
     manifest = {

@@ -91,19 +91,32 @@ def json_ready(value: Any) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
 
 
-def check_unchanged(path: pathlib.Path, old: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def check_unchanged(
+    path: pathlib.Path,
+    old: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    *,
+    collects: bool = False,
+) -> None:
     """Compares what is asked for with what a manifest says was done.
 
     Args:
       path: The stage directory, for the message.
       old: The manifest found there.
       asked: The entries that must agree with it: config, inputs, seed.
+      collects: Whether inputs may come and go; those of the same name must agree.
 
     Raises:
       ConfigChangedError: If any value differs; each is named as ``config.epochs: 1 -> 2``.
     """
-    before = _dotted({name: old[name] for name in asked})
-    after = _dotted(asked)
+    before = {name: old[name] for name in asked}
+    if collects:
+        both = old["inputs"].keys() & asked["inputs"].keys()
+        before, asked = (
+            {**entries, "inputs": {name: entries["inputs"][name] for name in both}}
+            for entries in (before, asked)
+        )
+    before, after = _dotted(before), _dotted(asked)
     changes = [
         f"  {name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
         for name in sorted(before | after)

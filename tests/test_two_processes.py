@@ -84,9 +84,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(folder, workdir, *, devices, accident="", flags=()):
+def start(folder, workdir, *, devices, accident="", flags=(), config=CONFIG):
     """Starts one process of a run; its output goes to a file."""
-    (folder / "tiny_run.py").write_text(CONFIG)
+    (folder / "tiny_run.py").write_text(config)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -130,7 +130,7 @@ def said(processes):
     )
 
 
-def run_pair(folder, workdir, *, accidents=("", ""), devices=1, method="pmap"):
+def run_pair(folder, workdir, *, accidents=("", ""), devices=1, method="pmap", config=CONFIG):
     """Runs two processes of `devices` devices each; returns them, ended."""
     address = f"127.0.0.1:{free_port()}"
     processes = [
@@ -139,6 +139,7 @@ def run_pair(folder, workdir, *, accidents=("", ""), devices=1, method="pmap"):
             workdir,
             devices=devices,
             accident=accidents[number],
+            config=config,
             flags=(
                 f"--coordinator={address}",
                 "--num-processes=2",
@@ -225,3 +226,42 @@ def test_a_run_survives_what_happens_to_its_processes(one, tmp_path):
         else:
             assert codes(pair) == ([75, 75] if outcome == "stopped" else [0, 0]), text
     assert_same(one, workdir)
+
+
+# --- A recipe whose perturbations are a part of the training state ------------------------------
+
+POOL_CONFIG = """
+import tiny_methods
+
+def get_config():
+    return tiny_methods.config({"universal": tiny_methods.UNIVERSAL})
+"""
+
+
+def test_two_processes_train_against_the_pool_of_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    process = start(tmp_path / "one", tmp_path / "one" / "run", devices=2, config=POOL_CONFIG)
+    assert finish([process]) == [0], said([process])
+    pair = run_pair(tmp_path / "two", tmp_path / "two" / "run", config=POOL_CONFIG)
+    assert codes(pair) == [0, 0], said(pair)
+    stage = "methods/universal-seed0"
+    ours, expected = (tmp_path / name / "run" for name in ("two", "one"))
+    left, right = final(expected, stage), final(ours, stage)
+    assert left.keys() == right.keys()
+    for path, leaf in left.items():
+        np.testing.assert_array_equal(right[path], leaf, err_msg=path)
+
+    def logged(workdir):
+        lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    assert logged(ours) == logged(expected)  # with the accuracy under the pool's members
+    assert [line["step"] for line in logged(ours)] == list(range(6))
+    deltas = [
+        trees.read(sorted((workdir / stage / "checkpoints").iterdir())[-1])
+        for workdir in (ours, expected)
+    ]
+    ours, theirs = (np.asarray(tree["state"]["variables"]["attack"]["deltas"]) for tree in deltas)
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.shape == (4, 8, 8, 3) and 0 < np.abs(ours).max() < 0.04 + 1e-7

@@ -95,6 +95,9 @@ class UniversalPool:
                 f"a pool needs size >= 1 and renew_every >= 1 or None, got {self.size} and "
                 f"{self.renew_every}"
             )
+        # Inside a compiled function it is an array whose value nobody can look at.
+        if isinstance(self.clean_share, int | float) and not 0 <= self.clean_share <= 1:
+            raise ValueError(f"clean_share must be in [0, 1], got {self.clean_share}")
 
     @property
     def gradient_evaluations(self) -> int:
@@ -184,6 +187,11 @@ class FreeReplays:
         self, deltas: jax.Array, key: jax.Array, images: jax.Array, indices: jax.Array
     ) -> jax.Array:
         """Returns the attacked images ``[n, H, W, 3]``; see `Adversary.apply`."""
+        if len(images) > len(deltas):
+            raise ValueError(
+                f"a batch of {len(images)} images, but perturbations for {len(deltas)}: give "
+                "init_state the batch_size of the step"
+            )
         keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
         return jax.vmap(lambda d, x, k: _attacked(d, x, self.threat, k))(
             deltas[indices], images, keys

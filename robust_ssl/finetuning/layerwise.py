@@ -202,7 +202,7 @@ def layerwise_optimizer(
     transforms = {
         group: optax.set_to_zero()
         if rate == FREEZE
-        else optax.inject_hyperparams(lambda rate: make_tx(rate))(rate)
+        else optax.inject_hyperparams(lambda rate: make_tx(rate))(float(rate))
         for rate, group in numbers.items()
     }
     paths = flatten_dict(params, sep="/")

@@ -202,8 +202,9 @@ def make_step(
       and ``skipped`` (0 or 1).
 
     Raises:
-      ValueError: If there is no loss, `batch_statistics` is not known or asks for an attack that
-        is not there, a loss does not return ``[batch]``, or it needs outputs that are missing.
+      ValueError: If there is no loss, `batch_statistics` is not known or asks for an attack or a
+        batch norm that is not there, a loss does not return ``[batch]``, or it needs outputs that
+        are missing.
 
     Example:
       >>> from robust_ssl import models
@@ -229,7 +230,12 @@ def make_step(
         )
     if attack is None and batch_statistics in ("adversarial", "both"):
         raise ValueError(f"batch_statistics={batch_statistics!r} needs an attack, got None")
-    weights = {name: weight for name, (_, weight) in losses.items()}
+    if batch_statistics == "twins" and "encoder" not in template.variables.get("batch_stats", {}):
+        raise ValueError(
+            'batch_statistics="twins" is about batch norm, and this encoder has none; take "clean"'
+        )
+    # As floats: with 6 among the weights of a sweep the program of 6.5 would be another one.
+    weights = {name: float(weight) for name, (_, weight) in losses.items()}
     losses = {name: resolve(loss) for name, (loss, _) in losses.items()}
     read = _read_by(losses, template, attack is not None, pretrained)
     carried, twins = isinstance(attack, Adversary), batch_statistics == "twins"
@@ -296,7 +302,8 @@ def make_step(
         }
         variables = keep_frozen(variables, state.variables, frozen)
         if carried:
-            moved = attack.update(deltas["deltas"], uphill["deltas"], step_key, state.step)
+            renewal_key = jax.random.fold_in(step_key, 2)  # 0 and 1 are taken: the split above
+            moved = attack.update(deltas["deltas"], uphill["deltas"], renewal_key, state.step)
             variables[COLLECTION] = {"deltas": moved}
         return take_if_finite(state, variables, opt_state, metrics)
 
@@ -366,10 +373,14 @@ def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, image
 
 
 def _gathered(outputs: Outputs, read: Collection[str], axis_name: str | None) -> Outputs:
-    """The global batch of the features and of those taps that a loss looks at."""
-    taps = {name: tap for name, tap in outputs.taps.items() if name in read}
-    features, taps = gather((outputs.features, taps), axis_name)
-    return Outputs(features=features, taps=taps)
+    """The global batch of the features and of those taps that a loss looks at.
+
+    The others stay where they are: a loss that takes "the second block" needs all their names.
+    """
+    taps = {
+        name: gather(tap, axis_name) if name in read else tap for name, tap in outputs.taps.items()
+    }
+    return Outputs(features=gather(outputs.features, axis_name), taps=taps)
 
 
 def _follow(batch_statistics: str, clean, adversarial) -> Variables:

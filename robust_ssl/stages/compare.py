@@ -13,6 +13,7 @@ from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.evaluation import WORST
 from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.stages import costs, methods
+from robust_ssl.stages.attack import budgets, build_attacks, is_noise
 from robust_ssl.stages.protocol import protocol
 from robust_ssl.stages.run import Run
 
@@ -22,7 +23,7 @@ CLAIM = "Zhou et al. (IEEE S&P 2024)"
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless ``config.compare`` names recipes that there are."""
+    """Raises ValueError unless everything that a row has will be there."""
     names = methods.scored(config)
     asked = [config["compare"]["reference"], *config["compare"]["order"]]
     missing = [name for name in asked if name not in names]
@@ -32,6 +33,31 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"config.compare.reference is {config['compare']['reference']!r}, which is not in "
             f"config.methods; there are {', '.join(names)}"
+        )
+    costs.check(config, names)
+    _check_suite(config)
+    missing = {"usual", "max_clean_loss", "max_cost"} - set(config["sweep"])
+    if missing:
+        raise ValueError(f"config.sweep has no {sorted(missing)}, by which the advice is given")
+
+
+def _check_suite(config: Mapping[str, Any]) -> None:
+    """Whether there will be the two figures under attack that every row has."""
+    if not config["protocol"]["adaptive"]:
+        raise ValueError(
+            "config.protocol.adaptive must be True: the comparison has the suite crafted again on "
+            "the hardened encoder"
+        )
+    suite, built = config["attack"], build_attacks(config["attack"]["methods"])
+    if not any(
+        "threat" not in options
+        and budgets(suite, curve=False, method=name)[0] == suite["epsilon"]
+        and not is_noise(built[name])
+        for name, options in suite["methods"].items()
+    ):
+        raise ValueError(
+            "config.attack.methods has only noise, or other threats and budgets than Linf at "
+            f"config.attack.epsilon, {suite['epsilon']}, under which methods are compared"
         )
 
 
@@ -45,17 +71,17 @@ def compare(run: Run) -> StageDirectory:
     config = run.config["compare"]
     board, made = protocol(run), methods.defend(run)
     seeds = run.config["defend"]["seeds"]
-    names = [n for n in methods.scored(run.config) if _survived(made, n, seeds[0])]
-    measured = costs.measure(run, names, seeds[0])
-    inputs = {"protocol": board.fingerprint, "defend": made.fingerprint}
-    with run.open("compare", config, inputs) as stage:
+    names, measured = methods.scored(run.config), {}
+    for seed in seeds:  # the first with which a recipe was made
+        new = [name for name in names if name not in measured and _survived(made, name, seed)]
+        if new:
+            stage = "cost" if seed == seeds[0] else f"cost-seed{seed}"
+            measured = {**costs.measure(run, new, seed, stage), **measured}
+    pairs = [(n, s) for n in names for s in seeds if _survived(made, n, s)]
+    inputs = {methods.model_name(*pair): "scored" for pair in pairs}
+    with run.open("compare", config, inputs, collects=True) as stage:
         if not stage.done:
-            rows = [
-                row(run, board.results, name, seed, measured[name])
-                for name in names
-                for seed in seeds
-                if _survived(made, name, seed)
-            ]
+            rows = [row(run, board.results, *pair, measured[pair[0]]) for pair in pairs]
             rows.sort(key=lambda one: -one["robust_hardened"])
             stage.finish(None, {"rows": rows, "failed": made.results["failed"]})
     _write(run, stage.results["rows"], stage.results["failed"])

@@ -10,6 +10,28 @@ from robust_ssl.stages import fitting, methods
 from robust_ssl.stages.run import Run
 
 
+def check(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises ValueError unless recipes can be timed beside ``config.compare.reference``."""
+    reference = config["compare"]["reference"]
+    recipes = {
+        other: methods.complete(config, other)
+        for name in (*names, reference)
+        for other in methods.chain(config, name)
+    }
+    trained = {n: r["batch_size"] for n, r in recipes.items() if r["epochs"] and not r["members"]}
+    if reference not in trained:
+        raise ValueError(
+            f"config.compare.reference is {reference!r}, in which nothing is trained: costs cannot "
+            "be relative to its"
+        )
+    other = next((n for n, size in trained.items() if size != trained[reference]), None)
+    if other is not None:
+        raise ValueError(
+            f"costs are compared at one batch size, but {reference} has {trained[reference]} and "
+            f"{other} {trained[other]}"
+        )
+
+
 def measure(run: Run, names: Sequence[str], seed: int, stage: str = "cost") -> dict[str, Any]:
     """Returns what the training of made recipes costs, relative to ``config.compare.reference``.
 
@@ -34,7 +56,7 @@ def measure(run: Run, names: Sequence[str], seed: int, stage: str = "cost") -> d
     everyone = list(dict.fromkeys(other for chain in chains.values() for other in chain))
     made = {name: methods.method(run, name, seed) for name in everyone}
     inputs = {name: stage.fingerprint for name, stage in made.items()}
-    with run.open(stage, {"compare": config, "names": names}, inputs, seed) as directory:
+    with run.open(stage, config, inputs, seed, collects=True) as directory:
         if not directory.done:
             steps = _measure_steps(run, [n for n in everyone if made[n].results["epochs"]], made)
             results = {}
@@ -64,7 +86,7 @@ def _seconds(run: Run, chain: Sequence[str], made: Mapping[str, Any], steps) -> 
 
 
 def _measure_steps(run: Run, names: Sequence[str], made) -> dict[str, finetuning.Cost]:
-    config, compiled, states, batch = run.config["compare"], {}, {}, {}
+    config, compiled, states = run.config["compare"], {}, {}
     for name in names:
         recipe = methods.complete(run.config, name)
         if recipe["select"] is not None:
@@ -77,18 +99,14 @@ def _measure_steps(run: Run, names: Sequence[str], made) -> dict[str, finetuning
         settings = run.parallel.replicate(step.settings)
         states[name] = run.parallel.replicate(state)
         compiled[name] = run.parallel.compile(step.function, constants=settings)
-        size = recipe["batch_size"]
-        if size not in batch:
-            batches = data.Batches(
-                run.downstream[0], size, seed=run.seed, stage="cost", parallel=run.parallel
-            )
-            batch[size] = batches(0)
-    if len(batch) > 1:
-        raise ValueError(f"costs are compared at one batch size, but recipes have {sorted(batch)}")
+    size = methods.complete(run.config, config["reference"])["batch_size"]
+    batches = data.Batches(
+        run.downstream[0], size, seed=run.seed, stage="cost", parallel=run.parallel
+    )
     return finetuning.measure(
         compiled,
         states,
-        next(iter(batch.values())),
+        batches(0),
         rounds=config["rounds"],
         steps_per_round=config["steps_per_round"],
         memory=config["memory"],

@@ -83,9 +83,11 @@ def build_attack(run: Run, options: Mapping[str, Any] | None) -> Any:
     if "source" in getattr(function, "__dataclass_fields__", {}):
         options["source"] = run.encoder
     try:
-        return function(threat, **options)
+        attack = function(threat, **options)
     except TypeError as error:
         raise ValueError(f"{function.__name__} does not take that: {error}") from error
+    # A whole number among the leaves would be an integer, and another program than a fraction.
+    return jax.tree.map(lambda leaf: float(leaf) if isinstance(leaf, int) else leaf, attack)
 
 
 def build_optimizer(

@@ -12,13 +12,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from robust_ssl import finetuning, models
+from robust_ssl import data, finetuning, models
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
+from robust_ssl.manifests import json_ready
 from robust_ssl.stages import finetune, fitting
 from robust_ssl.stages.attack import function_of
 from robust_ssl.stages.run import Run, check_names, check_seeds, load_or_import
-from robust_ssl.trees import fingerprint
+from robust_ssl.trees import digest, fingerprint
 from robust_ssl.types import Classifier
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ DEFAULTS: dict[str, Any] = {
     "tolerance": None,  # of the interpolation guard towards the start
     "scored": True,  # whether it is a method, not only another one's start
 }
+
+# What layer sensitivity must be told (`finetune.measure_sensitivity`), and the chosen layers' rate.
+SELECT = ("images", "num_steps", "learning_rate", "radius", "top_k", "top_k_fraction", "rate")
 
 
 def complete(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -120,9 +124,9 @@ def check_one(run: Run, name: str) -> None:
         classifier = untrained(run, name)
         if not recipe["epochs"] or recipe["members"]:
             return
-        if recipe["best"] not in (None, "clean", "robust", "last"):
-            raise ValueError(f'best must be "clean", "robust" or "last", got {recipe["best"]!r}')
+        _check_epochs(recipe)
         if recipe["select"] is not None:
+            _check_select(run, recipe["select"])
             found = dict.fromkeys(finetuning.kernels(classifier.variables["params"]), 0.0)
             top = {option: recipe["select"][option] for option in ("top_k", "top_k_fraction")}
             finetuning.select_redundant(found, **top)
@@ -130,10 +134,39 @@ def check_one(run: Run, name: str) -> None:
         run.parallel.check_batch(recipe["batch_size"])
         attack = fitting.build_attack(run, recipe["attack"])
         losses = fitting.build_losses(recipe["losses"])
-        fitting.build_step(run, name, classifier, recipe, losses, attack, 1)
+        steps = data.steps_per_epoch(len(run.downstream[0]), recipe["batch_size"])
+        fitting.build_step(run, name, classifier, recipe, losses, attack, steps)
     except (ValueError, TypeError, KeyError) as error:
         error.add_note(f"in config.methods.{name}")
         raise
+
+
+def _check_epochs(recipe: Mapping[str, Any]) -> None:
+    """How many epochs there are, and which of them is kept."""
+    best, patience = recipe["best"], recipe["patience"]
+    if recipe["epochs"] < 0:
+        raise ValueError(f"epochs must be at least 0, got {recipe['epochs']}")
+    if best not in (None, "clean", "robust", "last"):
+        raise ValueError(f'best must be "clean", "robust" or "last", got {best!r}')
+    if best == "robust" and recipe["attack"] is None:
+        raise ValueError('best="robust" needs an attack: without one only "clean" is validated')
+    if patience is not None and (patience < 1 or best == "last"):
+        raise ValueError(
+            f"patience={patience} with best={best!r}: stopping early needs a patience of at least "
+            "1 epoch and a validated epoch to judge by"
+        )
+
+
+def _check_select(run: Run, options: Mapping[str, Any]) -> None:
+    """What layer sensitivity is measured with."""
+    if set(options) != set(SELECT):
+        raise ValueError(f"select must have the entries {sorted(SELECT)}, got {sorted(options)}")
+    images, devices = len(run.downstream[1]), len(run.parallel.devices)
+    if min(options["images"], images) < devices:
+        raise ValueError(
+            f"select.images is {options['images']} and there are {images} validation images; at "
+            f"least one per device ({devices}) is needed"
+        )
 
 
 def check_chain(config: Mapping[str, Any], name: str) -> None:
@@ -282,21 +315,45 @@ def total_cost(run: Run, name: str, seed: int) -> dict[str, float]:
 def defend(run: Run) -> StageDirectory:
     """Makes every recipe with every seed; one that fails is reported, and the others go on.
 
+    Recipes may come to those of a finished stage; what has failed is tried again only then.
+
     Returns:
       The stage's directory; its results are ``{"made": {stage: results}, "failed": {stage: why}}``.
     """
-    made, failed = {}, {}
-    for seed in run.config["defend"]["seeds"]:
-        for name in run.config["methods"]:
-            stage = directory(name, seed)
-            try:
-                made[stage] = method(run, name, seed)
-            except FloatingPointError as error:
-                failed[stage] = str(error)
-                _log.error("%s failed, the others go on: %s", stage, error)
-    inputs = {name: stage.fingerprint for name, stage in made.items()}
-    with run.open("defend", run.config["defend"], inputs) as stage:
+    config = run.config["defend"]
+    train, validation = (part.fingerprint() for part in run.downstream)
+    inputs = {
+        "encoder": fingerprint(run.encoder.variables),
+        "train": train,
+        "validation": validation,
+    }
+    for name in run.config["methods"]:
+        said = digest(json_ready(complete(run.config, name)))
+        inputs |= {model_name(name, seed): said for seed in config["seeds"]}
+    with run.open("defend", config, inputs, collects=True) as stage:
         if not stage.done:
-            results = {name: one.results for name, one in made.items()}
-            stage.finish(None, {"made": results, "failed": failed})
+            made: dict[str, Any] = {}
+            failed: dict[str, str] = {}
+            for seed in config["seeds"]:
+                for name in run.config["methods"]:
+                    _make(run, name, seed, made, failed)
+            stage.finish(None, {"made": made, "failed": failed})
     return stage
+
+
+def _make(run: Run, name: str, seed: int, made: dict[str, Any], failed: dict[str, str]) -> None:
+    """Makes a recipe, after what it starts from, unless that has been tried before."""
+    stage = directory(name, seed)
+    if stage in made or stage in failed:
+        return
+    recipe = complete(run.config, name)
+    for other in (*recipe["members"], *filter(None, [recipe["start"]])):
+        _make(run, other, seed, made, failed)
+        if directory(other, seed) in failed:
+            failed[stage] = f"it is made from {model_name(other, seed)}, which failed"
+            return
+    try:
+        made[stage] = method(run, name, seed).results
+    except FloatingPointError as error:
+        failed[stage] = str(error)
+        _log.error("%s failed, the others go on: %s", stage, error)

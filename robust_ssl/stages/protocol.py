@@ -246,8 +246,7 @@ def protocol(run: Run) -> StageDirectory:
         "attack": public.fingerprint,
         "test": run.test.fingerprint(),
     }
-    asked = {"protocol": config, "classifiers": run.config["classifiers"]}
-    with run.open("protocol", asked, inputs) as stage:
+    with run.open("protocol", {"protocol": config}, inputs, collects=True) as stage:
         if stage.done:
             if not (run.workdir / "leaderboard.md").exists():
                 _write(run, stage.results["results"], stage.results["verdicts"])

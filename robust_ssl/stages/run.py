@@ -52,10 +52,12 @@ class Run:
         config: Mapping[str, Any],
         inputs: Mapping[str, str],
         seed: int | None = None,
+        *,
+        collects: bool = False,
     ) -> checkpoints.StageDirectory:
         """Opens the directory of a stage; see `checkpoints.open_stage`.  None is the run's seed."""
         seed = self.seed if seed is None else seed
-        return checkpoints.open_stage(self.workdir, name, config, inputs, seed)
+        return checkpoints.open_stage(self.workdir, name, config, inputs, seed, collects=collects)
 
     @functools.cached_property
     def encoder(self) -> Encoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -48,8 +49,11 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
       The run with the possible points among its recipes, and why the others are impossible.
 
     Raises:
-      ValueError: If no point is possible.
+      ValueError: If no point is possible, or what points are held against.
     """
+    for name in (run.config["sweep"]["usual"], run.config["compare"]["reference"]):
+        methods.check_one(run, name)
+        costs.check(run.config, [name])
     found = points(run.config)
     whole = {**run.config["methods"], **found}
     run = dataclasses.replace(run, config={**run.config, "methods": whole})
@@ -57,6 +61,7 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
     for name in found:
         try:
             methods.check_one(run, name)
+            costs.check(run.config, [name])
         except (ValueError, TypeError, KeyError) as error:
             impossible[name] = str(error)
             _log.warning("sweep: %s is impossible and left out: %s", name, error)
@@ -87,7 +92,9 @@ def sweep(run: Run) -> StageDirectory:
             failed[name] = str(error)
             _log.error("sweep: %s failed, the others go on: %s", name, error)
     measured = costs.measure(run, list(scores), run.seed, "sweep_cost")
-    with run.open("sweep", config, {"scores": str(scores)}) as stage:
+    inputs = {name: json.dumps(score) for name, score in scores.items()}
+    kept = {name: value for name, value in config.items() if name != "grid"}
+    with run.open("sweep", kept, inputs, collects=True) as stage:
         if not stage.done:
             rows = [
                 {"point": n, **score, "cost": measured[n]["factor"]} for n, score in scores.items()
@@ -125,7 +132,9 @@ def _write(run: Run, results: Mapping[str, Any]) -> None:
     found = [report.Point(r["point"], r["clean"], r["robust"], r["cost"]) for r in rows]
     found = [point for point in found if point.cost > 0]
     usual, limits = config["usual"], {k: config[k] for k in ("max_clean_loss", "max_cost")}
-    said = [report.advice(found, usual=usual, **limits)]
+    said = []
+    if any(point.name == usual for point in found):
+        said.append(report.advice(found, usual=usual, **limits))
     said += [f"{name} is left out: {why}" for name, why in results["failed"].items()]
     text = io.StringIO()
     table = csv.DictWriter(text, ["point", "clean", "robust", "cost"], lineterminator="\n")

@@ -1,0 +1,149 @@
+"""Every recipe of ``configs/compare.py``: a few steps of it are the same on any devices."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+
+from robust_ssl import finetuning, settings, stages
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.stages import fitting, methods
+
+STEPS, BATCH = 2, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_in_half_the_time():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def config():
+    """The config with a tiny encoder: its taps have names, and no places among the blocks."""
+    made = settings.load_config(str(tiny.CONFIGS / "compare.py")).unlock()
+    made.encoder = {"builder": "tiny:encoder"}
+    made.surrogate = {"source": "tiny:unlabelled"}
+    made.downstream = {"source": "tiny:images", "validation": 0.25}
+    plain = settings.to_json(made)
+    for recipe in plain["methods"].values():
+        recipe.pop("encoder", None)  # a shipped encoder wants images of 32x32
+        recipe["batch_size"] = BATCH
+        if recipe.get("select"):
+            recipe["rates"] = {"**": "freeze", "encoder/conv2/**": recipe["select"]["rate"]}
+        attack = recipe.get("attack") or {}
+        if attack.get("num_steps", 1) > 2:
+            attack["num_steps"] = 2
+        if "layer" in attack:
+            attack["layer"] = "conv1"
+        for name, (function, weight, *options) in recipe.get("losses", {}).items():
+            if options and "layers" in options[0]:
+                recipe["losses"][name] = (function, weight, {"layers": ("conv1",)})
+    return plain
+
+
+def trained():
+    """The names of all recipes that take a step."""
+    recipes = {name: methods.complete(config(), name) for name in config()["methods"]}
+    return [n for n, recipe in recipes.items() if recipe["epochs"] and not recipe["members"]]
+
+
+def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch):
+    """Adam divides a gradient by its size, and so makes a step of rounding where it is zero."""
+    del decay, steps_per_epoch
+    # Not more than a step can take: a loss that explodes makes large differences of rounding, too.
+    clip = optax.clip_by_global_norm(0.3)
+    return optax.chain(optax.add_decayed_weights(weight_decay), clip, optax.sgd(100 * rate))
+
+
+def run(method, devices):
+    layout = Parallel.create(num_devices=devices, method=method)
+    return stages.Run(config(), pathlib.Path("nowhere"), layout, Progress("quiet"))
+
+
+def build(of, name):
+    recipe = methods.complete(config(), name)
+    return fitting.build_step(
+        of,
+        name,
+        methods.untrained(of, name),
+        recipe,
+        fitting.build_losses(recipe["losses"]),
+        fitting.build_attack(of, recipe["attack"]),
+        steps_per_epoch=1,
+    )
+
+
+@functools.cache
+def after_steps(name, method, devices):
+    """Returns the variables by path, and the metrics of each step."""
+    of = run(method, devices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "adam_l2", gradient_descent)
+        state, step = build(of, name)
+    compiled = of.parallel.compile(step.function, constants=of.parallel.replicate(step.settings))
+    state, found = of.parallel.replicate(state), []
+    for number in range(STEPS):
+        images, labels = tiny.images(n=STEPS * BATCH)
+        mine = slice(number * BATCH, (number + 1) * BATCH)
+        batch = {"images": images[mine], "labels": labels[mine].astype(np.int32)}
+        batch["indices"] = np.arange(BATCH, dtype=np.int32)
+        state, metrics = compiled(state, of.parallel.put(batch))
+        found.append(jax.device_get(metrics))
+    return flatten_dict(jax.device_get(state.variables), sep="/"), found
+
+
+def assert_same(found, expected):
+    (variables, metrics), (wanted, wanted_metrics) = found, expected
+    assert variables.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        np.testing.assert_allclose(variables[path], leaf, atol=2e-5, rtol=0, err_msg=path)
+    for step, wanted_step in zip(metrics, wanted_metrics, strict=True):
+        assert step.keys() == wanted_step.keys()
+        for name, value in wanted_step.items():
+            np.testing.assert_allclose(step[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_every_recipe_that_trains_is_looked_at():
+    left = set(config()["methods"]) - set(trained())
+    assert left == {"jpeg", "quantised", "smoothed", "ensemble"} and len(trained()) >= 25
+
+
+@pytest.mark.parametrize("name", trained())
+def test_a_recipe_is_the_same_on_one_device_and_on_four(name):
+    one = after_steps(name, "jit", 1)
+    assert_same(after_steps(name, "pmap", 4), one)
+    # And something happened: what has a rate moved, what has none is bit by bit what it was.
+    variables, metrics = one
+    of = run("jit", 1)
+    start = methods.untrained(of, name).variables
+    rates = finetuning.layer_rates(start["params"], methods.complete(config(), name)["rates"])
+    for path, leaf in flatten_dict(start["params"], sep="/").items():
+        same = np.asarray(leaf).tobytes() == variables[f"params/{path}"].tobytes()
+        if rates[path] == "freeze":
+            assert same, path
+        elif "kernel" in path:
+            assert not same, path
+    assert [float(m["skipped"]) for m in metrics] == [0.0] * STEPS
+
+
+# What differs between layouts: statistics of the batch and pairs of images (Gen-AF), perturbations
+# in the state (universal), halves of a batch (TWINS).
+@pytest.mark.parametrize(
+    ("name", "method", "devices"),
+    [
+        ("gen_af_stage1", "pmap", 2),
+        ("gen_af_stage1", "shard_map", 4),
+        ("universal_shallow", "jit", 4),
+        ("twins", "shard_map", 2),
+    ],
+)
+def test_a_recipe_is_the_same_on_any_layout(name, method, devices):
+    assert_same(after_steps(name, method, devices), after_steps(name, "jit", 1))

@@ -1,0 +1,221 @@
+"""A grid over a recipe's settings: each point once, impossible ones named, on validation only."""
+
+import csv
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_methods
+from tiny_methods import FROZEN, UNIVERSAL, go, manifest
+
+from robust_ssl import evaluation, main, progress, settings, stages
+from robust_ssl.progress import Stopped
+from robust_ssl.stages import fitting, methods, sweep, training
+
+RECIPES = {"usual": FROZEN, "full": {}, "universal": UNIVERSAL}
+GRID = (("attack.epsilon", (0.02, 0.04, 7.0)),)
+POINTS = ["universal epsilon 0.02", "universal epsilon 0.04"]
+
+
+def config(grid=GRID, **options):
+    made = tiny_methods.config(RECIPES, "attack", "sweep")
+    made.sweep.update(grid=grid, **options)
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep, what it trained, and the images it scored."""
+    workdir, trained, scored = tmp_path_factory.mktemp("sweep"), [], []
+    train, score = fitting.train, evaluation.score
+
+    def spied_train(stage, *args, **kwargs):
+        trained.append(stage.path.name)
+        return train(stage, *args, **kwargs)
+
+    def spied_score(model, batches, *args, **kwargs):
+        batches = list(batches)
+        scored.extend(np.asarray(image) for batch in batches for image in batch["images"])
+        return score(model, iter(batches), *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "train", spied_train)
+        patch.setattr(evaluation, "score", spied_score)
+        results = go(config(), workdir)
+    return workdir, results["sweep"], trained, scored
+
+
+def test_the_points_are_the_grids():
+    grid = (("attack.epsilon", (0.02, 0.04)), ("losses.adversarial_cross_entropy.1", (1.0, 2.0)))
+    found = sweep.points(settings.to_json(config(grid)))
+    assert list(found) == [
+        f"universal epsilon {e} adversarial_cross_entropy.1 {w}" for e in (0.02, 0.04) for w in "12"
+    ]
+    for (epsilon, weight), recipe in zip(
+        ((e, w) for e in (0.02, 0.04) for w in (1.0, 2.0)), found.values(), strict=True
+    ):
+        assert recipe["attack"]["epsilon"] == epsilon and recipe["epochs"] == 2
+        assert recipe["losses"]["adversarial_cross_entropy"][1] == weight
+
+
+def test_an_impossible_point_is_named_and_the_others_are_made(finished):
+    workdir, results, trained, _ = finished
+    assert [row["point"] for row in results["rows"]] == ["usual", *POINTS]
+    assert set(results["failed"]) == {"universal epsilon 7"}
+    assert "epsilon must lie in [0, 1]" in results["failed"]["universal epsilon 7"]
+    page = (workdir / "sweep.md").read_text()
+    assert "universal epsilon 7 is left out: epsilon must lie in [0, 1]" in page
+    assert "For at most 2 points of clean accuracy and 2x the training time" in page
+    assert "16 validation images" in page
+    assert sorted(trained) == ["full-seed0", *(f"{p}-seed0" for p in POINTS), "usual-seed0"]
+
+
+def test_the_table_says_what_the_results_say(finished):
+    workdir, results, *_ = finished
+    with open(workdir / "sweep.csv") as file:
+        lines = list(csv.DictReader(file))
+    for line, row in zip(lines, results["rows"], strict=True):
+        assert line["point"] == row["point"]
+        assert {k: float(line[k]) for k in ("clean", "robust", "cost")} == {
+            k: row[k] for k in ("clean", "robust", "cost")
+        }
+        assert 0 <= row["robust"] <= 1 and row["cost"] > 0
+        assert row["clean"] * 16 == round(row["clean"] * 16)
+    assert (workdir / "figures" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert {r["point"]: r["cost"] for r in results["rows"]} == {
+        name: manifest(workdir, "sweep_cost")["results"][name]["factor"]
+        for name in ("usual", *POINTS)
+    }
+
+
+def test_nothing_is_scored_but_validation_images(finished):
+    workdir, *_, scored = finished
+    _, validation = tiny_methods.a_run(config(), workdir).downstream
+    allowed = {np.asarray(image).tobytes() for image in validation.images}
+    found = {image.tobytes() for image in scored}
+    assert found == allowed
+    test = {image.tobytes() for image in tiny.images("test")[0]}
+    assert not test & found
+
+
+def test_points_are_the_recipes_of_these_settings(finished, tmp_path):
+    """A point is trained as the recipe with its settings is."""
+    workdir, *_ = finished
+    attack = {**UNIVERSAL["attack"], "epsilon": 0.02}
+    run = tiny_methods.a_run(config(), tmp_path)
+    run.config["methods"][POINTS[0]] = {**UNIVERSAL, "attack": attack}
+    methods.method(run, POINTS[0], 0)
+    ours, theirs = (tiny_methods.final(where, POINTS[0]) for where in (workdir, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_finished_sweep_changes_nothing(finished, monkeypatch):
+    workdir, results, *_ = finished
+    for place in (fitting, training):
+        monkeypatch.setattr(place, "train", lambda *a, **k: pytest.fail("trained again"))
+    before = (workdir / "sweep.csv").read_bytes()
+    assert go(config(), workdir)["sweep"] == results
+    assert (workdir / "sweep.csv").read_bytes() == before
+
+
+def test_a_stopped_sweep_goes_on_with_what_is_missing(finished, tmp_path, monkeypatch):
+    _, results, *_ = finished
+    train, trained = fitting.train, []
+
+    def dies(stage, *args, **kwargs):
+        if stage.path.name == f"{POINTS[1]}-seed0":
+            raise Stopped("killed")
+        return train(stage, *args, **kwargs)
+
+    monkeypatch.setattr(fitting, "train", dies)
+    with pytest.raises(Stopped):
+        go(config(), tmp_path)
+    finished_before = {p.name for p in (tmp_path / "methods").iterdir() if (p / "final").exists()}
+    assert finished_before == {"usual-seed0", f"{POINTS[0]}-seed0"}
+
+    def counts(stage, *args, **kwargs):
+        trained.append(stage.path.name)
+        return train(stage, *args, **kwargs)
+
+    monkeypatch.setattr(fitting, "train", counts)
+    again = go(config(), tmp_path)["sweep"]
+    assert trained == [f"{POINTS[1]}-seed0", "full-seed0"]
+    for ours, theirs in zip(again["rows"], results["rows"], strict=True):
+        assert {k: v for k, v in ours.items() if k != "cost"} == {
+            k: v for k, v in theirs.items() if k != "cost"
+        }
+
+
+@pytest.mark.slow
+def test_a_point_that_fails_in_training_is_named(tmp_path):
+    made = config((("losses.adversarial_cross_entropy.1", (1.0, 3e38)),))
+    made.methods.universal = {**UNIVERSAL, "epochs": 8}
+    results = go(made, tmp_path)["sweep"]
+    [(name, why)] = results["failed"].items()
+    assert "3e+38" in name and "lower the learning rate" in why
+    assert len(results["rows"]) == 2
+    assert f"{name} is left out: the last 2" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"grid": (("attack.epsilon", (7.0, 8.0)),)}, "no point .* possible: epsilon must lie in"),
+        ({"grid": (("attack.epsilom", (0.1,)),)}, "did you mean attack.epsilon"),
+        ({"grid": ()}, "the grid is empty"),
+        ({"grid": (("batch_size", (8,)),)}, "no point .* one batch size"),
+        ({"method": "universel"}, "no 'universel'; near names: universal"),
+        ({"usual": "usuall"}, "no 'usuall'; near names: usual"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_the_first_step(tmp_path, options, says):
+    made = config()
+    made.sweep.update(options)
+    with pytest.raises(stages.UsageError, match=f"(?s){says}.*in config.sweep"):
+        go(made, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --- On the command line ----------------------------------------------------------------------
+
+CONFIG = """
+import test_sweep
+
+def get_config():
+    return test_sweep.config()
+"""
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "_start_jax", lambda arguments, several: None)
+    (tmp_path / "config.py").write_text(CONFIG)
+
+    def call(*overrides, file=tmp_path / "config.py"):
+        flags = [f"--config={file}", f"--workdir={tmp_path / 'run'}", "--no-progress"]
+        return main.main(["sweep", "--devices=2", *flags, *overrides])
+
+    yield call
+    progress.set_mode("auto")
+    progress.clear_stop()
+
+
+def test_the_command_ends_with_the_table(finished, command, tmp_path, capsys):
+    """Whatever stages the config names, a sweep attacks and sweeps."""
+    assert command("--config.stages=('defend','protocol')") == main.DONE
+    said = capsys.readouterr()
+    assert "| universal epsilon 0.02 |" in said.out and "is impossible and left out" in said.err
+    assert not (tmp_path / "run" / "protocol").exists()
+    rows = manifest(tmp_path / "run", "sweep")["results"]["rows"]
+    assert [r["robust"] for r in rows] == [r["robust"] for r in finished[1]["rows"]]
+
+
+def test_wrong_usage_is_2(command, capsys, tmp_path):
+    assert command("--config.sweep.grid=(('attack.epsilon',(7.0,)),)") == main.USAGE
+    assert "no point of the sweep is possible" in capsys.readouterr().err
+    assert command(file=tiny.CONFIGS / "quickstart.py") == main.USAGE
+    said = capsys.readouterr().err
+    assert "quickstart.py has no config.sweep; see configs/compare.py" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("run/*"))
