@@ -2,38 +2,18 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict
+from tiny import encoder as tiny_encoder
 
 from robust_ssl import models
 from robust_ssl.finetuning import init_state, make_step
 from robust_ssl.parallel import Parallel
-from robust_ssl.types import Encoder
 
 KEY = jax.random.key(7)
-
-
-class TwoConvolutions(nn.Module):
-    """The smallest encoder with batch norm."""
-
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x, *, train=False):
-        for index in (1, 2):
-            x = nn.Conv(4 * index, (3, 3), (2, 2), use_bias=False, name=f"conv{index}")(x)
-            x = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                axis_name=self.axis_name if train else None,
-                name=f"norm{index}",
-            )(x)
-            x = nn.relu(x)
-        return jnp.mean(x, axis=(1, 2)), {}
 
 
 @struct.dataclass
@@ -53,17 +33,8 @@ class SmoothStep:
 
 @functools.cache
 def tiny(head="mlp"):
-    module = TwoConvolutions()
-    encoder = Encoder(
-        variables=module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))),
-        module=module,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        image_size=8,
-        dim=8,
-    )
     head = models.MLPHead(3, hidden=16) if head == "mlp" else head
-    return models.classifier(jax.random.key(1), encoder, 3, head=head)
+    return models.classifier(jax.random.key(1), tiny_encoder(), 3, head=head)
 
 
 def batches(count, size=8):

@@ -21,6 +21,15 @@ from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.conformance import resolve
 from robust_ssl.finetuning.adversaries import COLLECTION, Adversary
 from robust_ssl.finetuning.layerwise import keep_frozen, stop_frozen
+from robust_ssl.finetuning.looking import (
+    BATCH_STATISTICS,
+    accuracies,
+    follow,
+    gathered,
+    look,
+    per_image,
+    read_by,
+)
 from robust_ssl.parallel import average, gather
 from robust_ssl.types import (
     Attack,
@@ -28,14 +37,11 @@ from robust_ssl.types import (
     Encoder,
     Loss,
     LossInputs,
-    Outputs,
     TrainState,
-    Variables,
 )
 from robust_ssl.updates import no_skips, take_if_finite
 
 Batch = Mapping[str, jax.Array]
-BATCH_STATISTICS = ("clean", "adversarial", "both", "frozen", "twins")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,230 +243,127 @@ def make_step(
     # As floats: with 6 among the weights of a sweep the program of 6.5 would be another one.
     weights = {name: float(weight) for name, (_, weight) in losses.items()}
     losses = {name: resolve(loss) for name, (loss, _) in losses.items()}
-    read = _read_by(losses, template, attack is not None, pretrained)
-    carried, twins = isinstance(attack, Adversary), batch_statistics == "twins"
+    twins = batch_statistics == "twins"
     settings = {
         # Read once, as NumPy: constants must not sit on one device or in one process.
         **_on_host({"weights": weights, "attack": attack, "pretrained": pretrained}),
         "statistics": _on_host(template.variables["batch_stats"]) if twins else None,
         "key": key,
     }
+    plan = _Plan(
+        template=template,
+        tx=tx,
+        losses=losses,
+        read=read_by(losses, template, attack is not None, pretrained),
+        batch_statistics=batch_statistics,
+        frozen=frozen,
+        augment=augment,
+        axis_name=axis_name,
+    )
+    return Step(functools.partial(_update, plan), settings)
 
-    def function(
-        state: TrainState, batch: Batch, settings: Any
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        attack, pretrained = settings["attack"], settings["pretrained"]
-        step_key, train_key = jax.random.split(jax.random.fold_in(settings["key"], state.step))
-        # Every replay of a batch has the same augmentation.
-        shown = state.step // getattr(attack, "replays", 1)
-        image_key, _ = jax.random.split(jax.random.fold_in(settings["key"], shown))
-        images = _clean_images(jax.random.split(image_key)[0], batch, augment)
-        _, attack_key = jax.random.split(step_key)
-        labels, indices = batch["labels"], batch["indices"]
-        look = functools.partial(
-            _look, train_key, batch_statistics, settings["statistics"], axis_name
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What of a step is settled when it is compiled."""
+
+    template: Classifier
+    tx: optax.GradientTransformation
+    losses: Mapping[str, Loss]
+    read: Mapping[str, Collection[str]]
+    batch_statistics: str
+    frozen: Collection[str]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None
+    axis_name: str | None
+
+
+def _update(
+    plan: _Plan, state: TrainState, batch: Batch, settings: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Crafts, looks, compares, moves."""
+    attack, params = settings["attack"], state.variables["params"]
+    step_key, train_key = jax.random.split(jax.random.fold_in(settings["key"], state.step))
+    attack_key = jax.random.split(step_key)[1]
+    images = _clean_images(plan, state, batch, settings)
+    craft = _crafter(plan, state, attack_key, images, batch, attack)
+    labels = gather(batch["labels"], plan.axis_name)
+    anchor = None
+    if settings["pretrained"] is not None:
+        outputs = settings["pretrained"](images)
+        anchor = gathered(outputs, plan.read["pretrained"], plan.axis_name)
+
+    def total_loss(params, deltas):
+        variables = {**state.variables, "params": stop_frozen(params, plan.frozen)}
+        look_at = functools.partial(
+            look,
+            plan.template.with_variables(variables),
+            train_key,
+            plan.batch_statistics,
+            settings["statistics"],
+            plan.axis_name,
         )
-        if attack is not None and not carried:
-            model = template.with_variables(state.variables)
-            crafted = attack_batch(attack, attack_key, model, images, labels, indices)
-            crafted = jax.lax.stop_gradient(crafted)
-        anchor = None
-        if pretrained is not None:
-            anchor = _gathered(pretrained(images), read["pretrained"], axis_name)
-        deltas = state.variables.get(COLLECTION, {})
-        everyones_labels = gather(labels, axis_name)
+        clean, clean_statistics = look_at(images, plan.read["clean"])
+        attacked, statistics = None, None
+        if attack is not None:
+            attacked, statistics = look_at(craft(deltas), plan.read["adversarial"])
+        inputs = LossInputs(labels=labels, clean=clean, adversarial=attacked, pretrained=anchor)
+        loss, metrics = _weighted_sum(plan.losses, settings["weights"], inputs)
+        return loss, (metrics | accuracies(inputs, plan.read), (clean_statistics, statistics))
 
-        def total_loss(params, deltas):
-            variables = {**state.variables, "params": stop_frozen(params, frozen)}
-            model = template.with_variables(variables)
-            clean, clean_statistics = look(read["clean"], model, images)
-            attacked, attacked_statistics = None, None
-            if attack is not None:
-                adversarial = (
-                    attack.apply(deltas["deltas"], attack_key, images, indices)
-                    if carried
-                    else crafted
-                )
-                attacked, attacked_statistics = look(read["adversarial"], model, adversarial)
-            inputs = LossInputs(
-                labels=everyones_labels, clean=clean, adversarial=attacked, pretrained=anchor
-            )
-            loss, metrics = _weighted_sum(losses, settings["weights"], inputs)
-            metrics |= _accuracies(inputs, read)
-            return loss, (metrics, (clean_statistics, attacked_statistics))
+    deltas = state.variables.get(COLLECTION, {})
+    (gradient, uphill), (metrics, statistics) = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(
+        params, deltas
+    )
+    gradient, uphill = average((gradient, uphill), plan.axis_name)
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    updates, opt_state = plan.tx.update(gradient, state.opt_state, params)
+    variables = {
+        **state.variables,
+        **follow(plan.batch_statistics, *statistics),
+        "params": optax.apply_updates(params, updates),
+    }
+    variables = keep_frozen(variables, state.variables, plan.frozen)
+    if isinstance(attack, Adversary):
+        renewal_key = jax.random.fold_in(step_key, 2)  # 0 and 1 are taken: the split above
+        moved = attack.update(deltas["deltas"], uphill["deltas"], renewal_key, state.step)
+        variables[COLLECTION] = {"deltas": moved}
+    return take_if_finite(state, variables, opt_state, metrics)
 
-        (gradient, uphill), (metrics, statistics) = jax.grad(
-            total_loss, argnums=(0, 1), has_aux=True
-        )(state.variables["params"], deltas)
-        gradient, uphill = average((gradient, uphill), axis_name)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.variables["params"])
-        variables = {
-            **state.variables,
-            **_follow(batch_statistics, *statistics),
-            "params": optax.apply_updates(state.variables["params"], updates),
-        }
-        variables = keep_frozen(variables, state.variables, frozen)
-        if carried:
-            renewal_key = jax.random.fold_in(step_key, 2)  # 0 and 1 are taken: the split above
-            moved = attack.update(deltas["deltas"], uphill["deltas"], renewal_key, state.step)
-            variables[COLLECTION] = {"deltas": moved}
-        return take_if_finite(state, variables, opt_state, metrics)
 
-    return Step(function, settings)
+def _crafter(plan: _Plan, state: TrainState, key: jax.Array, images, batch: Batch, attack):
+    """Returns ``deltas -> adversarial images``; a per-image attack's do not depend on them."""
+    if isinstance(attack, Adversary):
+        return lambda deltas: attack.apply(deltas["deltas"], key, images, batch["indices"])
+    if attack is None:
+        return None
+    model = plan.template.with_variables(state.variables)
+    crafted = attack_batch(attack, key, model, images, batch["labels"], batch["indices"])
+    return lambda deltas: jax.lax.stop_gradient(crafted)
 
 
 def _on_host(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.asarray(leaf).dtype), tree)
+    return jax.tree.map(np.asarray, tree)
 
 
-def _clean_images(key: jax.Array, batch: Batch, augment) -> jax.Array:
+def _clean_images(plan: _Plan, state: TrainState, batch: Batch, settings) -> jax.Array:
     """Returns the step's clean images, augmented; each is keyed by its index."""
     images = batch["images"]
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255.0
-    if augment is None:
+    if plan.augment is None:
         return images
+    # Every replay of a batch has the same augmentation.
+    shown = state.step // getattr(settings["attack"], "replays", 1)
+    step_key, _ = jax.random.split(jax.random.fold_in(settings["key"], shown))
+    key = jax.random.split(step_key)[0]
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["indices"])
-    return jax.vmap(augment)(keys, images)
-
-
-def _look(
-    key: jax.Array,
-    batch_statistics: str,
-    start_statistics: Variables,
-    axis_name: str | None,
-    read: Collection[str],
-    model: Classifier,
-    images: jax.Array,
-) -> tuple[Outputs, Variables | None]:
-    """Returns outputs for the global batch and the new batch statistics (or None).
-
-    The head runs on the gathered features: it is small, and its dropout then does not depend on
-    how the batch is spread.  Clean and adversarial images share one key, so that dropout makes no
-    difference between them.
-    """
-    encoder_key, head_key = jax.random.split(key)
-    train = functools.partial(model.encoder.apply_train, key=encoder_key, axis_name=axis_name)
-    if batch_statistics == "frozen":
-        outputs, statistics = model.encoder(images), None
-    elif batch_statistics == "twins":
-        outputs, statistics = _twins(model.encoder, start_statistics, train, images)
-    else:
-        outputs, statistics = train(images)
-    outputs = _gathered(outputs, read, axis_name)
-    logits = model.head.apply(
-        model.head_variables, outputs.features, train=True, rngs={"dropout": head_key}
-    )
-    return outputs.replace(logits=logits), statistics
-
-
-def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, images: jax.Array):
-    """Even places through batch norm of their own batch, odd ones through that of the start."""
-    if images.shape[0] % 2:
-        raise ValueError(
-            f'batch_statistics="twins" halves a batch: each device needs an even number of '
-            f"images, got {images.shape[0]}"
-        )
-    adaptive, statistics = train(images[0::2])
-    start = {**encoder.variables, "batch_stats": start_statistics["encoder"]}
-    held = encoder.replace(variables=start)(images[1::2])
-
-    def in_turn(a, b):
-        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
-
-    return jax.tree.map(in_turn, adaptive, held), statistics
-
-
-def _gathered(outputs: Outputs, read: Collection[str], axis_name: str | None) -> Outputs:
-    """The global batch of the features and of those taps that a loss looks at.
-
-    The others stay where they are: a loss that takes "the second block" needs all their names.
-    """
-    taps = {
-        name: gather(tap, axis_name) if name in read else tap for name, tap in outputs.taps.items()
-    }
-    return Outputs(features=gather(outputs.features, axis_name), taps=taps)
-
-
-def _follow(batch_statistics: str, clean, adversarial) -> Variables:
-    """Chooses the new running statistics; empty where nothing changes."""
-    if batch_statistics == "both":
-        new = jax.tree.map(lambda a, b: (a + b) / 2, clean, adversarial)
-    elif batch_statistics == "twins":
-        new = clean if adversarial is None else adversarial
-    else:
-        new = {"clean": clean, "adversarial": adversarial}.get(batch_statistics)
-    return {"batch_stats": {"encoder": new}} if new else {}
+    return jax.vmap(plan.augment)(keys, images)
 
 
 def _weighted_sum(losses, weights, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     metrics = {}
     total = jnp.zeros(())
     for name, loss in losses.items():
-        metrics[name] = jnp.mean(_per_image(name, loss, inputs))
+        metrics[name] = jnp.mean(per_image(name, loss, inputs))
         total = total + weights[name] * metrics[name]
     return total, metrics | {"loss": total}
-
-
-def _per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
-    try:
-        values = loss(inputs)
-    except (AttributeError, ValueError) as error:
-        error.add_note(f"this happened in the loss {name!r}")
-        raise
-    shape = getattr(values, "shape", None)
-    if shape != inputs.labels.shape:
-        raise ValueError(
-            f"the loss {name!r} must return one value per image, [batch] = "
-            f"{inputs.labels.shape}, but returned shape {shape}; do not take the mean in it"
-        )
-    return values
-
-
-def _read_by(
-    losses: Mapping[str, Loss], template: Classifier, attacked: bool, pretrained: Encoder | None
-) -> dict[str, set[str]]:
-    """Returns what the losses look at: ``"logits"``, ``"features"`` and taps of each output.
-
-    Every loss is called on shapes only, so that a wrong one fails before anything is compiled.
-    """
-    if not losses:
-        raise ValueError("there is nothing to minimise: losses is empty")
-    size = template.image_size
-    images = jax.ShapeDtypeStruct((_BATCH, size, size, 3), jnp.float32)
-    outputs = jax.eval_shape(template, images)
-    inputs = LossInputs(
-        labels=jax.ShapeDtypeStruct((_BATCH,), jnp.int32),
-        clean=outputs,
-        adversarial=outputs if attacked else None,
-        pretrained=None if pretrained is None else jax.eval_shape(pretrained, images),
-    )
-    read: dict[str, set[str]] = {"clean": set(), "adversarial": set(), "pretrained": set()}
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(inputs)[0]]
-    for name, loss in losses.items():
-        program = jax.make_jaxpr(functools.partial(_per_image, name, loss))(inputs).jaxpr
-        used = {id(v) for equation in program.eqns for v in equation.invars}
-        used |= {id(v) for v in program.outvars}
-        for (output, *rest), variable in zip(paths, program.invars, strict=True):
-            if rest and id(variable) in used:
-                read[output.name].add(_last(rest))
-    return read
-
-
-_BATCH = 8  # images of the made-up batch on which losses are tried
-
-
-def _last(path) -> str:
-    """``"logits"`` of ``.logits``, ``"stage1/block1"`` of ``.taps["stage1/block1"]``."""
-    return str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-
-
-def _accuracies(inputs: LossInputs, read: Mapping[str, Collection[str]]) -> dict[str, jax.Array]:
-    """The accuracies of those outputs whose logits a loss looks at; others would cost a pass."""
-    names = {"clean_accuracy": "clean", "robust_accuracy": "adversarial"}
-    return {
-        name: jnp.mean(jnp.argmax(getattr(inputs, which).logits, axis=-1) == inputs.labels)
-        for name, which in names.items()
-        if "logits" in read[which]
-    }

@@ -17,9 +17,9 @@ from robust_ssl.conformance import resolve
 from robust_ssl.finetuning import UniversalPool
 from robust_ssl.stages.attack import build_threat, function_of
 from robust_ssl.stages.run import Run
-from robust_ssl.stages.training import stage_key, train
+from robust_ssl.stages.training import Best, stage_key, train
 from robust_ssl.trees import fingerprint
-from robust_ssl.types import Classifier, Variables
+from robust_ssl.types import Classifier, TrainState, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -227,8 +227,8 @@ def fit(
         state, step = build_step(
             run, name, classifier, config, losses, attack, epoch, seed=seed, show=True
         )
-        measure = functools.partial(validate, run, classifier, attack, against)
         best = best or ("clean" if attack is None else "robust")
+        keeps = best != "last"
         state, found = train(
             stage,
             state,
@@ -237,28 +237,36 @@ def fit(
             epochs=config["epochs"],
             parallel=run.parallel,
             progress=run.progress,
-            at_epoch_end=None if best == "last" else lambda epoch, variables: measure(variables),
-            score=None if best == "last" else f"validation_{best}_accuracy",
-            patience=None if best == "last" else config.get("patience"),
+            at_epoch_end=(lambda _, now: validate(run, classifier, attack, against, now))
+            if keeps
+            else None,
+            score=f"validation_{best}_accuracy" if keeps else None,
+            patience=config.get("patience") if keeps else None,
         )
-        variables, extra = without_attack((found or state).variables), {}
-        if afterwards is not None:
-            variables, extra = afterwards(variables)
-        epochs = int(state.step) // epoch
+        variables = without_attack((found or state).variables)
+        variables, extra = afterwards(variables) if afterwards else (variables, {})
         results = {
             **(known or {}),
-            "best_epoch": int(found.epoch) if found else epochs,
-            "epochs": epochs,
-            "steps": int(state.step),
-            "validation_score": float(found.score) if found else None,
-            "skipped": int(state.counters["skipped"]),
-            "gradient_evaluations_per_image": epochs * gradients_per_epoch(attack),
+            **_told(state, found, epoch, attack),
             "catastrophic_overfitting": overfitted(stage, len(validation)),
             **extra,
         }
         keep_classifier(run, stage, classifier.with_variables(variables), results)
         stage.finish(variables, results)
     return stage
+
+
+def _told(state: TrainState, best: Best | None, steps_per_epoch: int, attack: Any) -> dict:
+    """What a training says of itself; without a best epoch the last one was taken."""
+    epochs = int(state.step) // steps_per_epoch
+    return {
+        "best_epoch": int(best.epoch) if best else epochs,
+        "epochs": epochs,
+        "steps": int(state.step),
+        "validation_score": float(best.score) if best else None,
+        "skipped": int(state.counters["skipped"]),
+        "gradient_evaluations_per_image": epochs * gradients_per_epoch(attack),
+    }
 
 
 def gradients_per_epoch(attack: Any) -> int:
