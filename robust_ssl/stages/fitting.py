@@ -227,8 +227,6 @@ def fit(
         state, step = build_step(
             run, name, classifier, config, losses, attack, epoch, seed=seed, show=True
         )
-        best = best or ("clean" if attack is None else "robust")
-        keeps = best != "last"
         state, found = train(
             stage,
             state,
@@ -237,11 +235,7 @@ def fit(
             epochs=config["epochs"],
             parallel=run.parallel,
             progress=run.progress,
-            at_epoch_end=(lambda _, now: validate(run, classifier, attack, against, now))
-            if keeps
-            else None,
-            score=f"validation_{best}_accuracy" if keeps else None,
-            patience=config.get("patience") if keeps else None,
+            **_judged(run, classifier, attack, against, best, config.get("patience")),
         )
         variables = without_attack((found or state).variables)
         variables, extra = afterwards(variables) if afterwards else (variables, {})
@@ -254,6 +248,18 @@ def fit(
         keep_classifier(run, stage, classifier.with_variables(variables), results)
         stage.finish(variables, results)
     return stage
+
+
+def _judged(run: Run, classifier: Classifier, attack, against, best, patience) -> dict[str, Any]:
+    """How `train` finds the best epoch; nothing where the last one is taken."""
+    best = best or ("clean" if attack is None else "robust")
+    if best == "last":
+        return {}
+    return {
+        "at_epoch_end": lambda _, now: validate(run, classifier, attack, against, now),
+        "score": f"validation_{best}_accuracy",
+        "patience": patience,
+    }
 
 
 def _told(state: TrainState, best: Best | None, steps_per_epoch: int, attack: Any) -> dict:
