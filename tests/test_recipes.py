@@ -15,6 +15,7 @@ from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stages import fitting, methods
 
+pytestmark = pytest.mark.slow  # two compilations for each of some thirty recipes
 STEPS, BATCH = 2, 8
 
 
