@@ -32,9 +32,10 @@ ARGUMENTS = {
 LOSS, ATTACK = "robust_ssl.losses:", "robust_ssl.attacks:"
 FROZEN = {"rates": {"encoder/**": "freeze", "head/**": 5e-3}, "batch_statistics": "frozen"}
 SLOW = {"encoder/**": 1e-4, "head/**": 1e-3}
+TRAINING = 8 / 255  # the budget that every method is trained with
 PGD = {
     "function": f"{ATTACK}PGD",
-    "epsilon": 8 / 255,
+    "epsilon": TRAINING,
     "step_size": 2 / 255,
     "num_steps": 10,
     "keep_best": False,
@@ -55,6 +56,7 @@ MART = {
     "boosted_cross_entropy": (f"{LOSS}boosted_cross_entropy", 1.0),
     "misclassification_kl": (f"{LOSS}misclassification_kl", 5.0),  # Wang et al. 2020
 }
+ALWAYS = ("usual", "full")  # what clean accuracy and cost are held against
 LAYERS = {
     "images": 256,
     "num_steps": 10,
@@ -73,11 +75,11 @@ BAND = {
 }
 
 
-def pool(epsilon: float, **options) -> dict:
+def pool(**options) -> dict:
     """Returns the recipe of universal adversarial fine-tuning."""
     attack = {
         "function": "robust_ssl.finetuning:UniversalPool",
-        "epsilon": epsilon,
+        "epsilon": TRAINING,
         "clean_share": 0.5,
         "size": 4,
     }
@@ -86,8 +88,9 @@ def pool(epsilon: float, **options) -> dict:
 
 def baselines(epochs: int) -> dict:
     """Returns the recipes of the literature, by name."""
-    free = {"function": "robust_ssl.finetuning:FreeReplays", "epsilon": 8 / 255, "replays": 4}
-    drift = {**PGD, "function": f"{ATTACK}DriftPGD", "step_size": 1 / 255}
+    # Shafahi et al. 2019 have 8 replays; with few epochs 4 leave two passes over the data.
+    free = {"function": "robust_ssl.finetuning:FreeReplays", "epsilon": TRAINING, "replays": 4}
+    drift = {**PGD, "function": f"{ATTACK}DriftPGD"}
     drift = {key: value for key, value in drift.items() if key != "keep_best"}
     preserve = {"preservation": (f"{LOSS}feature_preservation", 1.0)}
     preprocess = "robust_ssl.models.preprocessing:"
@@ -95,8 +98,8 @@ def baselines(epochs: int) -> dict:
         "linear_probe": {**FROZEN, "head": "linear"},
         "usual": FROZEN,
         "full": {},
-        "lp_ft": {"start": "usual", "rates": SLOW},
-        "l2_sp": {"l2_sp": 0.1},
+        "lp_ft": {"start": "linear_probe", "rates": SLOW},
+        "l2_sp": {"l2_sp": 0.1},  # Li et al. 2018 search alpha from 0.001 to 1
         "pruned": {"prune": 0.5},
         "jpeg": {"start": "usual", "epochs": 0, "preprocess": {"function": f"{preprocess}JPEG"}},
         "quantised": {
@@ -113,16 +116,10 @@ def baselines(epochs: int) -> dict:
         "trades": TRADES,
         "mart": {"losses": MART, "attack": PGD, "batch_statistics": "both"},
         "fgsm_rs": {**ON_ADVERSARIAL, "attack": ONE_STEP},
-        "free_at": {**ON_ADVERSARIAL, "attack": free, "epochs": max(1, epochs // 4)},
+        "free_at": {**ON_ADVERSARIAL, "attack": free, "epochs": -(-epochs // 4)},
         "alf": {**FROZEN, "head": "linear", "losses": ON_ADVERSARIAL["losses"], "attack": PGD},
         "aff": {**TRADES, "head": "linear"},
-        "adversarial_probe": {
-            **FROZEN,
-            "losses": ON_ADVERSARIAL["losses"],
-            "attack": PGD,
-            "scored": False,
-        },
-        "roli": {**ON_ADVERSARIAL, "start": "adversarial_probe", "attack": PGD},
+        "roli": {**ON_ADVERSARIAL, "start": "alf", "attack": PGD},
         "twins": {**ON_ADVERSARIAL, "attack": PGD, "batch_statistics": "twins"},
         "rift": {
             "start": "pgd_at",
@@ -132,7 +129,7 @@ def baselines(epochs: int) -> dict:
         },
         "fare_encoder": {
             "losses": preserve,
-            "attack": {**drift, "epsilon": 4 / 255},
+            "attack": drift,
             "rates": {"encoder/**": 1e-3, "head/**": "freeze"},
             "batch_statistics": "adversarial",
             "compare_with_pretrained": True,
@@ -143,13 +140,13 @@ def baselines(epochs: int) -> dict:
     }
 
 
-def defences(epsilon: float) -> dict:
-    """Returns Gen-AF and the defences of this project, by name."""
-    regularization = (f"{LOSS}genetic_regularization", 20.0)
+def defences() -> dict:
+    """Returns Gen-AF, as here and as released, and the defences of this project, by name."""
+    regularization = f"{LOSS}genetic_regularization"
     shallow = {
         "function": f"{ATTACK}DriftPGD",
-        "epsilon": epsilon,
-        "step_size": epsilon,
+        "epsilon": TRAINING,
+        "step_size": TRAINING,
         "num_steps": 1,
         "layer": 1,
     }
@@ -158,7 +155,7 @@ def defences(epsilon: float) -> dict:
             "losses": {
                 "clean_cross_entropy": (f"{LOSS}clean_cross_entropy", 0.3),
                 "adversarial_cross_entropy": (f"{LOSS}adversarial_cross_entropy", 0.7),
-                "genetic_regularization": regularization,
+                "genetic_regularization": (regularization, 20.0),
             },
             "attack": PGD,
             "batch_statistics": "both",
@@ -169,16 +166,33 @@ def defences(epsilon: float) -> dict:
             "batch_statistics": "frozen",
             "tolerance": 0.01,
         },
+        # The released code's: adversarial images alone, its swapped regularisation, 20 times
+        # the sum over pairs of a batch of 256, a tenth of our encoder rate, its inner attack.
+        "gen_af_released_stage1": {
+            "losses": {
+                **ON_ADVERSARIAL["losses"],
+                "genetic_regularization": (regularization, 5120.0, {"compat": "released"}),
+            },
+            "attack": {**PGD, "epsilon": 0.03, "step_size": 0.007, "random_start": False},
+            "rates": {"encoder/**": 1e-4, "head/**": 5e-3},
+            "batch_statistics": "both",
+            "scored": False,
+        },
+        "gen_af_released": {
+            "start": "gen_af_released_stage1",
+            "select": {**LAYERS, "top_k_fraction": 0.2},
+            "batch_statistics": "frozen",
+        },
         "shallow_stable": {
             "losses": {**CLEAN, "drift": (f"{LOSS}feature_drift", 1.0, {"layers": (1,)})},
             "attack": shallow,
             "compare_with_pretrained": True,
             "best": "last",
         },
-        "universal": pool(epsilon),
-        "universal_band": pool(epsilon, threat=BAND),
+        "universal": pool(),
+        "universal_band": pool(threat=BAND),
         "universal_shallow": {
-            **pool(epsilon),
+            **pool(),
             "losses": {
                 **ON_ADVERSARIAL["losses"],
                 "drift": (f"{LOSS}feature_drift", 1.0, {"layers": (1,)}),
@@ -186,7 +200,7 @@ def defences(epsilon: float) -> dict:
             "compare_with_pretrained": True,
         },
         "universal_trades": {
-            **pool(epsilon, clean_share=0.0),
+            **pool(clean_share=0.0),
             "losses": {**CLEAN, "trades_kl": (f"{LOSS}trades_kl", 3.0)},
             "batch_statistics": "both",
         },
@@ -204,7 +218,7 @@ def only(recipes: dict, names: str) -> dict:
     unknown = sorted(set(wanted) - set(recipes))
     if unknown:
         raise ValueError(f"methods: no {unknown[0]!r}; there are {', '.join(recipes)}")
-    needed, waiting = set(), list(wanted)
+    needed, waiting = set(), [*wanted, *ALWAYS]
     while waiting:
         name = waiting.pop()
         if name not in needed:
@@ -257,7 +271,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         "batch_size": 64,
     }
     config.common = {"epochs": given["epochs"], "batch_size": given["batch_size"]}
-    recipes = {**baselines(given["epochs"]), **defences(given["epsilon"])}
+    recipes = {**baselines(given["epochs"]), **defences()}
     config.methods = only(recipes, given["methods"])
     config.defend = {
         "seeds": (0,) if small else (0, 1, 2),
@@ -292,7 +306,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         "method": "universal",
         # Paths into the recipe, each with its values; points are all combinations.
         "grid": (
-            ("attack.epsilon", (5 / 255, 10 / 255, 15 / 255)),
+            ("attack.epsilon", (4 / 255, 8 / 255, 12 / 255)),
             ("attack.clean_share", (0.3, 0.7)),
         ),
         "usual": "usual",

@@ -99,3 +99,12 @@ def test_names_are_short_and_tell_the_points_apart(grid, names):
 def test_what_is_refused(grid, said):
     with pytest.raises(ValueError, match=said):
         expand(BASE, grid)
+
+
+def test_paths_move_together():
+    points = expand(BASE, {"attack.num_steps & epochs": [2, 4]})
+    assert list(points) == ["num_steps=2", "num_steps=4"]
+    point = points["num_steps=4"]
+    assert (point["attack"]["num_steps"], point["epochs"]) == (4, 4)
+    with pytest.raises(ValueError, match="'epochs' is there twice"):
+        expand(BASE, {"attack.num_steps & epochs": [2], "epochs": [1]})

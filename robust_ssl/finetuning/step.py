@@ -53,10 +53,13 @@ class Step:
       settings: What differs between runs that share a compiled program: the weights of the losses,
         the attack with its budget, the random key, the pre-trained encoder.  A pytree of NumPy
         arrays and keys, for `Parallel.compile(function, constants=settings)`.
+      passes: How often an image goes through the network and back for the update itself: once for
+        clean and once for adversarial outputs, where a loss looks at them.
     """
 
     function: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
     settings: Any
+    passes: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the next state and the metrics; under `jax.jit` the settings are constants."""
@@ -250,17 +253,19 @@ def make_step(
         "statistics": _on_host(template.variables["batch_stats"]) if twins else None,
         "key": key,
     }
+    read = read_by(losses, template, attack is not None, pretrained)
     plan = _Plan(
         template=template,
         tx=tx,
         losses=losses,
-        read=read_by(losses, template, attack is not None, pretrained),
+        read=read,
         batch_statistics=batch_statistics,
         frozen=frozen,
         augment=augment,
         axis_name=axis_name,
     )
-    return Step(functools.partial(_update, plan), settings)
+    passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
+    return Step(functools.partial(_update, plan), settings, passes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

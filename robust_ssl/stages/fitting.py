@@ -19,7 +19,7 @@ from robust_ssl.stages.attack import build_threat, function_of
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import Best, stage_key, train
 from robust_ssl.trees import fingerprint
-from robust_ssl.types import Classifier, TrainState, Variables
+from robust_ssl.types import Classifier, Encoder, TrainState, Variables
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,7 @@ def build_losses(entries: Mapping[str, Any]) -> dict[str, tuple[Any, float]]:
     Args:
       entries: ``{name: ("module:function", weight)}``, or with a third member, the function's
         options.
-
-    Raises:
+:
       ValueError: If an entry is of another form, or a function is not known.
 
     Example:
@@ -57,14 +56,17 @@ def build_losses(entries: Mapping[str, Any]) -> dict[str, tuple[Any, float]]:
     return built
 
 
-def build_attack(run: Run, options: Mapping[str, Any] | None) -> Any:
+def build_attack(
+    run: Run, options: Mapping[str, Any] | None, encoder: Encoder | None = None
+) -> Any:
     """Builds the attack of training: per image, or an `finetuning.Adversary`.
 
     Args:
-      run: Its public encoder is what an attack gets that has a field `source`.
+      run: The run.
       options: ``{"function": "module:function", "epsilon": ..., **options}``; ``threat`` says of
         what kind the budget is (`build_threat`), an ``objective`` is ``"module:function"``.  None
         is no attack.
+      encoder: What an attack gets that has a field `source`; None is the run's public encoder.
 
     Raises:
       ValueError: If a function or an option is not known, or the budget makes no sense.
@@ -81,7 +83,7 @@ def build_attack(run: Run, options: Mapping[str, Any] | None) -> Any:
     if "objective" in options:
         options["objective"] = resolve(options["objective"])
     if "source" in getattr(function, "__dataclass_fields__", {}):
-        options["source"] = run.encoder
+        options["source"] = encoder or run.encoder
     try:
         attack = function(threat, **options)
     except TypeError as error:
@@ -107,15 +109,18 @@ def build_optimizer(
     if show:
         table = finetuning.render_table(finetuning.layer_table(params, rates))
         _log.info("%s: learning rates\n%s", show, table)
+    anchored = config.get("l2_sp", 0.0)
     make_tx = functools.partial(
         finetuning.adam_l2,
-        weight_decay=config["weight_decay"],
+        weight_decay=0.0 if anchored else config["weight_decay"],
         decay=config["decay"],
         steps_per_epoch=steps_per_epoch,
     )
     parts = [finetuning.layerwise_optimizer(params, rates, make_tx)]
-    if config.get("l2_sp"):
-        parts.insert(0, finetuning.pull_to_start(params, config["l2_sp"]))
+    if anchored:  # the encoder is pulled to where it started instead of to zero
+        head = {part: part == "head" for part in params}
+        parts.insert(0, optax.masked(optax.add_decayed_weights(config["weight_decay"]), head))
+        parts.insert(0, finetuning.pull_to_start(params, anchored))
     if config.get("prune"):
         parts.append(finetuning.hold_zeros(params))
     tx = parts[0] if len(parts) == 1 else optax.chain(*parts)
@@ -132,6 +137,7 @@ def build_step(
     steps_per_epoch: int,
     *,
     seed: int | None = None,
+    encoder: Encoder | None = None,
     show: bool = False,
 ):
     """Returns ``(state, step)`` of a fit, before its first step.
@@ -145,9 +151,12 @@ def build_step(
       attack: As `make_step` takes it.
       steps_per_epoch: Updates per epoch.
       seed: Of the keys; None is the run's.
+      encoder: The public encoder that losses compare with; None is the run's.
       show: Whether the table of learning rates is logged.
     """
-    tx, frozen = build_optimizer(classifier, config, steps_per_epoch, show=name if show else None)
+    # Rates decay by the pass over the data, however often each batch is replayed.
+    passed = max(1, steps_per_epoch // getattr(attack, "replays", 1))
+    tx, frozen = build_optimizer(classifier, config, passed, show=name if show else None)
     key = stage_key(run.seed if seed is None else seed, name)
     step = finetuning.make_step(
         classifier,
@@ -157,7 +166,7 @@ def build_step(
         attack=attack,
         frozen=frozen,
         axis_name=run.parallel.axis_name,
-        **step_options(run, config),
+        **_step_options(config, encoder or run.encoder),
     )
     state = finetuning.init_state(
         classifier, tx, attack, key=jax.random.fold_in(key, 2**31), batch_size=config["batch_size"]
@@ -165,10 +174,10 @@ def build_step(
     return state, step
 
 
-def step_options(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a fine-tuning config says of its step besides losses and rates."""
+def _step_options(config: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
+    """What a fine-tuning config says of its step besides losses and rates."""
     return {
-        "pretrained": run.encoder if config.get("compare_with_pretrained") else None,
+        "pretrained": encoder if config.get("compare_with_pretrained") else None,
         "batch_statistics": config["batch_statistics"],
         "augment": resolve(config["augment"]) if config["augment"] else None,
     }
@@ -184,6 +193,7 @@ def fit(
     attack: Any = None,
     against: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    encoder: Encoder | None = None,
     best: str | None = None,
     afterwards: Afterwards | None = None,
     known: Mapping[str, Any] | None = None,
@@ -200,6 +210,7 @@ def fit(
       against: Attacks by name under which validation measures robust accuracy, the worst of them;
         None is `attack` itself.  An `UniversalPool` is always measured under its own members.
       seed: Of batches and keys; None is the run's.
+      encoder: The public encoder that it was built on; None is the run's.
       best: Which epoch is kept: the best by ``"clean"`` or ``"robust"`` validation accuracy, or the
         ``"last"``, for which nothing is validated; None is robust where there is an attack.
       afterwards: What is done to the best variables; returns them and more results.
@@ -225,7 +236,10 @@ def fit(
         )
         epoch = batches.steps_per_epoch
         state, step = build_step(
-            run, name, classifier, config, losses, attack, epoch, seed=seed, show=True
+            *(run, name, classifier, config, losses, attack, epoch),
+            seed=seed,
+            encoder=encoder,
+            show=True,
         )
         state, found = train(
             stage,
@@ -241,11 +255,11 @@ def fit(
         variables, extra = afterwards(variables) if afterwards else (variables, {})
         results = {
             **(known or {}),
-            **_told(state, found, epoch, attack),
+            **_told(state, found, epoch, gradients_per_epoch(attack, step.passes)),
             "catastrophic_overfitting": overfitted(stage, len(validation)),
             **extra,
         }
-        keep_classifier(run, stage, classifier.with_variables(variables), results)
+        keep_classifier(run, stage, classifier.with_variables(variables), results, encoder)
         stage.finish(variables, results)
     return stage
 
@@ -262,7 +276,7 @@ def _judged(run: Run, classifier: Classifier, attack, against, best, patience) -
     }
 
 
-def _told(state: TrainState, best: Best | None, steps_per_epoch: int, attack: Any) -> dict:
+def _told(state: TrainState, best: Best | None, steps_per_epoch: int, gradients: int) -> dict:
     """What a training says of itself; without a best epoch the last one was taken."""
     epochs = int(state.step) // steps_per_epoch
     return {
@@ -271,13 +285,13 @@ def _told(state: TrainState, best: Best | None, steps_per_epoch: int, attack: An
         "steps": int(state.step),
         "validation_score": float(best.score) if best else None,
         "skipped": int(state.counters["skipped"]),
-        "gradient_evaluations_per_image": epochs * gradients_per_epoch(attack),
+        "gradient_evaluations_per_image": epochs * gradients,
     }
 
 
-def gradients_per_epoch(attack: Any) -> int:
-    """Gradient evaluations per image in an epoch: the attack's and the update's."""
-    each = 1 + (0 if attack is None else getattr(attack, "gradient_evaluations", 0))
+def gradients_per_epoch(attack: Any, passes: int) -> int:
+    """Returns gradient evaluations per image in an epoch: the attack's and the update's passes."""
+    each = passes + (0 if attack is None else getattr(attack, "gradient_evaluations", 0))
     return each * getattr(attack, "replays", 1)
 
 
@@ -350,11 +364,17 @@ def overfitted(stage: StageDirectory, images: int) -> int | None:
     return epoch
 
 
-def keep_classifier(run: Run, stage: StageDirectory, classifier: Classifier, results) -> None:
+def keep_classifier(
+    run: Run,
+    stage: StageDirectory,
+    classifier: Classifier,
+    results: Mapping[str, Any],
+    encoder: Encoder | None = None,
+) -> None:
     """Writes ``classifier/``, which `weights.load_classifier` reads without this run's config."""
     if jax.process_index():
         return
-    builder, options = run.own_builder
+    builder, options = run.own_builder if encoder is None else (None, None)
     card = {"stage": stage.path.name, "downstream": run.downstream[0].name, **results}
     try:
         weights.save_classifier(

@@ -16,7 +16,8 @@ def expand(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> dict[s
       base: The recipe that every point starts from: plain values, mappings, tuples and lists.  It
         is not changed, and shares nothing with what is returned.
       grid: Dotted path into `base` to the values it takes.  A part of a path is a key of a
-        mapping, or a place in a tuple or list, from 0.
+        mapping, or a place in a tuple or list, from 0.  Paths that move together are joined by
+        ``&``, as ``"attack.layer & losses.drift.2.layers.0"``; the first one names the point.
 
     Returns:
       Point's name to recipe, in the order of a product: the last path changes fastest.  A name
@@ -37,16 +38,19 @@ def expand(base: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> dict[s
     """
     if not grid:
         raise ValueError("the grid is empty; name at least one path, such as attack.epsilon")
-    for path in grid:
+    together = [[path.strip() for path in paths.split("&")] for paths in grid]
+    every = [path for paths in together for path in paths]
+    for path in every:
         _check_path(base, path)
-    _check_apart(list(grid))
-    labels = _labels(list(grid))
+    _check_apart(every)
+    labels = _labels([paths[0] for paths in together])
     texts = [_texts(path, values) for path, values in grid.items()]
     points = {}
     for places in itertools.product(*(range(len(values)) for values in grid.values())):
         recipe = copy.deepcopy(dict(base))
-        for place, (path, values) in zip(places, grid.items(), strict=True):
-            recipe = _replaced(recipe, path.split("."), values[place])
+        for place, paths, values in zip(places, together, grid.values(), strict=True):
+            for path in paths:
+                recipe = _replaced(recipe, path.split("."), values[place])
         shown = (text[place] for place, text in zip(places, texts, strict=True))
         points[", ".join(map("=".join, zip(labels, shown, strict=True)))] = recipe
     return points
@@ -77,6 +81,9 @@ def _check_path(base: Mapping[str, Any], path: str) -> None:
 
 
 def _check_apart(paths: list[str]) -> None:
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"the grid's path {twice!r} is there twice")
     for outer, inner in itertools.permutations(paths, 2):
         if inner.startswith(f"{outer}."):
             raise ValueError(
