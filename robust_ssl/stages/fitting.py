@@ -33,7 +33,8 @@ def build_losses(entries: Mapping[str, Any]) -> dict[str, tuple[Any, float]]:
     Args:
       entries: ``{name: ("module:function", weight)}``, or with a third member, the function's
         options.
-:
+
+    Raises:
       ValueError: If an entry is of another form, or a function is not known.
 
     Example:
