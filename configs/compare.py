@@ -152,11 +152,8 @@ def defences() -> dict:
     }
     return {
         "gen_af_stage1": {
-            "losses": {
-                "clean_cross_entropy": (f"{LOSS}clean_cross_entropy", 0.3),
-                "adversarial_cross_entropy": (f"{LOSS}adversarial_cross_entropy", 0.7),
-                "genetic_regularization": (regularization, 20.0),
-            },
+            "adv_ratio": 0.7,
+            "losses": {"genetic_regularization": (regularization, 20.0)},
             "attack": PGD,
             "batch_statistics": "both",
         },

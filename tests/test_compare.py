@@ -4,10 +4,19 @@ import csv
 
 import pytest
 import tiny_methods
-from tiny_methods import FROZEN, PGD_AT, SMOOTH, UNIVERSAL, go, manifest
+from tiny_methods import (
+    BROKEN,
+    FROZEN,
+    ON_ADVERSARIAL,
+    PGD_AT,
+    SMOOTH,
+    UNIVERSAL,
+    go,
+    manifest,
+)
 
-from robust_ssl import attacks, report, stages
-from robust_ssl.stages import costs, fitting, methods, scoring
+from robust_ssl import attacks, finetuning, report, stages
+from robust_ssl.stages import compare, costs, fitting, methods, scoring
 
 pytestmark = pytest.mark.slow  # a minute: each recipe and each attack is compiled
 
@@ -68,16 +77,35 @@ def test_the_files_say_what_the_rows_say(finished):
             assert float(line[name]) == row[name]
     page = (workdir / "comparison.md").read_text()
     for name in RECIPES:
-        assert f"| {report.tables.model_name(name)} | 2 |" in page
-    assert "usual fine-tuning < PGD-AT" in page or "usual fine-tuning < pgd_at" in page
-    assert "For at most 2 points of clean accuracy and 2x the training time" in page
+        assert f"| {report.tables.method_name(name)} | 2 |" in page
+    order = "The order usual (frozen encoder) < pgd_at, which Zhou et al. (IEEE S&P 2024) report,"
+    assert page.count(order) == 2  # by both kinds of attacks; clean needs one more than usual
+    assert "and 2x the training time of usual fine-tuning of all layers, " in page
     picture = (workdir / "figures" / "pareto.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def test_the_page_says_what_was_compared(finished):
+    page = (finished[0] / "comparison.md").read_text()
+    assert "Encoder tiny; surrogate " in page and " (32 images); downstream set " in page
+    assert ": 48 training, 16 validation and 64 test images." in page
+    assert "Training: 2 epochs of batches of 16, seeds 0, 1; the best epoch" in page
+    assert "8/255 for pgd_at; 10.2/255 for universal." in page
+    assert (
+        "Attacked at epsilon 10/255 by the suite random_noise, universal_pgd (2 steps), fitted "
+        "with seeds 0."
+    ) in page
+    assert "choosing layers counts by its gradients" in page
 
 
 def test_costs_are_relative_to_the_reference(finished):
     rows = {(r["method"], r["seed"]): r for r in finished[1]["compare"]["rows"]}
     assert rows["full", 0]["cost_factor"] == rows["full", 1]["cost_factor"] == 1
+    each = {name: rows[name, 0]["gradients_per_epoch"] for name in RECIPES}
+    assert each == {
+        **{"usual": 1.0, "full": 1.0, "pgd_at": 3.0, "universal": 1.0},
+        **{"smoothed": None, "ensemble": None},
+    }
     gradients = {name: rows[name, 0]["gradients"] for name in RECIPES}
     assert gradients == {
         "usual": 1.0,
@@ -101,7 +129,49 @@ def test_a_cost_is_steps_times_seconds(finished):
     for name in ("usual", "pgd_at", "universal"):
         expected = measured[name]["seconds_per_step"] / reference  # all have six steps
         assert measured[name]["factor"] == pytest.approx(expected)
+        per_image = measured[name]["seconds_per_step"] / 16
+        assert measured[name]["seconds_per_image"] == pytest.approx(per_image)
     assert measured["smoothed"]["seconds_per_step"] is None
+
+
+def test_choosing_layers_counts_by_its_gradients_and_replays_by_the_images(monkeypatch, tmp_path):
+    """Closed forms, with measurements that are made up."""
+    free = {"function": "robust_ssl.finetuning:FreeReplays", "epsilon": 0.03, "replays": 2}
+    recipes = {"full": {}, "free": {**ON_ADVERSARIAL, "attack": free}, "rift": {"start": "full"}}
+    run = tiny_methods.a_run(tiny_methods.config(recipes), tmp_path)
+    found = {
+        "full": {"epochs": 2, "steps": 6, "gradient_evaluations_per_image": 4},
+        "free": {"epochs": 2, "steps": 12, "gradient_evaluations_per_image": 4},
+        "rift": {
+            **{"epochs": 1, "steps": 3, "gradient_evaluations_per_image": 1},
+            **{"selection_gradient_evaluations_per_image": 10, "selection_seconds": 1e9},
+        },
+    }
+    own = {n: costs._own(run, n, found[n], finetuning.Cost(0.5, None)) for n in found}
+    assert own["full"]["seconds_per_image"] == 0.5 / 16
+    assert own["free"]["seconds_per_image"] == 2 * 0.5 / 16
+    assert [own[n]["gradients_per_epoch"] for n in found] == [2, 2, 1]
+    assert costs._seconds(run, ["full"], found, own) == 6 * 0.5
+    selecting = 10 * 48 * (0.5 / 16 / 2)
+    assert costs._seconds(run, ["rift", "full"], found, own) == 6 * 0.5 + 3 * 0.5 + selecting
+
+
+def test_what_went_wrong_in_training_is_said():
+    fine = {"skipped": 0, "steps": 6, "catastrophic_overfitting": None}
+    made = {
+        "made": {
+            "methods/fine-seed0": fine,
+            "methods/fgsm_rs-seed1": {**fine, "catastrophic_overfitting": 3, "best_epoch": 2},
+            "methods/shaky-seed0": {**fine, "skipped": 2},
+        },
+        "failed": {"methods/broken-seed0": "no luck"},
+    }
+    assert compare.happened(made) == [
+        "methods/broken-seed0 failed: no luck.",
+        "fgsm_rs-seed1 overfitted catastrophically at epoch 3: it withstood the one step of its "
+        "own attack and no longer PGD; the weights of epoch 2 were kept.",
+        "shaky-seed0: 2 of 6 updates were skipped, as they were not finite.",
+    ]
 
 
 def test_the_same_command_again_recomputes_nothing(finished, monkeypatch):
@@ -132,18 +202,21 @@ def _pictures(files):
 
 
 def test_a_recipe_that_failed_is_named_and_not_compared(tmp_path):
-    made = tiny_methods.config(
-        {
-            "usual": FROZEN,
-            "full": {},
-            "broken": {"losses": {"nan": ("tiny_methods:not_a_number", 1.0)}, "epochs": 8},
-        },
-        *STAGES,
-    )
-    results = go(made, tmp_path)
+    recipes = {"usual": FROZEN, "full": {}}
+    go(tiny_methods.config(recipes, *STAGES), tmp_path)  # finished before the broken one comes
+    results = go(tiny_methods.config({**recipes, "broken": BROKEN}, *STAGES), tmp_path)
     assert {row["method"] for row in results["compare"]["rows"]} == {"usual", "full"}
+    assert set(results["compare"]["failed"]) == {"methods/broken-seed0"}
     page = (tmp_path / "comparison.md").read_text()
     assert "methods/broken-seed0 failed: the last 2" in page and "lower the learning rate" in page
+
+
+def test_without_the_reference_there_are_no_cost_factors(tmp_path):
+    results = go(tiny_methods.config({"usual": FROZEN, "full": BROKEN}, *STAGES), tmp_path)
+    [row] = results["compare"]["rows"]
+    assert row["method"] == "usual" and row["cost_factor"] is None
+    assert row["seconds_per_image"] > 0 and row["gradients"] == 2 / BROKEN["epochs"]
+    assert "methods/full-seed0 failed" in (tmp_path / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize(

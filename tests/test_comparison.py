@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from robust_ssl.report.comparison import FIELDS, Figure, ordering, summarise, write_comparison
+from robust_ssl.report.goals import better_on_all, cheap_robustness
 
 
 def row(method="usual", seed=0, robust=0.25, **changed):
@@ -21,6 +22,8 @@ def row(method="usual", seed=0, robust=0.25, **changed):
         "training_seconds": 1234.56,
         "cost_factor": 1.0,
         "gradients": 1.0,
+        "gradients_per_epoch": 1.0,
+        "seconds_per_image": 0.0025,
         "peak_bytes": None,
         **changed,
     }
@@ -98,22 +101,24 @@ def test_page_has_sentences_table_and_legend(tmp_path):
     lines = [[c.strip() for c in s.split("|")[1:-1]] for s in text.splitlines() if s[:1] == "|"]
     usual, trades = (dict(zip(lines[0], cells, strict=True)) for cells in lines[2:])
     assert usual == {
-        "method": "usual fine-tuning",
+        "method": "usual (frozen encoder)",
         "seeds": "2",
         "clean": "75.0 ± 0.0 %",
         "robust, public": "50.0 ± 35.4 %",
         "robust, hardened": "50.0 ± 35.4 %",
         "AutoAttack": "n/a",
         "cost": "1.00 ± 0.00x",
-        "gradients": "1.0 ± 0.0",
+        "grads": "1.0 ± 0.0",
+        "grads/epoch": "1.0 ± 0.0",
+        "ms/image": "2.50 ± 0.00",
         "training": "1,234.6 ± 0.0 s",
-        "peak memory": "4 ± 1 MiB",
+        "memory": "4 ± 1 MiB",
         "verdict": "trusted",
     }
     assert trades["clean"] == "75.0 %"
     assert trades["robust, public"] == "50.0 % NOT TRUSTED"
     assert trades["AutoAttack"] == "25.0 % NOT TRUSTED"
-    assert trades["peak memory"] == "n/a" and trades["verdict"] == "not trusted"
+    assert trades["memory"] == "n/a" and trades["verdict"] == "not trusted"
     legend = text.split("\n\n")[-1]
     assert all(f"- {name}: " in legend for name in lines[0] if name not in ("method", "seeds"))
     assert "1,000 test images, so that a share is known to ± 3.1 points" in legend
@@ -122,7 +127,7 @@ def test_page_has_sentences_table_and_legend(tmp_path):
 
 def test_a_column_without_a_figure_is_left_out_and_a_part_is_said(tmp_path):
     text = write_comparison(tmp_path, [row()])[1].read_text()
-    assert "AutoAttack" not in text and "peak memory" not in text and "±  " not in text
+    assert "AutoAttack" not in text and "memory |" not in text and "±  " not in text
     rows = [row(seed=0, cost_factor=2.0), row(seed=1, cost_factor=None)]
     assert "| 2.00x (1 of 2 seeds) |" in write_comparison(tmp_path, rows)[1].read_text()
 
@@ -140,6 +145,13 @@ WHAT = "by accuracy in the worst case per image over the attacks crafted on the 
 
 def test_an_order_that_holds_is_confirmed_with_numbers():
     assert order(0.1, 0.2, 0.3) == f"The order a < b < c holds {WHAT} 10.0 %, b 20.0 %, c 30.0 %)."
+
+
+def test_an_order_is_somebodys():
+    found = summarise([row("a", 0, 0.1), row("b", 0, 0.9)])
+    assert ordering(found, "ab", of="They").startswith(
+        "The order a < b, which They report, holds by accuracy"
+    )
 
 
 def test_an_order_that_breaks_names_the_neighbours():
@@ -183,6 +195,63 @@ def test_what_was_not_measured_or_not_trusted_is_said():
         "The order a < b cannot be judged by accuracy under AutoAttack. Not measured: b."
     )
     assert "NOT TRUSTED" not in ordering(found, "ac", by="clean")
+
+
+def goal(**methods):
+    """The two sentences; each method is (clean, hardened, cost, **changes)."""
+    rows = [
+        row(name, 0, robust, clean=clean, cost_factor=cost, **(more[0] if more else {}))
+        for name, (clean, robust, cost, *more) in methods.items()
+    ]
+    found = summarise(rows)
+    return cheap_robustness(found), better_on_all(found)
+
+
+BASE = {"usual": (0.7, 0.1, 0.5), "gen_af": (0.8, 0.6, 9.0)}
+DOUBT = {"verdict": "not trusted"}
+
+
+def test_a_method_has_nearly_all_of_the_gain_at_little_cost():
+    cheap, _ = goal(
+        **BASE,
+        on_both_limits=(0.1, 0.55, 1.5),
+        too_weak=(0.9, 0.54, 1.0),
+        too_dear=(0.9, 0.9, 1.51),
+        doubted=(0.9, 0.9, 1.0, DOUBT),
+        no_cost=(0.9, 0.9, None),
+    )
+    assert cheap == (
+        "At least 90% of gen_af's gain over usual (frozen encoder) in accuracy under the suite "
+        "crafted again on the hardened model, at a cost of at most 1.5x (all of it is 50.0 "
+        "points): on_both_limits (90% of the gain, cost 1.50x)."
+    )
+    assert goal(**BASE)[0].endswith("(all of it is 50.0 points): no method has that.")
+    assert goal(**{**BASE, "gen_af": (0.8, 0.1, 9)})[0].endswith("gains nothing (+0.0 points).")
+    assert goal(**{**BASE, "usual": (0.7, 0.1, 1.0, DOUBT)})[0].endswith(
+        "cannot be judged, NOT TRUSTED: usual (frozen encoder)."
+    )
+
+
+def test_a_method_is_better_on_all():
+    auto = {"autoattack": 0.3, "autoattack_images": 1000}
+    _, better = goal(
+        usual=(0.7, 0.1, 0.5),
+        gen_af=(0.8, 0.6, 9.0, auto),
+        best=(0.9, 0.7, 2.0, {**auto, "autoattack": 0.5}),
+        by_chance=(0.81, 0.7, 2.0),
+        broken=(0.9, 0.9, 2.0, {**auto, "autoattack": 0.0}),
+        as_clean=(0.8, 0.9, 2.0),
+        doubted=(0.9, 0.9, 1.0, DOUBT),
+    )
+    assert better == (
+        "Better than gen_af in clean accuracy, in accuracy under the suite crafted again on the "
+        "hardened model and, where measured, in accuracy under AutoAttack: best (clean +10.0, "
+        "robust, hardened +10.0, AutoAttack +20.0 points), by_chance (clean +1.0, robust, hardened "
+        "+10.0 points; not all of it more than chance)."
+    )
+    assert goal(**BASE)[1].endswith(": no method is.")
+    doubted = {**BASE, "gen_af": (0.8, 0.6, 9.0, DOUBT)}
+    assert goal(**doubted)[1].endswith("cannot be judged, NOT TRUSTED: gen_af.")
 
 
 @pytest.mark.parametrize(

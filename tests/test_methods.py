@@ -11,11 +11,13 @@ import tiny_methods
 from flax.traverse_util import flatten_dict
 from tiny_methods import (
     ATTACKS,
+    BROKEN,
     FROZEN,
     LOSSES,
     ON_ADVERSARIAL,
     PGD,
     PGD_AT,
+    POOL,
     SMOOTH,
     UNIVERSAL,
     final,
@@ -162,6 +164,7 @@ def without(name, entry):
         ({"patience": 0}, "patience"),
         ({"batch_size": 15}, "multiple of 2"),
         ({"batch_size": 512}, "512"),
+        ({**PGD_AT, "batch_statistics": "twins", "batch_size": 10}, "even number of images, got 5"),
         ({"prune": 1.5}, r"\[0, 1\)"),
         ({"l2_sp": -1.0}, "L2-SP must be at least 0"),
         ({"head": "mpl"}, "mpl"),
@@ -189,11 +192,13 @@ def test_a_wrong_recipe_is_refused_before_the_first_step(tmp_path, recipe, says)
         ({"seeds": ()}, "config.defend.seeds: need at least one seed"),
         ({"seeds": (1, 1)}, "none twice"),
         ({"validation": {**PGD, "epsilon": 2.0}}, r"epsilon must lie in \[0, 1\]"),
+        ({"validation": None}, "config.defend.validation must be an attack on single images"),
+        ({"validation": POOL}, "config.defend.validation must be an attack on single images"),
     ],
 )
 def test_a_wrong_defend_is_refused_before_the_first_step(tmp_path, change, says):
     config = tiny_methods.config({"usual": FROZEN})
-    config.defend.update(change)
+    config.defend = {**config.defend.to_dict(), **change}
     with pytest.raises(stages.UsageError, match=says):
         go(config, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -392,8 +397,7 @@ def test_an_interrupted_defend_ends_with_the_same_weights(made, tmp_path, monkey
 
 def test_a_recipe_that_fails_is_named_and_the_others_are_made(tmp_path, caplog):
     caplog.set_level(logging.ERROR, "robust_ssl")
-    broken = {"losses": {"nan": ("tiny_methods:not_a_number", 1.0)}, "epochs": 8}
-    recipes = {"broken": broken, "after": {**FROZEN, "start": "broken"}, "usual": FROZEN}
+    recipes = {"broken": BROKEN, "after": {**FROZEN, "start": "broken"}, "usual": FROZEN}
     config = tiny_methods.config(recipes)
     results = go(config, tmp_path)["defend"]
     assert set(results["made"]) == {"methods/usual-seed0"}
@@ -406,6 +410,33 @@ def test_a_recipe_that_fails_is_named_and_the_others_are_made(tmp_path, caplog):
     assert kept and not (tmp_path / "methods" / "broken-seed0" / "final").exists()
     # A second command, and a stage after this one, find the same and try nothing again.
     assert go(config, tmp_path)["defend"] == results
+
+
+def test_a_recipe_that_never_moved_has_failed(tmp_path):
+    still = {**BROKEN, "epochs": 1}  # too short for as many skips in a row as end a training
+    results = go(tiny_methods.config({"still": still, "usual": FROZEN}), tmp_path)["defend"]
+    assert set(results["made"]) == {"methods/usual-seed0"}
+    assert "all its 3 updates were skipped" in results["failed"]["methods/still-seed0"]
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, Stopped, KeyboardInterrupt])
+def test_whatever_is_wrong_with_one_recipe_the_others_are_made(tmp_path, monkeypatch, error):
+    train = fitting.train
+
+    def dies(stage, *args, **kwargs):
+        if stage.path.name == "full-seed0":
+            raise error("no such thing")
+        return train(stage, *args, **kwargs)
+
+    monkeypatch.setattr(fitting, "train", dies)
+    config = tiny_methods.config({"full": {}, "usual": FROZEN})
+    if error in (Stopped, KeyboardInterrupt):
+        with pytest.raises(error, match="no such thing"):
+            go(config, tmp_path)
+        return
+    results = go(config, tmp_path)["defend"]
+    assert results["failed"] == {"methods/full-seed0": "no such thing"}
+    assert set(results["made"]) == {"methods/usual-seed0"}
 
 
 def test_catastrophic_overfitting_reaches_the_results(tmp_path, monkeypatch, caplog):
@@ -449,3 +480,19 @@ def test_recipes_may_come_to_a_finished_defend(tmp_path):
     second = go(more, tmp_path)["defend"]["made"]
     assert set(second) == {"methods/usual-seed0", "methods/smoothed-seed0"}
     assert second["methods/usual-seed0"] == first["methods/usual-seed0"]
+
+
+def test_adv_ratio_gives_two_losses_their_weights():
+    config = {"methods": {"mixed": {"losses": {}, "adv_ratio": 0.25}, "all": {"adv_ratio": 1.0}}}
+    weights = {n: w for n, (_, w) in methods.complete(config, "mixed")["losses"].items()}
+    assert weights == {"clean_cross_entropy": 0.75, "adversarial_cross_entropy": 0.25}
+    assert list(methods.complete(config, "all")["losses"]) == ["adversarial_cross_entropy"]
+    config["methods"]["wrong"] = {"adv_ratio": 1.5}
+    with pytest.raises(ValueError, match=r"'wrong': adv_ratio must be in \[0, 1\], got 1.5"):
+        methods.complete(config, "wrong")
+
+
+def test_what_a_start_decides_is_not_ignored_silently():
+    config = {"methods": {"a": {}, "b": {"start": "a", "head": "linear"}}}
+    with pytest.raises(ValueError, match="'b' has both a start and 'head'"):
+        methods.complete(config, "b")

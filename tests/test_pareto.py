@@ -77,32 +77,54 @@ def test_advice_takes_the_most_robust_within_both_limits():
         Point("weaker", 0.95, 0.3, 1.0),
     ]
     assert advice(points, usual="plain") == (
-        "For at most 2 points of clean accuracy and 2x the training time, take on the limits: "
-        "40.0 % robust (30.0 points more than plain), clean 88.0 % (2.0 points less), cost 2.0x."
+        "For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning of "
+        "all layers, take on the limits: 40.0 % robust (30.0 points more than plain), clean 88.0 % "
+        "(2.0 points less than plain), cost 2.0x."
     )
     assert "take too slow" in advice(points, usual="plain", max_cost=3)
     assert "take too wrong" in advice(points, usual="plain", max_clean_loss=0.03)
     strict = advice(points, usual="plain", max_clean_loss=0, max_cost=1.5)
-    assert "take weaker" in strict and "clean 95.0 % (5.0 points more)" in strict
+    assert "take weaker" in strict and "clean 95.0 % (5.0 points more than plain)" in strict
 
 
 def test_advice_says_that_nothing_does_it():
     dear = Point("dear", 0.8, 0.5, 9.0)
     assert advice([USUAL, dear], usual="plain") == (
-        "For at most 2 points of clean accuracy and 2x the training time, no point is more robust "
-        "than plain (10.0 %); the most robust at any price is dear: 50.0 % robust (40.0 points "
-        "more than plain), clean 80.0 % (10.0 points less), cost 9.0x."
+        "For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning of "
+        "all layers, no point is more robust than plain (10.0 %); the most robust at any price is "
+        "dear: 50.0 % robust (40.0 points more than plain), clean 80.0 % (10.0 points less than "
+        "plain), cost 9.0x."
     )
     assert "none is more robust than plain (10.0 %)" in advice([USUAL], usual="plain")
     with pytest.raises(ValueError, match=r"no point is called 'usual'.*plain, dear"):
         advice([USUAL, dear], usual="usual")
 
 
-def test_advice_counts_cost_from_the_usual_point():
-    slower = [USUAL._replace(cost=10.0), Point("twice", 0.9, 0.5, 20.0)]
-    assert "take twice" in advice(slower, usual="plain") and "2.0x." in advice(
-        slower, usual="plain"
+def test_advice_counts_cost_from_the_reference_whatever_the_usual_point_costs():
+    cheap = [USUAL._replace(cost=0.25), Point("a", 0.9, 0.5, 1.9), Point("b", 0.9, 0.6, 2.1)]
+    said = advice(cheap, usual="plain")
+    assert "take a: " in said and said.endswith("cost 1.9x.")
+
+
+def test_what_is_not_trusted_has_no_part():
+    doubtful = Point("best", 1.0, 1.0, 1.0, trusted=False)
+    points = [USUAL, Point("fair", 0.89, 0.5, 1.0)]
+    for function in (front, area_under_front):
+        assert function([*points, doubtful]) == function(points)
+    assert advice([*points, doubtful], usual="plain") == advice(points, usual="plain")
+    assert "none is more robust" in advice([USUAL, doubtful], usual="plain")
+
+
+def test_a_base_that_is_not_trusted_gives_its_clean_accuracy():
+    base = USUAL._replace(robust=0.8, trusted=False)
+    mark = " plain is NOT TRUSTED under attack: only its clean accuracy is used."
+    said = advice([base, Point("fair", 0.89, 0.5, 1.0), Point("far", 0.5, 0.6, 1.0)], usual="plain")
+    assert said.endswith(
+        "take fair: 50.0 % robust, clean 89.0 % (1.0 points less than plain), cost 1.0x." + mark
     )
+    assert advice([base], usual="plain").endswith("no point helps: none is trusted." + mark)
+    said = advice([base, Point("far", 0.5, 0.6, 1.0)], usual="plain")
+    assert "no point is trusted; the most robust at any price is far: 60.0 % robust, " in said
 
 
 def draw(directory, points, name="pareto"):
@@ -114,6 +136,7 @@ def draw(directory, points, name="pareto"):
 @pytest.mark.parametrize("long", [False, True])
 def test_figure_has_its_numbers_and_the_same_bytes(tmp_path, long):
     points = random_points(3)
+    points[4] = points[4]._replace(trusted=False)
     if long:
         points = [
             p._replace(name=f"epsilon=0.03, num_steps={i}, m=2") for i, p in enumerate(points)
@@ -126,13 +149,17 @@ def test_figure_has_its_numbers_and_the_same_bytes(tmp_path, long):
         assert bytes_ and bytes_ == second.with_suffix(suffix).read_bytes()
     with open(first.with_suffix(".csv"), newline="") as file:
         rows = list(csv.DictReader(file))
-    read = [Point(r["name"], float(r["clean"]), float(r["robust"]), float(r["cost"])) for r in rows]
+    numbers = ("clean", "robust", "cost")
+    read = [
+        Point(r["name"], *(float(r[n]) for n in numbers), trusted=r["trusted"] == "1") for r in rows
+    ]
     assert read == points
     assert {r["name"] for r in rows if r["on_front"] == "1"} == {p.name for p in front(points)}
 
 
 def test_figure_of_one_point_and_of_many(tmp_path):
     assert draw(tmp_path, [USUAL], "one").exists()
+    assert draw(tmp_path, [USUAL._replace(trusted=False)], "none").exists()
     assert draw(tmp_path, random_points(0, n=40, steps=50), "many").exists()
     with pytest.raises(ValueError, match="no point to draw"):
         draw(tmp_path, [])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_methods
-from tiny_methods import FROZEN, UNIVERSAL, go, manifest
+from tiny_methods import BROKEN, FROZEN, UNIVERSAL, go, manifest
 
 from robust_ssl import evaluation, main, progress, settings, stages
 from robust_ssl.progress import Stopped
@@ -66,7 +66,10 @@ def test_an_impossible_point_is_named_and_the_others_are_made(finished):
     assert "epsilon must lie in [0, 1]" in results["failed"]["universal epsilon 7"]
     page = (workdir / "sweep.md").read_text()
     assert "universal epsilon 7 is left out: epsilon must lie in [0, 1]" in page
-    assert "For at most 2 points of clean accuracy and 2x the training time" in page
+    assert (
+        "For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning"
+        in page
+    )
     assert "16 validation images" in page
     assert sorted(trained) == ["full-seed0", *(f"{p}-seed0" for p in POINTS), "usual-seed0"]
 
@@ -132,7 +135,7 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(finished, tmp_path, monkey
     with pytest.raises(Stopped):
         go(config(), tmp_path)
     finished_before = {p.name for p in (tmp_path / "methods").iterdir() if (p / "final").exists()}
-    assert finished_before == {"usual-seed0", f"{POINTS[0]}-seed0"}
+    assert finished_before == {"usual-seed0", "full-seed0", f"{POINTS[0]}-seed0"}
 
     def counts(stage, *args, **kwargs):
         trained.append(stage.path.name)
@@ -140,7 +143,7 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(finished, tmp_path, monkey
 
     monkeypatch.setattr(fitting, "train", counts)
     again = go(config(), tmp_path)["sweep"]
-    assert trained == [f"{POINTS[1]}-seed0", "full-seed0"]
+    assert trained == [f"{POINTS[1]}-seed0"]
     for ours, theirs in zip(again["rows"], results["rows"], strict=True):
         assert {k: v for k, v in ours.items() if k != "cost"} == {
             k: v for k, v in theirs.items() if k != "cost"
@@ -156,6 +159,26 @@ def test_a_point_that_fails_in_training_is_named(tmp_path):
     assert "3e+38" in name and "lower the learning rate" in why
     assert len(results["rows"]) == 2
     assert f"{name} is left out: the last 2" in (tmp_path / "sweep.md").read_text()
+
+
+@pytest.mark.slow
+def test_without_the_reference_points_have_no_cost(tmp_path, monkeypatch):
+    made = config((("attack.epsilon", (0.02,)),))
+    made.methods.full = BROKEN
+    results = go(made, tmp_path)["sweep"]
+    assert set(results["failed"]) == {"full"}
+    assert [(row["point"], row["cost"]) for row in results["rows"]] == [
+        ("usual", None),
+        (POINTS[0], None),
+    ]
+    page = (tmp_path / "sweep.md").read_text()
+    assert page.startswith("full is left out: ") and page.count("| n/a |") == 2
+    assert "For at most" not in page and not (tmp_path / "figures").exists()
+    # A failure that comes to a finished sweep is told.
+    made.sweep.grid = (("attack.epsilon", (0.02, 7.0)),)
+    results = go(made, tmp_path)["sweep"]
+    assert set(results["failed"]) == {"full", "universal epsilon 7"}
+    assert "universal epsilon 7 is left out" in (tmp_path / "sweep.md").read_text()
 
 
 @pytest.mark.parametrize(

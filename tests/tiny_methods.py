@@ -24,6 +24,7 @@ SMOOTH = {
     "epochs": 0,
     "preprocess": {"function": "robust_ssl.models.preprocessing:Smooth"},
 }
+BROKEN = {"losses": {"nan": ("tiny_methods:not_a_number", 1.0)}, "epochs": 8}
 
 
 def not_a_number(inputs):

@@ -14,7 +14,7 @@ from robust_ssl import manifests
 from robust_ssl.evaluation import wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_EXAMINED, NOT_TRUSTED, TRUSTED, WITH_NOTES
 from robust_ssl.report.leaderboard import csv_text, markdown_table
-from robust_ssl.report.tables import SOURCES, model_name
+from robust_ssl.report.tables import SOURCES, method_name
 
 VERDICTS = (TRUSTED, WITH_NOTES, NOT_EXAMINED, NOT_TRUSTED)  # from best to worst
 
@@ -63,21 +63,37 @@ COSTS = {
         1,
         2,
         "x",
-        "time of the training steps, of all that a method starts from and of choosing layers too, "
-        "relative to usual fine-tuning of all layers; steps of all methods timed in turn",
+        "time of the training steps, of all that a method starts from too, relative to usual "
+        "fine-tuning of all layers; steps of all methods timed in turn; choosing layers counts by "
+        "its gradients, at what one in that reference's step takes",
     ),
     "gradients": Column(
-        "gradients",
+        "grads",
         1,
         1,
         "",
-        "gradient evaluations per training image, over the epochs of that reference",
+        "gradient evaluations per training image, of all that a method starts from and of choosing "
+        "layers too, over the epochs of that reference",
+    ),
+    "gradients_per_epoch": Column(
+        "grads/epoch",
+        1,
+        1,
+        "",
+        "gradient evaluations per training image in one epoch of the method's own training",
+    ),
+    "seconds_per_image": Column(
+        "ms/image",
+        1000,
+        2,
+        "",
+        "milliseconds per training image in one epoch of the method's own training",
     ),
     "training_seconds": Column(
         "training", 1, 1, " s", "seconds from start to end, with compiling and validation"
     ),
     "peak_bytes": Column(
-        "peak memory", 2**-20, 0, " MiB", "memory that the compiled step plans on one device"
+        "memory", 2**-20, 0, " MiB", "memory that the compiled step plans on one device"
     ),
 }
 COLUMNS = SHARES | COSTS
@@ -85,7 +101,10 @@ FIELDS = (
     *("method", "seed", "verdict", *SHARES, "images", "autoattack_images"),
     *COSTS,
 )
-_OPTIONAL = ("autoattack", "autoattack_images", "cost_factor", "peak_bytes")
+_OPTIONAL = (
+    *("autoattack", "autoattack_images", "cost_factor"),
+    *("gradients_per_epoch", "seconds_per_image", "peak_bytes"),
+)
 
 
 class Figure(NamedTuple):
@@ -122,7 +141,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
       >>> row = {"method": "usual", "seed": 0, "verdict": "trusted", "clean": 0.5, "images": 100,
       ...        "robust_public": 0.25, "robust_hardened": 0.0, "autoattack": None,
       ...        "autoattack_images": None, "training_seconds": 8.0, "cost_factor": 1.0,
-      ...        "gradients": 1.0, "peak_bytes": None}
+      ...        "gradients": 1.0, "gradients_per_epoch": 1.0, "seconds_per_image": 0.001,
+      ...        "peak_bytes": None}
       >>> found = summarise([row, {**row, "seed": 1, "clean": 1.0, "verdict": "not trusted"}])
       >>> found["usual"]["clean"].mean, found["usual"]["clean"].n, found["usual"]["verdict"]
       (0.75, 2, 'not trusted')
@@ -224,7 +244,7 @@ def comparison_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for method, found in summary.items():
         mark = " NOT TRUSTED" if found["verdict"] == NOT_TRUSTED else ""
-        line = {"method": model_name(method), "seeds": str(found["seeds"])}
+        line = {"method": method_name(method), "seeds": str(found["seeds"])}
         for name, column in columns.items():
             attacked = name in SHARES and name != "clean" and found[name].n
             line[column.heading] = _cell(found, name) + (mark if attacked else "")
@@ -274,7 +294,10 @@ def _images(summary: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 
 def ordering(
-    summary: Mapping[str, Mapping[str, Any]], names: Sequence[str], by: str = "robust_hardened"
+    summary: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    by: str = "robust_hardened",
+    of: str = "",
 ) -> str:
     """Says whether a claimed order of methods, the worst first, is what was found.
 
@@ -285,6 +308,7 @@ def ordering(
       summary: What `summarise` returned.
       names: Methods, in the order claimed: each less than the next.
       by: The share that is compared, a name in `SHARES`.
+      of: Who claims the order.
 
     Returns:
       One sentence with the numbers, and the mark of those that are not trusted.
@@ -301,18 +325,18 @@ def ordering(
             f"{unknown}; known: {', '.join(summary)}"
         )
     known = [name for name in names if summary[name][by].n]
-    absent = [model_name(name) for name in names if name not in known]
+    absent = [method_name(name) for name in names if name not in known]
     missing = f" Not measured: {', '.join(absent)}." if absent else ""
-    claim = f"The order {' < '.join(map(model_name, names))}"
+    claim = f"The order {' < '.join(map(method_name, names))}{of and f', which {of} report,'}"
     if len(known) < 2:
         return f"{claim} cannot be judged by {SHARES[by].meaning}.{missing}"
     broken, undecided = _neighbours(summary, known, by)
     word = "does not hold" if broken else "is undecided" if undecided else "holds"
-    shown = ", ".join(f"{model_name(name)} {_percent(summary, name, by)} %" for name in known)
+    shown = ", ".join(f"{method_name(name)} {_percent(summary, name, by)} %" for name in known)
     reasons = "; ".join(broken + undecided)
     text = f"{claim} {word} by {SHARES[by].meaning} ({shown}){': ' if reasons else ''}{reasons}."
     marked = [n for n in known if by != "clean" and summary[n]["verdict"] == NOT_TRUSTED]
-    mark = f" NOT TRUSTED: {', '.join(map(model_name, marked))}." if marked else ""
+    mark = f" NOT TRUSTED: {', '.join(map(method_name, marked))}." if marked else ""
     return text + missing + mark
 
 
@@ -322,9 +346,9 @@ def _neighbours(
     """Returns the pairs that break the order, and those of which nothing can be said, in words."""
     broken, undecided = [], []
     for first, second in itertools.pairwise(names):
-        a, b = _range(summary[first], by), _range(summary[second], by)
+        a, b = interval(summary[first], by), interval(summary[second], by)
         more = round(_percent(summary, second, by) - _percent(summary, first, by), 1)
-        pair = f"{model_name(first)} and {model_name(second)}"
+        pair = f"{method_name(first)} and {method_name(second)}"
         if a[0] <= b[1] and b[0] <= a[1]:
             undecided.append(
                 f"{pair} are undecided ({more:+.1f} points, inside the deviation over seeds or the "
@@ -335,7 +359,8 @@ def _neighbours(
     return broken, undecided
 
 
-def _range(found: Mapping[str, Any], by: str) -> tuple[float, float]:
+def interval(found: Mapping[str, Any], by: str) -> tuple[float, float]:
+    """Returns what is known of a share: its 95 % interval over images, and its deviation."""
     mean, deviation, _ = found[by]
     images = found["autoattack_images" if by == "autoattack" else "images"]
     low, high = wilson_interval(round(mean * images), images)

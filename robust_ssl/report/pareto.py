@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from robust_ssl.report.figures import QUIET, STYLES, new_figure, save_figure, styled
-from robust_ssl.report.tables import model_name
+from robust_ssl.report.tables import method_name
 
 FRONT = STYLES["stage2"]["color"]
 BEHIND = "#8C8C8C"
@@ -31,13 +31,16 @@ class Point(NamedTuple):
       name: What it is called.
       clean: Clean accuracy, a share in [0, 1].
       robust: Robust accuracy, a share in [0, 1].
-      cost: Training time, relative to usual fine-tuning; above 0.
+      cost: Training time, relative to usual fine-tuning of all layers; above 0.
+      trusted: Whether its figures under attack can be believed; it has no part in the front, the
+        area and the advice otherwise.
     """
 
     name: str
     clean: float
     robust: float
     cost: float
+    trusted: bool = True
 
 
 def front(points: Iterable[Point]) -> list[Point]:
@@ -61,7 +64,8 @@ def front(points: Iterable[Point]) -> list[Point]:
     """
     kept: list[Point] = []
     best = -1.0
-    for point in sorted(_checked(points), key=lambda p: (-p.clean, -p.robust, p.cost)):
+    trusted = [point for point in _checked(points) if point.trusted]
+    for point in sorted(trusted, key=lambda p: (-p.clean, -p.robust, p.cost)):
         if point.robust > best:
             kept.append(point)
             best = point.robust
@@ -120,13 +124,14 @@ def advice(
 
     Args:
       points: All that there is to choose from, `usual` among them.
-      usual: Name of the point that loss, gain and cost are counted from.
+      usual: Name of the point that loss and gain are counted from.
       max_clean_loss: Clean accuracy that may be lost, a share.
-      max_cost: Training time that may be taken, relative to that of `usual`.
+      max_cost: Training time that may be taken, as a point's `cost`.
 
     Returns:
       One sentence: the most robust point within both limits, or that none in them is more robust
-      than `usual`, and what the most robust of all would take.
+      than `usual`, and what the most robust of all would take.  What is not trusted is not taken,
+      and where `usual` is not, another sentence says that no gain is counted from it.
 
     Raises:
       ValueError: As `front`, or if there is no point `usual`.
@@ -134,8 +139,9 @@ def advice(
     Example:
       >>> points = [Point("plain", 0.9, 0.1, 1.0), Point("secure", 0.89, 0.5, 1.5)]
       >>> print(advice(points, usual="plain"))
-      For at most 2 points of clean accuracy and 2x the training time, take secure: 50.0 % robust
-      (40.0 points more than plain), clean 89.0 % (1.0 points less), cost 1.5x.
+      For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning of all
+      layers, take secure: 50.0 % robust (40.0 points more than plain), clean 89.0 % (1.0 points
+      less than plain), cost 1.5x.
     """
     points = _checked(points)
     base = next((point for point in points if point.name == usual), None)
@@ -144,37 +150,44 @@ def advice(
         raise ValueError(f"no point is called {usual!r}, which others are held against: {names}")
     limits = (
         f"For at most {100 * max_clean_loss:g} points of clean accuracy and {max_cost:g}x the "
-        "training time, "
+        "training time of usual fine-tuning of all layers, "
     )
-    called = model_name(usual)
-    better = [point for point in points if point.robust > base.robust]
+    called, held, mark = method_name(usual), "is trusted", ""
+    if base.trusted:
+        held = f"is more robust than {called} ({_percent(base.robust)} %)"
+    else:
+        mark = f" {called} is NOT TRUSTED under attack: only its clean accuracy is used."
+    least = base.robust if base.trusted else -1.0
+    better = [point for point in points if point.trusted and point.robust > least]
     if not better:
-        return f"{limits}no point helps: none is more robust than {called} ({_percent(base[2])} %)."
+        return f"{limits}no point helps: none {held}.{mark}"
     slack = 1e-9  # 0.9 - 0.88 is a little more than 0.02
     within = [
         point
         for point in better
-        if base.clean - point.clean <= max_clean_loss + slack
-        and point.cost / base.cost <= max_cost + slack
+        if base.clean - point.clean <= max_clean_loss + slack and point.cost <= max_cost + slack
     ]
     chosen = max(within or better, key=lambda p: (p.robust, p.clean, -p.cost))
-    told = _told(chosen, base)
+    taken = f"{method_name(chosen.name)}: {_told(chosen, base)}.{mark}"
     if within:
-        return f"{limits}take {model_name(chosen.name)}: {told}."
-    return (
-        f"{limits}no point is more robust than {called} ({_percent(base.robust)} %); the most "
-        f"robust at any price is {model_name(chosen.name)}: {told}."
-    )
+        return f"{limits}take {taken}"
+    return f"{limits}no point {held}; the most robust at any price is {taken}"
 
 
 def _told(point: Point, base: Point) -> str:
+    called = method_name(base.name)
     gain = _percent(point.robust) - _percent(base.robust)
+    more = f" ({gain:.1f} points more than {called})" if base.trusted else ""
     lost = _percent(base.clean) - _percent(point.clean)
     return (
-        f"{_percent(point.robust)} % robust ({gain:.1f} points more than {model_name(base.name)}), "
-        f"clean {_percent(point.clean)} % ({abs(lost):.1f} points {'less' if lost > 0 else 'more'})"
-        f", cost {point.cost / base.cost:.1f}x"
+        f"{_percent(point.robust)} % robust{more}, clean {_percent(point.clean)} % "
+        f"({abs(lost):.1f} points {'less' if lost > 0 else 'more'} than {called}), cost "
+        f"{point.cost:.1f}x"
     )
+
+
+def _called(point: Point) -> str:
+    return method_name(point.name) + ("" if point.trusted else " NOT TRUSTED")
 
 
 def _percent(share: float) -> float:
@@ -192,7 +205,7 @@ def figure_pareto(
 ) -> pathlib.Path:
     """Draws clean against robust accuracy; the area of a mark is the cost, the steps the front.
 
-    A point that is not trusted should say so in its name.  Many long names stand in a list, by
+    A point that is not trusted is a ring, and says so.  Many long names stand in a list, by
     number.  With more than thirty points only those of the front are named; the CSV has all.
 
     Args:
@@ -214,7 +227,7 @@ def figure_pareto(
     best = front(points)
     per_cost = min(PER_COST, LARGEST / max(point.cost for point in points))
     named = sorted(points if len(points) <= MOST_NAMES else best, key=lambda p: (p.clean, p.robust))
-    listed = len(named) > MOST_LONG and any(len(p.name) > LONG for p in named)
+    listed = len(named) > MOST_LONG and any(len(_called(p)) > LONG for p in named)
     figure = new_figure(9.2 if listed else 7.2, 5.0)
     axis = figure.subplots()
     _limits(axis, points)
@@ -224,9 +237,9 @@ def figure_pareto(
             100 * point.clean,
             100 * point.robust,
             s=per_cost * point.cost,
-            color=FRONT if point in best else QUIET,
-            edgecolor="white",
-            linewidth=0.8,
+            facecolor=FRONT if point in best else QUIET if point.trusted else "none",
+            edgecolor="white" if point.trusted else QUIET,
+            linewidth=0.8 if point.trusted else 1.4,
             zorder=4 if point in best else 3,
         )
     axis.set_xlabel(f"{label_clean} (%)")
@@ -238,11 +251,11 @@ def figure_pareto(
     order = [*named, *(point for point in points if point not in named)]
     marks = [(100 * p.clean, 100 * p.robust, math.sqrt(per_cost * p.cost / math.pi)) for p in order]
     labels = [
-        str(number) if listed else textwrap.fill(model_name(point.name), 24, break_long_words=False)
+        str(number) if listed else textwrap.fill(_called(point), 24, break_long_words=False)
         for number, point in enumerate(named, 1)
     ]
     _write_names(figure, axis, labels, [_ink(point, best) for point in named], marks, corners)
-    numbers = [(*point, int(point in best)) for point in points]
+    numbers = [(*point[:-1], int(point.trusted), int(point in best)) for point in points]
     header = (*Point._fields, "on_front")
     return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
 
@@ -259,6 +272,8 @@ def _limits(axis, points: Sequence[Point]) -> None:
 
 def _draw_front(axis, best: Sequence[Point]) -> np.ndarray:
     """Draws the outline of what the front covers; returns its corners, per cent, ``[n, 2]``."""
+    if not best:  # the bottom line, which nothing runs over
+        return np.column_stack([axis.get_xlim(), [axis.get_ylim()[0]] * 2])
     corners = [(axis.get_xlim()[0], 100 * best[0].robust)]
     for point, after in zip(best, [*best[1:], None], strict=True):
         bottom = axis.get_ylim()[0] if after is None else 100 * after.robust
@@ -307,7 +322,7 @@ def _list_names(figure, named: Sequence[Point], best: Sequence[Point]) -> None:
 
     figure.legend(
         [Line2D([], [], linestyle="")] * len(named),
-        [f"{number}  {model_name(point.name)}" for number, point in enumerate(named, 1)],
+        [f"{number}  {_called(point)}" for number, point in enumerate(named, 1)],
         labelcolor=[_ink(point, best)["color"] for point in named],
         fontsize=7.5 if len(named) <= 20 else 6,
         loc="outside right lower",

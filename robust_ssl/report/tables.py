@@ -13,6 +13,7 @@ MODELS = {
     "stage1": "secure stage 1",
     "stage2": "secure stage 2",
 }
+METHODS = {"usual": "usual (frozen encoder)"}  # the reference of a comparison trains all layers
 SOURCES = {
     "public": "crafted on the public encoder",
     "hardened": "crafted again on the fine-tuned model",
@@ -72,6 +73,11 @@ def budget(epsilon: float, threat: str = "Linf") -> str:
 def model_name(name: str) -> str:
     """Returns what a table calls a classifier: its own name, or words for the three of a run."""
     return MODELS.get(name, name)
+
+
+def method_name(name: str) -> str:
+    """Returns what a comparison calls a method: its own name, or words where that misleads."""
+    return METHODS.get(name, name)
 
 
 def models_of(results: Sequence[Entry]) -> list[str]:

@@ -11,9 +11,10 @@ import jax
 from robust_ssl import report
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.evaluation import WORST
+from robust_ssl.report import goals, tables
 from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.stages import costs, methods
-from robust_ssl.stages.attack import budgets, build_attacks, is_noise
+from robust_ssl.stages.attack import budgets, build_attacks, fit_option, is_noise
 from robust_ssl.stages.protocol import protocol
 from robust_ssl.stages.run import Run
 
@@ -72,19 +73,23 @@ def compare(run: Run) -> StageDirectory:
     board, made = protocol(run), methods.defend(run)
     seeds = run.config["defend"]["seeds"]
     names, measured = methods.scored(run.config), {}
-    for seed in seeds:  # the first with which a recipe was made
+    reference = config["reference"]
+    # With the first seed that a recipe was made with, those first that the reference was made with.
+    for seed in sorted(seeds, key=lambda seed: not _survived(made, reference, seed)):
         new = [name for name in names if name not in measured and _survived(made, name, seed)]
         if new:
             stage = "cost" if seed == seeds[0] else f"cost-seed{seed}"
+            new += [reference] if _survived(made, reference, seed) else []
             measured = {**costs.measure(run, new, seed, stage), **measured}
     pairs = [(n, s) for n in names for s in seeds if _survived(made, n, s)]
     inputs = {methods.model_name(*pair): "scored" for pair in pairs}
+    inputs |= dict.fromkeys(made.results["failed"], "failed")
     with run.open("compare", config, inputs, collects=True) as stage:
         if not stage.done:
             rows = [row(run, board.results, *pair, measured[pair[0]]) for pair in pairs]
             rows.sort(key=lambda one: -one["robust_hardened"])
             stage.finish(None, {"rows": rows, "failed": made.results["failed"]})
-    _write(run, stage.results["rows"], stage.results["failed"])
+    _write(run, stage.results["rows"], made.results)
     return stage
 
 
@@ -125,9 +130,11 @@ def row(
         "autoattack_images": auto[0]["n"] if auto else None,
         "verdict": board["verdicts"][model]["verdict"],
         "training_seconds": round(methods.total_cost(run, name, seed)["seconds"], 3),
-        "cost_factor": cost["factor"] if cost["factor"] > 0 else None,
-        "gradients": cost["gradients"],
-        "peak_bytes": cost["peak_bytes"],
+        "cost_factor": cost["factor"] or None,
+        **{
+            name: cost[name]
+            for name in ("gradients", "gradients_per_epoch", "seconds_per_image", "peak_bytes")
+        },
     }
 
 
@@ -137,44 +144,127 @@ def _worst(entries: Sequence[Mapping[str, Any]], against: str) -> Mapping[str, A
     return together[0] if together else min(mine, key=lambda entry: entry["robust_accuracy"])
 
 
-def _write(run: Run, rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]) -> None:
+def _write(run: Run, rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> None:
     if jax.process_index():
         return
     summary = report.summarise(rows)
-    said = [f"{name} failed: {why}." for name, why in failed.items()]
-    order = [name for name in run.config["compare"]["order"] if name in summary]
-    if len(order) > 1:
-        said += [
-            f"The order that {CLAIM} report, by accuracy under the suite {where}: "
-            f"{report.ordering(summary, order, by=by)}"
-            for by, where in (
-                ("robust_public", "crafted on the public encoder"),
-                ("robust_hardened", "crafted again on the hardened one"),
-            )
-        ]
-    points = pareto_points(summary)
-    sweep = run.config["sweep"]
+    points, sweep = pareto_points(summary), run.config["sweep"]
+    said = [*compared(run), *happened(made), *_orders(run, summary)]
     if any(point.name == sweep["usual"] for point in points):
         limits = {name: sweep[name] for name in ("max_clean_loss", "max_cost")}
         said.append(report.advice(points, usual=sweep["usual"], **limits))
+    if "gen_af" in summary:
+        if sweep["usual"] in summary:
+            said.append(goals.cheap_robustness(summary, usual=sweep["usual"]))
+        said.append(goals.better_on_all(summary))
     report.write_comparison(run.workdir, rows, said)
     if points:
         report.figure_pareto(
             run.workdir / "figures",
             points,
             label_clean="clean accuracy",
-            label_robust="accuracy under the suite crafted again on the hardened encoder",
+            label_robust="accuracy, suite crafted again on the hardened encoder",
         )
 
 
+def compared(run: Run) -> list[str]:
+    """Says what was compared: the encoder, the data, the training and the attacks."""
+    config, suite = run.config, run.config["attack"]
+    train, validation = run.downstream
+    names = methods.scored(config)
+    recipes = {name: methods.complete(config, name) for name in names}
+    recipes |= {o: methods.complete(config, o) for n in names for o in methods.chain(config, n)}
+    trained = {name: recipe for name, recipe in recipes.items() if recipe["epochs"]}
+    budgeted: dict[str, list[str]] = {}
+    for name, recipe in trained.items():
+        if recipe["attack"] is not None:
+            budgeted.setdefault(_budget(recipe["attack"]), []).append(name)
+    training = "; ".join(f"{found} for {', '.join(who)}" for found, who in budgeted.items())
+    built = build_attacks(suite["methods"])
+    attacks = []
+    for name, options in suite["methods"].items():
+        details = [] if is_noise(built[name]) else [f"{fit_option(suite, name, 'num_steps')} steps"]
+        details += [_budget(options)] if "epsilon" in options else []
+        attacks.append(f"{name} ({', '.join(details)})" if details else name)
+    auto = [
+        tables.budget(epsilon, kind)
+        for kind, epsilons in config["protocol"]["autoattack"]["threats"].items()
+        for epsilon in epsilons
+    ]
+    return [
+        f"Encoder {run.encoder.name}; surrogate {run.surrogate.name} ({len(run.surrogate):,} "
+        f"images); downstream set {train.name}: {len(train):,} training, {len(validation):,} "
+        f"validation and {len(run.test):,} test images.",
+        f"Training: {_each(trained, 'epochs')} epochs of batches of "
+        f"{_each(trained, 'batch_size')}, seeds {_listed(config['defend']['seeds'])}; the best "
+        "epoch by validation images unless a recipe takes the last. Budgets of the attacks in "
+        f"training: {training or 'none'}.",
+        f"Attacked at epsilon {tables.budget(suite['epsilon'])} by the suite "
+        f"{', '.join(attacks)}, fitted with seeds {_listed(suite['seeds'])}"
+        + (f"; AutoAttack at {_listed(auto)}." if auto else "."),
+    ]
+
+
+def _budget(options: Mapping[str, Any]) -> str:
+    """The budget of an attack's options, with the name of a threat of its own."""
+    if not options.get("threat"):
+        return tables.budget(options["epsilon"])
+    return f"{options['epsilon']:g} ({options['threat']['function'].rpartition(':')[2]})"
+
+
+def _each(recipes: Mapping[str, Mapping[str, Any]], setting: str) -> str:
+    """The value of most recipes, and which have others."""
+    values = [recipe[setting] for recipe in recipes.values()]
+    usual = max(values, key=values.count) if values else None
+    others = [f"{name}: {r[setting]}" for name, r in recipes.items() if r[setting] != usual]
+    return f"{usual}" + (f" ({', '.join(others)})" if others else "")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def happened(made: Mapping[str, Any]) -> list[str]:
+    """Says what went wrong in training; `made` is what `methods.defend` returns as results."""
+    said = [f"{stage} failed: {why}." for stage, why in made["failed"].items()]
+    for stage, results in made["made"].items():
+        name = stage.removeprefix("methods/")
+        if results["skipped"]:
+            said.append(
+                f"{name}: {results['skipped']} of {results['steps']} updates were skipped, as they "
+                "were not finite."
+            )
+        epoch = results.get("catastrophic_overfitting")
+        if epoch is not None:
+            said.append(
+                f"{name} overfitted catastrophically at epoch {epoch}: it withstood the one step "
+                f"of its own attack and no longer PGD; the weights of epoch "
+                f"{results['best_epoch']} were kept."
+            )
+    return said
+
+
+def _orders(run: Run, summary: Mapping[str, Any]) -> list[str]:
+    """Whether the claimed order is found under attack, and whether clean accuracy has it too."""
+    order = [name for name in run.config["compare"]["order"] if name in summary]
+    orders = {"robust_public": order, "robust_hardened": order}
+    orders["clean"] = [name for name in order if name != run.config["sweep"]["usual"]]
+    return [
+        report.ordering(summary, names, by=by, of=CLAIM)
+        for by, names in orders.items()
+        if len(names) > 1
+    ]
+
+
 def pareto_points(summary: Mapping[str, Mapping[str, Any]]) -> list[report.Point]:
-    """Returns the points of the picture: methods with a cost; what is not trusted says so."""
+    """Returns the points of the picture: methods with a cost."""
     return [
         report.Point(
-            name if found["verdict"] != NOT_TRUSTED else f"{name} ({NOT_TRUSTED.upper()})",
+            name,
             found["clean"].mean,
             found["robust_hardened"].mean,
             found["cost_factor"].mean,
+            found["verdict"] != NOT_TRUSTED,
         )
         for name, found in summary.items()
         if found["cost_factor"].mean

@@ -36,66 +36,97 @@ def measure(run: Run, names: Sequence[str], seed: int, stage: str = "cost") -> d
     """Returns what the training of made recipes costs, relative to ``config.compare.reference``.
 
     Steps of all recipes are timed in turn in one process (`finetuning.measure`); a recipe's time is
-    its steps' and that of choosing its layers, with those of all it starts from.
+    its steps', with those of all it starts from.  Choosing layers counts by its gradients, each of
+    which takes what one in the reference's step takes: its own wall time has compiling in it.
+    Nothing is trained here.
 
     Args:
       run: The run; ``config.compare`` has ``reference``, ``rounds`` and ``steps_per_round``.
-      names: Recipes; what they start from comes with them.
+      names: Recipes that are finished; what they start from comes with them.  Where the reference
+        is not among them, because it failed, there are no factors.
       seed: They were made with.
       stage: Where the measurement is kept.
 
     Returns:
-      By recipe: ``seconds_per_step`` (None where nothing is trained), ``peak_bytes``, ``factor``
-      (training time over the reference's), ``gradients`` (gradient evaluations per image, over the
-      reference's epochs).
+      By recipe: ``factor`` (training time over the reference's; None without it), ``gradients``
+      (gradient evaluations per image, over the reference's epochs), and of its own training, None
+      where there is none: ``seconds_per_step``, ``seconds_per_image`` and ``gradients_per_epoch``
+      (of one image in one epoch), ``peak_bytes``.
     """
     config = run.config["compare"]
     reference = config["reference"]
-    names = list(dict.fromkeys([*names, reference]))
+    names = list(dict.fromkeys(names))
     chains = {name: methods.chain(run.config, name) for name in names}
     everyone = list(dict.fromkeys(other for chain in chains.values() for other in chain))
     made = {name: methods.method(run, name, seed) for name in everyone}
     inputs = {name: stage.fingerprint for name, stage in made.items()}
     with run.open(stage, config, inputs, seed, collects=True) as directory:
         if not directory.done:
-            steps = _measure_steps(run, [n for n in everyone if made[n].results["epochs"]], made)
+            found = {name: stage.results for name, stage in made.items()}
+            steps = _measure_steps(run, [n for n in everyone if found[n]["epochs"]], found)
+            own = {name: _own(run, name, found[name], steps.get(name)) for name in everyone}
+            whole = {}
+            if reference in names:
+                epochs = found[reference]["epochs"]
+                whole = {n: _seconds(run, chains[n], found, own) for n in names}
+            else:
+                epochs = methods.complete(run.config, reference)["epochs"]
             results = {}
-            whole = {n: _seconds(run, chains[n], made, steps) for n in names}
-            epochs = max(made[reference].results["epochs"], 1)
             for name in names:
-                own = steps.get(name)
+                gradients = methods.total_cost(run, name, seed)["gradient_evaluations"]
                 results[name] = {
-                    "seconds_per_step": own and own.seconds_per_step,
-                    "peak_bytes": own and own.peak_bytes,
-                    "factor": whole[name] / whole[reference],
-                    "gradients": methods.total_cost(run, name, seed)["gradient_evaluations"]
-                    / epochs,
+                    "factor": whole[name] / whole[reference] if whole else None,
+                    "gradients": gradients / max(epochs, 1),
+                    **own[name],
                 }
             directory.finish(None, results)
     return directory.results
 
 
-def _seconds(run: Run, chain: Sequence[str], made: Mapping[str, Any], steps) -> float:
+def _own(run: Run, name: str, results: Mapping[str, Any], cost: finetuning.Cost | None) -> dict:
+    """What a recipe's own training costs, without that of what it starts from."""
+    if cost is None:
+        nothing = ("seconds_per_step", "seconds_per_image", "gradients_per_epoch", "peak_bytes")
+        return dict.fromkeys(nothing)
+    recipe = methods.complete(run.config, name)
+    # An epoch has as many times more steps as each batch is shown.
+    replays = getattr(fitting.build_attack(run, recipe["attack"]), "replays", 1)
+    return {
+        "seconds_per_step": cost.seconds_per_step,
+        "seconds_per_image": cost.seconds_per_step * replays / recipe["batch_size"],
+        "gradients_per_epoch": results["gradient_evaluations_per_image"] / results["epochs"],
+        "peak_bytes": cost.peak_bytes,
+    }
+
+
+def _seconds(run: Run, chain: Sequence[str], found: Mapping[str, Any], own) -> float:
     """Training time of a chain of recipes by the measured steps, without validation."""
+    reference = own[run.config["compare"]["reference"]]
+    per_gradient = reference["seconds_per_image"] / reference["gradients_per_epoch"]
     total = 0.0
-    for name in (n for n in chain if n in steps):
-        results = made[name].results
-        total += results["steps"] * steps[name].seconds_per_step
-        total += results.get("selection_seconds", 0.0)
+    for name in (n for n in chain if found[n]["epochs"]):
+        selecting = found[name].get("selection_gradient_evaluations_per_image", 0)
+        total += found[name]["steps"] * own[name]["seconds_per_step"]
+        total += selecting * len(run.downstream[0]) * per_gradient
     return total
 
 
-def _measure_steps(run: Run, names: Sequence[str], made) -> dict[str, finetuning.Cost]:
+def _measure_steps(
+    run: Run, names: Sequence[str], found: Mapping[str, Any]
+) -> dict[str, finetuning.Cost]:
     config, compiled, states = run.config["compare"], {}, {}
     for name in names:
         recipe = methods.complete(run.config, name)
         if recipe["select"] is not None:
             rate = recipe["select"]["rate"]
-            recipe["rates"] = finetuning.rates_for(made[name].results["selected"], rate)
+            recipe["rates"] = finetuning.rates_for(found[name]["selected"], rate)
         classifier = methods.untrained(run, name)
-        attack = fitting.build_attack(run, recipe["attack"])
+        encoder = methods.other_encoder(run, name)
+        attack = fitting.build_attack(run, recipe["attack"], encoder)
         losses = fitting.build_losses(recipe["losses"])
-        state, step = fitting.build_step(run, name, classifier, recipe, losses, attack, 1)
+        state, step = fitting.build_step(
+            run, name, classifier, recipe, losses, attack, 1, encoder=encoder
+        )
         settings = run.parallel.replicate(step.settings)
         states[name] = run.parallel.replicate(state)
         compiled[name] = run.parallel.compile(step.function, constants=settings)

@@ -7,20 +7,24 @@ its own, so what differs between two of them is what their recipes say.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from robust_ssl import data, finetuning, models
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
-from robust_ssl.manifests import json_ready
+from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready
 from robust_ssl.stages import finetune, fitting
 from robust_ssl.stages.attack import function_of
 from robust_ssl.stages.run import Run, check_names, check_seeds, load_or_import
 from robust_ssl.trees import digest, fingerprint
-from robust_ssl.types import Classifier
+from robust_ssl.types import Classifier, Encoder
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
     "select": None,  # options of layer sensitivity: only robust-redundant layers move
     "losses": CLEAN,
+    "adv_ratio": None,  # r: clean cross-entropy weighs 1 - r, adversarial r, beside the losses
     "attack": None,
     "batch_statistics": "clean",
     "augment": "",
@@ -84,7 +89,26 @@ def complete(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"the recipe {name!r} has an entry {unknown[0]!r} that means nothing; near names: "
             f"{', '.join(near)}"
         )
-    return {**DEFAULTS, **given}
+    ignored = sorted({"head", "encoder"} & set(methods[name])) if methods[name].get("start") else ()
+    if ignored:
+        raise ValueError(
+            f"the recipe {name!r} has both a start and {ignored[0]!r}, which its start decides; "
+            "give one"
+        )
+    recipe = {**DEFAULTS, **given}
+    if recipe["adv_ratio"] is not None:
+        mixed = _mixed(name, recipe["adv_ratio"])
+        recipe["losses"] = {
+            loss: entry for loss, entry in {**recipe["losses"], **mixed}.items() if entry[1]
+        }
+    return recipe
+
+
+def _mixed(name: str, adv_ratio: float) -> dict[str, tuple[str, float]]:
+    if not 0 <= adv_ratio <= 1:
+        raise ValueError(f"the recipe {name!r}: adv_ratio must be in [0, 1], got {adv_ratio}")
+    weights = {"clean_cross_entropy": 1 - adv_ratio, "adversarial_cross_entropy": adv_ratio}
+    return {loss: (f"robust_ssl.losses:{loss}", weight) for loss, weight in weights.items()}
 
 
 def scored(config: Mapping[str, Any]) -> list[str]:
@@ -111,9 +135,20 @@ def check(run: Run) -> None:
     config = run.config
     check_names(config["methods"], "config.methods")
     check_seeds(config["defend"]["seeds"], "config.defend.seeds")
-    fitting.build_attack(run, config["defend"]["validation"])
+    check_validation(run)
     for name in config["methods"]:
         check_one(run, name)
+
+
+def check_validation(run: Run) -> None:
+    """Raises ValueError unless every recipe's epochs can be judged by the same attack."""
+    attack = fitting.build_attack(run, run.config["defend"]["validation"])
+    if isinstance(attack, finetuning.Adversary) or not hasattr(attack, "num_steps"):
+        raise ValueError(
+            "config.defend.validation must be an attack on single images with num_steps, such as "
+            '{"function": "robust_ssl.attacks:PGD", "epsilon": 8 / 255, "num_steps": 10}: all '
+            f"recipes' epochs are judged by it; got {run.config['defend']['validation']}"
+        )
 
 
 def check_one(run: Run, name: str) -> None:
@@ -132,13 +167,29 @@ def check_one(run: Run, name: str) -> None:
             finetuning.select_redundant(found, **top)
             recipe = {**recipe, "rates": {"**": 1e-3}}  # which layers move is found out later
         run.parallel.check_batch(recipe["batch_size"])
-        attack = fitting.build_attack(run, recipe["attack"])
+        encoder = other_encoder(run, name)
+        attack = fitting.build_attack(run, recipe["attack"], encoder)
         losses = fitting.build_losses(recipe["losses"])
         steps = data.steps_per_epoch(len(run.downstream[0]), recipe["batch_size"])
-        fitting.build_step(run, name, classifier, recipe, losses, attack, steps)
+        # On one device's part of a batch, where nothing is exchanged with others.
+        alone = dataclasses.replace(run.parallel, method="jit")
+        run = dataclasses.replace(run, parallel=alone)
+        state, step = fitting.build_step(
+            run, name, classifier, recipe, losses, attack, steps, encoder=encoder
+        )
+        part = recipe["batch_size"] // len(run.parallel.devices)
+        jax.eval_shape(step.function, state, _shapes(part, classifier.image_size), step.settings)
     except (ValueError, TypeError, KeyError) as error:
         error.add_note(f"in config.methods.{name}")
         raise
+
+
+def _shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        "images": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((images,), jnp.int32),
+        "indices": jax.ShapeDtypeStruct((images,), jnp.int32),
+    }
 
 
 def _check_epochs(recipe: Mapping[str, Any]) -> None:
@@ -195,8 +246,7 @@ def _assemble(run: Run, name: str, seed: int, get) -> Classifier:
     if recipe["start"]:
         classifier = get(recipe["start"])
     else:
-        encoder = load_or_import(recipe["encoder"], {}) if recipe["encoder"] else None
-        classifier = run.classifier(recipe["head"], seed, encoder)
+        classifier = run.classifier(recipe["head"], seed, other_encoder(run, name))
     if recipe["preprocess"]:
         first = _build_preprocess(name, recipe["preprocess"])
         classifier = classifier.replace(encoder=classifier.encoder.replace(preprocess=first))
@@ -204,6 +254,22 @@ def _assemble(run: Run, name: str, seed: int, get) -> Classifier:
         params = finetuning.prune(classifier.variables["params"], recipe["prune"])
         classifier = classifier.with_variables({**classifier.variables, "params": params})
     return classifier
+
+
+def other_encoder(run: Run, name: str) -> Encoder | None:
+    """Returns the public encoder that a recipe, or what it starts from, names; None: the run's.
+
+    Raises:
+      ValueError: If it cannot be read, or takes images of another size than the data have.
+    """
+    recipe = complete(run.config, name)
+    while recipe["start"]:
+        recipe = complete(run.config, recipe["start"])
+    if not recipe["encoder"]:
+        return None
+    encoder = load_or_import(recipe["encoder"], {})
+    data.check_image_size(run.downstream[0], encoder.image_size)
+    return encoder
 
 
 def _build_preprocess(name: str, options: Mapping[str, Any]):
@@ -225,12 +291,16 @@ def method(run: Run, name: str, seed: int) -> StageDirectory:
 
     Returns:
       The stage's directory, ``methods/NAME-seedSEED``.
+
+    Raises:
+      FloatingPointError: If training ends in updates that are not finite, or had no other.
     """
     recipe = complete(run.config, name)
     start = _assemble(run, name, seed, lambda other: load_method(run, other, seed))
     if recipe["members"] or not recipe["epochs"]:
         return _as_it_is(run, name, seed, recipe, start)
-    attack = fitting.build_attack(run, recipe["attack"])
+    encoder = other_encoder(run, name)
+    attack = fitting.build_attack(run, recipe["attack"], encoder)
     against = fitting.build_attack(run, run.config["defend"]["validation"])
     afterwards, known = None, {}
     if recipe["select"] is not None:
@@ -247,7 +317,7 @@ def method(run: Run, name: str, seed: int) -> StageDirectory:
         }
     if recipe["tolerance"] is not None:
         afterwards = finetune.guarded(run, start, against, recipe["tolerance"])
-    return fitting.fit(
+    made = fitting.fit(
         run,
         directory(name, seed),
         start,
@@ -256,10 +326,17 @@ def method(run: Run, name: str, seed: int) -> StageDirectory:
         attack=attack,
         against={"validation": against},
         seed=seed,
+        encoder=encoder,
         best=recipe["best"],
         afterwards=afterwards,
         known=known,
     )
+    steps = made.results["steps"]
+    if made.results["skipped"] == steps > 0:
+        raise FloatingPointError(
+            f"all its {steps} updates were skipped, as none was finite; lower the learning rate"
+        )
+    return made
 
 
 def _as_it_is(run: Run, name: str, seed: int, recipe, classifier: Classifier) -> StageDirectory:
@@ -273,7 +350,8 @@ def _as_it_is(run: Run, name: str, seed: int, recipe, classifier: Classifier) ->
                 "skipped": 0,
                 "gradient_evaluations_per_image": 0,
             }
-            fitting.keep_classifier(run, stage, classifier, results)
+            encoder = other_encoder(run, name)
+            fitting.keep_classifier(run, stage, classifier, results, encoder)
             stage.finish(fitting.without_attack(classifier.variables), results)
     return stage
 
@@ -336,24 +414,35 @@ def defend(run: Run) -> StageDirectory:
             failed: dict[str, str] = {}
             for seed in config["seeds"]:
                 for name in run.config["methods"]:
-                    _make(run, name, seed, made, failed)
+                    make(run, name, seed, made, failed)
             stage.finish(None, {"made": made, "failed": failed})
     return stage
 
 
-def _make(run: Run, name: str, seed: int, made: dict[str, Any], failed: dict[str, str]) -> None:
-    """Makes a recipe, after what it starts from, unless that has been tried before."""
+def make(run: Run, name: str, seed: int, made: dict[str, Any], failed: dict[str, str]) -> None:
+    """Makes a recipe, after what it starts from, unless that has been tried before.
+
+    Args:
+      run: The run.
+      name: Of the recipe.
+      seed: As for `method`.
+      made: Gets the results of what succeeds, by the name of its stage.
+      failed: Gets why what fails does.  A wish to stop, and a workdir that was made otherwise or
+        cannot be used, are no failures of a recipe, and are raised.
+    """
     stage = directory(name, seed)
     if stage in made or stage in failed:
         return
     recipe = complete(run.config, name)
     for other in (*recipe["members"], *filter(None, [recipe["start"]])):
-        _make(run, other, seed, made, failed)
+        make(run, other, seed, made, failed)
         if directory(other, seed) in failed:
             failed[stage] = f"it is made from {model_name(other, seed)}, which failed"
             return
     try:
         made[stage] = method(run, name, seed).results
-    except FloatingPointError as error:
+    except (ConfigChangedError, WorkdirError):
+        raise
+    except (FloatingPointError, ValueError, TypeError) as error:
         failed[stage] = str(error)
         _log.error("%s failed, the others go on: %s", stage, error)

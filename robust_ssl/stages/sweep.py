@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from robust_ssl import data, evaluation, report
+from robust_ssl import data, evaluation, manifests, report
 from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.report import leaderboard, tables
 from robust_ssl.stages import costs, fitting, methods
 from robust_ssl.stages.attack import attack, budgets, load_perturbations
 from robust_ssl.stages.grid import expand
@@ -51,6 +50,7 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
     Raises:
       ValueError: If no point is possible, or what points are held against.
     """
+    methods.check_validation(run)
     for name in (run.config["sweep"]["usual"], run.config["compare"]["reference"]):
         methods.check_one(run, name)
         costs.check(run.config, [name])
@@ -84,15 +84,24 @@ def sweep(run: Run) -> StageDirectory:
     config = run.config["sweep"]
     run, failed = check(run)
     mine = [name for name in points(run.config) if name not in failed]
+    usual, reference = config["usual"], run.config["compare"]["reference"]
     scores, public = {}, attack(run)
-    for name in dict.fromkeys([config["usual"], *mine]):
-        try:
+    made: dict[str, Any] = {}
+    lost: dict[str, str] = {}
+    for name in dict.fromkeys([usual, reference, *mine]):
+        methods.make(run, name, run.seed, made, lost)
+        if methods.directory(name, run.seed) in made and name in (usual, *mine):
             scores[name] = _score(run, name, public)
-        except FloatingPointError as error:
-            failed[name] = str(error)
-            _log.error("sweep: %s failed, the others go on: %s", name, error)
-    measured = costs.measure(run, list(scores), run.seed, "sweep_cost")
+    failed |= {
+        stage.removeprefix("methods/").removesuffix(f"-seed{run.seed}"): why
+        for stage, why in lost.items()
+    }
+    if not scores:
+        raise FloatingPointError(f"every point of the sweep failed: {failed}")
+    timed = list(scores) if reference in failed else [*scores, reference]
+    measured = costs.measure(run, timed, run.seed, "sweep_cost")
     inputs = {name: json.dumps(score) for name, score in scores.items()}
+    inputs |= {f"{name}, left out": "failed" for name in failed}  # it may be made another time
     kept = {name: value for name, value in config.items() if name != "grid"}
     with run.open("sweep", kept, inputs, collects=True) as stage:
         if not stage.done:
@@ -129,42 +138,40 @@ def _write(run: Run, results: Mapping[str, Any]) -> None:
     if jax.process_index():
         return
     config, rows = run.config["sweep"], results["rows"]
-    found = [report.Point(r["point"], r["clean"], r["robust"], r["cost"]) for r in rows]
-    found = [point for point in found if point.cost > 0]
+    found = [
+        report.Point(r["point"], r["clean"], r["robust"], r["cost"]) for r in rows if r["cost"]
+    ]
     usual, limits = config["usual"], {k: config[k] for k in ("max_clean_loss", "max_cost")}
     said = []
     if any(point.name == usual for point in found):
         said.append(report.advice(found, usual=usual, **limits))
     said += [f"{name} is left out: {why}" for name, why in results["failed"].items()]
-    text = io.StringIO()
-    table = csv.DictWriter(text, ["point", "clean", "robust", "cost"], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    (run.workdir / "sweep.csv").write_text(text.getvalue(), encoding="utf-8")
-    lines = [
-        f"| {r['point']} | {r['clean']:.1%} | {r['robust']:.1%} | {r['cost']:.2f}x |" for r in rows
+    said += [
+        f"Accuracies on {len(run.downstream[1])} validation images; robust: the worst case per "
+        "image over the universal attacks crafted on the public encoder.",
+        _table(rows),
     ]
-    images = len(run.downstream[1])
-    (run.workdir / "sweep.md").write_text(
-        "\n".join(
-            [
-                *said,
-                "",
-                f"Accuracies on {images} validation images; robust: the worst case per image over "
-                "the universal attacks crafted on the public encoder.",
-                "",
-                "| point | clean | robust | training time |",
-                "| --- | --- | --- | --- |",
-                *lines,
-                "",
-            ]
-        ),
-        encoding="utf-8",
-    )
-    report.figure_pareto(
-        run.workdir / "figures",
-        found,
-        label_clean="clean accuracy, validation",
-        label_robust="accuracy under the universal attacks, validation",
-        name="sweep",
+    manifests.write_atomically(run.workdir / "sweep.csv", leaderboard.csv_text(rows))
+    manifests.write_atomically(run.workdir / "sweep.md", "\n\n".join(said) + "\n")
+    if found:
+        report.figure_pareto(
+            run.workdir / "figures",
+            found,
+            label_clean="clean accuracy, validation",
+            label_robust="accuracy under the universal attacks, validation",
+            name="sweep",
+        )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    return leaderboard.markdown_table(
+        [
+            {
+                "point": tables.method_name(row["point"]),
+                "clean": f"{row['clean']:.1%}",
+                "robust": f"{row['robust']:.1%}",
+                "training time": f"{row['cost']:.2f}x" if row["cost"] else "n/a",
+            }
+            for row in rows
+        ]
     )
