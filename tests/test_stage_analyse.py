@@ -12,7 +12,7 @@ from robust_ssl import models, settings, stages, weights
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress, Stopped
 from robust_ssl.stages import analyse as stage
-from robust_ssl.stages import finetune
+from robust_ssl.stages import fitting
 
 QUIET = Progress("quiet")
 
@@ -43,7 +43,7 @@ def shelf():
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"of8": 8, "of16": 16}
         patch.setattr(weights, "load_encoder", lambda name: tiny.encoder(image_size=sizes[name]))
-        patch.setattr(finetune, "_keep_classifier", lambda *args: None)  # of a stranger's builder
+        patch.setattr(fitting, "keep_classifier", lambda *args: None)  # of a stranger's builder
         yield tuple(sizes)
 
 
