@@ -124,7 +124,8 @@ def test_jpeg_is_pillow_s(quality, subsample):
     want = pillow(image, quality, subsample)
     ours = 255 * np.asarray(JPEG(quality, subsample)(image.astype(np.float32) / 255))
     change, error = np.abs(want.astype(float) - image).mean(), np.abs(ours - want).mean()
-    assert error < (1.25 if subsample else 0.3)  # of 255
+    # Of 255.  Builds of libjpeg differ in how they bring subsampled colour back.
+    assert error < (1.5 if subsample else 0.3)
     assert error < 0.4 * change
 
 
