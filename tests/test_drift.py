@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import struct
+from tiny import TwoBlocks
 
 from robust_ssl import attacks, models, threats
 from robust_ssl.attacks import DriftPGD, attack_batch
@@ -18,19 +19,6 @@ from robust_ssl.types import Outputs
 SHAPE = (4, 4, 3)
 KEY = jax.random.key(0)
 IMAGE = jnp.asarray(np.random.default_rng(9).uniform(0.2, 0.8, SHAPE), jnp.float32)
-
-
-@struct.dataclass
-class TwoBlocks:
-    """A linear block, then one with a bend; features are what comes out."""
-
-    first: jax.Array  # [48, 5]
-    second: jax.Array  # [5, 4]
-
-    def __call__(self, images):
-        one = images.reshape(len(images), -1) @ self.first
-        two = jnp.tanh(one @ self.second)
-        return Outputs(features=two, taps={"stem": images, "block1": one, "block2": two})
 
 
 def _weights(seed):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
+from tiny import TwoBlocks
 
 from robust_ssl import conformance, threats
 from robust_ssl.attacks import universal
@@ -20,19 +20,6 @@ from robust_ssl.types import AttackInputs, Encoder, Outputs
 SHAPE = (4, 4, 3)
 KEY = jax.random.key(0)
 BUDGET = threats.Linf(0.1)
-
-
-@struct.dataclass
-class TwoBlocks:
-    """A linear block, then one with a bend; features are what comes out."""
-
-    first: jax.Array  # [48, 5]
-    second: jax.Array  # [5, 4]
-
-    def __call__(self, images):
-        one = images.reshape(len(images), -1) @ self.first
-        two = jnp.tanh(one @ self.second)
-        return Outputs(features=two, taps={"stem": images, "block1": one, "block2": two})
 
 
 def _weights():

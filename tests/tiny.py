@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from robust_ssl import settings
-from robust_ssl.types import Encoder
+from robust_ssl.types import Encoder, Outputs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SIZE = 8
@@ -33,6 +34,19 @@ class TwoConvolutions(nn.Module):
             )(x)
             x = taps[f"conv{index}"] = nn.relu(x)
         return jnp.mean(x, axis=(1, 2)), taps
+
+
+@struct.dataclass
+class TwoBlocks:
+    """A linear block, then one with a bend; features are what comes out."""
+
+    first: jax.Array  # [48, 5]
+    second: jax.Array  # [5, 4]
+
+    def __call__(self, images):
+        one = images.reshape(len(images), -1) @ self.first
+        two = jnp.tanh(one @ self.second)
+        return Outputs(features=two, taps={"stem": images, "block1": one, "block2": two})
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def measure(run: Run, names: Sequence[str], seed: int, stage: str = "cost") -> d
                 epochs = methods.complete(run.config, reference)["epochs"]
             results = {}
             for name in names:
-                gradients = methods.total_cost(run, name, seed)["gradient_evaluations"]
+                gradients = methods.total_gradients(found[other] for other in chains[name])
                 results[name] = {
                     "factor": whole[name] / whole[reference] if whole else None,
                     "gradients": gradients / max(epochs, 1),

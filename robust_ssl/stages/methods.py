@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -227,7 +227,7 @@ def check_chain(config: Mapping[str, Any], name: str) -> None:
     while waiting:
         name, path = waiting.pop()
         recipe = complete(config, name)
-        for other in (*recipe["members"], *filter(None, [recipe["start"]])):
+        for other in made_from(recipe):
             if other in path:
                 raise ValueError(f"recipes start from each other: {' <- '.join([*path, other])}")
             waiting.append((other, [*path, other]))
@@ -363,6 +363,11 @@ def load_method(run: Run, name: str, seed: int) -> Classifier:
     return template.with_variables(made.load_final(template.variables))
 
 
+def made_from(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the recipes that one needs first: its members, or its start."""
+    return (*recipe["members"], *filter(None, [recipe["start"]]))
+
+
 def chain(config: Mapping[str, Any], name: str) -> list[str]:
     """Returns a recipe with all that it starts from, each once."""
     needed, waiting = [], [name]
@@ -370,8 +375,7 @@ def chain(config: Mapping[str, Any], name: str) -> list[str]:
         other = waiting.pop()
         if other not in needed:
             needed.append(other)
-            recipe = complete(config, other)
-            waiting += [*recipe["members"], *filter(None, [recipe["start"]])]
+            waiting += made_from(complete(config, other))
     return needed
 
 
@@ -382,12 +386,17 @@ def total_cost(run: Run, name: str, seed: int) -> dict[str, float]:
         "seconds": sum(
             one.manifest["seconds"] + one.results.get("selection_seconds", 0) for one in made
         ),
-        "gradient_evaluations": sum(
-            one.results["gradient_evaluations_per_image"]
-            + one.results.get("selection_gradient_evaluations_per_image", 0)
-            for one in made
-        ),
+        "gradient_evaluations": total_gradients([one.results for one in made]),
     }
+
+
+def total_gradients(results: Iterable[Mapping[str, Any]]) -> float:
+    """Returns gradient evaluations per image of some finished recipes, choosing layers included."""
+    return sum(
+        one["gradient_evaluations_per_image"]
+        + one.get("selection_gradient_evaluations_per_image", 0)
+        for one in results
+    )
 
 
 def defend(run: Run) -> StageDirectory:
@@ -434,7 +443,7 @@ def make(run: Run, name: str, seed: int, made: dict[str, Any], failed: dict[str,
     if stage in made or stage in failed:
         return
     recipe = complete(run.config, name)
-    for other in (*recipe["members"], *filter(None, [recipe["start"]])):
+    for other in made_from(recipe):
         make(run, other, seed, made, failed)
         if directory(other, seed) in failed:
             failed[stage] = f"it is made from {model_name(other, seed)}, which failed"
