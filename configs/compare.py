@@ -289,7 +289,8 @@ def get_config(arguments: str = "") -> ConfigDict:
             "version": "standard",
             "threats": {"Linf": (8 / 255,)},
             "images": 200 if small else 1000,
-            "batch_size": 100,
+            # What is left of 200 images is attacked in batches that are filled up.
+            "batch_size": 20 if small else 100,
         },
     }
     config.compare = {
