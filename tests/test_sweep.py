@@ -48,7 +48,8 @@ def finished(tmp_path_factory):
 
 def test_the_points_are_the_grids():
     grid = (("attack.epsilon", (0.02, 0.04)), ("losses.adversarial_cross_entropy.1", (1.0, 2.0)))
-    found = sweep.points(settings.to_json(config(grid)))
+    found, starts = sweep.points(settings.to_json(config(grid)))
+    assert not starts
     assert list(found) == [
         f"universal epsilon {e} adversarial_cross_entropy.1 {w}" for e in (0.02, 0.04) for w in "12"
     ]
@@ -57,6 +58,41 @@ def test_the_points_are_the_grids():
     ):
         assert recipe["attack"]["epsilon"] == epsilon and recipe["epochs"] == 2
         assert recipe["losses"]["adversarial_cross_entropy"][1] == weight
+
+
+SECOND = {"start": "universal", "rates": {"encoder/**": "freeze", "head/**": 1e-3}}
+DEEP = (("start.attack.epsilon", (0.02, 0.03)), ("weight_decay", (0.0, 1e-3)))
+
+
+def test_a_path_leads_into_what_the_method_starts_from():
+    made = config(DEEP, method="second")
+    made.methods.second = SECOND
+    made.methods.universal.attack.epsilon = 0.03
+    made = settings.to_json(made)
+    found, starts = sweep.points(made)
+    # One start for both points that share it; the recipe's own settings are the recipe.
+    assert len(found) == 4 and len(starts) == 1
+    [(name, start)] = starts.items()
+    assert name.startswith("universal ") and start["attack"]["epsilon"] == 0.02
+    assert [recipe["start"] for recipe in found.values()] == [name, name] + 2 * ["universal"]
+    whole = {**made, "methods": {**made["methods"], **starts, **found}}
+    assert methods.scored(whole) == [*made["methods"], *found]
+    point = next(iter(found))
+    assert point == "second epsilon 0.02 weight_decay 0"
+    assert methods.chain(whole, point) == [point, name]
+
+
+def test_a_start_that_is_swept_is_made_once(tmp_path):
+    made = config((("start.attack.epsilon", (0.02,)), DEEP[1]), method="second")
+    made.methods.second = SECOND
+    results = go(made, tmp_path)["sweep"]
+    assert [row["point"] for row in results["rows"][1:]] == [
+        "second epsilon 0.02 weight_decay 0",
+        "second epsilon 0.02 weight_decay 0.001",
+    ]
+    made = {path.name.split("-")[0] for path in (tmp_path / "methods").iterdir()}
+    starts = {name for name in made if name.startswith("universal")}
+    assert len(starts) == 1 and "universal" not in starts
 
 
 def test_an_impossible_point_is_named_and_the_others_are_made(finished):
@@ -186,6 +222,7 @@ def test_without_the_reference_points_have_no_cost(tmp_path, monkeypatch):
     [
         ({"grid": (("attack.epsilon", (7.0, 8.0)),)}, "no point .* possible: epsilon must lie in"),
         ({"grid": (("attack.epsilom", (0.1,)),)}, "did you mean attack.epsilon"),
+        ({"grid": (("start.epochs", (1,)),)}, "'start.epochs' leads to no setting"),
         ({"grid": ()}, "the grid is empty"),
         ({"grid": (("batch_size", (8,)),)}, "no point .* one batch size"),
         ({"method": "universel"}, "no 'universel'; near names: universal"),

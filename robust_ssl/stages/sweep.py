@@ -13,32 +13,67 @@ import jax
 
 from robust_ssl import data, evaluation, manifests, report
 from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.manifests import json_ready
 from robust_ssl.report import leaderboard, tables
 from robust_ssl.stages import costs, fitting, methods
 from robust_ssl.stages.attack import attack, budgets, load_perturbations
 from robust_ssl.stages.grid import expand
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import stage_key
+from robust_ssl.trees import digest
 
 _log = logging.getLogger(__name__)
 
 
-def points(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def points(
+    config: Mapping[str, Any],
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Returns the recipes of ``config.sweep``, by a name that can be a directory's.
+
+    A path that begins with ``start.`` leads into the recipe that the method starts from.
+
+    Returns:
+      The points, and what they start from where that is no recipe of ``config.methods``: points
+      that start from the same share it.
 
     Raises:
       ValueError: If the method is not there, or a path leads nowhere.
     """
     name = config["sweep"]["method"]
-    base = methods.complete(config, name)
     grid = {path: list(values) for path, values in config["sweep"]["grid"]}
-    return {
-        f"{name} {re.sub(r'[^0-9A-Za-z_.+ -]', '_', point.replace('=', ' ').replace(',', ''))}": {
-            **recipe,
-            "scored": True,
-        }
-        for point, recipe in expand(base, grid).items()
-    }
+    paths = [path.strip() for joined in grid for path in joined.split("&")]
+    found, starts = {}, {}
+    for point, recipe in expand(_opened(config, name, paths), grid).items():
+        label = re.sub(r"[^0-9A-Za-z_.+ -]", "_", point.replace("=", " ").replace(",", ""))
+        found[f"{name} {label}"] = {**_closed(config, name, recipe, starts), "scored": True}
+    return found, starts
+
+
+def _opened(config: Mapping[str, Any], name: str, paths: Sequence[str]) -> dict[str, Any]:
+    """A recipe with the recipe that it starts from in its place, as far as paths lead into it."""
+    recipe = methods.complete(config, name)
+    inner = [path.removeprefix("start.") for path in paths if path.startswith("start.")]
+    if inner and recipe["start"]:
+        recipe["start"] = _opened(config, recipe["start"], inner)
+    return recipe
+
+
+def _closed(
+    config: Mapping[str, Any], name: str, recipe: Mapping[str, Any], starts: dict[str, Any]
+) -> dict[str, Any]:
+    """The recipe with the name of what it starts from, which is new where the grid changed it."""
+    start = recipe["start"]
+    if isinstance(start, Mapping):
+        original = methods.complete(config, name)["start"]
+        known = _closed(config, original, methods.complete(config, original), {})
+        start = _closed(config, original, start, starts)
+        if start == known:
+            start = original
+        else:
+            label = f"{original} {digest(json_ready(start))[:8]}"
+            starts[label], start = {**start, "scored": False}, label
+    decided = ("head", "encoder") if start else ()  # by what it starts from
+    return {**{key: v for key, v in recipe.items() if key not in decided}, "start": start}
 
 
 def check(run: Run) -> tuple[Run, dict[str, str]]:
@@ -54,8 +89,8 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
     for name in (run.config["sweep"]["usual"], run.config["compare"]["reference"]):
         methods.check_one(run, name)
         costs.check(run.config, [name])
-    found = points(run.config)
-    whole = {**run.config["methods"], **found}
+    found, starts = points(run.config)
+    whole = {**run.config["methods"], **starts, **found}
     run = dataclasses.replace(run, config={**run.config, "methods": whole})
     impossible = {}
     for name in found:
@@ -83,7 +118,7 @@ def sweep(run: Run) -> StageDirectory:
     """
     config = run.config["sweep"]
     run, failed = check(run)
-    mine = [name for name in points(run.config) if name not in failed]
+    mine = [name for name in points(run.config)[0] if name not in failed]
     usual, reference = config["usual"], run.config["compare"]["reference"]
     scores, public = {}, attack(run)
     made: dict[str, Any] = {}
