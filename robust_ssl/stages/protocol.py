@@ -191,13 +191,18 @@ def check(run: Run) -> None:
     for size in (config["batch_size"], config["autoattack"]["batch_size"]):
         run.parallel.check_batch(size)
     attacks = [list(build_methods(run, e).values()) for e in config["per_image"]["epsilons"]]
+    traced = set()  # one of each kind: most classifiers and the members of AutoAttack are alike
     for classifier in load_classifiers(run, made=False).values():
         ensembles = build_ensembles(run, classifier.num_classes)
         parts = [
             part for ensemble in ensembles.values() for some in ensemble.values() for part in some
         ]
         for attack_value in [value for some in attacks for value in some] + parts:
-            _trace(attack_value, classifier, run.test.image_shape)
+            leaves, structure = jax.tree.flatten((attack_value, classifier))
+            kind = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+            if kind not in traced:
+                _trace(attack_value, classifier, run.test.image_shape)
+                traced.add(kind)
 
 
 def _check_entries(config: Mapping[str, Any]) -> None:
