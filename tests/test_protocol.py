@@ -24,6 +24,10 @@ def classifier(seed=0, classes=4, size=8):
     return models.classifier(jax.random.key(seed), encoder, classes, head="linear")
 
 
+def with_mlp():
+    return models.classifier(jax.random.key(0), tiny.encoder(), 4, head="mlp")
+
+
 def no_classifier():
     return tiny.encoder()
 
@@ -275,6 +279,22 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     )
     assert rows.tolist() == [1, 2]
     assert figure.robust_correct.tolist() == [False, False]
+
+
+def test_what_is_alike_is_traced_once(tmp_path, monkeypatch):
+    made = config()
+    made.classifiers["wide"] = {"function": "test_protocol:with_mlp"}
+    made.protocol.autoattack.threats = {"Linf": (0.02, 0.03)}
+    traced = []
+    monkeypatch.setattr(
+        protocol_stage, "_trace", lambda attack, *_: traced.append(type(attack).__name__)
+    )
+    run = stages.Run(
+        settings.to_json(made), tmp_path, Parallel.create(num_devices=2), Progress("quiet")
+    )
+    protocol_stage.check(run)
+    # Two heads; budgets and targets are values of one attack, and so are the weights of a head.
+    assert sorted(traced) == sorted(2 * ["PGD", "TDAA", "APGD", "APGD", "FABT", "Square"])
 
 
 def test_a_targeted_attack_takes_a_surrogate_image():
