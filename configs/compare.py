@@ -296,8 +296,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         "autoattack": {
             "version": "standard",
             "threats": {"Linf": (8 / 255,)},
-            "images": 200 if small else 1000,
-            # What is left of 200 images is attacked in batches that are filled up.
+            "images": 100 if small else 1000,
+            # What is left of 100 images is attacked in batches that are filled up.
             "batch_size": 20 if small else 100,
         },
     }
