@@ -111,6 +111,11 @@ def _mixed(name: str, adv_ratio: float) -> dict[str, tuple[str, float]]:
     return {loss: (f"robust_ssl.losses:{loss}", weight) for loss, weight in weights.items()}
 
 
+def _kept(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A recipe as its directory keeps it: whether it is scored has no part in what is made."""
+    return {key: value for key, value in complete(config, name).items() if key != "scored"}
+
+
 def scored(config: Mapping[str, Any]) -> list[str]:
     """Returns the names of the recipes that are methods, in order."""
     return [name for name in config["methods"] if complete(config, name)["scored"]]
@@ -295,7 +300,7 @@ def method(run: Run, name: str, seed: int) -> StageDirectory:
     Raises:
       FloatingPointError: If training ends in updates that are not finite, or had no other.
     """
-    recipe = complete(run.config, name)
+    recipe = _kept(run.config, name)
     start = _assemble(run, name, seed, lambda other: load_method(run, other, seed))
     if recipe["members"] or not recipe["epochs"]:
         return _as_it_is(run, name, seed, recipe, start)
@@ -415,7 +420,7 @@ def defend(run: Run) -> StageDirectory:
         "validation": validation,
     }
     for name in run.config["methods"]:
-        said = digest(json_ready(complete(run.config, name)))
+        said = digest(json_ready(_kept(run.config, name)))
         inputs |= {model_name(name, seed): said for seed in config["seeds"]}
     with run.open("defend", config, inputs, collects=True) as stage:
         if not stage.done:
