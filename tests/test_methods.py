@@ -475,7 +475,8 @@ def test_the_layers_that_move_are_those_of_the_table():
 
 
 def test_recipes_may_come_to_a_finished_defend(tmp_path):
-    first = go(tiny_methods.config({"usual": FROZEN}), tmp_path)["defend"]["made"]
+    before = {"usual": {**FROZEN, "scored": False}}  # only what another started from
+    first = go(tiny_methods.config(before), tmp_path)["defend"]["made"]
     more = tiny_methods.config({"usual": FROZEN, "smoothed": SMOOTH})
     second = go(more, tmp_path)["defend"]["made"]
     assert set(second) == {"methods/usual-seed0", "methods/smoothed-seed0"}
