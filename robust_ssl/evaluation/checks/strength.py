@@ -106,18 +106,24 @@ def silent_hits(hit: np.ndarray, correct: np.ndarray, limit: float = 0.01) -> Ch
     Args:
       hit: Whether some point on the path was misclassified, bool ``[n]``.
       correct: Whether the point that the attack returns is classified correctly, bool ``[n]``.
-      limit: Largest share; the point of the highest loss misses a few honest ones.
+      limit: Largest share; the point of the highest loss misses a few honest ones.  What is above
+        it by less than these few images can tell is a note.
 
     Example:
       >>> silent_hits(np.array([True, True]), np.array([True, False])).value
       0.5
+      >>> silent_hits(np.arange(65) < 1, np.ones(65, bool)).status
+      'note'
     """
-    share = float(np.mean(np.asarray(hit) & np.asarray(correct)))
+    missed = np.asarray(hit) & np.asarray(correct)
+    share = float(np.mean(missed))
+    status = status_at_most(share, limit)
+    unsure = wilson_interval(int(np.sum(missed)), len(missed))[0] <= limit
     return Check(
         9,
         share,
         limit,
-        status_at_most(share, limit),
+        "note" if status == "failed" and unsure else status,
         "The attack found adversarial images and gave back others.",
         "Keep the best point, not the last (keep_best=True), or stop at the first hit.",
         _PINTOR,
