@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robust_ssl.parallel import release_programs
+
 collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -34,9 +36,5 @@ def _doctest_names(doctest_namespace):
 
 @pytest.fixture(autouse=True)
 def _bounded_memory_maps():
-    # Every compiled program takes some memory maps, of which Linux gives a process 65,530; the
-    # whole suite in one process would need more, and XLA then dies with a segmentation fault.
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
+    release_programs()

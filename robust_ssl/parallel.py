@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 AXIS = "devices"
 METHODS = ("pmap", "shard_map", "jit")
 MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
+MOST_MEMORY_MAPS = 20_000  # of the 65,530 that Linux gives a process
 
 
 def use_every_core() -> None:
@@ -39,6 +41,28 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is already up, with the devices it has
         return
+
+
+def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:
+    """Drops all compiled programs if they hold many memory maps; for between two parts of a run.
+
+    On a CPU every compiled program takes memory maps, of which Linux gives a process a fixed
+    number; a comparison of thirty methods needs more, and XLA then dies without an exception.
+    What is needed again is compiled again, or read from the persistent cache.
+
+    Args:
+      most: Memory maps that are few enough.
+
+    Returns:
+      Whether programs were dropped; never where a process cannot count its maps.
+    """
+    try:
+        maps = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return False
+    if maps > most:
+        jax.clear_caches()
+    return maps > most
 
 
 def gather(tree: Any, axis_name: str | None) -> Any:

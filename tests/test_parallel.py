@@ -189,3 +189,19 @@ def test_prefetch_runs_no_further_ahead_than_asked_and_stops_when_closed():
         time.sleep(0.05)
     assert not any(t.name == "prefetch" for t in threading.enumerate())
     assert len(made) <= 5
+
+
+def test_programs_are_dropped_only_when_they_hold_many_memory_maps():
+    traced = []
+
+    @jax.jit
+    def double(x):
+        traced.append(x)
+        return 2 * x
+
+    double(1.0)
+    assert not parallel.release_programs(most=10**9)
+    double(2.0)
+    assert len(traced) == 1
+    assert parallel.release_programs(most=0)
+    assert double(3.0) == 6.0 and len(traced) == 2

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from robust_ssl.parallel import release_programs
+
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -67,10 +69,10 @@ def measure(
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    planned = {
-        name: planned_bytes(step, states[name], batch) if memory else None
-        for name, step in steps.items()
-    }
+    planned = {}
+    for name, step in steps.items():
+        planned[name] = planned_bytes(step, states[name], batch) if memory else None
+        release_programs()
     states = dict(states)
 
     def timed(name: str, count: int) -> float:

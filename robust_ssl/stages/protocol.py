@@ -18,6 +18,7 @@ from robust_ssl.attacks import autoattack
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import PerImage
+from robust_ssl.parallel import release_programs
 from robust_ssl.stages import methods
 from robust_ssl.stages.attack import (
     attack,
@@ -264,6 +265,7 @@ def protocol(run: Run) -> StageDirectory:
             scorer = Scorer(run, stage, config["batch_size"], lambda: bar.update(next(done)))
             quiet = dataclasses.replace(scorer, on_part=lambda: None)
             for name, model in models.items():
+                release_programs()
                 scored = [job(scorer) for _, job in jobs[name]]
                 verdicts[name] = (
                     examine(quiet, name, model, scored, inputs[f"classifier/{name}"])

@@ -15,7 +15,7 @@ import jax
 from robust_ssl import checkpoints, data, models, weights
 from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import WORST
-from robust_ssl.parallel import Parallel
+from robust_ssl.parallel import Parallel, release_programs
 from robust_ssl.progress import Progress
 from robust_ssl.types import Classifier, Encoder
 
@@ -56,6 +56,7 @@ class Run:
         collects: bool = False,
     ) -> checkpoints.StageDirectory:
         """Opens the directory of a stage; see `checkpoints.open_stage`.  None is the run's seed."""
+        release_programs()  # of the stages before
         seed = self.seed if seed is None else seed
         return checkpoints.open_stage(self.workdir, name, config, inputs, seed, collects=collects)
 
