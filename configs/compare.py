@@ -201,8 +201,8 @@ def defences() -> dict:
             "losses": {**CLEAN, "trades_kl": (f"{LOSS}trades_kl", 3.0)},
             "batch_statistics": "both",
         },
-        # A head that fits first, then one-step attacks; the ratio was chosen on training images that
-        # the small comparison leaves out, where 0.5 was too little and 0.7 too much.
+        # A head that fits first, then one-step attacks; the ratio was chosen on training images
+        # that the small comparison leaves out, where 0.5 was too little and 0.7 too much.
         "warm_fgsm": {
             "start": "usual",
             "adv_ratio": 0.6,
