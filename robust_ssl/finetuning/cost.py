@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from robust_ssl.parallel import release_programs
+from robust_ssl.parallel import MOST_MEMORY_MAPS, release_programs
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -72,7 +72,7 @@ def measure(
     planned = {}
     for name, step in steps.items():
         planned[name] = planned_bytes(step, states[name], batch) if memory else None
-        release_programs()
+        release_programs(MOST_MEMORY_MAPS // 4)  # all steps are alive at once from here on
     states = dict(states)
 
     def timed(name: str, count: int) -> float:
