@@ -27,7 +27,7 @@ from tiny_methods import (
 
 from robust_ssl import checkpoints, finetuning, models, stages, weights
 from robust_ssl.progress import Stopped
-from robust_ssl.stages import fitting, methods, training
+from robust_ssl.stages import costs, fitting, methods, training
 from robust_ssl.trees import fingerprint
 
 LAYERS = {
@@ -317,10 +317,10 @@ def test_what_is_counted_is_what_was_done(made):
     for name in ("full", "pgd_at"):
         assert results[f"methods/{name}-seed0"]["steps"] == 2 * 3
         assert results[f"methods/{name}-seed0"]["skipped"] == 0
-    whole = methods.total_cost(made[0], "lp_ft", 0)["gradient_evaluations"]
+    whole = costs.total_cost(made[0], "lp_ft", 0)["gradient_evaluations"]
     assert whole == each["usual"] + each["lp_ft"]
     layers = manifest(made[0].workdir, "methods/rift-seed0-layers")["results"]
-    rift = methods.total_cost(made[0], "rift", 0)["gradient_evaluations"]
+    rift = costs.total_cost(made[0], "rift", 0)["gradient_evaluations"]
     measured = layers["gradient_evaluations"] / 48
     assert rift == each["pgd_at"] + each["rift"] + measured
     assert measured == 16 * (2 + 1 + len(layers["scores"])) / 48

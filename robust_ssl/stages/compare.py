@@ -129,7 +129,7 @@ def row(
         "images": public["n"],
         "autoattack_images": auto[0]["n"] if auto else None,
         "verdict": board["verdicts"][model]["verdict"],
-        "training_seconds": round(methods.total_cost(run, name, seed)["seconds"], 3),
+        "training_seconds": round(costs.total_cost(run, name, seed)["seconds"], 3),
         "cost_factor": cost["factor"] or None,
         **{
             name: cost[name]

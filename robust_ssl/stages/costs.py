@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robust_ssl import data, finetuning
@@ -73,7 +73,7 @@ def measure(run: Run, names: Sequence[str], seed: int, stage: str = "cost") -> d
                 epochs = methods.complete(run.config, reference)["epochs"]
             results = {}
             for name in names:
-                gradients = methods.total_gradients(found[other] for other in chains[name])
+                gradients = total_gradients(found[other] for other in chains[name])
                 results[name] = {
                     "factor": whole[name] / whole[reference] if whole else None,
                     "gradients": gradients / max(epochs, 1),
@@ -97,6 +97,26 @@ def _own(run: Run, name: str, results: Mapping[str, Any], cost: finetuning.Cost 
         "gradients_per_epoch": results["gradient_evaluations_per_image"] / results["epochs"],
         "peak_bytes": cost.peak_bytes,
     }
+
+
+def total_cost(run: Run, name: str, seed: int) -> dict[str, float]:
+    """Returns what a finished recipe took with all it starts from: seconds, gradients per image."""
+    made = [methods.method(run, other, seed) for other in methods.chain(run.config, name)]
+    return {
+        "seconds": sum(
+            one.manifest["seconds"] + one.results.get("selection_seconds", 0) for one in made
+        ),
+        "gradient_evaluations": total_gradients([one.results for one in made]),
+    }
+
+
+def total_gradients(results: Iterable[Mapping[str, Any]]) -> float:
+    """Returns gradient evaluations per image of some finished recipes, choosing layers included."""
+    return sum(
+        one["gradient_evaluations_per_image"]
+        + one.get("selection_gradient_evaluations_per_image", 0)
+        for one in results
+    )
 
 
 def _seconds(run: Run, chain: Sequence[str], found: Mapping[str, Any], own) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -382,26 +382,6 @@ def chain(config: Mapping[str, Any], name: str) -> list[str]:
             needed.append(other)
             waiting += made_from(complete(config, other))
     return needed
-
-
-def total_cost(run: Run, name: str, seed: int) -> dict[str, float]:
-    """Returns what a finished recipe took with all it starts from: seconds, gradients per image."""
-    made = [method(run, other, seed) for other in chain(run.config, name)]
-    return {
-        "seconds": sum(
-            one.manifest["seconds"] + one.results.get("selection_seconds", 0) for one in made
-        ),
-        "gradient_evaluations": total_gradients([one.results for one in made]),
-    }
-
-
-def total_gradients(results: Iterable[Mapping[str, Any]]) -> float:
-    """Returns gradient evaluations per image of some finished recipes, choosing layers included."""
-    return sum(
-        one["gradient_evaluations_per_image"]
-        + one.get("selection_gradient_evaluations_per_image", 0)
-        for one in results
-    )
 
 
 def defend(run: Run) -> StageDirectory:
