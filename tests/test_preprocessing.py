@@ -126,7 +126,7 @@ def test_jpeg_is_pillow_s(quality, subsample):
     change, error = np.abs(want.astype(float) - image).mean(), np.abs(ours - want).mean()
     # Of 255.  Averages of colour often end on a half, where a last bit decides the rounding.
     assert error < (1.5 if subsample else 0.3)
-    assert error < 0.5 * change
+    assert error < (0.5 if subsample else 0.4) * change
 
 
 def test_jpeg_pads_like_pillow():
