@@ -225,6 +225,13 @@ def test_a_method_has_nearly_all_of_the_gain_at_little_cost():
         "crafted again on the hardened model, at a cost of at most 1.5x (all of it is 50.0 "
         "points): on_both_limits (90% of the gain, cost 1.50x)."
     )
+    public = {"usual": 0.1, "gen_af": 0.6, "quick": 0.56}
+    found = summarise([row(name, 0, 0.2, robust_public=share) for name, share in public.items()])
+    assert cheap_robustness(found, by="robust_public") == (
+        "At least 90% of gen_af's gain over usual (frozen encoder) in accuracy under the suite "
+        "crafted on the public encoder, at a cost of at most 1.5x (all of it is 50.0 points): "
+        "quick (92% of the gain, cost 1.00x)."
+    )
     assert goal(**BASE)[0].endswith("(all of it is 50.0 points): no method has that.")
     assert goal(**{**BASE, "gen_af": (0.8, 0.1, 9)})[0].endswith("gains nothing (+0.0 points).")
     assert goal(**{**BASE, "usual": (0.7, 0.1, 1.0, DOUBT)})[0].endswith(
@@ -241,13 +248,14 @@ def test_a_method_is_better_on_all():
         by_chance=(0.81, 0.7, 2.0),
         broken=(0.9, 0.9, 2.0, {**auto, "autoattack": 0.0}),
         as_clean=(0.8, 0.9, 2.0),
+        under_one_suite=(0.9, 0.7, 2.0, {"robust_public": 0.59}),
         doubted=(0.9, 0.9, 1.0, DOUBT),
     )
     assert better == (
-        "Better than gen_af in clean accuracy, in accuracy under the suite crafted again on the "
-        "hardened model and, where measured, in accuracy under AutoAttack: best (clean +10.0, "
-        "robust, hardened +10.0, AutoAttack +20.0 points), by_chance (clean +1.0, robust, hardened "
-        "+10.0 points; not all of it more than chance)."
+        "Better than gen_af in clean accuracy, in accuracy under both suites and, where measured, "
+        "in accuracy under AutoAttack: best (clean +10.0, robust, public +10.0, robust, hardened "
+        "+10.0, AutoAttack +20.0 points), by_chance (clean +1.0, robust, public +10.0, robust, "
+        "hardened +10.0 points; not all of it more than chance)."
     )
     assert goal(**BASE)[1].endswith(": no method is.")
     doubted = {**BASE, "gen_af": (0.8, 0.6, 9.0, DOUBT)}

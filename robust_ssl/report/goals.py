@@ -11,12 +11,16 @@ from robust_ssl.report.tables import method_name
 
 Summary = Mapping[str, Mapping[str, Any]]
 
-HARDENED = "accuracy under the suite crafted again on the hardened model"
+SUITES = {
+    "robust_public": "accuracy under the suite crafted on the public encoder",
+    "robust_hardened": "accuracy under the suite crafted again on the hardened model",
+}
 
 
 def cheap_robustness(
     summary: Summary,
     *,
+    by: str = "robust_hardened",
     usual: str = "usual",
     leader: str = "gen_af",
     share: float = 0.9,
@@ -26,6 +30,7 @@ def cheap_robustness(
 
     Args:
       summary: What `robust_ssl.report.summarise` returned, with both.
+      by: Under which suite, a key of `SUITES`.
       usual: From whose robust accuracy gains are counted.
       leader: Whose gain is to be reached.
       share: Of that gain which is enough.
@@ -35,10 +40,10 @@ def cheap_robustness(
       One sentence: the methods that do, with their numbers, or that none does.  What is not trusted
       does not count.
     """
-    low, high = (summary[name]["robust_hardened"].mean for name in (usual, leader))
+    low, high = (summary[name][by].mean for name in (usual, leader))
     goal = (
         f"At least {share:.0%} of {method_name(leader)}'s gain over {method_name(usual)} in "
-        f"{HARDENED}, at a cost of at most {max_cost:g}x"
+        f"{SUITES[by]}, at a cost of at most {max_cost:g}x"
     )
     doubted = _not_trusted(summary, (usual, leader))
     if doubted:
@@ -47,10 +52,10 @@ def cheap_robustness(
         return f"{goal}: {method_name(leader)} gains nothing ({100 * (high - low):+.1f} points)."
     slack = 1e-9
     reached = [
-        f"{method_name(name)} ({(found['robust_hardened'].mean - low) / (high - low):.0%} of the "
-        f"gain, cost {found['cost_factor'].mean:.2f}x)"
+        f"{method_name(name)} ({(found[by].mean - low) / (high - low):.0%} of the gain, "
+        f"cost {found['cost_factor'].mean:.2f}x)"
         for name, found in _others(summary, (usual, leader)).items()
-        if found["robust_hardened"].mean - low >= share * (high - low) - slack
+        if found[by].mean - low >= share * (high - low) - slack
         and (found["cost_factor"].mean or float("inf")) <= max_cost + slack
     ]
     all_of_it = f"all of it is {100 * (high - low):.1f} points"
@@ -69,19 +74,15 @@ def better_on_all(summary: Summary, *, leader: str = "gen_af") -> str:
       reason, or that none is.  What is not trusted does not count.
     """
     goal = (
-        f"Better than {method_name(leader)} in clean accuracy, in {HARDENED} and, where measured, "
-        "in accuracy under AutoAttack"
+        f"Better than {method_name(leader)} in clean accuracy, in accuracy under both suites and, "
+        "where measured, in accuracy under AutoAttack"
     )
     doubted = _not_trusted(summary, (leader,))
     if doubted:
         return f"{goal}: cannot be judged, NOT TRUSTED: {doubted}."
     better = []
     for name, found in _others(summary, (leader,)).items():
-        measured = [
-            by
-            for by in ("clean", "robust_hardened", "autoattack")
-            if found[by].n and summary[leader][by].n
-        ]
+        measured = [by for by in SHARES if found[by].n and summary[leader][by].n]
         more = {by: found[by].mean - summary[leader][by].mean for by in measured}
         if min(more.values()) <= 0:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -155,7 +156,8 @@ def _write(run: Run, rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any])
         said.append(report.advice(points, usual=sweep["usual"], **limits))
     if "gen_af" in summary:
         if sweep["usual"] in summary:
-            said.append(goals.cheap_robustness(summary, usual=sweep["usual"]))
+            cheap = functools.partial(goals.cheap_robustness, summary, usual=sweep["usual"])
+            said += [cheap(by=suite) for suite in goals.SUITES]
         said.append(goals.better_on_all(summary))
     report.write_comparison(run.workdir, rows, said)
     if points:
