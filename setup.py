@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.5",
         "ml_dtypes>=0.5",  # bfloat16 and float8 in foreign files; comes with jax
         "flatbuffers>=24",  # jax.export writes StableHLO files with it
+        "scipy>=1.13",  # tests of significance; comes with jax
         "scikit-learn>=1.5",  # the digits and the photographs of the quickstart
         "matplotlib>=3.9",
         "rich>=13",

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from robust_ssl import attacks, evaluation, threats
 from robust_ssl.evaluation import checks
 from robust_ssl.evaluation.checks import bench, path
 from robust_ssl.evaluation.checks.result import (
-    difference,
     status_at_most,
     status_of_difference,
     status_of_gain,
@@ -85,8 +85,12 @@ def test_a_check_has_a_known_number_and_status():
 
 
 def test_a_difference_is_judged_by_the_images_on_which_two_attacks_disagree():
+    difference = evaluation.difference
     assert difference(right(400), right(390)) == (0.02, pytest.approx(1.96 * 10**0.5 / 500))
     assert difference(right(10), right(20))[0] == -0.02
+    # Over two repetitions: the first image was right in one of them only, the others agree.
+    halves = np.array([0.5, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0, 1.0])
+    assert difference(*halves) == (0.125, pytest.approx(1.96 * 0.5 / 4))
     # Three images of 500 more are over a limit of 0.2 points, but no more than an accident.
     few, many = difference(right(400), right(397)), difference(right(400), right(390))
     assert status_of_difference(*few, 0.002) == "note"
@@ -112,7 +116,9 @@ BY_HAND = [
     (checks.finite_differences, (SLOPES, 2 * SLOPES), (SLOPES, -SLOPES), -1.0),
     (checks.finite_differences, (SLOPES, 1e3 * SLOPES), (0 * SLOPES, SLOPES), 0.0),
     (checks.falling_steps, (RISING,), (-RISING,), 1.0),
-    (checks.converged, (EARLY,), (RISING,), 0.5),
+    (checks.falling_steps, (RISING,), (np.full((2, 4), np.nan),), np.nan),
+    (checks.converged, (EARLY,), (np.repeat(RISING, 8, axis=0),), 0.5),
+    (checks.converged, (1 + 1e-7 * RISING,), (np.full((2, 4), np.nan),), np.nan),
     (checks.silent_hits, (right(200), ~right(200)), (right(200), right(50)), 0.1),
     (checks.twice_the_steps, (right(300), right(290)), (right(300), right(250)), 0.1),
     (checks.iterative_not_weaker, (right(300), right(300)), (right(300), right(250)), 0.1),
@@ -133,7 +139,7 @@ BY_HAND = [
 def test_a_check_passes_what_is_good_and_fails_what_is_bad_with_its_value(check, good, bad, value):
     assert check(*good).status == "passed", check(*good)
     failed = check(*bad)
-    assert failed.status == "failed" and failed.value == pytest.approx(value, abs=1e-6)
+    assert failed.status == "failed" and failed.value == pytest.approx(value, abs=1e-6, nan_ok=True)
     assert failed.meaning and failed.advice and failed.source
 
 
@@ -162,12 +168,45 @@ def test_only_images_that_are_left_can_be_broken_by_more_steps():
     assert checks.converged(rising).status == "failed"
     assert checks.converged(rising, still_right=right(100)).status == "failed"
     assert checks.converged(rising, still_right=right(20)).status == "note"
-    assert checks.converged(rising, still_right=right(0)).status == "passed"
+    assert checks.converged(rising, still_right=right(0)).status == "not run"
+    broken = np.where(right(20)[:, None], np.nan, rising)
+    assert checks.converged(broken, still_right=right(20)).status == "failed"
+
+
+@pytest.mark.parametrize(("late", "status"), [(0.04, "passed"), (0.053, "note"), (0.2, "failed")])
+def test_what_images_differ_in_may_be_why_a_loss_still_rises(late, status):
+    """Sixteen images whose last ten steps bring shares around `late` of their rise."""
+    shares = late * np.random.default_rng(0).lognormal(0, 0.8, 16)
+    shares *= late / shares.mean()
+    steps = np.arange(21)
+    losses = np.where(steps <= 10, steps / 10 * (1 - shares[:, None]), np.nan)
+    losses[:, 11:] = 1 - shares[:, None] * (1 - np.arange(1, 11) / 10)
+    found = checks.converged(losses)
+    assert found.value == pytest.approx(late) and found.status == status
+    assert "16 images" in found.meaning
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "status"),
+    [
+        *[(1, 100, "passed"), (1, 16, "note"), (1, 58, "note"), (2, 58, "note"), (3, 100, "note")],
+        *[(3, 58, "failed"), (4, 100, "failed"), (50, 500, "failed"), (0, 5, "passed")],
+    ],
+)
+def test_silent_hits_are_held_against_an_exact_binomial_test(count, n, status):
+    found = checks.silent_hits(right(count, n), np.ones(n, bool))
+    assert found.status == status and found.value == count / n
+    tail = sum(math.comb(n, k) * 0.01**k * 0.99 ** (n - k) for k in range(count, n + 1))
+    assert found.value <= 0.01 or (tail <= 0.05) == (status == "failed")
+    assert checks.silent_hits(np.ones(0, bool), np.ones(0, bool)).status == "not run"
 
 
 def test_what_nobody_tried_fails_and_few_images_are_a_note():
     assert checks.crafted_again(right(300), None).status == "failed"
     assert checks.patch_places(right(300), None).status == "failed"
+    weaker = checks.crafted_again(right(300), right(320))  # who sees more has done less
+    assert weaker.status == "note" and " do less than " in weaker.meaning
+    assert checks.crafted_again(right(300), right(302)).status == "passed"
     for check, limit in ((checks.crafted_again, 1), (checks.patch_places, 10)):
         assert check(right(300), right(300 - limit)).status == "passed"
         lower = check(right(300), right(250))
@@ -275,6 +314,28 @@ def test_a_figure_that_is_too_good_is_not_trusted_though_the_model_is_honest():
         batch_size=SAMPLE,
     )
     assert found.numbers("failed") == (10, 11, 12, 15, 16, 18)
+
+
+def test_a_climb_keeps_a_misclassified_point_where_it_has_seen_one():
+    """Of three classes the loss can be higher where the answer is right."""
+    right_but_high, wrong_but_low = jnp.array([0.1, 0.0, 0.0]), jnp.array([0.0, 0.2, -9.0])
+
+    def model(images):
+        logits = jnp.where(images[..., :1, :1, :1] > 0.5, right_but_high, wrong_but_low)
+        return Outputs(features=None, logits=logits[:, 0, 0])
+
+    image = jnp.zeros((1, 1, 3))
+    seen = path.Path(image, image, -jnp.inf, jnp.zeros((), bool), jnp.zeros(3))
+    values = []
+    for number, pixel in enumerate((1.0, 0.0, 1.0)):
+        last = jnp.full((1, 1, 3), pixel)
+        logits = path.logits_of(model, last)
+        values.append(float(path.objective_value(logits, jnp.int32(0), 0)))
+        wrong = path.is_wrong(logits, 0)
+        seen = seen.replace(last=last).seen(number, values[-1], wrong)
+    assert values[0] > values[1]
+    assert bool(seen.hit) and float(seen.best[0, 0, 0]) == 0
+    assert seen.best_value == pytest.approx(values[1])
 
 
 def test_noise_that_is_seeded_by_the_pixels_is_noise():

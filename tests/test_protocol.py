@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -108,6 +109,26 @@ def test_every_classifier_is_scored_under_every_attack(finished):
         assert ("tdaa", "per_image", "Linf", "public", 0.031, seed) in found
         assert ("pgd", "per_image", "Linf", "hardened", 0.031, seed) in found
     assert not [key for key in found if key[0] == "pgd" and key[3] == "public"]
+
+
+def test_what_happened_to_each_image_is_kept_and_found_again(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    file = workdir / "protocol" / protocol_stage.OUTCOMES
+    entries = report.read_results(workdir / "leaderboard.json")["results"]
+    with np.load(file) as stored:
+        kept = dict(stored)
+    group = scoring.Group("one", "hardened", "universal", "Linf", 10 / 255)
+    wanted = ("one", "hardened", "Linf", group.epsilon, "worst")
+    fields = ("model", "crafted_against", "threat", "epsilon", "attack")
+    [entry] = [e for e in entries if tuple(e[field] for field in fields) == wanted]
+    assert kept["one, clean"].mean() == entry["clean_accuracy"]
+    assert kept[scoring.outcome_name(group)].mean() == entry["robust_accuracy"]
+    file.unlink()
+    monkeypatch.setattr(scoring.evaluation, "score", None)  # nothing is attacked again
+    go(config(), workdir)
+    with np.load(file) as stored:
+        assert stored.keys() == kept.keys()
+        assert all(np.array_equal(stored[name], kept[name]) for name in kept)
 
 
 def test_the_leaderboard_is_markdown_and_csv(finished):

@@ -2,7 +2,13 @@
 
 from robust_ssl.evaluation import analysis, checks
 from robust_ssl.evaluation.analysis import per_layer_stability
-from robust_ssl.evaluation.counts import Counts, PerImage, wilson_interval, worst_case
+from robust_ssl.evaluation.counts import (
+    Counts,
+    PerImage,
+    difference,
+    wilson_interval,
+    worst_case,
+)
 from robust_ssl.evaluation.in_turn import clean_correct, gathered, score_in_turn, strike
 from robust_ssl.evaluation.metrics import (
     WORST,
@@ -21,6 +27,7 @@ __all__ = [
     "analysis",
     "checks",
     "clean_correct",
+    "difference",
     "gathered",
     "per_layer_stability",
     "predictions",

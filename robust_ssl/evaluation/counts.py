@@ -191,3 +191,30 @@ def worst_case(results: Iterable[PerImage]) -> PerImage:
         flipped=np.logical_or.reduce([r.flipped for r in results]),
         seconds=sum(r.seconds for r in results),
     )
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    r"""Returns by how much the first share exceeds the second, with its 95 % half-width.
+
+    Both are of the same images, so only those on which they disagree carry information: the mean
+    :math:`\bar d` of the images' differences has the half-width :math:`1.96 \sqrt{\sum d^2} / n`
+    where the two do not differ.  With b images right in the first only and c in the second only,
+    that is :math:`(b - c) / n` and :math:`1.96 \sqrt{b + c} / n`, McNemar's test.
+
+    Args:
+      first: Bool ``[n]``, or in how many of several repetitions each was right, shares.
+      second: The same of the same images.
+
+    Returns:
+      ``(difference, half_width)``, shares.
+
+    Example:
+      >>> yes, no = np.ones(4, bool), np.zeros(4, bool)
+      >>> difference(yes, no)
+      (1.0, 0.98)
+
+    References:
+      McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions", 1947.
+    """
+    each = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    return float(each.mean()), 1.96 * math.sqrt(float(np.square(each).sum())) / len(each)

@@ -10,101 +10,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from robust_ssl import manifests
 from robust_ssl.evaluation import wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_EXAMINED, NOT_TRUSTED, TRUSTED, WITH_NOTES
+from robust_ssl.report.columns import COLUMNS, FIELDS, OPTIONAL, SHARES, Column
+from robust_ssl.report.differences import decided, differences, differences_table
 from robust_ssl.report.leaderboard import csv_text, markdown_table
-from robust_ssl.report.tables import SOURCES, method_name
+from robust_ssl.report.tables import method_name
 
 VERDICTS = (TRUSTED, WITH_NOTES, NOT_EXAMINED, NOT_TRUSTED)  # from best to worst
 
 Row = Mapping[str, Any]
-
-
-class Column(NamedTuple):
-    """How a figure is shown.
-
-    Attributes:
-      heading: Of the table.
-      scale: What the value is multiplied by.
-      decimals: Digits after the point.
-      unit: Written behind the number.
-      meaning: A line of the legend.
-    """
-
-    heading: str
-    scale: float
-    decimals: int
-    unit: str
-    meaning: str
-
-
-SHARES = {
-    "clean": Column("clean", 100, 1, " %", "accuracy when nobody attacks"),
-    "robust_public": Column(
-        "robust, public",
-        100,
-        1,
-        " %",
-        f"accuracy in the worst case per image over the attacks {SOURCES['public']}",
-    ),
-    "robust_hardened": Column(
-        "robust, hardened",
-        100,
-        1,
-        " %",
-        f"accuracy in the worst case per image over the attacks {SOURCES['hardened']}",
-    ),
-    "autoattack": Column("AutoAttack", 100, 1, " %", "accuracy under AutoAttack"),
-}
-COSTS = {
-    "cost_factor": Column(
-        "cost",
-        1,
-        2,
-        "x",
-        "time of the training steps, of all that a method starts from too, relative to usual "
-        "fine-tuning of all layers; steps of all methods timed in turn; choosing layers counts by "
-        "its gradients, at what one in that reference's step takes",
-    ),
-    "gradients": Column(
-        "grads",
-        1,
-        1,
-        "",
-        "gradient evaluations per training image, of all that a method starts from and of choosing "
-        "layers too, over the epochs of that reference",
-    ),
-    "gradients_per_epoch": Column(
-        "grads/epoch",
-        1,
-        1,
-        "",
-        "gradient evaluations per training image in one epoch of the method's own training",
-    ),
-    "seconds_per_image": Column(
-        "ms/image",
-        1000,
-        2,
-        "",
-        "milliseconds per training image in one epoch of the method's own training",
-    ),
-    "training_seconds": Column(
-        "training", 1, 1, " s", "seconds from start to end, with compiling and validation"
-    ),
-    "peak_bytes": Column(
-        "memory", 2**-20, 0, " MiB", "memory that the compiled step plans on one device"
-    ),
-}
-COLUMNS = SHARES | COSTS
-FIELDS = (
-    *("method", "seed", "verdict", *SHARES, "images", "autoattack_images"),
-    *COSTS,
-)
-_OPTIONAL = (
-    *("autoattack", "autoattack_images", "cost_factor"),
-    *("gradients_per_epoch", "seconds_per_image", "peak_bytes"),
-)
+Right = Mapping[str, Mapping[str, np.ndarray]]  # by method and share, float [n]: see `summarise`
 
 
 class Figure(NamedTuple):
@@ -121,28 +40,30 @@ class Figure(NamedTuple):
     n: int
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+def summarise(rows: Sequence[Row], right: Right | None = None) -> dict[str, dict[str, Any]]:
     """Gathers the rows of each method over its seeds.
 
     Args:
       rows: One for each method and seed, with the entries `FIELDS`: shares in [0, 1], the number
         of test images and of AutoAttack's, costs, and the verdict; what was not measured is None.
+      right: By method and share (a name in `SHARES`), how often each test image was right: in what
+        part of the seeds, float ``[n]``.  With it, methods are compared image by image.
 
     Returns:
       By method, in order of first appearance: a `Figure` for each share and cost, ``seeds``, how
-      many there are, ``images`` and ``autoattack_images``, the fewest over the seeds, and
-      ``verdict``, the worst over the seeds.
+      many there are, ``images`` and ``autoattack_images``, the fewest over the seeds, ``verdict``,
+      the worst over the seeds, and ``right``, its part of `right`.
 
     Raises:
-      ValueError: If there is no row, a field is missing, unknown or impossible, or a method has
-        the same seed twice.
+      ValueError: If there is no row, a field is missing, unknown or impossible, a method has the
+        same seed twice, or the images say another share than the rows.
 
     Example:
       >>> row = {"method": "usual", "seed": 0, "verdict": "trusted", "clean": 0.5, "images": 100,
-      ...        "robust_public": 0.25, "robust_hardened": 0.0, "autoattack": None,
-      ...        "autoattack_images": None, "training_seconds": 8.0, "cost_factor": 1.0,
-      ...        "gradients": 1.0, "gradients_per_epoch": 1.0, "seconds_per_image": 0.001,
-      ...        "peak_bytes": None}
+      ...        "robust_public": 0.25, "robust_hardened": 0.0, "robust_worst": 0.0,
+      ...        "autoattack": None, "autoattack_images": None, "training_seconds": 8.0,
+      ...        "cost_factor": 1.0, "gradients": 1.0, "gradients_per_epoch": 1.0,
+      ...        "seconds_per_image": 0.001, "peak_bytes": None}
       >>> found = summarise([row, {**row, "seed": 1, "clean": 1.0, "verdict": "not trusted"}])
       >>> found["usual"]["clean"].mean, found["usual"]["clean"].n, found["usual"]["verdict"]
       (0.75, 2, 'not trusted')
@@ -151,7 +72,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     by_method: dict[str, list[Row]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    return {
+    found = {
         method: {
             **{name: _over_seeds([row[name] for row in mine]) for name in COLUMNS},
             "seeds": len(mine),
@@ -161,9 +82,17 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
                 default=None,
             ),
             "verdict": max((row["verdict"] for row in mine), key=VERDICTS.index),
+            "right": (right or {}).get(method, {}),
         }
         for method, mine in by_method.items()
     }
+    for method, mine in found.items():
+        for by, each in mine["right"].items():
+            if abs(float(np.mean(each)) - (mine[by].mean or 0)) > 1e-6:
+                raise ValueError(
+                    f"{method}: {by} is {mine[by].mean} by the rows and {np.mean(each)} by image"
+                )
+    return found
 
 
 def _over_seeds(values: Sequence[float | None]) -> Figure:
@@ -194,7 +123,7 @@ def _check(rows: Sequence[Row]) -> None:
 
 def _check_number(where: str, name: str, value: float | None) -> None:
     if value is None:
-        if name not in _OPTIONAL:
+        if name not in OPTIONAL:
             raise ValueError(f"{where}: {name} was not measured; it must be")
         return
     low = 1 if name in ("images", "autoattack_images") else 0
@@ -205,30 +134,43 @@ def _check_number(where: str, name: str, value: float | None) -> None:
 
 
 def write_comparison(
-    workdir: str | os.PathLike, rows: Sequence[Row], said: Sequence[str] = ()
+    workdir: str | os.PathLike,
+    rows: Sequence[Row],
+    said: Sequence[str] = (),
+    right: Right | None = None,
+    leader: str = "",
 ) -> list[pathlib.Path]:
     """Writes ``comparison.csv``, every row, and ``comparison.md``, one line for each method.
 
-    A figure under attack that is not trusted carries its mark.
+    A figure under attack that is not trusted carries its mark.  Where it is known what happened to
+    each image, how every method differs from the leader is a second table, and
+    ``differences.csv``.
 
     Args:
       workdir: Where to write; made where it is missing.
       rows: As for `summarise`.
       said: Sentences above the table, such as those of `ordering`.
+      right: As for `summarise`.
+      leader: The method that the others are held against.
 
     Returns:
-      The two paths.
+      The paths.
 
     Raises:
       ValueError: As `summarise`; nothing is written.
     """
-    summary = summarise(rows)
+    summary = summarise(rows, right)
     page = ["# Comparison", *said, comparison_table(summary), _legend(summary)]
     numbers = [
         {name: "" if row[name] is None else str(row[name]) for name in FIELDS} for row in rows
     ]
     directory = manifests.make_directory(workdir)
-    written = {"comparison.csv": csv_text(numbers), "comparison.md": "\n\n".join(page) + "\n"}
+    against = differences(summary, leader) if leader in summary else []
+    written = {"comparison.csv": csv_text(numbers)}
+    if against:
+        page.append(differences_table(against, leader))
+        written["differences.csv"] = csv_text(against)
+    written["comparison.md"] = "\n\n".join(page) + "\n"
     for name, text in written.items():
         manifests.write_atomically(directory / name, text)
     return [directory / name for name in written]
@@ -301,8 +243,8 @@ def ordering(
 ) -> str:
     """Says whether a claimed order of methods, the worst first, is what was found.
 
-    Two neighbours are undecided where what is known of them overlaps: the 95 % Wilson interval of
-    the mean over the images, widened to the mean ± deviation over the seeds where that is more.
+    Two neighbours are undecided where chance may be the reason; see
+    `robust_ssl.report.differences.decided`.
 
     Args:
       summary: What `summarise` returned.
@@ -346,10 +288,9 @@ def _neighbours(
     """Returns the pairs that break the order, and those of which nothing can be said, in words."""
     broken, undecided = [], []
     for first, second in itertools.pairwise(names):
-        a, b = interval(summary[first], by), interval(summary[second], by)
         more = round(_percent(summary, second, by) - _percent(summary, first, by), 1)
         pair = f"{method_name(first)} and {method_name(second)}"
-        if a[0] <= b[1] and b[0] <= a[1]:
+        if not decided(summary[second], summary[first], by):
             undecided.append(
                 f"{pair} are undecided ({more:+.1f} points, inside the deviation over seeds or the "
                 "95 % interval over images)"
@@ -357,14 +298,6 @@ def _neighbours(
         elif more < 0:
             broken.append(f"{pair} stand the other way round ({more:+.1f} points)")
     return broken, undecided
-
-
-def interval(found: Mapping[str, Any], by: str) -> tuple[float, float]:
-    """Returns what is known of a share: its 95 % interval over images, and its deviation."""
-    mean, deviation, _ = found[by]
-    images = found["autoattack_images" if by == "autoattack" else "images"]
-    low, high = wilson_interval(round(mean * images), images)
-    return min(low, mean - (deviation or 0)), max(high, mean + (deviation or 0))
 
 
 def _percent(summary: Mapping[str, Mapping[str, Any]], name: str, by: str) -> float:

@@ -6,21 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robust_ssl.evaluation.checks.result import NOT_TRUSTED
-from robust_ssl.report.comparison import SHARES, interval
+from robust_ssl.report.columns import SHARES
+from robust_ssl.report.differences import decided
 from robust_ssl.report.tables import method_name
 
 Summary = Mapping[str, Mapping[str, Any]]
 
-SUITES = {
-    "robust_public": "accuracy under the suite crafted on the public encoder",
-    "robust_hardened": "accuracy under the suite crafted again on the hardened model",
-}
+ROBUST = "accuracy in the worst case over both suites"
 
 
 def cheap_robustness(
     summary: Summary,
     *,
-    by: str = "robust_hardened",
     usual: str = "usual",
     leader: str = "gen_af",
     share: float = 0.9,
@@ -30,7 +27,6 @@ def cheap_robustness(
 
     Args:
       summary: What `robust_ssl.report.summarise` returned, with both.
-      by: Under which suite, a key of `SUITES`.
       usual: From whose robust accuracy gains are counted.
       leader: Whose gain is to be reached.
       share: Of that gain which is enough.
@@ -40,24 +36,21 @@ def cheap_robustness(
       One sentence: the methods that do, with their numbers, or that none does.  What is not trusted
       does not count.
     """
-    low, high = (summary[name][by].mean for name in (usual, leader))
+    low, high = (summary[name]["robust_worst"].mean for name in (usual, leader))
     goal = (
         f"At least {share:.0%} of {method_name(leader)}'s gain over {method_name(usual)} in "
-        f"{SUITES[by]}, at a cost of at most {max_cost:g}x"
+        f"{ROBUST}, at a cost of at most {max_cost:g}x"
     )
     doubted = _not_trusted(summary, (usual, leader))
     if doubted:
         return f"{goal}: cannot be judged, NOT TRUSTED: {doubted}."
     if high <= low:
         return f"{goal}: {method_name(leader)} gains nothing ({100 * (high - low):+.1f} points)."
-    slack = 1e-9
-    reached = [
-        f"{method_name(name)} ({(found[by].mean - low) / (high - low):.0%} of the gain, "
-        f"cost {found['cost_factor'].mean:.2f}x)"
-        for name, found in _others(summary, (usual, leader)).items()
-        if found[by].mean - low >= share * (high - low) - slack
-        and (found["cost_factor"].mean or float("inf")) <= max_cost + slack
-    ]
+    slack, reached = 1e-9, []
+    for name, found in _others(summary, (usual, leader)).items():
+        gain, cost = (found["robust_worst"].mean - low) / (high - low), found["cost_factor"].mean
+        if gain >= share - slack and (cost or float("inf")) <= max_cost + slack:
+            reached.append(f"{method_name(name)} ({gain:.0%} of the gain, cost {cost:.2f}x)")
     all_of_it = f"all of it is {100 * (high - low):.1f} points"
     return f"{goal} ({all_of_it}): {', '.join(reached) or 'no method has that'}."
 
@@ -87,7 +80,7 @@ def better_on_all(summary: Summary, *, leader: str = "gen_af") -> str:
         if min(more.values()) <= 0:
             continue
         numbers = ", ".join(f"{SHARES[by].heading} {100 * d:+.1f}" for by, d in more.items())
-        unsure = any(interval(found, b)[0] <= interval(summary[leader], b)[1] for b in measured)
+        unsure = not all(decided(found, summary[leader], by) for by in measured)
         chance = "; not all of it more than chance" if unsure else ""
         better.append(f"{method_name(name)} ({numbers} points{chance})")
     return f"{goal}: {', '.join(better) or 'no method is'}."

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from robust_ssl import report
 from robust_ssl.checkpoints import StageDirectory
-from robust_ssl.evaluation import WORST
 from robust_ssl.report import goals, tables
 from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.stages import costs, methods
 from robust_ssl.stages.attack import budgets, build_attacks, fit_option, is_noise
-from robust_ssl.stages.protocol import protocol
+from robust_ssl.stages.protocol import protocol, read_outcomes
 from robust_ssl.stages.run import Run
+from robust_ssl.stages.scoring import Group, outcome_name
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def compare(run: Run) -> StageDirectory:
     """Joins what `protocol` found with what training cost; writes the comparison.
 
     Returns:
-      The stage's directory.  ``comparison.csv``, ``comparison.md`` and ``figures/pareto.png`` are
-      in the workdir.
+      The stage's directory.  ``comparison.csv``, ``comparison.md``, ``differences.csv`` and
+      ``figures/pareto.png`` are in the workdir.
     """
     config = run.config["compare"]
     board, made = protocol(run), methods.defend(run)
@@ -85,12 +85,14 @@ def compare(run: Run) -> StageDirectory:
     pairs = [(n, s) for n in names for s in seeds if _survived(made, n, s)]
     inputs = {methods.model_name(*pair): "scored" for pair in pairs}
     inputs |= dict.fromkeys(made.results["failed"], "failed")
+    outcomes = read_outcomes(board)
+    right = {pair: images_right(run, outcomes, *pair) for pair in pairs}
     with run.open("compare", config, inputs, collects=True) as stage:
         if not stage.done:
-            rows = [row(run, board.results, *pair, measured[pair[0]]) for pair in pairs]
-            rows.sort(key=lambda one: -one["robust_hardened"])
+            rows = [row(run, board.results, right[p], *p, measured[p[0]]) for p in pairs]
+            rows.sort(key=lambda one: -one["robust_worst"])
             stage.finish(None, {"rows": rows, "failed": made.results["failed"]})
-    _write(run, stage.results["rows"], made.results)
+    _write(run, stage.results["rows"], right, made.results)
     return stage
 
 
@@ -99,37 +101,32 @@ def _survived(made: StageDirectory, name: str, seed: int) -> bool:
 
 
 def row(
-    run: Run, board: Mapping[str, Any], name: str, seed: int, cost: Mapping[str, Any]
+    run: Run,
+    board: Mapping[str, Any],
+    right: Mapping[str, np.ndarray],
+    name: str,
+    seed: int,
+    cost: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns a recipe's row of the comparison.
 
     Args:
       run: The run.
       board: Results of the `protocol` stage.
+      right: Of `images_right`.
       name: Of the recipe.
       seed: It was made with.
       cost: Of `costs.measure`.
     """
-    model = methods.model_name(name, seed)
-    mine = [entry for entry in board["results"] if entry["model"] == model]
-    universal = [
-        entry
-        for entry in mine
-        if entry["family"] == "universal"
-        and (entry["threat"], entry["epsilon"]) == ("Linf", run.config["attack"]["epsilon"])
-    ]
-    auto = [entry for entry in mine if entry["family"] == "autoattack"]
-    public, hardened = (_worst(universal, against) for against in ("public", "hardened"))
+    auto = right.get("autoattack")
     return {
         "method": name,
         "seed": seed,
-        "clean": public["clean_accuracy"],
-        "robust_public": public["robust_accuracy"],
-        "robust_hardened": hardened["robust_accuracy"],
-        "autoattack": _worst(auto, "hardened")["robust_accuracy"] if auto else None,
-        "images": public["n"],
-        "autoattack_images": auto[0]["n"] if auto else None,
-        "verdict": board["verdicts"][model]["verdict"],
+        **{share: float(np.mean(each)) for share, each in right.items()},
+        "autoattack": None if auto is None else float(np.mean(auto)),
+        "images": len(right["clean"]),
+        "autoattack_images": None if auto is None else len(auto),
+        "verdict": board["verdicts"][methods.model_name(name, seed)]["verdict"],
         "training_seconds": round(costs.total_cost(run, name, seed)["seconds"], 3),
         "cost_factor": cost["factor"] or None,
         **{
@@ -139,16 +136,55 @@ def row(
     }
 
 
-def _worst(entries: Sequence[Mapping[str, Any]], against: str) -> Mapping[str, Any]:
-    mine = [entry for entry in entries if entry["crafted_against"] == against]
-    together = [entry for entry in mine if entry["attack"] == WORST]
-    return together[0] if together else min(mine, key=lambda entry: entry["robust_accuracy"])
+def images_right(
+    run: Run, outcomes: Mapping[str, np.ndarray], name: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Returns which test images a recipe got right, bool ``[n]`` by share of the comparison.
+
+    Args:
+      run: The run.
+      outcomes: Of `protocol.read_outcomes`.
+      name: Of the recipe.
+      seed: It was made with.
+
+    Returns:
+      ``"clean"``; ``"robust_public"`` and ``"robust_hardened"`` in the worst case over each suite;
+      ``"robust_worst"`` over both; ``"autoattack"`` if it was asked for, at its first budget.
+    """
+    model = methods.model_name(name, seed)
+    suite = ("universal", "Linf", run.config["attack"]["epsilon"])
+    public, hardened = (
+        outcomes[outcome_name(Group(model, against, *suite))] for against in ("public", "hardened")
+    )
+    found = {
+        "clean": outcomes[f"{model}, clean"],
+        "robust_public": public,
+        "robust_hardened": hardened,
+        "robust_worst": public & hardened,
+    }
+    for kind, epsilons in run.config["protocol"]["autoattack"]["threats"].items():
+        for epsilon in epsilons:
+            auto = Group(model, "hardened", "autoattack", kind, epsilon)
+            found.setdefault("autoattack", outcomes[outcome_name(auto)])
+    return found
 
 
-def _write(run: Run, rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> None:
+def _write(
+    run: Run,
+    rows: Sequence[Mapping[str, Any]],
+    each: Mapping[tuple[str, int], Mapping[str, np.ndarray]],
+    made: Mapping[str, Any],
+) -> None:
     if jax.process_index():
         return
-    summary = report.summarise(rows)
+    right = {
+        name: {
+            share: np.mean([found[share] for (n, _), found in each.items() if n == name], axis=0)
+            for share in shares
+        }
+        for (name, _), shares in each.items()
+    }
+    summary = report.summarise(rows, right)
     points, sweep = pareto_points(summary), run.config["sweep"]
     said = [*compared(run), *happened(made), *_orders(run, summary)]
     if any(point.name == sweep["usual"] for point in points):
@@ -156,16 +192,15 @@ def _write(run: Run, rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any])
         said.append(report.advice(points, usual=sweep["usual"], **limits))
     if "gen_af" in summary:
         if sweep["usual"] in summary:
-            cheap = functools.partial(goals.cheap_robustness, summary, usual=sweep["usual"])
-            said += [cheap(by=suite) for suite in goals.SUITES]
+            said.append(goals.cheap_robustness(summary, usual=sweep["usual"]))
         said.append(goals.better_on_all(summary))
-    report.write_comparison(run.workdir, rows, said)
+    report.write_comparison(run.workdir, rows, said, right, leader="gen_af")
     if points:
         report.figure_pareto(
             run.workdir / "figures",
             points,
             label_clean="clean accuracy",
-            label_robust="accuracy, suite crafted again on the hardened encoder",
+            label_robust="accuracy, worst case over both suites",
         )
 
 
@@ -249,7 +284,7 @@ def happened(made: Mapping[str, Any]) -> list[str]:
 def _orders(run: Run, summary: Mapping[str, Any]) -> list[str]:
     """Whether the claimed order is found under attack, and whether clean accuracy has it too."""
     order = [name for name in run.config["compare"]["order"] if name in summary]
-    orders = {"robust_public": order, "robust_hardened": order}
+    orders = dict.fromkeys(("robust_public", "robust_hardened", "robust_worst"), order)
     orders["clean"] = [name for name in order if name != run.config["sweep"]["usual"]]
     return [
         report.ordering(summary, names, by=by, of=CLAIM)
@@ -264,7 +299,7 @@ def pareto_points(summary: Mapping[str, Mapping[str, Any]]) -> list[report.Point
         report.Point(
             name,
             found["clean"].mean,
-            found["robust_hardened"].mean,
+            found["robust_worst"].mean,
             found["cost_factor"].mean,
             found["verdict"] != NOT_TRUSTED,
         )

@@ -37,13 +37,15 @@ from robust_ssl.stages.scoring import (
     by_budget,
     file_name,
     identity,
+    outcomes,
     per_image_members,
     sample,
 )
 from robust_ssl.stages.training import stage_key
-from robust_ssl.trees import fingerprint
+from robust_ssl.trees import fingerprint, keep_arrays, kept_arrays
 from robust_ssl.types import Classifier
 
+OUTCOMES = "outcomes.npz"
 _THREATS = {"Linf": threats.Linf, "L2": threats.L2}
 _ENSEMBLES = {"standard": autoattack.standard, "rand": autoattack.rand}
 
@@ -239,7 +241,8 @@ def protocol(run: Run) -> StageDirectory:
     soon as it is done, so an interrupted stage goes on where it was.
 
     Returns:
-      The stage's directory.  ``leaderboard.json``, ``leaderboard.md``, ``leaderboard.csv`` and
+      The stage's directory, with ``outcomes.npz``: which images stayed right
+      (`scoring.outcomes`).  ``leaderboard.json``, ``leaderboard.md``, ``leaderboard.csv`` and
       ``attacks.csv`` are in the workdir.
     """
     config = run.config["protocol"]
@@ -253,11 +256,11 @@ def protocol(run: Run) -> StageDirectory:
         "test": run.test.fingerprint(),
     }
     with run.open("protocol", {"protocol": config}, inputs, collects=True) as stage:
-        if stage.done:
+        if stage.done and kept_arrays(stage.path / OUTCOMES) is not None:
             if not (run.workdir / "leaderboard.md").exists():
                 _write(run, stage.results["results"], stage.results["verdicts"])
             return stage
-        results, verdicts = [], {}
+        results, verdicts, found = [], {}, {}
         jobs = {n: _jobs(run, n, model, public, crafted[n]) for n, model in models.items()}
         total = sum(parts for some in jobs.values() for parts, _ in some)
         with run.progress.stage("protocol", total) as bar:
@@ -273,9 +276,17 @@ def protocol(run: Run) -> StageDirectory:
                     else {"verdict": "not examined", "checks": []}
                 )
                 results += [e for s in scored for e in s.entries(verdicts[name]["verdict"])]
+                found |= outcomes(scored)
         _write(run, results, verdicts)
+        if jax.process_index() == 0:
+            keep_arrays(stage.path / OUTCOMES, found)
         stage.finish(None, {"results": results, "verdicts": verdicts})
     return stage
+
+
+def read_outcomes(stage: StageDirectory) -> dict[str, np.ndarray]:
+    """Returns what `protocol` left in ``outcomes.npz``; see `scoring.outcomes`."""
+    return kept_arrays(stage.path / OUTCOMES) or {}
 
 
 def _crafted_again(run: Run, name: str, model: Classifier) -> StageDirectory | None:

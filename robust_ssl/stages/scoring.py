@@ -180,6 +180,26 @@ class Scored(NamedTuple):
         }
 
 
+def outcomes(scored: Iterable[Scored]) -> dict[str, np.ndarray]:
+    """Returns which images stayed right, for comparing models image by image.
+
+    Returns:
+      Bool arrays: ``"<model>, clean"``, all images of the split when nobody attacks, and by
+      `outcome_name` under the worst case of each group, over the images that it was scored on.
+    """
+    found = {}
+    for group, _, results, rows in scored:
+        found[outcome_name(group)] = results[evaluation.WORST].robust_correct
+        if rows is None:
+            found[f"{group.model}, clean"] = results[evaluation.WORST].clean_correct
+    return found
+
+
+def outcome_name(group: Group) -> str:
+    """Names the worst case of a group among `outcomes`."""
+    return ", ".join(map(str, group))
+
+
 def by_budget(
     found: Mapping[tuple[str, int, float], Any], results: Mapping[str, Mapping[str, Any]]
 ) -> dict[tuple[str, float], list[Member]]:

@@ -267,7 +267,7 @@ def _path_checks(climbs, probed, reported: np.ndarray) -> tuple[Check, ...]:
     return (
         strength.falling_steps(main["losses"]),
         strength.converged(main["losses"], still_right=correct["cross_entropy"] & reported),
-        strength.silent_hits(main["hit"], main["exact"]),
+        strength.silent_hits(main["hit"] & clean, main["exact"]),
         strength.twice_the_steps(reported, correct["twice"] & correct["cross_entropy"]),
         strength.iterative_not_weaker(reported, probed["one_step"] & clean),
         strength.objectives_agree(by_objective, first="reported"),

@@ -62,7 +62,8 @@ class Path:
 
     Attributes:
       last: Where it stands, ``[H, W, 3]``.
-      best: Where the objective was highest: what PGD returns, ``[H, W, 3]``.
+      best: Where the objective was highest, among misclassified points if there were any: what is
+        scored, ``[H, W, 3]``.
       best_value: The objective there.
       hit: Whether some point on the way was misclassified.
       losses: The objective at the start and after every step, ``[num_steps + 1]``.
@@ -76,7 +77,7 @@ class Path:
 
     def seen(self, number: jax.Array, reached: jax.Array, wrong: jax.Array) -> Path:
         """Returns the path with the point `last` taken into account."""
-        better = reached > self.best_value
+        better = (wrong & ~self.hit) | ((wrong == self.hit) & (reached > self.best_value))
         return self.replace(
             best=jnp.where(better, self.last, self.best),
             best_value=jnp.where(better, reached, self.best_value),

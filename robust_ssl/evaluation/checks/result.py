@@ -211,33 +211,6 @@ def status_at_most(value: float, limit: float, note: float | None = None) -> str
     return "note" if note is not None and value <= note else "failed"
 
 
-def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    r"""Returns by how much the first share exceeds the second, with its 95 % half-width.
-
-    Both are of the same images, so only those on which they disagree carry information:
-    with b images right in the first only and c in the second only, the difference is
-    :math:`(b - c) / n` and its half-width :math:`1.96 \sqrt{b + c} / n`.
-
-    Args:
-      first: Bool ``[n]``.
-      second: Bool ``[n]``, the same images.
-
-    Returns:
-      ``(difference, half_width)``, shares.
-
-    Example:
-      >>> yes, no = np.ones(4, bool), np.zeros(4, bool)
-      >>> difference(yes, no)
-      (1.0, 0.98)
-
-    References:
-      McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions", 1947.
-    """
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    more, less = int((first & ~second).sum()), int((second & ~first).sum())
-    return (more - less) / len(first), 1.96 * math.sqrt(more + less) / len(first)
-
-
 def status_of_difference(value: float, half_width: float, limit: float) -> str:
     """Returns ``"failed"`` where a difference is over its limit and no accident.
 

@@ -6,11 +6,10 @@ import numpy as np
 
 from robust_ssl.evaluation.checks.result import (
     Check,
-    difference,
     status_at_most,
     status_of_difference,
 )
-from robust_ssl.evaluation.counts import wilson_interval
+from robust_ssl.evaluation.counts import difference, wilson_interval
 
 
 def budget_kept(excess: np.ndarray, limit: float = 1e-5) -> Check:

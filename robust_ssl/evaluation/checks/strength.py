@@ -8,18 +8,20 @@ two (`result.difference`): on few images what may be an accident is a note.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import special
 
 from robust_ssl.evaluation.checks.result import (
     Check,
-    difference,
+    not_run,
     status_at_most,
     status_of_difference,
     status_of_gain,
 )
-from robust_ssl.evaluation.counts import wilson_interval
+from robust_ssl.evaluation.counts import difference
 
 _PINTOR = "Pintor et al. 2022"
 _CARLINI = "Carlini et al. 2019, Section 3"
@@ -38,9 +40,9 @@ def falling_steps(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> 
       'failed'
     """
     mean = np.mean(np.asarray(losses, np.float64), axis=0)
-    # A plateau in float32 trembles by its last digits; that is no step down.
-    tremble = 1e-6 * max(float(np.max(np.abs(mean))), 1e-12)
-    share = float(np.mean(np.diff(mean) < -tremble))
+    share = float(np.mean(np.diff(mean) < -_tremble(mean)))  # a tremble is no step down
+    if not np.isfinite(mean).all():
+        share = math.nan
     return Check(
         7,
         share,
@@ -53,6 +55,7 @@ def falling_steps(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> 
 
 
 FEW = 0.05  # of the images: what is left to gain by a longer attack
+ALPHA = 0.05  # how often a share at its limit may be called more than that
 
 
 def converged(
@@ -63,70 +66,98 @@ def converged(
 ) -> Check:
     """Check 8: the share of the whole rise that the last steps brought.
 
+    Whether the share is over its limit by more than the images' differences is asked with a
+    one-sided t-test of each image's late rise less `limit` times its whole rise: what may be chance
+    is a note.
+
     Args:
       losses: The objective along the path, float ``[n, num_steps + 1]``.
       limit: Largest share, of the best mean so far minus the start; from the prototype.
       window: How many steps are the last ones; at most half of them.
       still_right: The images that the attack has not broken, bool ``[n]``; only their loss says
-        whether more steps could lower the figure, and where they may be few (`FEW`) they could
-        not lower it much: a note at worst.  None is all of them.
+        whether more steps could lower the figure, and where they are at most `FEW` of all they
+        could not lower it much: a note at worst.  None is all of them.
 
     Example:
       >>> converged(np.array([[0.0, 4.0, 5.0]]), window=1).value
       0.2
       >>> converged(np.array([[0.0, 4.0, 5.0]]), still_right=np.array([False])).status
-      'passed'
+      'not run'
     """
     losses = np.asarray(losses, np.float64)
-    few = False
-    if still_right is not None:
-        few = wilson_interval(int(np.sum(still_right)), len(losses))[0] <= FEW
-    losses = losses if still_right is None else losses[np.asarray(still_right)]
-    if not len(losses):
-        losses = np.zeros((1, 2))  # nothing is left to break
-    best = np.maximum.accumulate(losses, axis=1).mean(axis=0)
-    window = min(window, (len(best) - 1) // 2)
-    rise = float(best[-1] - best[0])
-    share = float(best[-1] - best[-1 - window]) / rise if rise > 0 else 0.0
+    right = np.ones(len(losses), bool) if still_right is None else np.asarray(still_right, bool)
+    left = losses[right]
+    if not len(left):
+        return not_run([8], "no image is left that more steps could break")[0]
+    best = np.maximum.accumulate(left, axis=1)
+    window = min(window, (best.shape[1] - 1) // 2)
+    rise, late = best[:, -1] - best[:, 0], best[:, -1] - best[:, -1 - window]
+    share = float(late.sum() / rise.sum()) if rise.mean() > _tremble(best) else 0.0
+    if not np.isfinite(left).all():
+        share = math.nan
+    few = still_right is not None and right.mean() <= FEW
+    unsure = not math.isnan(share) and (few or not _positive(late - limit * rise))
     status = status_at_most(share, limit)
     return Check(
         8,
         share,
         limit,
-        "note" if status == "failed" and few else status,
-        "The attack was still rising when it ended: more steps would break more images.",
+        "note" if status == "failed" and unsure else status,
+        f"The loss was still rising at the end on what is left, {len(left)} images: more steps may "
+        "break more (see check 10).",
         "Double num_steps until the figure stands still.",
-        _PINTOR,
+        f"{_PINTOR}; limit of this package",
     )
+
+
+def _positive(values: np.ndarray) -> bool:
+    """Whether the mean is above zero by more than chance: one-sided t-test at `ALPHA`."""
+    n = len(values)
+    if n < 2:
+        return False
+    error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    if error <= 1e-12 * float(np.max(np.abs(values))):
+        return float(np.mean(values)) > 0
+    return float(special.stdtr(n - 1, -np.mean(values) / error)) <= ALPHA
+
+
+def _tremble(values: np.ndarray) -> float:
+    """What a plateau moves in float32 by its last digits."""
+    return 1e-6 * max(float(np.max(np.abs(values))), 1e-12)
 
 
 def silent_hits(hit: np.ndarray, correct: np.ndarray, limit: float = 0.01) -> Check:
     """Check 9: images misclassified on the way, whose returned point is classified correctly.
 
+    Each is an image that the attack has broken and the figure counts as right.  Whether there are
+    more of them than `limit` allows is asked with an exact binomial test: a few of few images are a
+    note.
+
     Args:
       hit: Whether some point on the path was misclassified, bool ``[n]``.
       correct: Whether the point that the attack returns is classified correctly, bool ``[n]``.
-      limit: Largest share; the point of the highest loss misses a few honest ones.  What is above
-        it by less than these few images can tell is a note.
+      limit: Largest share.
 
     Example:
-      >>> silent_hits(np.array([True, True]), np.array([True, False])).value
-      0.5
+      >>> silent_hits(np.array([True, True, True]), np.array([True, True, False])).status
+      'failed'
       >>> silent_hits(np.arange(65) < 1, np.ones(65, bool)).status
       'note'
     """
-    missed = np.asarray(hit) & np.asarray(correct)
-    share = float(np.mean(missed))
-    status = status_at_most(share, limit)
-    unsure = wilson_interval(int(np.sum(missed)), len(missed))[0] <= limit
+    missed = np.asarray(hit, bool) & np.asarray(correct, bool)
+    count, n = int(missed.sum()), len(missed)
+    if not n:
+        return not_run([9], "there is no image to attack")[0]
+    beyond = float(special.bdtrc(count - 1, n, limit)) <= ALPHA if count else False
+    status = status_at_most(count / n, limit)
     return Check(
         9,
-        share,
+        count / n,
         limit,
-        "note" if status == "failed" and unsure else status,
-        "The attack found adversarial images and gave back others.",
-        "Keep the best point, not the last (keep_best=True), or stop at the first hit.",
-        _PINTOR,
+        "note" if status == "failed" and not beyond else status,
+        f"The attack found adversarial images and gave back others, for {count} of {n}.",
+        "Return a misclassified point wherever one was seen, not the last or that of highest loss.",
+        f"{_PINTOR}; limit of this package",
     )
 
 
@@ -150,7 +181,7 @@ def twice_the_steps(once: np.ndarray, twice: np.ndarray, limit: float = 0.02) ->
         status_of_difference(value, half, limit),
         "More steps break more images, so the figure is the attack's, not the model's.",
         "Report what more steps, or APGD with restarts, leave.",
-        "Carlini et al. 2019, Section 4.6; Tramer et al. 2020",
+        "Carlini et al. 2019 (verify convergence); Tramer et al. 2020",
     )
 
 
