@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from robust_ssl.parallel import release_programs
 
@@ -38,3 +39,28 @@ def _doctest_names(doctest_namespace):
 def _bounded_memory_maps():
     yield
     release_programs()
+
+
+@pytest.fixture
+def compiled_programs():
+    """Turns the cache on disk off; a list of what was compiled since and not found in a cache."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before, compiled = {name: getattr(jax.config, name) for name in names}, []
+
+    def listener(event, **_):
+        if event == "/jax/compilation_cache/cache_misses":
+            compiled.append(event)
+
+    for name, value in zip(names, (None, 1, 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    jax.monitoring.register_event_listener(listener)
+    yield compiled
+    jax.monitoring.unregister_event_listener(listener)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -8,16 +8,19 @@ gather the small outputs that a loss compares across the batch (`gather`) and av
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,6 +66,36 @@ def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:
     if maps > most:
         jax.clear_caches()
     return maps > most
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Compiles what is alike once, however many steps, attacks or points of a sweep it is part of.
+
+    Where JAX's compilation cache is on (the command line turns it on), nothing is changed; else
+    there is one in a temporary directory until the block is left.
+    """
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    if before["jax_compilation_cache_dir"] or not jax.config.jax_enable_compilation_cache:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="robust_ssl_programs_") as directory:
+        try:
+            _configure(dict(zip(names, (directory, 0, -1), strict=True)))
+            yield
+        finally:
+            _configure(before)
+
+
+def _configure(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at its settings once
 
 
 def gather(tree: Any, axis_name: str | None) -> Any:

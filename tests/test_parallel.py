@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from robust_ssl import parallel
-from robust_ssl.parallel import METHODS, Parallel
+from robust_ssl.parallel import METHODS, Parallel, shared_programs
 
 LAYOUTS = [(devices, method) for method in METHODS for devices in (1, 2, 4)]
 WEIGHTS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)
@@ -205,3 +205,25 @@ def test_programs_are_dropped_only_when_they_hold_many_memory_maps():
     assert len(traced) == 1
     assert parallel.release_programs(most=0)
     assert double(3.0) == 6.0 and len(traced) == 2
+
+
+def test_what_is_alike_is_compiled_once_without_a_cache_on_disk(compiled_programs):
+    def programs():
+        for _ in range(2):  # two functions, of which JAX itself knows nothing in common
+            jax.jit(lambda x: jnp.sin(x) + 3)(jnp.ones(7)).block_until_ready()
+
+    with shared_programs():
+        assert jax.config.jax_compilation_cache_dir
+        programs()
+        first = compiled_programs.copy()
+        programs()
+    assert compiled_programs == first
+    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1
+
+
+def test_a_cache_on_disk_stays_the_one_in_use():
+    before = jax.config.jax_compilation_cache_dir
+    with shared_programs():
+        assert before and jax.config.jax_compilation_cache_dir == before
+    assert jax.config.jax_compilation_cache_dir == before

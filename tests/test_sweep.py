@@ -279,3 +279,20 @@ def test_wrong_usage_is_2(command, capsys, tmp_path):
     assert "quickstart.py has no config.sweep; see configs/compare.py" in said
     assert "Traceback" not in said
     assert not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.slow
+def test_points_that_differ_in_numbers_compile_nothing_more(compiled_programs, tmp_path):
+    """One point, and four in budget and weight: as many steps are compiled."""
+    grid = (
+        ("attack.epsilon", (0.02, 0.04)),
+        ("losses.adversarial_cross_entropy.1", (1.0, 2.0)),
+    )
+    found = []
+    for number in (1, 1, 2):  # what is compiled once in a process is so after the first
+        compiled_programs.clear()
+        made = config(tuple((path, options[:number]) for path, options in grid))
+        go(made, tmp_path / str(len(found)))
+        found.append(len(compiled_programs))
+    # Two reshapes are new; three more points whose steps are compiled anew would be three or more.
+    assert found[1] > 3 and found[2] - found[1] <= 2, found

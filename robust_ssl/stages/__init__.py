@@ -19,7 +19,7 @@ import jax
 
 from robust_ssl import checkpoints, data, report, settings
 from robust_ssl.conformance import resolve
-from robust_ssl.parallel import Parallel
+from robust_ssl.parallel import Parallel, shared_programs
 from robust_ssl.progress import Progress
 from robust_ssl.settings import describe
 from robust_ssl.stages import analyse as analyse_stage
@@ -91,10 +91,11 @@ def run(
     )
     check(whole)
     results = {}
-    for name in whole.config["stages"]:
-        stage = STAGES[name](whole)
-        results[name] = stage.results
-        _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
+    with shared_programs():
+        for name in whole.config["stages"]:
+            stage = STAGES[name](whole)
+            results[name] = stage.results
+            _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
     if jax.process_index() == 0:
         if "evaluate" in results:
             _print_table(whole)
