@@ -324,6 +324,8 @@ def _say_stopped(message: str) -> int:
 def _say_failed(error: Exception, is_usage: bool, debug: bool) -> int:
     kind = "" if is_usage else f"{type(error).__name__}: "
     print(f"robust-ssl: error: {kind}{error}", file=sys.stderr)
+    for note in () if is_usage else getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
     if not (is_usage or debug):
         print("add --debug to see where it came from", file=sys.stderr)
     return USAGE if is_usage else FAILED

@@ -27,7 +27,7 @@ from tiny_methods import (
 
 from robust_ssl import checkpoints, finetuning, models, stages, weights
 from robust_ssl.progress import Stopped
-from robust_ssl.stages import costs, fitting, methods, training
+from robust_ssl.stages import costs, fitting, methods, recipes, training
 from robust_ssl.trees import fingerprint
 
 LAYERS = {
@@ -106,8 +106,8 @@ def distance(left, right, part="params/encoder/"):
 def test_a_recipe_is_the_defaults_what_all_share_and_its_own():
     config = {"common": {"epochs": 5, "head": "linear"}, "methods": {"one": {"head": "mlp"}}}
     recipe = methods.complete(config, "one")
-    assert recipe == {**methods.DEFAULTS, "epochs": 5, "head": "mlp"}
-    assert methods.complete({"methods": {"one": {}}}, "one") == methods.DEFAULTS
+    assert recipe == {**recipes.DEFAULTS, "epochs": 5, "head": "mlp"}
+    assert methods.complete({"methods": {"one": {}}}, "one") == recipes.DEFAULTS
     assert "epochs" not in config["methods"]["one"]
 
 
@@ -127,9 +127,9 @@ def test_a_chain_has_each_recipe_once():
             "all": {"members": ("b", "c")},
         }
     }
-    chain = methods.chain(config, "all")
+    chain = recipes.chain(config, "all")
     assert chain[0] == "all" and sorted(chain) == ["a", "all", "b", "c"]
-    assert methods.scored(config) == ["a", "b", "all"]
+    assert recipes.scored(config) == ["a", "b", "all"]
 
 
 def without(name, entry):
@@ -166,7 +166,7 @@ def without(name, entry):
         ({"batch_size": 512}, "512"),
         ({**PGD_AT, "batch_statistics": "twins", "batch_size": 10}, "even number of images, got 5"),
         ({"prune": 1.5}, r"\[0, 1\)"),
-        ({"l2_sp": -1.0}, "L2-SP must be at least 0"),
+        ({"l2_sp": -1.0}, "l2_sp must be a number of at least 0, got -1.0"),
         ({"head": "mpl"}, "mpl"),
         ({"encoder": "simclr-of-dreams"}, "simclr-of-dreams"),
         ({"select": {**LAYERS, "top_k": 99}}, "99"),
@@ -174,7 +174,22 @@ def without(name, entry):
         ({"select": without(LAYERS, "images")}, "images"),
         ({"preprocess": {"function": "robust_ssl.models.preprocessing:JPG"}}, "JPEG"),
         ({**SMOOTH, "preprocess": {**SMOOTH["preprocess"], "sise": 3}}, "does not take that"),
-        ({"epochs": -1}, "epochs"),
+        ({"epochs": -1}, "epochs must be a whole number of at least 0, got -1"),
+        ({"epochs": 2.5}, "epochs must be a whole number of at least 0, got 2.5"),
+        ({"patience": 1.5}, "patience must be a whole number of at least 1, got 1.5"),
+        ({"decay": 2}, r"decay must be a number in \[0, 1\], got 2"),
+        ({"decay": 0.0}, "must be above 0"),
+        ({"weight_decay": "much"}, "weight_decay must be a number of at least 0, got 'much'"),
+        ({"tolerance": -1}, r"tolerance must be a number in \[0, 1\], got -1"),
+        ({"prune": "half"}, "prune must be a number of at least 0, got 'half'"),
+        ({"rates": "slow"}, "rates must be a mapping, got 'slow'"),
+        ({"losses": 3}, "losses must be a mapping, got 3"),
+        ({"losses": {"mine": (f"{LOSSES}clean_cross_entropy", "1")}}, "weight of the loss 'mine'"),
+        ({**PGD_AT, "attack": "pgd"}, "attack must be a mapping or None, got 'pgd'"),
+        ({**PGD_AT, "attack": {**PGD, "num_steps": 2.5}}, "attack.num_steps must be a whole"),
+        ({**PGD_AT, "attack": {**PGD, "step_size": -0.1}}, "attack.step_size must be a number"),
+        ({**PGD_AT, "attack": {**PGD, "step_size": 0}}, "must be above 0"),
+        ({**ON_ADVERSARIAL, "attack": {**POOL, "epsilon": 0.8}}, "ends at 0.5"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_the_first_step(tmp_path, recipe, says):

@@ -11,7 +11,7 @@ from tiny_methods import BROKEN, FROZEN, UNIVERSAL, go, manifest
 
 from robust_ssl import evaluation, main, progress, settings, stages
 from robust_ssl.progress import Stopped
-from robust_ssl.stages import fitting, methods, sweep, training
+from robust_ssl.stages import fitting, methods, recipes, sweep, training
 
 RECIPES = {"usual": FROZEN, "full": {}, "universal": UNIVERSAL}
 GRID = (("attack.epsilon", (0.02, 0.04, 7.0)),)
@@ -76,10 +76,10 @@ def test_a_path_leads_into_what_the_method_starts_from():
     assert name.startswith("universal ") and start["attack"]["epsilon"] == 0.02
     assert [recipe["start"] for recipe in found.values()] == [name, name] + 2 * ["universal"]
     whole = {**made, "methods": {**made["methods"], **starts, **found}}
-    assert methods.scored(whole) == [*made["methods"], *found]
+    assert recipes.scored(whole) == [*made["methods"], *found]
     point = next(iter(found))
     assert point == "second epsilon 0.02 weight_decay 0"
-    assert methods.chain(whole, point) == [point, name]
+    assert recipes.chain(whole, point) == [point, name]
 
 
 def test_a_start_that_is_swept_is_made_once(tmp_path):

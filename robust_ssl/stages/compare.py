@@ -16,6 +16,7 @@ from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.stages import costs, methods
 from robust_ssl.stages.attack import budgets, build_attacks, fit_option, is_noise
 from robust_ssl.stages.protocol import protocol, read_outcomes
+from robust_ssl.stages.recipes import chain, scored
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.scoring import Group, outcome_name
 
@@ -26,7 +27,7 @@ CLAIM = "Zhou et al. (IEEE S&P 2024)"
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError unless everything that a row has will be there."""
-    names = methods.scored(config)
+    names = scored(config)
     asked = [config["compare"]["reference"], *config["compare"]["order"]]
     missing = [name for name in asked if name not in names]
     if missing and set(asked) - set(missing):
@@ -73,7 +74,7 @@ def compare(run: Run) -> StageDirectory:
     config = run.config["compare"]
     board, made = protocol(run), methods.defend(run)
     seeds = run.config["defend"]["seeds"]
-    names, measured = methods.scored(run.config), {}
+    names, measured = scored(run.config), {}
     reference = config["reference"]
     # With the first seed that a recipe was made with, those first that the reference was made with.
     for seed in sorted(seeds, key=lambda seed: not _survived(made, reference, seed)):
@@ -208,9 +209,9 @@ def compared(run: Run) -> list[str]:
     """Says what was compared: the encoder, the data, the training and the attacks."""
     config, suite = run.config, run.config["attack"]
     train, validation = run.downstream
-    names = methods.scored(config)
+    names = scored(config)
     recipes = {name: methods.complete(config, name) for name in names}
-    recipes |= {o: methods.complete(config, o) for n in names for o in methods.chain(config, n)}
+    recipes |= {o: methods.complete(config, o) for n in names for o in chain(config, n)}
     trained = {name: recipe for name, recipe in recipes.items() if recipe["epochs"]}
     budgeted: dict[str, list[str]] = {}
     for name, recipe in trained.items():

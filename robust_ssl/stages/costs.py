@@ -7,6 +7,7 @@ from typing import Any
 
 from robust_ssl import data, finetuning
 from robust_ssl.stages import fitting, methods
+from robust_ssl.stages.recipes import chain
 from robust_ssl.stages.run import Run
 
 
@@ -16,7 +17,7 @@ def check(config: Mapping[str, Any], names: Sequence[str]) -> None:
     recipes = {
         other: methods.complete(config, other)
         for name in (*names, reference)
-        for other in methods.chain(config, name)
+        for other in chain(config, name)
     }
     trained = {n: r["batch_size"] for n, r in recipes.items() if r["epochs"] and not r["members"]}
     if reference not in trained:
@@ -56,7 +57,7 @@ def measure(run: Run, names: Sequence[str], seed: int, stage: str = "cost") -> d
     config = run.config["compare"]
     reference = config["reference"]
     names = list(dict.fromkeys(names))
-    chains = {name: methods.chain(run.config, name) for name in names}
+    chains = {name: chain(run.config, name) for name in names}
     everyone = list(dict.fromkeys(other for chain in chains.values() for other in chain))
     made = {name: methods.method(run, name, seed) for name in everyone}
     inputs = {name: stage.fingerprint for name, stage in made.items()}
@@ -101,7 +102,7 @@ def _own(run: Run, name: str, results: Mapping[str, Any], cost: finetuning.Cost 
 
 def total_cost(run: Run, name: str, seed: int) -> dict[str, float]:
     """Returns what a finished recipe took with all it starts from: seconds, gradients per image."""
-    made = [methods.method(run, other, seed) for other in methods.chain(run.config, name)]
+    made = [methods.method(run, other, seed) for other in chain(run.config, name)]
     return {
         "seconds": sum(
             one.manifest["seconds"] + one.results.get("selection_seconds", 0) for one in made

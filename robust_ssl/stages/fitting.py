@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import optax
 from flax import struct
 
 from robust_ssl import data, evaluation, finetuning, manifests, threats, weights
+from robust_ssl.attacks.perturbation import check_fits_grey
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.finetuning import UniversalPool
@@ -80,7 +81,8 @@ def build_attack(
         raise ValueError('the attack of training needs an "epsilon", for example 8/255')
     make = build_threat(options.pop("threat", None))
     threat = make(options.pop("epsilon"))
-    threats.check(threat, (run.encoder.image_size, run.encoder.image_size, 3))
+    shape = (run.encoder.image_size, run.encoder.image_size, 3)
+    threats.check(threat, shape)
     if "objective" in options:
         options["objective"] = resolve(options["objective"])
     if "source" in getattr(function, "__dataclass_fields__", {}):
@@ -89,6 +91,8 @@ def build_attack(
         attack = function(threat, **options)
     except TypeError as error:
         raise ValueError(f"{function.__name__} does not take that: {error}") from error
+    if isinstance(attack, UniversalPool):
+        check_fits_grey(threat, shape)
     # A whole number among the leaves would be an integer, and another program than a fraction.
     return jax.tree.map(lambda leaf: float(leaf) if isinstance(leaf, int) else leaf, attack)
 
@@ -250,14 +254,14 @@ def fit(
             epochs=config["epochs"],
             parallel=run.parallel,
             progress=run.progress,
-            **_judged(run, classifier, attack, against, best, config.get("patience")),
+            **_judged(run, stage, classifier, attack, against, best, config.get("patience")),
         )
         variables = without_attack((found or state).variables)
         variables, extra = afterwards(variables) if afterwards else (variables, {})
         results = {
             **(known or {}),
             **_told(state, found, epoch, gradients_per_epoch(attack, step.passes)),
-            "catastrophic_overfitting": overfitted(stage, len(validation)),
+            "catastrophic_overfitting": overfitted(stage.metrics(), len(validation)),
             **extra,
         }
         keep_classifier(run, stage, classifier.with_variables(variables), results, encoder)
@@ -265,13 +269,21 @@ def fit(
     return stage
 
 
-def _judged(run: Run, classifier: Classifier, attack, against, best, patience) -> dict[str, Any]:
+def _judged(
+    run: Run, stage, classifier: Classifier, attack, against, best, patience
+) -> dict[str, Any]:
     """How `train` finds the best epoch; nothing where the last one is taken."""
     best = best or ("clean" if attack is None else "robust")
     if best == "last":
         return {}
+
+    def at_epoch_end(_, variables: Variables) -> dict[str, float]:
+        measured = validate(run, classifier, attack, against, variables)
+        overfitted([*stage.metrics(), measured], len(run.downstream[1]), stage.path.name)
+        return measured
+
     return {
-        "at_epoch_end": lambda _, now: validate(run, classifier, attack, against, now),
+        "at_epoch_end": at_epoch_end,
         "score": f"validation_{best}_accuracy",
         "patience": patience,
     }
@@ -328,7 +340,7 @@ def validate(
         strongest = {f"member{i}": m for i, m in enumerate(attack.members(deltas))}
     else:
         strongest = dict(against or {"attack": attack}) if attack is not None else {}
-        if attack is not None and against and getattr(attack, "num_steps", 0) == 1:
+        if against and _takes_one_step(attack):
             one_step = {"one step": attack}
     results = evaluation.score(
         template.with_variables(without_attack(variables)),
@@ -346,22 +358,36 @@ def validate(
     return metrics
 
 
+def _takes_one_step(attack: Any) -> bool:
+    """Whether it is an attack on single images with one gradient: these overfit to themselves."""
+    gradients = getattr(attack, "gradient_evaluations", 0)
+    return gradients == 1 and not isinstance(attack, finetuning.Adversary)
+
+
 def scoring_batch_size(run: Run) -> int:
     """Returns how many images are scored at a time: of the stage that the config has."""
     of = next(name for name in ("evaluate", "defend") if name in run.config)
     return run.config[of]["batch_size"]
 
 
-def overfitted(stage: StageDirectory, images: int) -> int | None:
-    """Returns the epoch of catastrophic overfitting, and warns of it; None where there is none."""
+def overfitted(
+    lines: Iterable[Mapping[str, float]], images: int, name: str | None = None
+) -> int | None:
+    """Returns the epoch of catastrophic overfitting; None where there is none.
+
+    Args:
+      lines: Of ``metrics.jsonl``, in order.
+      images: How many validation images there are.
+      name: Of the stage, to warn of it at the epoch where it happens.
+    """
     history = [
         (line["validation_one_step_accuracy"], line["validation_robust_accuracy"])
-        for line in stage.metrics()
+        for line in lines
         if "validation_one_step_accuracy" in line
     ]
     epoch = finetuning.overfitting_epoch(history, images=images) if history else None
-    if epoch is not None:
-        _log.warning("%s: %s", stage.path.name, finetuning.overfitting_warning(history, epoch))
+    if name and epoch == len(history) > 0:
+        _log.warning("%s: %s", name, finetuning.overfitting_warning(history, epoch))
     return epoch
 
 

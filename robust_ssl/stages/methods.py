@@ -8,13 +8,13 @@ its own, so what differs between two of them is what their recipes say.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
 
 from robust_ssl import data, finetuning, models
 from robust_ssl.checkpoints import StageDirectory
@@ -22,103 +22,23 @@ from robust_ssl.conformance import resolve
 from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready
 from robust_ssl.stages import finetune, fitting
 from robust_ssl.stages.attack import function_of
+from robust_ssl.stages.recipes import (
+    SELECT,
+    check_chain,
+    check_values,
+    complete,
+    made_from,
+)
 from robust_ssl.stages.run import Run, check_names, check_seeds, load_or_import
 from robust_ssl.trees import digest, fingerprint
 from robust_ssl.types import Classifier, Encoder
 
 _log = logging.getLogger(__name__)
 
-CLEAN = {"clean_cross_entropy": ("robust_ssl.losses:clean_cross_entropy", 1.0)}
-
-# What a recipe need not say.
-DEFAULTS: dict[str, Any] = {
-    "start": None,  # another recipe's name; None: the public encoder and a fresh head
-    "encoder": None,  # another public encoder, a path or a shipped one's name
-    "head": "mlp",
-    "preprocess": None,  # {"function": ..., **options}: what happens to pixels first
-    "members": (),  # names of recipes: an ensemble, nothing is trained
-    "prune": 0.0,  # share of the encoder's kernel weights set to zero before training
-    "epochs": 0,  # 0: nothing is trained
-    "batch_size": 128,
-    "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
-    "select": None,  # options of layer sensitivity: only robust-redundant layers move
-    "losses": CLEAN,
-    "adv_ratio": None,  # r: clean cross-entropy weighs 1 - r, adversarial r, beside the losses
-    "attack": None,
-    "batch_statistics": "clean",
-    "augment": "",
-    "compare_with_pretrained": False,
-    "weight_decay": 8e-4,
-    "decay": 0.96,
-    "l2_sp": 0.0,  # weight of the distance to the start
-    "patience": None,  # epochs without a better one after which training stops
-    "best": None,  # "clean", "robust" or "last"; None: robust where there is an attack
-    "tolerance": None,  # of the interpolation guard towards the start
-    "scored": True,  # whether it is a method, not only another one's start
-}
-
-# What layer sensitivity must be told (`finetune.measure_sensitivity`), and the chosen layers' rate.
-SELECT = ("images", "num_steps", "learning_rate", "radius", "top_k", "top_k_fraction", "rate")
-
-
-def complete(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns a recipe of ``config.methods`` with what it does not say.
-
-    Args:
-      config: The run's; ``config.common`` is what all recipes share, and is overridden by each.
-      name: Of the recipe.
-
-    Raises:
-      ValueError: If there is no such recipe, or it has an entry that means nothing.
-
-    Example:
-      >>> config = {"common": {"epochs": 5}, "methods": {"probe": {"head": "linear"}}}
-      >>> recipe = complete(config, "probe")
-      >>> recipe["epochs"], recipe["head"], recipe["attack"]
-      (5, 'linear', None)
-    """
-    methods = config["methods"]
-    if name not in methods:
-        near = difflib.get_close_matches(name, methods, n=3) or sorted(methods)
-        raise ValueError(f"config.methods has no {name!r}; near names: {', '.join(near)}")
-    given = {**config.get("common", {}), **methods[name]}
-    unknown = sorted(set(given) - set(DEFAULTS))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], DEFAULTS, n=3) or sorted(DEFAULTS)
-        raise ValueError(
-            f"the recipe {name!r} has an entry {unknown[0]!r} that means nothing; near names: "
-            f"{', '.join(near)}"
-        )
-    ignored = sorted({"head", "encoder"} & set(methods[name])) if methods[name].get("start") else ()
-    if ignored:
-        raise ValueError(
-            f"the recipe {name!r} has both a start and {ignored[0]!r}, which its start decides; "
-            "give one"
-        )
-    recipe = {**DEFAULTS, **given}
-    if recipe["adv_ratio"] is not None:
-        mixed = _mixed(name, recipe["adv_ratio"])
-        recipe["losses"] = {
-            loss: entry for loss, entry in {**recipe["losses"], **mixed}.items() if entry[1]
-        }
-    return recipe
-
-
-def _mixed(name: str, adv_ratio: float) -> dict[str, tuple[str, float]]:
-    if not 0 <= adv_ratio <= 1:
-        raise ValueError(f"the recipe {name!r}: adv_ratio must be in [0, 1], got {adv_ratio}")
-    weights = {"clean_cross_entropy": 1 - adv_ratio, "adversarial_cross_entropy": adv_ratio}
-    return {loss: (f"robust_ssl.losses:{loss}", weight) for loss, weight in weights.items()}
-
 
 def _kept(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A recipe as its directory keeps it: whether it is scored has no part in what is made."""
     return {key: value for key, value in complete(config, name).items() if key != "scored"}
-
-
-def scored(config: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the recipes that are methods, in order."""
-    return [name for name in config["methods"] if complete(config, name)["scored"]]
 
 
 def model_name(name: str, seed: int) -> str:
@@ -160,11 +80,11 @@ def check_one(run: Run, name: str) -> None:
     """Raises ValueError, with the recipe's name, unless it can be made."""
     try:
         recipe = complete(run.config, name)
+        check_values(recipe)
         check_chain(run.config, name)
         classifier = untrained(run, name)
         if not recipe["epochs"] or recipe["members"]:
             return
-        _check_epochs(recipe)
         if recipe["select"] is not None:
             _check_select(run, recipe["select"])
             found = dict.fromkeys(finetuning.kernels(classifier.variables["params"]), 0.0)
@@ -184,7 +104,7 @@ def check_one(run: Run, name: str) -> None:
         )
         part = recipe["batch_size"] // len(run.parallel.devices)
         jax.eval_shape(step.function, state, _shapes(part, classifier.image_size), step.settings)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         error.add_note(f"in config.methods.{name}")
         raise
 
@@ -197,22 +117,6 @@ def _shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _check_epochs(recipe: Mapping[str, Any]) -> None:
-    """How many epochs there are, and which of them is kept."""
-    best, patience = recipe["best"], recipe["patience"]
-    if recipe["epochs"] < 0:
-        raise ValueError(f"epochs must be at least 0, got {recipe['epochs']}")
-    if best not in (None, "clean", "robust", "last"):
-        raise ValueError(f'best must be "clean", "robust" or "last", got {best!r}')
-    if best == "robust" and recipe["attack"] is None:
-        raise ValueError('best="robust" needs an attack: without one only "clean" is validated')
-    if patience is not None and (patience < 1 or best == "last"):
-        raise ValueError(
-            f"patience={patience} with best={best!r}: stopping early needs a patience of at least "
-            "1 epoch and a validated epoch to judge by"
-        )
-
-
 def _check_select(run: Run, options: Mapping[str, Any]) -> None:
     """What layer sensitivity is measured with."""
     if set(options) != set(SELECT):
@@ -223,19 +127,6 @@ def _check_select(run: Run, options: Mapping[str, Any]) -> None:
             f"select.images is {options['images']} and there are {images} validation images; at "
             f"least one per device ({devices}) is needed"
         )
-
-
-def check_chain(config: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError if a recipe starts, over others, from itself."""
-    path = [name]
-    waiting = [(name, path)]
-    while waiting:
-        name, path = waiting.pop()
-        recipe = complete(config, name)
-        for other in made_from(recipe):
-            if other in path:
-                raise ValueError(f"recipes start from each other: {' <- '.join([*path, other])}")
-            waiting.append((other, [*path, other]))
 
 
 def untrained(run: Run, name: str, seed: int = 0) -> Classifier:
@@ -368,22 +259,6 @@ def load_method(run: Run, name: str, seed: int) -> Classifier:
     return template.with_variables(made.load_final(template.variables))
 
 
-def made_from(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the names of the recipes that one needs first: its members, or its start."""
-    return (*recipe["members"], *filter(None, [recipe["start"]]))
-
-
-def chain(config: Mapping[str, Any], name: str) -> list[str]:
-    """Returns a recipe with all that it starts from, each once."""
-    needed, waiting = [], [name]
-    while waiting:
-        other = waiting.pop()
-        if other not in needed:
-            needed.append(other)
-            waiting += made_from(complete(config, other))
-    return needed
-
-
 def defend(run: Run) -> StageDirectory:
     """Makes every recipe with every seed; one that fails is reported, and the others go on.
 
@@ -437,6 +312,6 @@ def make(run: Run, name: str, seed: int, made: dict[str, Any], failed: dict[str,
         made[stage] = method(run, name, seed).results
     except (ConfigChangedError, WorkdirError):
         raise
-    except (FloatingPointError, ValueError, TypeError) as error:
+    except (FloatingPointError, ValueError, TypeError, KeyError, JaxRuntimeError) as error:
         failed[stage] = str(error)
         _log.error("%s failed, the others go on: %s", stage, error)

@@ -19,7 +19,7 @@ from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import PerImage
 from robust_ssl.parallel import release_programs
-from robust_ssl.stages import methods
+from robust_ssl.stages import methods, recipes
 from robust_ssl.stages.attack import (
     attack,
     build_attacks,
@@ -82,11 +82,11 @@ def load_classifiers(run: Run, *, made: bool = True) -> dict[str, Classifier]:
 def _recipes(run: Run, made: bool) -> dict[str, Classifier]:
     """The classifiers of the recipes, which are methods of this run, with every seed."""
     if not made:
-        return {name: methods.untrained(run, name) for name in methods.scored(run.config)}
+        return {name: methods.untrained(run, name) for name in recipes.scored(run.config)}
     failed = methods.defend(run).results["failed"]
     return {
         methods.model_name(name, seed): methods.load_method(run, name, seed)
-        for name in methods.scored(run.config)
+        for name in recipes.scored(run.config)
         for seed in run.config["defend"]["seeds"]
         if methods.directory(name, seed) not in failed
     }

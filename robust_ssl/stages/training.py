@@ -232,14 +232,16 @@ def _raise_if_stuck(
     try:
         raise_if_stuck(state)
     except FloatingPointError as error:
-        where = f"the last good state is kept in {stage.checkpoints / str(done)}"
+        stuck = FloatingPointError(
+            f"{error}; the last good state is kept in {stage.checkpoints / str(done)}"
+        )
         if done < total:  # who goes on from it has the full limit again
-            where += ", from which the same command goes on with the batches that follow"
+            stuck.add_note("the same command goes on from there with the batches that follow")
             none = parallel.replicate(jnp.zeros((), jnp.int32))
             state = state.replace(counters={**state.counters, "skipped_in_a_row": none})
         stage.save(done, {**kept, "state": state})
         stage.wait()
-        raise FloatingPointError(f"{error}; {where}") from None
+        raise stuck from None
 
 
 def _write(stage: StageDirectory, unwritten: list) -> None:
