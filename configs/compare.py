@@ -6,7 +6,8 @@ r"""Every baseline and every defence by one protocol: one table, one trade-off p
 Arguments: ``encoder``, ``surrogate`` and ``downstream`` as in ``gen_af.py``; ``epochs``,
 ``train_limit`` and ``test_limit`` (0 takes all); ``scale``: ``research`` has the published numbers
 of steps, ``small`` is for a CPU; ``methods``: a part of them, as ``methods=usual+trades+universal``
-(what they start from comes with them).
+(what they start from comes with them); ``band``: where `universal_band` has its perturbations, in
+cycles per pixel: the worst band of the page that ``configs/analyse.py`` leaves for your encoder.
 
 Time and figure: on two CPU cores at ``scale=small``, five epochs of 2,700 CIFAR-10 images and 1,000
 test images, all recipes take half an hour to make, each some two minutes to score, all together
@@ -28,6 +29,8 @@ ARGUMENTS = {
     "test_limit": 0,
     "scale": "research",
     "methods": "",
+    # Where single frequencies hurt most and AdvEncoder has half of its energy (docs/attacks.md).
+    "band": "0.125-0.1875",
 }
 
 LOSS, ATTACK = "robust_ssl.losses:", "robust_ssl.attacks:"
@@ -70,9 +73,6 @@ LAYERS = {
 BAND = {
     "function": "robust_ssl.threats:Band",
     "threat": {"function": "robust_ssl.threats:Linf"},
-    # Where single frequencies hurt most and AdvEncoder has half of its energy (docs/attacks.md).
-    "low": 0.125,
-    "high": 0.1875,
 }
 
 
@@ -141,7 +141,18 @@ def baselines(epochs: int) -> dict:
     }
 
 
-def defences() -> dict:
+def band(edges: str) -> dict:
+    """Returns the threat of a band, ``LOW-HIGH`` in cycles per pixel."""
+    try:
+        low, high = (float(edge) for edge in edges.split("-"))
+    except ValueError:
+        raise ValueError(
+            f"band must be LOW-HIGH in cycles per pixel, for example 0.125-0.1875, got {edges!r}"
+        ) from None
+    return {**BAND, "low": low, "high": high}
+
+
+def defences(edges: str) -> dict:
     """Returns Gen-AF, as here and as released, and the defences of this project, by name."""
     regularization = f"{LOSS}genetic_regularization"
     shallow = {
@@ -188,7 +199,7 @@ def defences() -> dict:
             "best": "last",
         },
         "universal": pool(),
-        "universal_band": pool(threat=BAND),
+        "universal_band": pool(threat=band(edges)),
         "universal_shallow": {
             **pool(),
             "losses": {
@@ -277,7 +288,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         "batch_size": 64,
     }
     config.common = {"epochs": given["epochs"], "batch_size": given["batch_size"]}
-    recipes = {**baselines(given["epochs"]), **defences()}
+    recipes = {**baselines(given["epochs"]), **defences(given["band"])}
     config.methods = only(recipes, given["methods"])
     config.defend = {
         "seeds": (0,) if small else (0, 1, 2),

@@ -1,7 +1,9 @@
 """Every config that ships builds, names what exists, and says at its top how to run it."""
 
 import ast
+import os
 import pathlib
+import subprocess
 
 import jax
 import pytest
@@ -37,6 +39,13 @@ def test_a_config_names_what_exists(name):
     described = settings.describe(load(name))
     assert "NOT FOUND" not in described
     assert set(load(name)["stages"]) <= set(stages.STAGES)
+
+
+def test_the_band_of_a_defence_is_an_argument():
+    band = load("compare.py:band=0.25-0.5")["methods"]["universal_band"]["attack"]["threat"]
+    assert (band["low"], band["high"]) == (0.25, 0.5)
+    with pytest.raises(settings.SettingsError, match="band must be LOW-HIGH in cycles per pixel"):
+        load("compare.py:band=wide")
 
 
 FINE_TUNING = [name for name in FILES if name not in ("pretrain.py", "evaluate.py", "compare.py")]
@@ -137,3 +146,23 @@ def test_the_pretraining_config_builds_every_method_and_its_optimiser(name, scal
 def test_a_method_that_is_not_there_is_told_with_those_that_are():
     with pytest.raises(settings.SettingsError, match=r"method='simclrr' is none of simclr"):
         load("pretrain.py:method=simclrr")
+
+
+CLUSTERS = CONFIGS.parent / "docs" / "clusters"
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "tpu-pod.sh"])
+def test_a_cluster_script_is_one(name):
+    subprocess.run(["bash", "-n", CLUSTERS / name], check=True)
+
+
+@pytest.mark.parametrize(("hosts", "status"), [((0, 0), 0), ((0, 1), 1), ((), 1)])
+def test_a_pod_has_succeeded_when_every_host_has(tmp_path, hosts, status):
+    """The last lines of the script, with a `gcloud` that only says how each host ended."""
+    told = "\n".join(f"ended with {code}" for code in hosts)
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f"#!/bin/sh\ncat <<'END'\n{told}\nEND\n")
+    gcloud.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", CLUSTERS / "tpu-pod.sh"], cwd=tmp_path, env=path, check=False)
+    assert done.returncode == status

@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from robust_ssl.report.pareto import Point, _placed, advice, area_under_front, figure_pareto, front
+from robust_ssl.report.advice import advice
+from robust_ssl.report.pareto import Point, _placed, area_under_front, figure_pareto, front
 
 
 def random_points(seed, n=12, steps=8):
@@ -104,6 +105,14 @@ def test_advice_counts_cost_from_the_reference_whatever_the_usual_point_costs():
     cheap = [USUAL._replace(cost=0.25), Point("a", 0.9, 0.5, 1.9), Point("b", 0.9, 0.6, 2.1)]
     said = advice(cheap, usual="plain")
     assert "take a: " in said and said.endswith("cost 1.9x.")
+
+
+def test_advice_says_where_a_gain_may_be_chance():
+    few = [USUAL._replace(images=100), Point("a", 0.9, 0.15, 1.0, images=100)]
+    assert advice(few, usual="plain").endswith("On so few images that gain may be chance.")
+    many = [point._replace(images=10_000) for point in few]
+    assert "chance" not in advice(many, usual="plain")
+    assert "chance" not in advice([USUAL, few[1]], usual="plain")  # not known
 
 
 def test_what_is_not_trusted_has_no_part():

@@ -136,7 +136,8 @@ def test_a_recipe_is_the_same_on_one_device_and_on_four(name):
 
 
 # What differs between layouts: statistics of the batch and pairs of images (Gen-AF), perturbations
-# in the state (universal), halves of a batch (TWINS).
+# in the state (universal, FreeAT), halves of a batch (TWINS), what an optimiser holds or pulls to,
+# features of the public encoder, bands.
 @pytest.mark.parametrize(
     ("name", "method", "devices"),
     [
@@ -144,6 +145,12 @@ def test_a_recipe_is_the_same_on_one_device_and_on_four(name):
         ("gen_af_stage1", "shard_map", 4),
         ("universal_shallow", "jit", 4),
         ("twins", "shard_map", 2),
+        ("free_at", "pmap", 2),
+        ("l2_sp", "shard_map", 4),
+        ("pruned", "pmap", 2),
+        ("fare_encoder", "shard_map", 2),
+        ("universal_band", "pmap", 2),
+        ("warm_fgsm", "shard_map", 4),
     ],
 )
 def test_a_recipe_is_the_same_on_any_layout(name, method, devices):

@@ -40,4 +40,6 @@ run() {
 setup && check || exit 1
 # 75: stopped and resumable.  A slice that was taken away must be created again first.
 while run; grep --quiet '^ended with 75' run.txt; do sleep 60; done
+# A host that was lost says nothing, and that is no success either.
+grep --quiet '^ended with' run.txt || exit 1
 ! grep '^ended with' run.txt | grep --quiet --invert-match 'with 0$'

@@ -1,5 +1,6 @@
 """What a run leaves for people and for programs: tables, figures, `report.md`, `results.json`."""
 
+from robust_ssl.report.advice import advice
 from robust_ssl.report.comparison import ordering, summarise, write_comparison
 from robust_ssl.report.figures import (
     figure_epsilon,
@@ -9,7 +10,7 @@ from robust_ssl.report.figures import (
 )
 from robust_ssl.report.leaderboard import write_leaderboard
 from robust_ssl.report.page import write_report
-from robust_ssl.report.pareto import Point, advice, area_under_front, figure_pareto, front
+from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front
 from robust_ssl.report.results import (
     check_results,
     read_results,

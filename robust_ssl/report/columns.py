@@ -58,7 +58,8 @@ COSTS = {
         "x",
         "time of the training steps, of all that a method starts from too, relative to usual "
         "fine-tuning of all layers; steps of all methods timed in turn; choosing layers counts by "
-        "its gradients, at what one in that reference's step takes",
+        "its gradients, at what one in that reference's step takes; validation and the "
+        "interpolation guard do not count",
     ),
     "gradients": Column(
         "grads",

@@ -34,6 +34,7 @@ class Point(NamedTuple):
       cost: Training time, relative to usual fine-tuning of all layers; above 0.
       trusted: Whether its figures under attack can be believed; it has no part in the front, the
         area and the advice otherwise.
+      images: On how many images the accuracies were measured; 0 is not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Point(NamedTuple):
     robust: float
     cost: float
     trusted: bool = True
+    images: int = 0
 
 
 def front(points: Iterable[Point]) -> list[Point]:
@@ -64,7 +66,7 @@ def front(points: Iterable[Point]) -> list[Point]:
     """
     kept: list[Point] = []
     best = -1.0
-    trusted = [point for point in _checked(points) if point.trusted]
+    trusted = [point for point in checked_points(points) if point.trusted]
     for point in sorted(trusted, key=lambda p: (-p.clean, -p.robust, p.cost)):
         if point.robust > best:
             kept.append(point)
@@ -72,7 +74,8 @@ def front(points: Iterable[Point]) -> list[Point]:
     return kept[::-1]
 
 
-def _checked(points: Iterable[Point]) -> list[Point]:
+def checked_points(points: Iterable[Point]) -> list[Point]:
+    """Returns the points as a list; raises ValueError if one is none, as `front` says."""
     points = list(points)
     for point in points:
         shares_fit = 0 <= point.clean <= 1 and 0 <= point.robust <= 1  # a NaN does not
@@ -117,81 +120,8 @@ def area_under_front(points: Iterable[Point]) -> float:
     return float(sum((p.clean - left) * p.robust for p, left in zip(best, lefts, strict=False)))
 
 
-def advice(
-    points: Iterable[Point], *, usual: str, max_clean_loss: float = 0.02, max_cost: float = 2.0
-) -> str:
-    """Says what to take if little clean accuracy and little time may be given.
-
-    Args:
-      points: All that there is to choose from, `usual` among them.
-      usual: Name of the point that loss and gain are counted from.
-      max_clean_loss: Clean accuracy that may be lost, a share.
-      max_cost: Training time that may be taken, as a point's `cost`.
-
-    Returns:
-      One sentence: the most robust point within both limits, or that none in them is more robust
-      than `usual`, and what the most robust of all would take.  What is not trusted is not taken,
-      and where `usual` is not, another sentence says that no gain is counted from it.
-
-    Raises:
-      ValueError: As `front`, or if there is no point `usual`.
-
-    Example:
-      >>> points = [Point("plain", 0.9, 0.1, 1.0), Point("secure", 0.89, 0.5, 1.5)]
-      >>> print(advice(points, usual="plain"))
-      For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning of all
-      layers, take secure: 50.0 % robust (40.0 points more than plain), clean 89.0 % (1.0 points
-      less than plain), cost 1.5x.
-    """
-    points = _checked(points)
-    base = next((point for point in points if point.name == usual), None)
-    if base is None:
-        names = ", ".join(point.name for point in points)
-        raise ValueError(f"no point is called {usual!r}, which others are held against: {names}")
-    limits = (
-        f"For at most {100 * max_clean_loss:g} points of clean accuracy and {max_cost:g}x the "
-        "training time of usual fine-tuning of all layers, "
-    )
-    called, held, mark = method_name(usual), "is trusted", ""
-    if base.trusted:
-        held = f"is more robust than {called} ({_percent(base.robust)} %)"
-    else:
-        mark = f" {called} is NOT TRUSTED under attack: only its clean accuracy is used."
-    least = base.robust if base.trusted else -1.0
-    better = [point for point in points if point.trusted and point.robust > least]
-    if not better:
-        return f"{limits}no point helps: none {held}.{mark}"
-    slack = 1e-9  # 0.9 - 0.88 is a little more than 0.02
-    within = [
-        point
-        for point in better
-        if base.clean - point.clean <= max_clean_loss + slack and point.cost <= max_cost + slack
-    ]
-    chosen = max(within or better, key=lambda p: (p.robust, p.clean, -p.cost))
-    taken = f"{method_name(chosen.name)}: {_told(chosen, base)}.{mark}"
-    if within:
-        return f"{limits}take {taken}"
-    return f"{limits}no point {held}; the most robust at any price is {taken}"
-
-
-def _told(point: Point, base: Point) -> str:
-    called = method_name(base.name)
-    gain = _percent(point.robust) - _percent(base.robust)
-    more = f" ({gain:.1f} points more than {called})" if base.trusted else ""
-    lost = _percent(base.clean) - _percent(point.clean)
-    return (
-        f"{_percent(point.robust)} % robust{more}, clean {_percent(point.clean)} % "
-        f"({abs(lost):.1f} points {'less' if lost > 0 else 'more'} than {called}), cost "
-        f"{point.cost:.1f}x"
-    )
-
-
 def _called(point: Point) -> str:
     return method_name(point.name) + ("" if point.trusted else " NOT TRUSTED")
-
-
-def _percent(share: float) -> float:
-    return round(100 * share, 1)  # as it is shown, so that differences agree with the text
 
 
 @styled
@@ -221,7 +151,7 @@ def figure_pareto(
     Raises:
       ValueError: As `front`, or if there is no point.
     """
-    points = _checked(points)
+    points = checked_points(points)
     if not points:
         raise ValueError("there is no point to draw")
     best = front(points)
@@ -255,7 +185,7 @@ def figure_pareto(
         for number, point in enumerate(named, 1)
     ]
     _write_names(figure, axis, labels, [_ink(point, best) for point in named], marks, corners)
-    numbers = [(*point[:-1], int(point.trusted), int(point in best)) for point in points]
+    numbers = [(*p._replace(trusted=int(p.trusted)), int(p in best)) for p in points]
     header = (*Point._fields, "on_front")
     return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
 

@@ -303,6 +303,7 @@ def pareto_points(summary: Mapping[str, Mapping[str, Any]]) -> list[report.Point
             found["robust_worst"].mean,
             found["cost_factor"].mean,
             found["verdict"] != NOT_TRUSTED,
+            found["images"],
         )
         for name, found in summary.items()
         if found["cost_factor"].mean

@@ -173,8 +173,11 @@ def _write(run: Run, results: Mapping[str, Any]) -> None:
     if jax.process_index():
         return
     config, rows = run.config["sweep"], results["rows"]
+    images = len(run.downstream[1])
     found = [
-        report.Point(r["point"], r["clean"], r["robust"], r["cost"]) for r in rows if r["cost"]
+        report.Point(r["point"], r["clean"], r["robust"], r["cost"], images=images)
+        for r in rows
+        if r["cost"]
     ]
     usual, limits = config["usual"], {k: config[k] for k in ("max_clean_loss", "max_cost")}
     said = []
@@ -182,8 +185,9 @@ def _write(run: Run, results: Mapping[str, Any]) -> None:
         said.append(report.advice(found, usual=usual, **limits))
     said += [f"{name} is left out: {why}" for name, why in results["failed"].items()]
     said += [
-        f"Accuracies on {len(run.downstream[1])} validation images; robust: the worst case per "
-        "image over the universal attacks crafted on the public encoder.",
+        f"Accuracies on {images} validation images; robust: the worst case per "
+        "image over the universal attacks crafted on the public encoder.  Nobody attacked the "
+        "points themselves: choose by this, and believe the comparison.",
         _table(rows),
     ]
     manifests.write_atomically(run.workdir / "sweep.csv", leaderboard.csv_text(rows))
