@@ -197,6 +197,9 @@ def test_autoattack_and_the_verdict(tmp_path):
     assert {entry["verdict"] for entry in turns} == {found["verdict"]}
     assert {c["number"] for c in found["checks"]} == set(range(1, 28))
     assert "images" in found["examined"]
+    # Its encoder is the public one, so what was crafted again is what was crafted: not a bit less.
+    [again] = [check for check in found["checks"] if check["number"] == 25]
+    assert (again["value"], again["status"]) == (0.0, "passed")
 
 
 def test_other_statics_are_another_model():
