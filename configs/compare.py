@@ -11,7 +11,7 @@ cycles per pixel: the worst band of the page that ``configs/analyse.py`` leaves 
 
 Time and figure: on two CPU cores at ``scale=small``, five epochs of 2,700 CIFAR-10 images and 1,000
 test images, all recipes take half an hour to make, each some two minutes to score, all together
-some ten minutes to time; docs/defences.md has the table and the picture of twenty of them.
+some five minutes to time; docs/defences.md has the table and the picture.
 """
 
 from ml_collections import ConfigDict
