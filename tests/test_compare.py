@@ -1,6 +1,8 @@
 """The comparison from end to end: every figure in it is one that a stage has measured."""
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -169,6 +171,18 @@ def test_choosing_layers_counts_by_its_gradients_and_replays_by_the_images(monke
     assert costs._seconds(run, ["full"], found, own) == 6 * 0.5
     selecting = 10 * 48 * (0.5 / 16 / 2)
     assert costs._seconds(run, ["rift", "full"], found, own) == 6 * 0.5 + 3 * 0.5 + selecting
+
+
+def test_a_comparison_follows_what_was_scored_again(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    file = workdir / "protocol" / "manifest.json"
+    scored = json.loads(file.read_text())
+    scored["results"]["verdicts"]["usual-seed0"]["verdict"] = "not trusted"
+    file.write_text(json.dumps(scored))
+    rows = go(config(), workdir)["compare"]["rows"]
+    marked = {(r["method"], r["seed"]) for r in rows if r["verdict"] == "not trusted"}
+    assert marked == {("usual", 0)}
+    assert "usual,0,not trusted," in (workdir / "comparison.csv").read_text()
 
 
 def test_what_went_wrong_in_training_is_said():

@@ -11,6 +11,7 @@ import numpy as np
 
 from robust_ssl import report
 from robust_ssl.checkpoints import StageDirectory
+from robust_ssl.manifests import json_ready
 from robust_ssl.report import goals, tables
 from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.stages import costs, methods
@@ -89,10 +90,11 @@ def compare(run: Run) -> StageDirectory:
     outcomes = read_outcomes(board)
     right = {pair: images_right(run, outcomes, *pair) for pair in pairs}
     with run.open("compare", config, inputs, collects=True) as stage:
-        if not stage.done:
-            rows = [row(run, board.results, right[p], *p, measured[p[0]]) for p in pairs]
-            rows.sort(key=lambda one: -one["robust_worst"])
-            stage.finish(None, {"rows": rows, "failed": made.results["failed"]})
+        rows = [row(run, board.results, right[p], *p, measured[p[0]]) for p in pairs]
+        rows.sort(key=lambda one: -one["robust_worst"])
+        results = json_ready({"rows": rows, "failed": made.results["failed"]})
+        if not stage.done or stage.results != results:  # models may have been examined again
+            stage.finish(None, results)
     _write(run, stage.results["rows"], right, made.results)
     return stage
 
