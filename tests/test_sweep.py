@@ -289,10 +289,8 @@ def test_points_that_differ_in_numbers_compile_nothing_more(
     compiled_programs, tmp_path, monkeypatch
 ):
     """One point, and four in budget and weight: as many steps are compiled."""
-    for module in (
-        importlib.import_module(Run.__module__),
-        cost,
-    ):  # what a process has compiled is not dropped midway
+    # What a process has compiled is not dropped midway.
+    for module in (importlib.import_module(Run.__module__), cost):
         monkeypatch.setattr(module, "release_programs", lambda most=0: False)
     grid = (
         ("attack.epsilon", (0.02, 0.04)),
