@@ -18,6 +18,7 @@ from robust_ssl.attacks import autoattack
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import PerImage
+from robust_ssl.manifests import WorkdirError
 from robust_ssl.parallel import release_programs
 from robust_ssl.stages import methods, recipes
 from robust_ssl.stages.attack import (
@@ -285,8 +286,18 @@ def protocol(run: Run) -> StageDirectory:
 
 
 def read_outcomes(stage: StageDirectory) -> dict[str, np.ndarray]:
-    """Returns what `protocol` left in ``outcomes.npz``; see `scoring.outcomes`."""
-    return kept_arrays(stage.path / OUTCOMES) or {}
+    """Returns what `protocol` left in ``outcomes.npz``; see `scoring.outcomes`.
+
+    Raises:
+      WorkdirError: If a process cannot read it (a network disk may show it a minute late).
+    """
+    found = kept_arrays(stage.path / OUTCOMES)
+    if found is None:
+        raise WorkdirError(
+            f"{stage.path / OUTCOMES} cannot be read by all processes; give all of them the same "
+            "disk and run the same command again, which makes it anew from what was scored"
+        )
+    return found
 
 
 def _crafted_again(run: Run, name: str, model: Classifier) -> StageDirectory | None:
