@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from robust_ssl.parallel import release_programs
+from robust_ssl.parallel import cache_in, release_programs
 
 collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
 
@@ -44,23 +43,13 @@ def _bounded_memory_maps():
 @pytest.fixture
 def compiled_programs():
     """Turns the cache on disk off; a list of what was compiled since and not found in a cache."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before, compiled = {name: getattr(jax.config, name) for name in names}, []
+    compiled = []
 
     def listener(event, **_):
         if event == "/jax/compilation_cache/cache_misses":
             compiled.append(event)
 
-    for name, value in zip(names, (None, 1, 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    jax.monitoring.register_event_listener(listener)
-    yield compiled
-    jax.monitoring.unregister_event_listener(listener)
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with cache_in(None):
+        jax.monitoring.register_event_listener(listener)
+        yield compiled
+        jax.monitoring.unregister_event_listener(listener)

@@ -281,9 +281,7 @@ def _start_jax(arguments: argparse.Namespace, several: bool) -> None:
     parallel.use_every_core()
     cache = _cache_directory(arguments.cache_dir)
     if cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        parallel.use_cache(cache)
 
 
 def _cache_directory(flag: str | None) -> str | None:

@@ -14,7 +14,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,25 @@ def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:
     return maps > most
 
 
+def use_cache(directory: str | None) -> None:
+    """Keeps every compiled program, however small, in a directory; None keeps none.
+
+    A setting of the whole process, as all of JAX's are.
+    """
+    _configure_cache((directory, 0, -1) if directory else (None, 1, 0))
+
+
+@contextlib.contextmanager
+def cache_in(directory: str | None) -> Iterator[None]:
+    """As `use_cache`, until the block is left."""
+    before = [getattr(jax.config, name) for name in _CACHE]
+    use_cache(directory)
+    try:
+        yield
+    finally:
+        _configure_cache(before)
+
+
 @contextlib.contextmanager
 def shared_programs() -> Iterator[None]:
     """Compiles what is alike once, however many steps, attacks or points of a sweep it is part of.
@@ -75,25 +94,25 @@ def shared_programs() -> Iterator[None]:
     Where JAX's compilation cache is on (the command line turns it on), nothing is changed; else
     there is one in a temporary directory until the block is left.
     """
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    if before["jax_compilation_cache_dir"] or not jax.config.jax_enable_compilation_cache:
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="robust_ssl_programs_") as directory:
-        try:
-            _configure(dict(zip(names, (directory, 0, -1), strict=True)))
-            yield
-        finally:
-            _configure(before)
+    with (
+        tempfile.TemporaryDirectory(prefix="robust_ssl_programs_") as directory,
+        cache_in(directory),
+    ):
+        yield
 
 
-def _configure(values: dict[str, Any]) -> None:
-    for name, value in values.items():
+_CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+def _configure_cache(values: Sequence[Any]) -> None:
+    for name, value in zip(_CACHE, values, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # it looks at its settings once
 

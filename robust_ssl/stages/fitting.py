@@ -279,7 +279,8 @@ def _judged(
 
     def at_epoch_end(_, variables: Variables) -> dict[str, float]:
         measured = validate(run, classifier, attack, against, variables)
-        overfitted([*stage.metrics(), measured], len(run.downstream[1]), stage.path.name)
+        if "validation_one_step_accuracy" in measured:
+            overfitted([*stage.metrics(), measured], len(run.downstream[1]), stage.path.name)
         return measured
 
     return {

@@ -35,6 +35,9 @@ from robust_ssl.types import Classifier, Encoder
 
 _log = logging.getLogger(__name__)
 
+# What building a recipe of wrong values raises.
+WRONG = (ValueError, TypeError, KeyError, AttributeError, AssertionError)
+
 
 def _kept(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A recipe as its directory keeps it: whether it is scored has no part in what is made."""
@@ -104,7 +107,7 @@ def check_one(run: Run, name: str) -> None:
         )
         part = recipe["batch_size"] // len(run.parallel.devices)
         jax.eval_shape(step.function, state, _shapes(part, classifier.image_size), step.settings)
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+    except WRONG as error:
         error.add_note(f"in config.methods.{name}")
         raise
 

@@ -50,7 +50,6 @@ NUMBERS = {
     "decay": (False, 0, 1, False),
     "l2_sp": (False, 0, _INFINITY, False),
     "tolerance": (False, 0, 1, True),
-    "adv_ratio": (False, 0, 1, True),
 }
 # Entries that are mappings, and whether None is one too.
 MAPPINGS = {"rates": False, "losses": False, "attack": True, "select": True, "preprocess": True}

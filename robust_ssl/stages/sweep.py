@@ -97,7 +97,7 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
         try:
             methods.check_one(run, name)
             costs.check(run.config, [name])
-        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        except methods.WRONG as error:
             impossible[name] = str(error)
             _log.warning("sweep: %s is impossible and left out: %s", name, error)
     if len(impossible) == len(found):

@@ -2,7 +2,7 @@
 
 All take NumPy arrays of the same images in the same order.  ``correct`` under an attack is bool
 ``[n]``.  Differences of accuracies over their limit are held against the disagreements between the
-two (`result.difference`): on few images what may be an accident is a note.
+two (`counts.difference`): on few images what may be an accident is a note.
 """
 
 from __future__ import annotations
