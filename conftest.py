@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_ssl.parallel import cache_in, release_programs
+from robust_ssl.parallel import cache_in, release_programs, wait_for_late_devices
 
 collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
 
+wait_for_late_devices()  # with two workers on two cores eight devices share them
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(

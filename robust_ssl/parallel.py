@@ -28,6 +28,7 @@ AXIS = "devices"
 METHODS = ("pmap", "shard_map", "jit")
 MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
 MOST_MEMORY_MAPS = 20_000  # of the 65,530 that Linux gives a process
+PATIENCE = 600  # seconds that one CPU device waits for another
 
 
 def use_every_core() -> None:
@@ -38,12 +39,28 @@ def use_every_core() -> None:
     the usual batches divide over them.  Does nothing when JAX has already started, and has no
     effect on accelerators.
     """
+    wait_for_late_devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = min(1 << (cores.bit_length() - 1), MOST_CPU_DEVICES)
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend is already up, with the devices it has
         return
+
+
+def wait_for_late_devices(seconds: int = PATIENCE) -> None:
+    """Has CPU devices wait for each other; call it before JAX is first used.
+
+    On a machine that is busy with other work one device may be half a minute behind another, and
+    XLA aborts the whole process where an exchange between them waits for 40 seconds.  What
+    ``XLA_FLAGS`` says of it already is kept.
+
+    Args:
+      seconds: After which the process is aborted.
+    """
+    flag, flags = "--xla_cpu_collective_call_terminate_timeout_seconds", os.environ.get("XLA_FLAGS")
+    if flag not in (flags or ""):
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, [flags, f"{flag}={seconds}"]))
 
 
 def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:

@@ -1,5 +1,6 @@
 """Results do not depend on how many devices there are, nor on how a step is spread over them."""
 
+import os
 import threading
 import time
 
@@ -152,6 +153,18 @@ def test_a_batch_that_does_not_divide_is_refused(size):
 def test_asking_for_every_core_after_jax_has_started_changes_nothing():
     parallel.use_every_core()
     assert jax.device_count() == 4
+
+
+def test_late_devices_are_waited_for_unless_the_user_says_how_long(monkeypatch):
+    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    monkeypatch.delenv("XLA_FLAGS")  # it is set: conftest.py did
+    parallel.wait_for_late_devices(70)
+    assert os.environ["XLA_FLAGS"] == f"{flag}=70"
+    parallel.wait_for_late_devices()
+    assert os.environ["XLA_FLAGS"] == f"{flag}=70"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    parallel.wait_for_late_devices()
+    assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {flag}=600"
 
 
 def test_prefetch_keeps_the_order():
