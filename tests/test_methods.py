@@ -1,5 +1,6 @@
 """Recipes: what each says happens, and nothing else; a wrong one is refused before any step."""
 
+import dataclasses
 import json
 import logging
 
@@ -26,6 +27,7 @@ from tiny_methods import (
 )
 
 from robust_ssl import checkpoints, finetuning, models, stages, weights
+from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Stopped
 from robust_ssl.stages import costs, fitting, methods, recipes, training
 from robust_ssl.trees import fingerprint
@@ -373,6 +375,8 @@ def test_what_is_finished_is_not_trained_again(made, monkeypatch):
     before = tiny_methods.snapshot(run.workdir)
     for place in (fitting, training):
         monkeypatch.setattr(place, "train", lambda *a, **k: pytest.fail("trained again"))
+    # Nor is its step built, only to see that it could be.
+    monkeypatch.setattr(fitting, "build_step", lambda *a, **k: pytest.fail("built again"))
     assert go(tiny_methods.config(RECIPES), run.workdir)["defend"]["made"] == results
     assert tiny_methods.snapshot(run.workdir) == before
 
@@ -384,6 +388,37 @@ def test_another_setting_is_refused_in_the_same_workdir(made):
     with pytest.raises(checkpoints.ConfigChangedError, match="weight_decay"):
         methods.method(tiny_methods.a_run(config, run.workdir), "full", 0)
     assert tiny_methods.snapshot(run.workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "seeds"),
+    [
+        ("full", {"weight_decay": 0.5}, (0,)),
+        ("full", {"rates": {"**": 0.5}}, (0,)),
+        ("rift", {"tolerance": 0.5}, (0,)),
+        ("full", {}, (0, 1)),
+    ],
+)
+def test_only_what_is_made_as_it_is_asked_for_counts_as_made(made, name, change, seeds):
+    recipe = {**RECIPES[name], **change}
+    run = tiny_methods.a_run(tiny_methods.config({**RECIPES, name: recipe}), made[0].workdir)
+    assert not methods.is_made(run, name, seeds)
+    assert methods.is_made(made[0], name, (0,))
+
+
+def test_recipes_that_differ_in_the_pull_to_the_start_share_one_program(made):
+    alone = dataclasses.replace(made[0], parallel=Parallel.create(num_devices=1, method="jit"))
+    classifier = methods.untrained(alone, "l2_sp")
+    images, labels = tiny.images(n=8)
+    batch = {"images": images, "labels": labels, "indices": np.arange(8, dtype=np.int32)}
+
+    def program(weight):
+        recipe = {**methods.complete(alone.config, "l2_sp"), "l2_sp": weight}
+        losses = fitting.build_losses(recipe["losses"])
+        state, step = fitting.build_step(alone, "l2_sp", classifier, recipe, losses, None, 1)
+        return jax.jit(step.function).lower(state, batch, step.settings).as_text()
+
+    assert program(0.1) == program(10.0)
 
 
 def test_an_interrupted_defend_ends_with_the_same_weights(made, tmp_path, monkeypatch):

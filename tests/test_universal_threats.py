@@ -292,6 +292,21 @@ def test_the_first_bad_step_and_member_are_named():
         universal._check_finite("x", np.ones((3, 3)), deltas)
 
 
+@struct.dataclass
+class _Doubles(attacks.RandomNoise):
+    """Leaves its budget."""
+
+    def delta(self, state, threat):
+        return 2 * state
+
+
+@pytest.mark.parametrize("threat", [threats.Linf, threats.L2], ids=["Linf", "L2"])
+def test_a_perturbation_beyond_its_budget_is_an_error(threat):
+    words = r"random_noise: the perturbation of member\(s\) \[1\] is larger .* where 0.2 is allowed"
+    with pytest.raises(ValueError, match=words):
+        _fit(_Doubles(), threat, (0.0, 0.2), steps=1)
+
+
 def test_a_perturbation_that_is_not_finite_is_not_saved(tmp_path):
     for bad in (jnp.nan, jnp.inf):
         delta = jnp.zeros(SHAPE).at[0, 0, 0].set(bad)

@@ -268,7 +268,7 @@ def fit(
     Raises:
       ValueError: If there are no batches, an image has another shape, a budget is one that the
         threat cannot have or above 0.5 under `threats.Linf`, the numbers of keys and budgets
-        differ, or an objective or a perturbation is not finite.
+        differ, or an objective or a perturbation is not finite, or larger than its budget.
 
     Example:
       >>> from robust_ssl import models
@@ -304,6 +304,7 @@ def fit(
     deltas = _deltas_of_members(attack, states[0], budgets)
     curve = np.stack([np.asarray(values) for values in curve])
     _check_finite(attack.name, curve, np.asarray(deltas))
+    _check_budgets(attack.name, deltas, budgets)
     return FittedUniversal(UniversalPerturbation(deltas, budgets, name=attack.name), curve)
 
 
@@ -318,6 +319,22 @@ def _check_finite(name: str, curve: np.ndarray, deltas: np.ndarray) -> None:
         f"is not finite, {where}; look at what the encoder gives for these images (its outputs, "
         "its weights, the mean and std of its normalisation) and at the images themselves"
     )
+
+
+def _check_budgets(name: str, deltas: jax.Array, budgets: Threat) -> None:
+    """Raises ValueError if a perturbation is larger than it may be; a patch's is its place's."""
+    if hasattr(budgets, "project_delta") or not hasattr(budgets, "norm"):
+        return
+    sizes = np.asarray(jax.vmap(lambda budget, delta: budget.norm(delta))(budgets, deltas))
+    limits = np.broadcast_to(np.asarray(budgets.epsilon), sizes.shape)
+    over = np.flatnonzero(sizes > limits * (1 + 1e-4) + 1e-6)
+    if over.size:
+        found = ", ".join(f"{sizes[i]:.4g} where {limits[i]:.4g} is allowed" for i in over)
+        raise ValueError(
+            f"{name}: the perturbation of member(s) {over.tolist()} is larger than its budget: "
+            f"{found}; its `delta` must return an allowed one, as `within_budget` does (if it "
+            "does, the machine miscalculated: fit again)"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=1)

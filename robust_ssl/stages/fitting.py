@@ -125,7 +125,9 @@ def build_optimizer(
     if anchored:  # the encoder is pulled to where it started instead of to zero
         head = {part: part == "head" for part in params}
         parts.insert(0, optax.masked(optax.add_decayed_weights(config["weight_decay"]), head))
-        parts.insert(0, finetuning.pull_to_start(params, anchored))
+        pull = functools.partial(finetuning.pull_to_start, params)
+        # In the state, as rates are: two runs that differ in it share one program.
+        parts.insert(0, optax.inject_hyperparams(lambda weight: pull(weight))(float(anchored)))
     if config.get("prune"):
         parts.append(finetuning.hold_zeros(params))
     tx = parts[0] if len(parts) == 1 else optax.chain(*parts)

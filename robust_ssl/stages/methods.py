@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from robust_ssl import data, finetuning, models
+from robust_ssl import data, finetuning, manifests, models
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready
@@ -55,7 +55,7 @@ def directory(name: str, seed: int) -> str:
 
 
 def check(run: Run) -> None:
-    """Builds every recipe's step, without a step of it.
+    """Builds every recipe's step, without a step of it; what is made already has had one.
 
     Raises:
       ValueError: With which recipe is wrong, and what to do.
@@ -65,7 +65,26 @@ def check(run: Run) -> None:
     check_seeds(config["defend"]["seeds"], "config.defend.seeds")
     check_validation(run)
     for name in config["methods"]:
-        check_one(run, name)
+        check_one(run, name, config["defend"]["seeds"])
+
+
+def is_made(run: Run, name: str, seeds: Sequence[int]) -> bool:
+    """Returns whether the workdir has a recipe, as the config has it, with all seeds.
+
+    Raises:
+      WorkdirError: If a manifest cannot be read.
+    """
+    wanted = json_ready(_kept(run.config, name))
+    for seed in seeds:
+        path = run.workdir / directory(name, seed)
+        if not (path / "manifest.json").exists():
+            return False
+        found = manifests.read(path)
+        # Which layers move was found out on the way.
+        rates = found["config"].get("rates") if wanted["select"] else wanted["rates"]
+        if found["status"] != "done" or found["config"] != {**wanted, "rates": rates}:
+            return False
+    return True
 
 
 def check_validation(run: Run) -> None:
@@ -79,12 +98,14 @@ def check_validation(run: Run) -> None:
         )
 
 
-def check_one(run: Run, name: str) -> None:
-    """Raises ValueError, with the recipe's name, unless it can be made."""
+def check_one(run: Run, name: str, seeds: Sequence[int]) -> None:
+    """Raises ValueError, with the recipe's name, unless it can be made, or is with all seeds."""
     try:
         recipe = complete(run.config, name)
         check_values(recipe)
         check_chain(run.config, name)
+        if is_made(run, name, seeds):
+            return
         classifier = untrained(run, name)
         if not recipe["epochs"] or recipe["members"]:
             return

@@ -87,7 +87,7 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
     """
     methods.check_validation(run)
     for name in (run.config["sweep"]["usual"], run.config["compare"]["reference"]):
-        methods.check_one(run, name)
+        methods.check_one(run, name, [run.seed])
         costs.check(run.config, [name])
     found, starts = points(run.config)
     whole = {**run.config["methods"], **starts, **found}
@@ -95,7 +95,7 @@ def check(run: Run) -> tuple[Run, dict[str, str]]:
     impossible = {}
     for name in found:
         try:
-            methods.check_one(run, name)
+            methods.check_one(run, name, [run.seed])
             costs.check(run.config, [name])
         except methods.WRONG as error:
             impossible[name] = str(error)
