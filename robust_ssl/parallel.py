@@ -8,6 +8,7 @@ gather the small outputs that a loss compares across the batch (`gather`) and av
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -29,6 +30,7 @@ METHODS = ("pmap", "shard_map", "jit")
 MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
 MOST_MEMORY_MAPS = 20_000  # of the 65,530 that Linux gives a process
 PATIENCE = 600  # seconds that one CPU device waits for another
+IN_FLIGHT = 4  # calls of a step on several CPU devices before the host waits for the oldest
 
 
 def use_every_core() -> None:
@@ -264,8 +266,14 @@ class Parallel:
 
         Returns:
           A function of (state, batch) where batch leaves are ``[global batch, ...]`` as `put`
-          leaves them.  State goes in and comes out unstacked.
+          leaves them.  State goes in and comes out unstacked.  The host does not wait for it, but
+          on several CPU devices for the call that was `IN_FLIGHT` before.
         """
+        if len(self.devices) > 1 and self.devices[0].platform == "cpu":
+            return _bounded(self._compile(step, donate, constants))
+        return self._compile(step, donate, constants)
+
+    def _compile(self, step: Callable, donate: bool, constants: Any) -> Callable:
         more = () if constants is None else (constants,)
         donated = (0,) if donate else ()
         if self.method == "jit":
@@ -343,6 +351,28 @@ class Parallel:
     def _stack(self, x: jax.Array) -> jax.Array:
         """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""
         return x.reshape(len(self.devices), -1, *x.shape[1:])
+
+
+def _bounded(call: Callable) -> Callable:
+    """Lets few calls be in flight: with 32 of them CPU devices that exchange values lock up.
+
+    A CPU device takes up no more than that; where one is full and the other is not, the exchange
+    of the oldest waits for a call that cannot begin.
+    """
+    in_flight: collections.deque = collections.deque()
+
+    def bounded(state, batch):
+        state, info = call(state, batch)
+        result = (jax.tree.leaves(info) or jax.tree.leaves(state))[:1]
+        if not any(isinstance(x, jax.core.Tracer) for x in result):
+            in_flight.append(result)
+        if len(in_flight) > IN_FLIGHT:  # what was donated to a later call is gone
+            jax.block_until_ready([x for x in in_flight.popleft() if not x.is_deleted()])
+        return state, info
+
+    if hasattr(call, "lower"):
+        bounded.lower = call.lower
+    return bounded
 
 
 def _pad(x: np.ndarray, missing: int) -> np.ndarray:

@@ -240,3 +240,37 @@ def test_a_cache_on_disk_stays_the_one_in_use():
     with shared_programs():
         assert before and jax.config.jax_compilation_cache_dir == before
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_few_calls_are_in_flight_on_several_cpu_devices(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or x)
+    two = Parallel.create(num_devices=2)
+    add = two.compile(lambda state, batch: (state + 1, {"before": state}), donate=True)
+    state, batch = two.replicate(jnp.zeros(())), two.put({"x": np.zeros(2)})
+    for _ in range(10):
+        state, _ = add(state, batch)
+    found = [float(info) for (info,) in waited]
+    assert found == list(range(10 - parallel.IN_FLIGHT))
+    assert float(state) == 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hundreds_of_calls_that_exchange_values_do_not_lock_up(method):
+    """Without a limit on calls in flight this never ends."""
+    two = Parallel.create(num_devices=2, method=method)
+
+    def step(state, batch):
+        x = batch["x"]
+        for _ in range(6):
+            x = jnp.tanh(x @ state)
+        gram = parallel.average(x.T @ x / len(x), two.axis_name)
+        return state + 1e-3 * gram, jnp.mean(gram)
+
+    compiled, state = two.compile(step), two.replicate(0.5 * jnp.eye(400))
+    images = np.random.default_rng(0).normal(size=(256, 400)).astype(np.float32)
+    batch, found = two.put({"x": images}), []
+    for _ in range(300):
+        state, value = compiled(state, batch)
+        found.append(value)
+    assert np.isfinite(jax.device_get(found)).all()

@@ -89,7 +89,7 @@ def layer_sensitivity(
             now, loss = ascend(now, batch)
             losses.append(loss)
         curves[path] = [*losses, measure(now, batch)[1]]
-    # One transfer at the end: the devices never wait for the host between layers.
+    # One transfer at the end: the devices do not wait for the host between layers.
     curves, base = jax.device_get((curves, base))
     return {path: max(0.0, float(max(losses) - base)) for path, losses in curves.items()}
 
