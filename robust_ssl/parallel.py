@@ -370,8 +370,9 @@ def _bounded(call: Callable) -> Callable:
             jax.block_until_ready([x for x in in_flight.popleft() if not x.is_deleted()])
         return state, info
 
-    if hasattr(call, "lower"):
-        bounded.lower = call.lower
+    for name in ("lower", "_cache_size"):  # what a jitted function has besides
+        if hasattr(call, name):
+            setattr(bounded, name, getattr(call, name))
     return bounded
 
 
