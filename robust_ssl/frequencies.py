@@ -2,24 +2,75 @@
 
 One unit for every image size: 0 is the mean, 0.5 the finest stripes along an axis, 0.71 the finest
 chequerboard.  Every filter is linear, keeps real images real, and has a hard edge.
+
+The transform is Hartley's, as two matrix products, and not an FFT: at the sizes of images it costs
+next to nothing beside an encoder, and with jax 0.11 two CPU devices that run an FFT at the same
+time wait for each other for ever (each holds a thread of the pool that the other needs).
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def radii(height: int, width: int) -> jax.Array:
-    """Returns the frequency of each entry of ``jnp.fft.rfft2``, float ``[H, W // 2 + 1]``.
+    """Returns the frequency of each entry of `transform`, float ``[H, W]``.
 
     Example:
       >>> radii(1, 8).tolist()
-      [[0.0, 0.125, 0.25, 0.375, 0.5]]
+      [[0.0, 0.125, 0.25, 0.375, 0.5, 0.375, 0.25, 0.125]]
     """
     vertical = jnp.fft.fftfreq(height).reshape(height, 1)
-    horizontal = jnp.fft.rfftfreq(width).reshape(1, width // 2 + 1)
+    horizontal = jnp.fft.fftfreq(width).reshape(1, width)
     return jnp.sqrt(vertical**2 + horizontal**2)
+
+
+def transform(images: jax.Array) -> jax.Array:
+    r"""Writes images as sums of waves; applied twice it gives the images back.
+
+    .. math:: H(u, v) = \frac{1}{\sqrt{HW}} \sum_{y, x} I(y, x)
+                        \,\mathrm{cas}(2 \pi u y / H) \,\mathrm{cas}(2 \pi v x / W),
+              \qquad \mathrm{cas} = \cos + \sin
+
+    Entry (u, v) mixes the four waves of frequency (±u, ±v), which have one radius, so bands are cut
+    and energies summed by `radii` as in a Fourier transform; but it is real, and its own inverse.
+
+    Args:
+      images: Float ``[..., H, W, channels]``.
+
+    Returns:
+      The same shape, of the same Euclidean length; linear in `images`.
+
+    Example:
+      >>> image = jax.random.normal(jax.random.key(0), (8, 6, 3))
+      >>> bool(jnp.allclose(transform(transform(image)), image, atol=1e-5))
+      True
+
+    References:
+      Hartley, "A More Symmetrical Fourier Analysis Applied to Transmission Problems", 1942;
+      Bracewell, "The Discrete Hartley Transform", 1983.
+    """
+    *_, height, width, _ = images.shape
+    return jnp.einsum(
+        "...yxc,uy,vx->...uvc",
+        images,
+        _cas(height),
+        _cas(width),
+        precision=jax.lax.Precision.HIGHEST,  # a hard edge leaves nothing beyond it
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _cas(size: int) -> np.ndarray:
+    """Returns the orthonormal waves ``cos + sin``, float32 ``[size, size]``, symmetric."""
+    # Whole turns are taken off as integers, which is exact.
+    turns = np.outer(np.arange(size), np.arange(size)) % size / size
+    waves = np.cos(2 * np.pi * turns) + np.sin(2 * np.pi * turns)
+    return (waves / np.sqrt(size)).astype(np.float32)
 
 
 def band_pass(
@@ -39,15 +90,14 @@ def band_pass(
 
     Example:
       >>> image = jnp.zeros((1, 8, 8, 3)).at[:, ::2].set(1.0)  # stripes: a mean and 0.5
-      >>> float(band_pass(image, 0.1, 0.4).max()), float(band_pass(image, high=0.1).max())
-      (0.0, 0.5)
+      >>> [round(float(band_pass(image, *band).max()), 4) for band in ((0.1, 0.4), (0.0, 0.1))]
+      [0.0, 0.5]
     """
     *_, height, width, _ = images.shape
     frequency = radii(height, width)
     keep = ((frequency >= low) & (frequency < high))[..., None]
-    spectrum = jnp.fft.rfft2(images, axes=(-3, -2))
-    keep = jnp.broadcast_to(keep, spectrum.shape)
-    return jnp.fft.irfft2(jnp.where(keep, spectrum, 0.0), s=(height, width), axes=(-3, -2))
+    spectrum = transform(images)
+    return transform(jnp.where(jnp.broadcast_to(keep, spectrum.shape), spectrum, 0.0))
 
 
 def high_pass(

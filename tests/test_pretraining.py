@@ -506,6 +506,7 @@ def test_a_method_from_a_users_file_pretrains_an_encoder(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     name = f"{tmp_path}/mine.py:Mine"
     config = pretrain_config(method=name, method_options={"noise": 0.2})
+    config["pretrain"]["encoder"]["dtype"] = "bfloat16"
     layout = Parallel.create(num_devices=2)
     results = stages.run(config, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
     assert set(results["pretrain"]) == {
@@ -513,6 +514,7 @@ def test_a_method_from_a_users_file_pretrains_an_encoder(tmp_path):
     }
     encoder = load_encoder(tmp_path / "run" / "pretrain" / "encoder")
     assert encoder.name == "mine"
+    assert encoder.module.dtype == jnp.float32  # what is attacked and scored
 
     run = stages.Run(config, tmp_path / "run", layout, Progress("quiet"))
     final = run.open("pretrain", *_opened(tmp_path / "run")).read_final()

@@ -89,7 +89,7 @@ class Band:
 
     def steepest(self, gradient: jax.Array) -> jax.Array:
         """Returns the inner threat's steepest step for the gradient in the band, size one."""
-        return self._of_size(self.threat.steepest(self.filter_delta(gradient)), 1.0)
+        return self._of_size(self.threat.steepest(self._left_of(gradient)), 1.0)
 
     def sample_delta(self, key: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
         """Returns a random change in the band, ``[H, W, 3]``, as large as the inner threat's."""
@@ -112,9 +112,13 @@ class Band:
         """Returns what is in the band: linear and its own transpose, so gradients stay in it."""
         return band_pass(delta, self.low, self.high)
 
-    def _of_size(self, change: jax.Array, size: jax.Array | float) -> jax.Array:
+    def _left_of(self, change: jax.Array) -> jax.Array:
+        """What is in the band; of a change outside it only rounding is left, which is nothing."""
         filtered = self.filter_delta(change)
+        return jnp.where(self.norm(filtered) > 1e-5 * self.norm(change), filtered, 0.0)
+
+    def _of_size(self, change: jax.Array, size: jax.Array | float) -> jax.Array:
+        filtered = self._left_of(change)
         now = self.norm(filtered)
-        # What is left of a change outside the band is rounding, which must not be blown up.
-        something = now > 1e-5 * self.norm(change)
+        something = now > 0
         return filtered * jnp.where(something, size / jnp.where(something, now, 1.0), 0.0)

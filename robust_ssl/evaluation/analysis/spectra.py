@@ -59,14 +59,10 @@ def energy_by_band(deltas: jax.Array, edges: Sequence[float] = EDGES) -> jax.Arr
     """
     check_edges(edges)
     *_, height, width, _ = deltas.shape
-    spectrum = jnp.fft.rfft2(deltas, axes=(-3, -2))
-    power = jnp.sum(jnp.square(jnp.abs(spectrum)), axis=-1) / (height * width)
-    # The half plane stands for the whole: every column counts twice that has a mirror image.
-    column = jnp.arange(width // 2 + 1)
-    twice = jnp.where((column == 0) | (2 * column == width), 1.0, 2.0).reshape(1, -1)
+    power = jnp.sum(jnp.square(frequencies.transform(deltas)), axis=-1)
     radius = frequencies.radii(height, width)
     inside = [(radius >= low) & (radius < high) for low, high in itertools.pairwise(edges)]
-    weights = jnp.stack([jnp.where(band, twice, 0.0) for band in inside])
+    weights = jnp.stack(inside).astype(power.dtype)
     return jnp.einsum("...hw,bhw->...b", power, weights, precision=jax.lax.Precision.HIGHEST)
 
 
