@@ -30,6 +30,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_configure(config):
+    # Compiling is most of what fast tests do; slow ones run the programs that users run.
+    fast = "not slow" in config.option.markexpr
+    jax.config.update("jax_disable_most_optimizations", fast)
+
+
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp, np=np)

@@ -6,7 +6,9 @@ r"""Every baseline and every defence by one protocol: one table, one trade-off p
 Arguments: ``encoder``, ``surrogate`` and ``downstream`` as in ``gen_af.py``; ``epochs``,
 ``train_limit`` and ``test_limit`` (0 takes all); ``scale``: ``research`` has the published numbers
 of steps, ``small`` is for a CPU; ``methods``: a part of them, as ``methods=usual+trades+universal``
-(what they start from comes with them); ``band``: where `universal_band` has its perturbations, in
+(what they start from comes with them); ``without``: all but these, for example
+``without=twins`` for an encoder without batch norm; ``other``: the ensemble's second encoder, which
+must take images of the same size; ``band``: where `universal_band` has its perturbations, in
 cycles per pixel: the worst band of the page that ``configs/analyse.py`` leaves for your encoder.
 
 Time and figure: on two CPU cores at ``scale=small``, five epochs of 2,700 CIFAR-10 images and 1,000
@@ -29,6 +31,8 @@ ARGUMENTS = {
     "test_limit": 0,
     "scale": "research",
     "methods": "",
+    "without": "",
+    "other": "byol-cifar10-r18w16",
     # Where single frequencies hurt most and AdvEncoder has half of its energy (docs/attacks.md).
     "band": "0.125-0.1875",
 }
@@ -60,7 +64,7 @@ MART = {
     "boosted_cross_entropy": (f"{LOSS}boosted_cross_entropy", 1.0),
     "misclassification_kl": (f"{LOSS}misclassification_kl", 5.0),  # Wang et al. 2020
 }
-ALWAYS = ("usual", "full")  # what clean accuracy and cost are held against
+ALWAYS = ("usual", "full")  # what accuracy (scored) and cost (made) are held against
 LAYERS = {
     "images": 256,
     "num_steps": 10,
@@ -152,7 +156,7 @@ def band(edges: str) -> dict:
     return {**BAND, "low": low, "high": high}
 
 
-def defences(edges: str) -> dict:
+def defences(edges: str, other: str) -> dict:
     """Returns Gen-AF, as here and as released, and the defences of this project, by name."""
     regularization = f"{LOSS}genetic_regularization"
     shallow = {
@@ -222,28 +226,32 @@ def defences(edges: str) -> dict:
             "batch_statistics": "both",
         },
         # ZePAD's idea: what is accurate and what is robust, and the more certain one decides.
-        "other_encoder": {**FROZEN, "encoder": "byol-cifar10-r18w16", "scored": False},
+        "other_encoder": {**FROZEN, "encoder": other, "scored": False},
         "ensemble": {"members": ("usual", "gen_af", "other_encoder")},
     }
 
 
-def only(recipes: dict, names: str) -> dict:
+def only(recipes: dict, names: str, without: str) -> dict:
     """Returns some recipes, with what they start from, in the order of all."""
-    if not names:
-        return recipes
-    wanted = names.split("+")
-    unknown = sorted(set(wanted) - set(recipes))
+    left_out = without.split("+") if without else []
+    wanted = names.split("+") if names else [name for name in recipes if name not in left_out]
+    unknown = sorted({*wanted, *left_out} - set(recipes))
     if unknown:
-        raise ValueError(f"methods: no {unknown[0]!r}; there are {', '.join(recipes)}")
+        raise ValueError(f"no method {unknown[0]!r}; there are {', '.join(recipes)}")
     needed, waiting = set(), [*wanted, *ALWAYS]
     while waiting:
         name = waiting.pop()
+        if name in left_out:
+            raise ValueError(
+                f"without={without}: {name} is asked for, or another method is made from it; leave "
+                "that one out too"
+            )
         if name not in needed:
             needed.add(name)
             recipe = recipes[name]
             waiting += [*recipe.get("members", ()), *filter(None, [recipe.get("start")])]
     return {
-        name: recipe if name in wanted else {**recipe, "scored": False}
+        name: recipe if name in (*wanted, "usual") else {**recipe, "scored": False}
         for name, recipe in recipes.items()
         if name in needed
     }
@@ -287,9 +295,18 @@ def get_config(arguments: str = "") -> ConfigDict:
         "num_steps": 200 if small else 4000,
         "batch_size": 64,
     }
-    config.common = {"epochs": given["epochs"], "batch_size": given["batch_size"]}
-    recipes = {**baselines(given["epochs"]), **defences(given["band"])}
-    config.methods = only(recipes, given["methods"])
+    # What all recipes have that do not say otherwise themselves.
+    config.common = {
+        "epochs": given["epochs"],
+        "batch_size": given["batch_size"],
+        "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
+        "weight_decay": 8e-4,
+        "decay": 0.96,
+        "augment": "",
+        "patience": None,
+    }
+    recipes = {**baselines(given["epochs"]), **defences(given["band"], given["other"])}
+    config.methods = only(recipes, given["methods"], given["without"])
     config.defend = {
         "seeds": (0,) if small else (0, 1, 2),
         "batch_size": 250,

@@ -4,8 +4,9 @@ robust-ssl run --config=configs/pretrain.py:method=byol --workdir=runs/byol
 
 The scale ``small`` (the default) is for two CPU cores: a ResNet-18 of width 16 with a strided stem,
 AdamW, narrow heads.  The scale ``research`` is solo-learn's CIFAR-10 recipe for one accelerator
-(ResNet-18 of width 64, batch 256, 1000 epochs); it has not been run here.  What `small` reaches
-stands in docs/encoders.md.
+(ResNet-18 of width 64, batch 256, 1000 epochs).  What `small` reaches, and `research` at width 32
+after 275 epochs (84.0 % linear, 7.5 minutes on one H100), stands with its commands in
+docs/encoders.md.
 """
 
 from ml_collections import ConfigDict

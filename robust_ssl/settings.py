@@ -112,6 +112,14 @@ def _like(name: str, value: str, default: Any) -> Any:
     return value
 
 
+def _unshared(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """Copies a config so that what a file uses in two places is not changed in both by one."""
+    copy = config_dict.ConfigDict()
+    for name, value in config.items(preserve_field_references=True):
+        copy[name] = _unshared(value) if isinstance(value, config_dict.ConfigDict) else value
+    return copy
+
+
 def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
     """Loads a config file and applies what the command line says over it.
 
@@ -133,6 +141,7 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
         raise SettingsError(
             f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict"
         )
+    config = _unshared(config)
     overrides = expand_fractions(overrides)
     typed = [argument for argument in overrides if not _set_untyped(config, argument)]
     _set_typed(config, typed)

@@ -21,8 +21,28 @@ BATCH = {
 
 
 @functools.cache
-def run(method, *, num_steps=NUM_STEPS, num_devices=1, layout="pmap", learning_rate=0.1):
-    """Returns the states before and after each step, and each step's metrics."""
+def run(
+    method,
+    *,
+    num_steps=NUM_STEPS,
+    num_devices=1,
+    layout="pmap",
+    learning_rate=0.1,
+    optimised=False,
+):
+    """Returns the states before and after each step, and each step's metrics.
+
+    `optimised` programs take longer to compile and round sums less.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before and not optimised)
+    try:
+        return _run(method, num_steps, num_devices, layout, learning_rate)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def _run(method, num_steps, num_devices, layout, learning_rate):
     encoder, tx = tiny.encoder(), optax.sgd(learning_rate, momentum=0.9)
     parallel = Parallel.create(num_devices=num_devices, method=layout)
     step = parallel.compile(

@@ -296,7 +296,7 @@ def test_a_method_has_nearly_all_of_the_gain_at_little_cost():
     )
     assert cheap == (
         "At least 90% of gen_af's gain over usual (frozen encoder) in accuracy in the worst case "
-        "over both suites, at a cost of at most 1.5x (all of it is 50.0 points): "
+        "over both suites, at a cost of at most 1.5x that of full (all of it is 50.0 points): "
         "on_both_limits (90% of the gain, cost 1.50x)."
     )
     assert goal(**BASE)[0].endswith("(all of it is 50.0 points): no method has that.")

@@ -8,6 +8,7 @@ import subprocess
 import jax
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from robust_ssl import list_encoders, settings, stages, threats
 from robust_ssl.conformance import resolve
@@ -46,6 +47,31 @@ def test_the_band_of_a_defence_is_an_argument():
     assert (band["low"], band["high"]) == (0.25, 0.5)
     with pytest.raises(settings.SettingsError, match="band must be LOW-HIGH in cycles per pixel"):
         load("compare.py:band=wide")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_stands_in_two_places_of_a_config(name):
+    """Else one override would change several recipes."""
+    places, waiting = {}, [((), settings.load_config(f"{CONFIGS}/{name}"))]
+    while waiting:
+        path, node = waiting.pop()
+        assert places.setdefault(id(node), path) == path
+        inner = node.items() if isinstance(node, ConfigDict) else ()
+        waiting += [((*path, key), v) for key, v in inner if isinstance(v, ConfigDict | dict)]
+    override = "--config.methods.pgd_at.attack.num_steps=7"
+    if name == "compare.py":
+        changed, plain = load(name, override)["methods"], load(name)["methods"]
+        assert [n for n in plain if changed[n] != plain[n]] == ["pgd_at"]
+
+
+def test_methods_can_be_left_out_with_all_that_is_made_from_them():
+    assert "twins" not in load("compare.py:without=twins")["methods"]
+    for wrong in ("without=alf", "without=usual", "methods=roli,without=alf"):
+        with pytest.raises(settings.SettingsError, match="leave that one out too"):
+            load(f"compare.py:{wrong}")
+    one = load("compare.py:methods=trades")["methods"]
+    assert one["usual"].get("scored", True) and not one["full"]["scored"]
+    assert load("compare.py:other=runs/mine")["methods"]["other_encoder"]["encoder"] == "runs/mine"
 
 
 FINE_TUNING = [name for name in FILES if name not in ("pretrain.py", "evaluate.py", "compare.py")]

@@ -27,6 +27,7 @@ from tiny_methods import (
 )
 
 from robust_ssl import checkpoints, finetuning, models, stages, weights
+from robust_ssl.manifests import ConfigChangedError
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Stopped
 from robust_ssl.stages import costs, fitting, methods, recipes, training
@@ -460,6 +461,20 @@ def test_a_recipe_that_fails_is_named_and_the_others_are_made(tmp_path, caplog):
     assert kept and not (tmp_path / "methods" / "broken-seed0" / "final").exists()
     # A second command, and a stage after this one, find the same and try nothing again.
     assert go(config, tmp_path)["defend"] == results
+    # Once it is changed it begins anew, with what is made from it, and nothing on disk is lost.
+    mended = tiny_methods.config({**recipes, "broken": {"epochs": 1}})
+    after = go(mended, tmp_path)["defend"]
+    assert after["failed"] == {} and len(after["made"]) == 3
+    assert after["made"]["methods/usual-seed0"] == results["made"]["methods/usual-seed0"]
+    aside = tmp_path / "methods" / "broken-seed0-failed1" / "checkpoints"
+    assert sorted(file.name for file in aside.iterdir()) == [file.name for file in kept]
+    assert go(mended, tmp_path)["defend"] == after
+
+
+def test_a_recipe_that_is_made_is_not_made_otherwise(tmp_path):
+    go(tiny_methods.config({"usual": FROZEN}), tmp_path)
+    with pytest.raises(ConfigChangedError, match=r"usual-seed0 holds [^$]*decay: 0.96 -> 0.5"):
+        go(tiny_methods.config({"usual": {**FROZEN, "decay": 0.5}}), tmp_path)
 
 
 def test_a_recipe_that_never_moved_has_failed(tmp_path):
@@ -531,6 +546,9 @@ def test_recipes_may_come_to_a_finished_defend(tmp_path):
     second = go(more, tmp_path)["defend"]["made"]
     assert set(second) == {"methods/usual-seed0", "methods/smoothed-seed0"}
     assert second["methods/usual-seed0"] == first["methods/usual-seed0"]
+    more.defend.seeds = (0, 1)
+    third = go(more, tmp_path)["defend"]["made"]
+    assert len(third) == 4 and second.items() <= third.items()
 
 
 def test_adv_ratio_gives_two_losses_their_weights():
@@ -541,6 +559,16 @@ def test_adv_ratio_gives_two_losses_their_weights():
     config["methods"]["wrong"] = {"adv_ratio": 1.5}
     with pytest.raises(ValueError, match=r"'wrong': adv_ratio must be in \[0, 1\], got 1.5"):
         methods.complete(config, "wrong")
+
+
+def test_patience_of_all_is_not_for_a_recipe_without_a_best_epoch():
+    last = {"best": "last"}
+    config = {"common": {"patience": 3}, "methods": {"a": {}, "b": last}}
+    assert methods.complete(config, "a")["patience"] == 3
+    assert methods.complete(config, "b")["patience"] is None
+    config["methods"]["b"] = {**last, "patience": 2}
+    with pytest.raises(ValueError, match="needs a validated epoch"):
+        recipes.check_values(methods.complete(config, "b"))
 
 
 def test_what_a_start_decides_is_not_ignored_silently():

@@ -21,9 +21,10 @@ STEPS, BATCH = 2, 8
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_in_half_the_time():
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()  # nothing compiled so is met by another test, whose sums it would round
 
 

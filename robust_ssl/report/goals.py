@@ -22,6 +22,7 @@ def cheap_robustness(
     leader: str = "gen_af",
     share: float = 0.9,
     max_cost: float = 1.5,
+    reference: str = "full",
 ) -> str:
     """Says which methods have nearly all of a leader's robustness at little cost.
 
@@ -31,6 +32,7 @@ def cheap_robustness(
       leader: Whose gain is to be reached.
       share: Of that gain which is enough.
       max_cost: Training time that may be taken, relative to the comparison's reference.
+      reference: That one's name.
 
     Returns:
       One sentence: the methods that do, with their numbers, or that none does.  What is not trusted
@@ -39,7 +41,7 @@ def cheap_robustness(
     low, high = (summary[name]["robust_worst"].mean for name in (usual, leader))
     goal = (
         f"At least {share:.0%} of {method_name(leader)}'s gain over {method_name(usual)} in "
-        f"{ROBUST}, at a cost of at most {max_cost:g}x"
+        f"{ROBUST}, at a cost of at most {max_cost:g}x that of {method_name(reference)}"
     )
     doubted = _not_trusted(summary, (usual, leader))
     if doubted:

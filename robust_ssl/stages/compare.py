@@ -195,7 +195,8 @@ def _write(
         said.append(report.advice(points, usual=sweep["usual"], **limits))
     if "gen_af" in summary:
         if sweep["usual"] in summary:
-            said.append(goals.cheap_robustness(summary, usual=sweep["usual"]))
+            usual, reference = sweep["usual"], run.config["compare"]["reference"]
+            said.append(goals.cheap_robustness(summary, usual=usual, reference=reference))
         said.append(goals.better_on_all(summary))
     report.write_comparison(run.workdir, rows, said, right, leader="gen_af")
     if points:

@@ -8,6 +8,7 @@ its own, so what differs between two of them is what their recipes say.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from robust_ssl import data, finetuning, manifests, models
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready
+from robust_ssl.parallel import everywhere
 from robust_ssl.stages import finetune, fitting
 from robust_ssl.stages.attack import function_of
 from robust_ssl.stages.recipes import (
@@ -37,6 +39,9 @@ _log = logging.getLogger(__name__)
 
 # What building a recipe of wrong values raises.
 WRONG = (ValueError, TypeError, KeyError, AttributeError, AssertionError)
+
+
+FAILED = " (failed)"  # follows the name of a recipe among the inputs of `defend`
 
 
 def _kept(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -74,17 +79,38 @@ def is_made(run: Run, name: str, seeds: Sequence[int]) -> bool:
     Raises:
       WorkdirError: If a manifest cannot be read.
     """
-    wanted = json_ready(_kept(run.config, name))
     for seed in seeds:
-        path = run.workdir / directory(name, seed)
-        if not (path / "manifest.json").exists():
-            return False
-        found = manifests.read(path)
-        # Which layers move was found out on the way.
-        rates = found["config"].get("rates") if wanted["select"] else wanted["rates"]
-        if found["status"] != "done" or found["config"] != {**wanted, "rates": rates}:
+        found, asked = _begun(run, name, seed)
+        if found is None or found["status"] != "done" or found["config"] != asked:
             return False
     return True
+
+
+def _begun(run: Run, name: str, seed: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The manifest of a recipe, None where there is none, and the config it should have."""
+    path, asked = run.workdir / directory(name, seed), json_ready(_kept(run.config, name))
+    if not (path / "manifest.json").exists():
+        return None, asked
+    found = manifests.read(path)
+    if asked["select"]:  # which layers move was found out on the way
+        asked["rates"] = found["config"].get("rates")
+    return found, asked
+
+
+def _check_not_begun_otherwise(run: Run, name: str, seeds: Sequence[int]) -> None:
+    """Raises ConfigChangedError, with what differs; what has failed may be changed."""
+    failed = _collected(run)
+    for seed in seeds:
+        found, asked = _begun(run, name, seed)
+        if found is not None and model_name(name, seed) + FAILED not in failed:
+            path = run.workdir / directory(name, seed)
+            manifests.check_unchanged(path, found, {"config": asked})
+
+
+def _collected(run: Run) -> dict[str, str]:
+    """What `defend` has collected so far: digests of recipes by name, those that failed marked."""
+    path = run.workdir / "defend"
+    return manifests.read(path)["inputs"] if (path / "manifest.json").exists() else {}
 
 
 def check_validation(run: Run) -> None:
@@ -106,6 +132,7 @@ def check_one(run: Run, name: str, seeds: Sequence[int]) -> None:
         check_chain(run.config, name)
         if is_made(run, name, seeds):
             return
+        _check_not_begun_otherwise(run, name, seeds)
         classifier = untrained(run, name)
         if not recipe["epochs"] or recipe["members"]:
             return
@@ -188,7 +215,12 @@ def other_encoder(run: Run, name: str) -> Encoder | None:
     if not recipe["encoder"]:
         return None
     encoder = load_or_import(recipe["encoder"], {})
-    data.check_image_size(run.downstream[0], encoder.image_size)
+    if encoder.image_size != run.encoder.image_size:
+        raise ValueError(
+            f"its encoder, {encoder.name}, takes images of {encoder.image_size} pixels and the "
+            f"run's, {run.encoder.name}, of {run.encoder.image_size}; take another one for it, or "
+            "leave the recipe out"
+        )
     return encoder
 
 
@@ -286,30 +318,51 @@ def load_method(run: Run, name: str, seed: int) -> Classifier:
 def defend(run: Run) -> StageDirectory:
     """Makes every recipe with every seed; one that fails is reported, and the others go on.
 
-    Recipes may come to those of a finished stage; what has failed is tried again only then.
+    Recipes and seeds may come to those of a finished stage.  What has failed is tried again when
+    something comes, or when its recipe is changed: what it left is then set aside.
 
     Returns:
       The stage's directory; its results are ``{"made": {stage: results}, "failed": {stage: why}}``.
     """
     config = run.config["defend"]
     train, validation = (part.fingerprint() for part in run.downstream)
-    inputs = {
+    data_and_encoder = {
         "encoder": fingerprint(run.encoder.variables),
         "train": train,
         "validation": validation,
     }
-    for name in run.config["methods"]:
-        said = digest(json_ready(_kept(run.config, name)))
-        inputs |= {model_name(name, seed): said for seed in config["seeds"]}
-    with run.open("defend", config, inputs, collects=True) as stage:
+    before, asked = _collected(run), {}
+    for name, seed in itertools.product(run.config["methods"], config["seeds"]):
+        model, said = model_name(name, seed), digest(json_ready(_kept(run.config, name)))
+        failed_before = before.get(model + FAILED)
+        asked[model + FAILED if failed_before == said else model] = said
+        if failed_before not in (None, said):
+            _set_aside(run, name, seed)
+    rules = {option: value for option, value in config.items() if option != "seeds"}
+    with run.open("defend", rules, data_and_encoder | asked, collects=True) as stage:
         if not stage.done:
             made: dict[str, Any] = {}
             failed: dict[str, str] = {}
             for seed in config["seeds"]:
                 for name in run.config["methods"]:
                     make(run, name, seed, made, failed)
+            marked = {
+                model + FAILED if f"methods/{model}" in failed else model: said
+                for model, said in ((m.removesuffix(FAILED), said) for m, said in asked.items())
+            }
+            stage.manifest["inputs"] = data_and_encoder | marked
             stage.finish(None, {"made": made, "failed": failed})
     return stage
+
+
+def _set_aside(run: Run, name: str, seed: int) -> None:
+    """Renames what a recipe that failed has left, so that a changed one begins anew."""
+    for stage in (directory(name, seed), f"{directory(name, seed)}-layers"):
+        path = run.workdir / stage
+        if path.exists() and jax.process_index() == 0:
+            number = 1 + len(list(path.parent.glob(f"{path.name}-failed*")))
+            path.rename(path.with_name(f"{path.name}-failed{number}"))
+    everywhere(True)  # no process opens the directory before
 
 
 def make(run: Run, name: str, seed: int, made: dict[str, Any], failed: dict[str, str]) -> None:

@@ -78,6 +78,8 @@ def complete(config: Mapping[str, Any], name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, methods, n=3) or sorted(methods)
         raise ValueError(f"config.methods has no {name!r}; near names: {', '.join(near)}")
     given = {**config.get("common", {}), **methods[name]}
+    if "patience" not in methods[name] and given.get("best") == "last":
+        given.pop("patience", None)  # where no epoch is judged, none can be better
     unknown = sorted(set(given) - set(DEFAULTS))
     if unknown:
         near = difflib.get_close_matches(unknown[0], DEFAULTS, n=3) or sorted(DEFAULTS)
