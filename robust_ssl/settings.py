@@ -16,8 +16,14 @@ from typing import Any
 from ml_collections import config_dict
 
 _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
-_FRACTION = re.compile(rf"(?<![\w./]){_NUMBER}/{_NUMBER}(?![\w./])", re.IGNORECASE)
-_NUMBERS_ONLY = re.compile(r"[\d\s.,/e+()\[\]-]+", re.IGNORECASE)
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+# Values without other words than these: numbers, lists, mappings of quoted names.
+_PLAIN = re.compile(
+    rf"(?:(?:{_QUOTED})(?:\s*:)?|None|True|False|[\d\s.,/e+(){{}}\[\]-])+", re.IGNORECASE
+)
+_QUOTED_OR_FRACTION = re.compile(
+    rf"({_QUOTED})|(?<![\w./]){_NUMBER}/{_NUMBER}(?![\w./])", re.IGNORECASE
+)
 _FUNCTION = re.compile(r"[\w./-]+:[A-Za-z_]\w*")
 
 
@@ -48,17 +54,22 @@ def parse_fraction(text: str) -> float:
 def expand_fractions(argv: Iterable[str]) -> list[str]:
     """Replaces fractions of numbers in ``--config.KEY=VALUE`` by decimal numbers.
 
-    Only values made of numbers, brackets and commas are touched, so names with a slash stay.
+    Only values made of numbers, brackets, commas and quoted texts are touched, and no text
+    between quotes, so names with a slash stay.
 
     Example:
       >>> expand_fractions(["--config.epsilon=1/4", "--config.epsilons=(1/4, 1/2)", "a=1/4"])
       ['--config.epsilon=0.25', '--config.epsilons=(0.25, 0.5)', 'a=1/4']
+      >>> expand_fractions(["--config.grid=(('a.b', (1/4, 'a/b')),)"])
+      ["--config.grid=(('a.b', (0.25, 'a/b')),)"]
     """
     expanded = []
     for argument in argv:
         name, equals, value = argument.partition("=")
-        if name.startswith("--config.") and equals and _NUMBERS_ONLY.fullmatch(value):
-            value = _FRACTION.sub(lambda match: repr(parse_fraction(match.group())), value)
+        if name.startswith("--config.") and equals and _PLAIN.fullmatch(value):
+            value = _QUOTED_OR_FRACTION.sub(
+                lambda match: match[1] or repr(parse_fraction(match[0])), value
+            )
         expanded.append(name + equals + value)
     return expanded
 

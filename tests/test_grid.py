@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from robust_ssl.stages.grid import expand
+from robust_ssl.stages.grid import apart, expand, read, replaced
 
 BASE = {
     "epochs": 10,
@@ -108,3 +108,56 @@ def test_paths_move_together():
     assert (point["attack"]["num_steps"], point["epochs"]) == (4, 4)
     with pytest.raises(ValueError, match="'epochs' is there twice"):
         expand(BASE, {"attack.num_steps & epochs": [2], "epochs": [1]})
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (("attack.epsilon", (0.01, 0.02)), r"pairs, got 'attack.epsilon' where.*write for example"),
+        ({"attack.epsilon": (0.01, 0.02)}, r"config.sweep.grid must be a list .* got \{'attack"),
+        ("(('attack.epsilon',(1/2 5)),)", "a list of .path, values. pairs"),
+        (None, "pairs, got None"),
+        ((("attack.epsilon", 0.01, 0.02),), "pairs, got .'attack.epsilon', 0.01, 0.02."),
+        (((1, (2,)),), "pairs, got .1, .2"),
+        (("ab",), "pairs, got 'ab'"),
+        ((("attack.epsilon", 0.01),), r"list of values, got 0.01; write \(0.01,\)"),
+        ((("batch_statistics", "both"),), r"list of values, got 'both'; write \('both',\)"),
+        ((("epochs", ()),), "'epochs' has an empty list"),
+        ((("epochs", (1,)), ("epochs", (2,))), "'epochs' is there twice"),
+    ],
+)
+def test_what_is_no_list_of_pairs_is_refused(pairs, said):
+    with pytest.raises(ValueError, match=said):
+        read(pairs)
+
+
+def test_values_are_read_as_they_are():
+    grid = (("attack", (None, {"epsilon": 0.5})), ("a & b", [1]))
+    assert read(grid) == {"attack": (None, {"epsilon": 0.5}), "a & b": [1]}
+    assert read(()) == {}
+
+
+def test_a_name_that_others_have_ends_in_a_digest():
+    grid = {"attack.function": ["1, epochs=2", "1"], "epochs": [3, "2, epochs=3"]}
+    points = expand(BASE, grid)
+    assert [(p["attack"]["function"], p["epochs"]) for p in points.values()] == [
+        ("1, epochs=2", 3),
+        ("1, epochs=2", "2, epochs=3"),
+        ("1", 3),
+        ("1", "2, epochs=3"),
+    ]
+    first, _, third, fourth = points
+    assert third == "function=1, epochs=3"
+    assert first != fourth and first[:-8] == fourth[:-8] == "function=1, epochs=2, epochs=3 "
+
+
+def test_long_names_are_cut_and_differ():
+    names = apart(["a" * 81, "b" * 80, "a" * 79 + "b" * 9], [1, 2, 3], 80)
+    assert [len(name) for name in names] == [80, 80, 80] and len({*names}) == 3
+    assert names[1] == "b" * 80 and names[0].startswith("a" * 71 + " ")
+    assert names == apart(["a" * 81, "b" * 80, "a" * 79 + "b" * 9], [1, 2, 3], 80)
+
+
+def test_a_value_is_replaced_where_it_is_and_nowhere_else():
+    found = replaced(BASE, "select.epsilon", None)
+    assert found == {**BASE, "select": {"epsilon": None}} and BASE["select"] == {"epsilon": 0.1}

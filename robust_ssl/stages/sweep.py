@@ -7,46 +7,100 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from robust_ssl import data, evaluation, manifests, report
 from robust_ssl.checkpoints import StageDirectory
-from robust_ssl.manifests import json_ready
+from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready
 from robust_ssl.report import leaderboard, tables
 from robust_ssl.stages import costs, fitting, methods
 from robust_ssl.stages.attack import attack, budgets, load_perturbations
-from robust_ssl.stages.grid import expand
+from robust_ssl.stages.grid import apart, combinations, expand, read, replaced
 from robust_ssl.stages.run import Run
 from robust_ssl.stages.training import stage_key
 from robust_ssl.trees import digest
 
 _log = logging.getLogger(__name__)
 
+_LONGEST = 80  # characters of a point's name, by which its directory is called
 
-def points(
-    config: Mapping[str, Any],
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Returns the recipes of ``config.sweep``, by a name that can be a directory's.
+# Paths to a weight that `adv_ratio` decides, and to one of two ways to say how many layers move.
+_WEIGHT = re.compile(r"((?:start\.)*)losses\.(?:clean|adversarial)_cross_entropy(?:\..*)?")
+_LAYERS = re.compile(r"((?:start\.)*select\.)(top_k|top_k_fraction)")
 
-    A path that begins with ``start.`` leads into the recipe that the method starts from.
 
-    Returns:
-      The points, and what they start from where that is no recipe of ``config.methods``: points
-      that start from the same share it.
+class Points(NamedTuple):
+    """The points of a sweep.
+
+    Attributes:
+      recipes: By a name that can be a directory's.
+      starts: What they start from, by name, where that is no recipe of ``config.methods``: points
+        that start from the same share it.
+      values: What each path of the grid is at each point, by the point's name.
+    """
+
+    recipes: dict[str, dict[str, Any]]
+    starts: dict[str, dict[str, Any]]
+    values: dict[str, dict[str, Any]]
+
+
+def points(config: Mapping[str, Any]) -> Points:
+    """Returns the points of ``config.sweep``.
+
+    A path that begins with ``start.`` leads into the recipe that the method starts from.  A point
+    whose name is another's too, or longer than 80 characters, ends in a digest of its values.
 
     Raises:
-      ValueError: If the method is not there, or a path leads nowhere.
+      ValueError: If the method is not there, the grid is no list of (path, values) pairs, or a path
+        leads nowhere or to a weight that ``adv_ratio`` decides.
     """
     name = config["sweep"]["method"]
-    grid = {path: list(values) for path, values in config["sweep"]["grid"]}
-    paths = [path.strip() for joined in grid for path in joined.split("&")]
+    grid = read(config["sweep"]["grid"])
+    values = combinations(grid)
+    base = _opened(config, name, list(values[0]))
+    _check_weights(base, values)
+    recipes = expand(base, grid)
+    shown = (point.replace("=", " ").replace(",", "") for point in recipes)
+    labels = [f"{name} {re.sub(r'[^0-9A-Za-z_.+ -]', '_', label)}" for label in shown]
     found, starts = {}, {}
-    for point, recipe in expand(_opened(config, name, paths), grid).items():
-        label = re.sub(r"[^0-9A-Za-z_.+ -]", "_", point.replace("=", " ").replace(",", ""))
-        found[f"{name} {label}"] = {**_closed(config, name, recipe, starts), "scored": True}
-    return found, starts
+    names = apart(labels, values, _LONGEST)
+    for point, recipe, chosen in zip(names, recipes.values(), values, strict=True):
+        closed = _closed(config, name, _with_one_number_of_layers(recipe, chosen), starts)
+        found[point] = {**closed, "scored": True}
+    return Points(found, starts, dict(zip(names, values, strict=True)))
+
+
+def _check_weights(base: Mapping[str, Any], values: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a path to a weight that an `adv_ratio` overwrites at some point."""
+    for path in values[0]:
+        if (weight := _WEIGHT.fullmatch(path)) is None:
+            continue
+        ratio, own = f"{weight[1]}adv_ratio", base
+        for part in ratio.split("."):
+            own = own.get(part) if isinstance(own, Mapping) else None
+        if any(chosen.get(ratio, own) is not None for chosen in values):
+            raise ValueError(
+                f"the grid's path {path!r} leads to what {ratio} decides, so its points would be "
+                f"the same; sweep {ratio} instead, the weight of adversarial cross-entropy (clean "
+                f"has 1 - {ratio})"
+            )
+
+
+def _with_one_number_of_layers(
+    recipe: Mapping[str, Any], values: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The recipe without its own `top_k_fraction` where the grid has a `top_k`; the same way round.
+
+    Not where the grid has both, or says None.
+    """
+    for path, value in values.items():
+        if value is not None and (layers := _LAYERS.fullmatch(path)):
+            other = {"top_k": "top_k_fraction", "top_k_fraction": "top_k"}[layers[2]]
+            if f"{layers[1]}{other}" not in values:
+                recipe = replaced(recipe, f"{layers[1]}{other}", None)
+    return recipe
 
 
 def _opened(config: Mapping[str, Any], name: str, paths: Sequence[str]) -> dict[str, Any]:
@@ -76,33 +130,48 @@ def _closed(
     return {**{key: v for key, v in recipe.items() if key not in decided}, "start": start}
 
 
-def check(run: Run) -> tuple[Run, dict[str, str]]:
-    """Tries every point without a step of it.
+def check(run: Run) -> tuple[Run, Points, dict[str, str]]:
+    """Tries every point without a step of it, once in a run.
 
     Returns:
-      The run with the possible points among its recipes, and why the others are impossible.
+      The run with the points among its recipes, the points, and why some of them are impossible.
 
     Raises:
       ValueError: If no point is possible, or what points are held against.
+      ConfigChangedError: If the workdir has a point of the same name with other settings.
     """
+    # A pre-training that is yet to come has another encoder in its place, of the same shape.
+    key = "sweep", digest(json_ready({**run.config, "encoder": None}))
+    found = points(run.config)
+    whole = {**run.config["methods"], **found.starts, **found.recipes}
+    with_points = dataclasses.replace(run, config={**run.config, "methods": whole})
+    if key not in run._loaded:
+        run._loaded[key] = _tried(run, with_points, list(found.recipes))
+    return with_points, found, dict(run._loaded[key])
+
+
+def _tried(run: Run, with_points: Run, names: Sequence[str]) -> dict[str, str]:
+    """Why points are impossible, by name."""
     methods.check_validation(run)
     for name in (run.config["sweep"]["usual"], run.config["compare"]["reference"]):
         methods.check_one(run, name, [run.seed])
         costs.check(run.config, [name])
-    found, starts = points(run.config)
-    whole = {**run.config["methods"], **starts, **found}
-    run = dataclasses.replace(run, config={**run.config, "methods": whole})
     impossible = {}
-    for name in found:
+    for name in names:
         try:
-            methods.check_one(run, name, [run.seed])
-            costs.check(run.config, [name])
+            methods.check_one(with_points, name, [run.seed])
+            costs.check(with_points.config, [name])
+        except WorkdirError:
+            raise
+        except ConfigChangedError as error:
+            message = f"the workdir has a point {name!r} with other settings: {error}"
+            raise ConfigChangedError(message) from error
         except methods.WRONG as error:
             impossible[name] = str(error)
             _log.warning("sweep: %s is impossible and left out: %s", name, error)
-    if len(impossible) == len(found):
+    if len(impossible) == len(names):
         raise ValueError(f"no point of the sweep is possible: {next(iter(impossible.values()))}")
-    return run, impossible
+    return impossible
 
 
 def sweep(run: Run) -> StageDirectory:
@@ -117,8 +186,8 @@ def sweep(run: Run) -> StageDirectory:
       workdir.
     """
     config = run.config["sweep"]
-    run, failed = check(run)
-    mine = [name for name in points(run.config)[0] if name not in failed]
+    run, found, failed = check(run)
+    mine = [name for name in found.recipes if name not in failed]
     usual, reference = config["usual"], run.config["compare"]["reference"]
     scores, public = {}, attack(run)
     made: dict[str, Any] = {}
@@ -144,7 +213,7 @@ def sweep(run: Run) -> StageDirectory:
                 {"point": n, **score, "cost": measured[n]["factor"]} for n, score in scores.items()
             ]
             stage.finish(None, {"rows": rows, "failed": failed})
-    _write(run, stage.results)
+    _write(run, stage.results, _csv_rows(stage.results, found.values, measured))
     return stage
 
 
@@ -169,7 +238,29 @@ def _score(run: Run, name: str, public: StageDirectory) -> dict[str, float]:
     return {"clean": counts.clean_accuracy, "robust": counts.robust_accuracy}
 
 
-def _write(run: Run, results: Mapping[str, Any]) -> None:
+def _csv_rows(
+    results: Mapping[str, Any],
+    values: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Every point with its exact values, what it buys and costs, or why it is not there."""
+    paths, measures = next(iter(values.values())), ("gradients", "seconds_per_image", "peak_bytes")
+    columns = (*paths, "clean", "robust", "cost", *measures, "why")
+    failed = [{"point": name, "why": why} for name, why in results["failed"].items()]
+    lines = []
+    for row in [*results["rows"], *failed]:
+        name = row["point"]
+        chosen = {path: _exact(value) for path, value in values.get(name, {}).items()}
+        cost = {measure: measured.get(name, {}).get(measure) for measure in measures}
+        lines.append({"point": name, **dict.fromkeys(columns), **chosen, **row, **cost})
+    return lines
+
+
+def _exact(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def _write(run: Run, results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
     if jax.process_index():
         return
     config, rows = run.config["sweep"], results["rows"]
@@ -190,7 +281,7 @@ def _write(run: Run, results: Mapping[str, Any]) -> None:
         "points themselves: choose by this, and believe the comparison.",
         _table(rows),
     ]
-    manifests.write_atomically(run.workdir / "sweep.csv", leaderboard.csv_text(rows))
+    manifests.write_atomically(run.workdir / "sweep.csv", leaderboard.csv_text(lines))
     manifests.write_atomically(run.workdir / "sweep.md", "\n\n".join(said) + "\n")
     if found:
         report.figure_pareto(
