@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from robust_ssl import list_encoders, settings, stages, threats
 from robust_ssl.conformance import resolve
 from robust_ssl.finetuning import mixed_losses
-from robust_ssl.stages import attack, evaluate, finetune, pretrain
+from robust_ssl.stages import attack, evaluate, finetune, pretrain, recipes
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(file.name for file in CONFIGS.glob("*.py"))
@@ -62,6 +62,14 @@ def test_nothing_stands_in_two_places_of_a_config(name):
     if name == "compare.py":
         changed, plain = load(name, override)["methods"], load(name)["methods"]
         assert [n for n in plain if changed[n] != plain[n]] == ["pgd_at"]
+
+
+def test_what_recipes_have_in_common_is_what_they_have_if_nothing_is_said():
+    common = load("compare.py")["common"]
+    of_the_run = ("epochs", "batch_size")
+    assert {n: v for n, v in common.items() if n not in of_the_run} == {
+        n: recipes.DEFAULTS[n] for n in common if n not in of_the_run
+    }
 
 
 def test_methods_can_be_left_out_with_all_that_is_made_from_them():

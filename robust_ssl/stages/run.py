@@ -39,7 +39,7 @@ class Run:
     workdir: pathlib.Path
     parallel: Parallel
     progress: Progress
-    _loaded: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def seed(self) -> int:
@@ -132,9 +132,13 @@ class Run:
           split: ``"train"`` or ``"test"``.
         """
         key = json.dumps(config, sort_keys=True), split
-        if key not in self._loaded:
-            self._loaded[key] = self._read(config, split)
-        return self._loaded[key]
+        return self.once(key, lambda: self._read(config, split))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns what was made under a key before in this run, also by a replaced copy of it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _read(self, config: Mapping[str, Any], split: str):
         options = {name: value for name, value in config.items() if value is not None}

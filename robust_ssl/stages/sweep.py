@@ -145,9 +145,8 @@ def check(run: Run) -> tuple[Run, Points, dict[str, str]]:
     found = points(run.config)
     whole = {**run.config["methods"], **found.starts, **found.recipes}
     with_points = dataclasses.replace(run, config={**run.config, "methods": whole})
-    if key not in run._loaded:
-        run._loaded[key] = _tried(run, with_points, list(found.recipes))
-    return with_points, found, dict(run._loaded[key])
+    tried = run.once(key, lambda: _tried(run, with_points, list(found.recipes)))
+    return with_points, found, dict(tried)
 
 
 def _tried(run: Run, with_points: Run, names: Sequence[str]) -> dict[str, str]:
