@@ -66,9 +66,7 @@ def make_jax(options):
 
 def _unblurred():
     """SimCLR with the views of the torch side: crop, flip, colours and grey."""
-    from flax import struct
-
-    from robust_ssl import pretraining
+    from robust_ssl import pretraining, struct
 
     @struct.dataclass
     class Unblurred(pretraining.SimCLR):

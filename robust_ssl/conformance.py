@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from robust_ssl import struct
 from robust_ssl.types import Attack, Loss, LossInputs, Model, Outputs, Threat
 
 
@@ -204,7 +204,7 @@ def check_attack(
         model has no logits.
 
     Example:
-      >>> from flax import struct
+      >>> from robust_ssl import struct
       >>> @struct.dataclass
       ... class Brighter:
       ...     threat: object

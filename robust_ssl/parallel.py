@@ -314,16 +314,34 @@ class Parallel:
         Returns:
           A function of (constants, batch) that returns NumPy arrays ``[batch, ...]``.
         """
-        # One compiled function and one sharding discipline whatever the method: results are per
-        # image, so there is nothing to gather.
+
+        @functools.lru_cache(maxsize=64)
+        def compiled(structure):
+            # Not by JAX's own comparison: it takes two classes of `flax.struct` for one (`struct`).
+            del structure
+            return self._map(lambda constants, batch: function(constants, batch))
+
+        def call(constants, batch):
+            size = len(jax.tree.leaves(batch)[0])
+            missing = -size % len(self.devices)
+            padded = jax.tree.map(lambda x: _pad(np.asarray(x), missing), batch)
+            structure = hash(jax.tree.structure(constants))
+            results = compiled(structure)(constants, self.put(padded))
+            return jax.tree.map(lambda x: to_host(x)[:size], results)
+
+        return call
+
+    def _map(self, function: Callable) -> Callable:
+        # One sharding discipline whatever the method: results are per image, so there is nothing
+        # to gather.
         if self.method == "jit":
-            compiled = jax.jit(
+            return jax.jit(
                 function,
                 in_shardings=(self.replicated, self._sharded),
                 out_shardings=self._sharded,
             )
-        elif self._way == "shard_map":
-            compiled = jax.jit(
+        if self._way == "shard_map":
+            return jax.jit(
                 jax.shard_map(
                     function,
                     mesh=self.mesh,
@@ -332,21 +350,13 @@ class Parallel:
                     check_vma=False,
                 )
             )
-        else:
-            mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=self.devices)
+        mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=self.devices)
 
-            def compiled(constants, batch):
-                results = mapped(constants, jax.tree.map(self._stack, batch))
-                return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+        def stacked(constants, batch):
+            results = mapped(constants, jax.tree.map(self._stack, batch))
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
-        def call(constants, batch):
-            size = len(jax.tree.leaves(batch)[0])
-            missing = -size % len(self.devices)
-            padded = jax.tree.map(lambda x: _pad(np.asarray(x), missing), batch)
-            results = compiled(constants, self.put(padded))
-            return jax.tree.map(lambda x: to_host(x)[:size], results)
-
-        return call
+        return stacked
 
     def _stack(self, x: jax.Array) -> jax.Array:
         """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""

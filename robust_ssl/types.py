@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from robust_ssl import struct
 
 Variables = Mapping[str, Any]  # {"params": tree, "batch_stats": tree, ...}
 

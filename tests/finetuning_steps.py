@@ -5,11 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from flax.traverse_util import flatten_dict
 from tiny import encoder as tiny_encoder
 
-from robust_ssl import models
+from robust_ssl import models, struct
 from robust_ssl.finetuning import init_state, make_step
 from robust_ssl.parallel import Parallel
 

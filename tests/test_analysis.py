@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import frequencies, models, threats
+from robust_ssl import frequencies, models, struct, threats
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.evaluation import analysis
 from robust_ssl.evaluation.analysis import (

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import conformance, threats
+from robust_ssl import conformance, struct, threats
 from robust_ssl.attacks import per_image
 from robust_ssl.attacks.apgd import APGD, checkpoints, draw
 from robust_ssl.objectives import feature_l2, labelled

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import attacks, models, objectives, threats
+from robust_ssl import attacks, models, objectives, struct, threats
 from robust_ssl.attacks import per_image, universal
 from robust_ssl.models.generator import Generator, mix, upsampling_convolution
 from robust_ssl.parallel import Parallel

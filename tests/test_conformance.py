@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import struct
 
-from robust_ssl import losses
+from robust_ssl import losses, struct
 from robust_ssl.attacks import PGD, EmbedAttack
 from robust_ssl.conformance import check_attack, check_loss, resolve
 from robust_ssl.threats import L2, Band, Linf

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import struct
 from tiny import TwoBlocks
 
-from robust_ssl import attacks, models, threats
+from robust_ssl import attacks, models, struct, threats
 from robust_ssl.attacks import DriftPGD, attack_batch
 from robust_ssl.conformance import check_attack
 from robust_ssl.types import Outputs

@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 from finetuning_steps import KEY, SmoothStep, assert_same, batches, run, tiny
-from flax import struct
 from flax.traverse_util import flatten_dict
 
-from robust_ssl import losses
+from robust_ssl import losses, struct
 from robust_ssl.finetuning import (
     frozen_paths,
     guard,

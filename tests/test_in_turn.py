@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import threats
+from robust_ssl import struct, threats
 from robust_ssl.attacks.apgd import APGD
 from robust_ssl.attacks.per_image import PGD
 from robust_ssl.attacks.square import Square

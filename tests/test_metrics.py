@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import evaluation, threats
+from robust_ssl import evaluation, struct, threats
 from robust_ssl.attacks import APGD, PGD
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
 from robust_ssl.parallel import METHODS, Parallel

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import threats
+from robust_ssl import struct, threats
 from robust_ssl.attacks import perturbation, universal
 from robust_ssl.attacks.generative import AdvEncoderPAT, AdvEncoderPER
 from robust_ssl.attacks.per_image import PGD, attack_batch

@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from flax import struct
 
-from robust_ssl import load_encoder, models, parallel, pretraining, stages
+from robust_ssl import load_encoder, models, parallel, pretraining, stages, struct
 from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import augmentation
 from robust_ssl.progress import Progress, Stopped
@@ -451,7 +450,7 @@ def test_knn_counts_a_short_last_chunk_once():
 
 MINE = '''
 import jax, jax.numpy as jnp
-from flax import struct
+from robust_ssl import struct
 from robust_ssl.pretraining import MethodUpdate
 
 @struct.dataclass

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import attacks, threats
+from robust_ssl import attacks, struct, threats
 from robust_ssl.types import Outputs
 
 KEY = jax.random.key(0)

@@ -8,11 +8,10 @@ import numpy as np
 import optax
 import pytest
 from finetuning_steps import KEY, SmoothStep, assert_same, batches, run, tiny
-from flax import struct
 from flax.traverse_util import flatten_dict
 from tiny import encoder as tiny_encoder
 
-from robust_ssl import attacks, losses, models, threats
+from robust_ssl import attacks, losses, models, struct, threats
 from robust_ssl.finetuning import (
     init_state,
     layer_rates,

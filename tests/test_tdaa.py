@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import conformance, threats
+from robust_ssl import conformance, struct, threats
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.attacks.targeted import TDAA, towards_target
 from robust_ssl.types import AttackInputs, Outputs

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import conformance, threats
+from robust_ssl import conformance, struct, threats
 from robust_ssl.attacks import accumulated, universal
 from robust_ssl.attacks.accumulated import UAP
 from robust_ssl.parallel import Parallel

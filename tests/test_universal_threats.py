@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
-from robust_ssl import attacks, threats
+from robust_ssl import attacks, struct, threats
 from robust_ssl.attacks import accumulated, perturbation, universal
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import AttackInputs, Outputs

@@ -7,9 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from robust_ssl import settings
+from robust_ssl import settings, struct
 from robust_ssl.types import Encoder, Outputs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax import lax
 
-from robust_ssl import attacks, models, threats
+from robust_ssl import attacks, models, struct, threats
 from robust_ssl.models.convolution import conv_general_dilated
 from robust_ssl.types import Classifier, Encoder, Outputs
 

@@ -9,9 +9,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
+from robust_ssl import struct
 from robust_ssl.attacks.perturbation import attacked_images, within_budget
 from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.objectives.vectors import unit_vectors

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
+from robust_ssl import struct
 from robust_ssl.objectives import labelled
 from robust_ssl.types import AttackInputs, Model, Objective, Threat
 

@@ -7,9 +7,9 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
+from robust_ssl import struct
 from robust_ssl.attacks.per_image import PGD
 from robust_ssl.objectives.layers import activation
 from robust_ssl.types import AttackInputs, Model, Outputs

@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
-from robust_ssl import threats
+from robust_ssl import struct, threats
 from robust_ssl.attacks.apgd import draw
 from robust_ssl.types import Model, Threat
 

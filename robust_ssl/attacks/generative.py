@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import optax
-from flax import struct
 
-from robust_ssl import objectives
+from robust_ssl import objectives, struct
 from robust_ssl.attacks.perturbation import delta_of_pattern
 from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.models.generator import Generator

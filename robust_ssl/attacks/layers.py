@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax import lax
 
-from robust_ssl import objectives
+from robust_ssl import objectives, struct
 from robust_ssl.attacks.perturbation import GREY, random_delta, share_at_budget, within_budget
 from robust_ssl.attacks.universal import (
     UniversalPGD,

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
-from robust_ssl import objectives, threats
+from robust_ssl import objectives, struct, threats
 from robust_ssl.attacks.apgd import budget, draw
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
-from robust_ssl import threats
+from robust_ssl import struct, threats
 from robust_ssl.types import Model, Threat
 
 GREY = 0.5  # the image around which a perturbation without an image is drawn and projected

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
-from robust_ssl import threats
+from robust_ssl import struct, threats
 from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.fab import labelled_logits
 from robust_ssl.types import Model

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
-from robust_ssl import objectives, threats
+from robust_ssl import objectives, struct, threats
 from robust_ssl.attacks.perturbation import (
     UniversalPerturbation,
     at_step,
@@ -332,8 +331,7 @@ def _check_budgets(name: str, deltas: jax.Array, budgets: Threat) -> None:
         found = ", ".join(f"{sizes[i]:.4g} where {limits[i]:.4g} is allowed" for i in over)
         raise ValueError(
             f"{name}: the perturbation of member(s) {over.tolist()} is larger than its budget: "
-            f"{found}; its `delta` must return an allowed one, as `within_budget` does (if it "
-            "does, the machine miscalculated: fit again)"
+            f"{found}; its `delta` must return an allowed one, as `within_budget` does"
         )
 
 

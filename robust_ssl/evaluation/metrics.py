@@ -159,8 +159,9 @@ def check_attacks(attacks: Mapping[str, Attack]) -> None:
         arrays = all(hasattr(x, "dtype") or isinstance(x, (int, float)) for x in leaves)
         if not arrays or not callable(attack):
             raise TypeError(
-                f"attack {name!r} must be a callable pytree of arrays (a flax.struct.dataclass "
-                f"with __call__, or jax.tree_util.Partial of a function), got {attack!r}"
+                f"attack {name!r} must be a callable pytree of arrays (a "
+                "robust_ssl.struct.dataclass with __call__, or jax.tree_util.Partial of a "
+                f"function), got {attack!r}"
             )
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from robust_ssl import struct
 from robust_ssl.attacks.perturbation import (
     UniversalPerturbation,
     apply_delta,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import dm_pix
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from robust_ssl import struct
 
 
 def random_resized_crop(

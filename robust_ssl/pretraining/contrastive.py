@@ -8,9 +8,8 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from robust_ssl import parallel
+from robust_ssl import parallel, struct
 from robust_ssl.pretraining.augmentation import ASYMMETRIC, SYMMETRIC, random_views
 from robust_ssl.pretraining.method import (
     MLP,

@@ -7,10 +7,9 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.scipy.linalg import solve_triangular
 
-from robust_ssl import parallel
+from robust_ssl import parallel, struct
 from robust_ssl.pretraining.augmentation import ASYMMETRIC, View, random_views
 from robust_ssl.pretraining.covariance import (
     barlow_twins_loss,

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from robust_ssl import struct
 from robust_ssl.types import Encoder, Variables
 
 

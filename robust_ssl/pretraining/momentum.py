@@ -5,9 +5,8 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from robust_ssl import parallel
+from robust_ssl import parallel, struct
 from robust_ssl.pretraining.augmentation import (
     ASYMMETRIC,
     STRONG_AND_WEAK,

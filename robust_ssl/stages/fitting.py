@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import optax
-from flax import struct
 
-from robust_ssl import data, evaluation, finetuning, manifests, threats, weights
+from robust_ssl import data, evaluation, finetuning, manifests, struct, threats, weights
 from robust_ssl.attacks.perturbation import check_fits_grey
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve

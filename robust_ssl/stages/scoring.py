@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from robust_ssl import data, evaluation, threats
+from robust_ssl import data, evaluation, struct, threats
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.evaluation import PerImage
 from robust_ssl.progress import Stopped, stop_requested

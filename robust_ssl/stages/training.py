@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from robust_ssl import struct
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.data import Batches
 from robust_ssl.data.batches import take

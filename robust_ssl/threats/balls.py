@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+
+from robust_ssl import struct
 
 
 def check_epsilon(epsilon) -> None:

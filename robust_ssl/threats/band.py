@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from robust_ssl import struct
 from robust_ssl.frequencies import band_pass, radii
 from robust_ssl.threats.balls import check
 

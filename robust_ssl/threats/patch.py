@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
+
+from robust_ssl import struct
 
 MARGIN = 14 / 64  # AdvEncoder-PAT: 14 pixels from the lower and the right edge at 64x64
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 
-from robust_ssl import threats
+from robust_ssl import struct, threats
 from robust_ssl.objectives.labelled import cross_entropy, dlr, margin
 from robust_ssl.types import AttackInputs, Model, Outputs
 
