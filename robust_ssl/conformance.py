@@ -184,7 +184,8 @@ def check_attack(
     (projecting it changes nothing); the same key must give the same image, under `jax.jit` too; and
     in a batch each image's result must not depend on its neighbours.  Where the attack carries its
     `threat` and that an `epsilon` (or a threat that has one, as `Band` does), an `epsilon` of 0
-    must return the image.  At least one image must move: an attack that does nothing keeps every
+    must return the image.  Attack and threat must be classes that `jax.jit` tells apart
+    (`robust_ssl.struct`).  At least one image must move: an attack that does nothing keeps every
     law, and so would one that found nothing to do here.
 
     Args:
@@ -217,6 +218,11 @@ def check_attack(
     """
     name = _name(attack)
     threat = getattr(attack, "threat", None) if threat is None else threat
+    for value in (attack, threat):
+        assert "_flax_dataclass" not in vars(type(value)), (
+            f"jax.jit may take {type(value).__name__} for another class of flax.struct: make it "
+            "with robust_ssl.struct.dataclass, which is the same otherwise"
+        )
     if threat is None:
         raise ValueError(f"{name} carries no threat: pass threat=, for example Linf(8 / 255)")
     random = np.random.default_rng(seed)

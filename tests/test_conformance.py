@@ -3,6 +3,7 @@ import types
 from dataclasses import field
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import pytest
@@ -144,6 +145,13 @@ def test_the_budget_inside_a_band_is_set_to_zero_too(inner):
 
     with pytest.raises(AssertionError, match="although epsilon is 0"):
         check_attack(Stubborn(Band(inner, 0.0, 0.4)), threat=Anything())
+
+
+def test_a_class_that_jit_may_take_for_another_is_named():
+    flax_class = flax.struct.dataclass(type("Brighter", (), {"__annotations__": {"threat": Any}}))
+    for attack, threat in ((flax_class(Linf(0.1)), None), (Sloppy("random"), flax_class(0.1))):
+        with pytest.raises(AssertionError, match=r"take Brighter for another.*robust_ssl\.struct"):
+            check_attack(attack, threat=threat)
 
 
 def test_good_attacks_pass():
