@@ -225,6 +225,13 @@ def defences(edges: str, other: str) -> dict:
             "attack": ONE_STEP,
             "batch_statistics": "both",
         },
+        # The same with ten steps: what one of warm_fgsm leaves to be had, at Gen-AF's cost.
+        "warm_pgd": {
+            "start": "usual",
+            "adv_ratio": 0.6,
+            "attack": PGD,
+            "batch_statistics": "both",
+        },
         # ZePAD's idea: what is accurate and what is robust, and the more certain one decides.
         "other_encoder": {**FROZEN, "encoder": other, "scored": False},
         "ensemble": {"members": ("usual", "gen_af", "other_encoder")},
