@@ -81,9 +81,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.seed = 0
     config.stages = ("attack", "protocol")
     config.encoder = {"path": given["encoder"]}
-    config.surrogate = {"source": given["surrogate"]}
+    # image_size: height and width that images are brought to; None leaves them as they are.
+    config.surrogate = {"source": given["surrogate"], "image_size": None}
     config.downstream = {
         "source": given["downstream"],
+        "image_size": None,
         "validation": 0.1,
         "test_limit": given["test_limit"] or None,
     }

@@ -38,9 +38,11 @@ def get_config(arguments: str = "") -> ConfigDict:
         *("stem", "stem_padding", "heads", "pooling", "activation"),
     )
     config.encoder = {"path": given["encoder"], **dict.fromkeys(of_a_foreign_file)}
-    config.surrogate = {"source": given["surrogate"]}
+    # image_size: height and width that images are brought to; None leaves them as they are.
+    config.surrogate = {"source": given["surrogate"], "image_size": None}
     config.downstream = {
         "source": given["downstream"],
+        "image_size": None,
         "validation": 0.1,
         "train_limit": given["train_limit"] or None,
     }

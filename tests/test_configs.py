@@ -148,6 +148,9 @@ def test_the_research_config_uses_all_images_unless_told_otherwise():
     assert load("gen_af.py")["downstream"]["train_limit"] is None
     limited = load("gen_af.py", "--config.downstream.train_limit=100")
     assert limited["downstream"]["train_limit"] == 100
+    for name in ("gen_af.py", "compare.py", "evaluate.py"):
+        resized = load(name, "--config.downstream.image_size=48", "--config.surrogate.image_size=48")
+        assert resized["downstream"]["image_size"] == resized["surrogate"]["image_size"] == 48
 
 
 def test_the_attacker_has_other_images_than_the_defender():
