@@ -149,7 +149,8 @@ def test_the_research_config_uses_all_images_unless_told_otherwise():
     limited = load("gen_af.py", "--config.downstream.train_limit=100")
     assert limited["downstream"]["train_limit"] == 100
     for name in ("gen_af.py", "compare.py", "evaluate.py"):
-        resized = load(name, "--config.downstream.image_size=48", "--config.surrogate.image_size=48")
+        sizes = [f"--config.{images}.image_size=48" for images in ("downstream", "surrogate")]
+        resized = load(name, *sizes)
         assert resized["downstream"]["image_size"] == resized["surrogate"]["image_size"] == 48
 
 
