@@ -91,6 +91,11 @@ def pool(**options) -> dict:
     return {**ON_ADVERSARIAL, "attack": {**attack, **options}}
 
 
+def warm(attack: dict) -> dict:
+    """Returns the recipe of adversarial fine-tuning from a head that fits."""
+    return {"start": "usual", "adv_ratio": 0.6, "attack": attack, "batch_statistics": "both"}
+
+
 def baselines(epochs: int) -> dict:
     """Returns the recipes of the literature, by name."""
     # Shafahi et al. 2019 have 8 replays; with few epochs 4 leave two passes over the data.
@@ -219,19 +224,8 @@ def defences(edges: str, other: str) -> dict:
         },
         # A head that fits first, then one-step attacks; 0.5 and 0.7 were tried on training images
         # that the small comparison leaves out, and 0.6 was taken between them, untried.
-        "warm_fgsm": {
-            "start": "usual",
-            "adv_ratio": 0.6,
-            "attack": ONE_STEP,
-            "batch_statistics": "both",
-        },
-        # The same with ten steps: what one of warm_fgsm leaves to be had, at Gen-AF's cost.
-        "warm_pgd": {
-            "start": "usual",
-            "adv_ratio": 0.6,
-            "attack": PGD,
-            "batch_statistics": "both",
-        },
+        "warm_fgsm": warm(ONE_STEP),
+        "warm_pgd": warm(PGD),  # ten steps at twice the time of one, half of Gen-AF's
         # ZePAD's idea: what is accurate and what is robust, and the more certain one decides.
         "other_encoder": {**FROZEN, "encoder": other, "scored": False},
         "ensemble": {"members": ("usual", "gen_af", "other_encoder")},

@@ -315,7 +315,7 @@ class Parallel:
           A function of (constants, batch) that returns NumPy arrays ``[batch, ...]``.
         """
 
-        @functools.lru_cache(maxsize=64)
+        @functools.cache
         def compiled(structure):
             # Not by JAX's own comparison: it takes two classes of `flax.struct` for one (`struct`).
             del structure

@@ -4,8 +4,8 @@
 0.12, the newest today, the tree structures of two classes so registered compare *equal* if their
 fields are as many and their static values the same, whatever the classes: ``L2(0.5)`` and
 ``Linf(0.5)`` would be one structure.  Their hashes differ, so a compiled function nearly always
-finds the right program; but where the hashes meet in seven bits of a table, one call in a hundred
-processes, it silently runs the program of the other class.  The classes of this package, and those
+finds the right program; but where the hashes meet in seven bits of a table, in one process of a
+hundred, it silently runs the program of the other class.  The classes of this package, and those
 that are put into it, are therefore registered the general way, which compares classes.
 """
 
