@@ -3,7 +3,7 @@
     python benchmarks/dae_suite.py --width 16 --json dae_suite.json
 
 One step is: of L4A, SSP and STD a sign step on one batch, up to the layer concerned; of FFF an Adam
-step on one grey image; of UAP one visit to every image of the batch (10 gradients each); of UAP-PGD
+step on one gray image; of UAP one visit to every image of the batch (10 gradients each); of UAP-PGD
 20 momentum steps on one batch; of EmbedAttack and TDAA PGD-20 on every image.  Both sides do the
 same arithmetic, from the same images, resident on the device; `torch_dae_suite.py` is the torch
 side, eager and channels last.  AdvEncoder has a benchmark of its own.

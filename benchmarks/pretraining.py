@@ -4,15 +4,15 @@
 
 Both sides start from the same uint8 images, resident on the device, and make per step:
 
-1. Two random views of each image: resized crop (bilinear), flip, colour jitter (brightness,
-   contrast, saturation, hue), sometimes grey; every image draws its own numbers.
+1. Two random views of each image: resized crop (bilinear), flip, color jitter (brightness,
+   contrast, saturation, hue), sometimes gray; every image draws its own numbers.
 2. One forward pass of both views together (2 x batch) in training mode and through the projector
    (hidden 1024, 128 projections), and NT-Xent at temperature 0.2.
 3. One backward pass to all weights, and AdamW (1e-3, decay 1e-4).
 
 That is 2 forward passes and 2 parameter gradients per image on each side.  The torch side augments
 the whole batch at once on the device in plain torch (`affine_grid` and `grid_sample`, batched
-colour operations); it is eager, channels last, with the fused AdamW; ``--tuned`` adds
+color operations); it is eager, channels last, with the fused AdamW; ``--tuned`` adds
 `torch.compile` of network and augmentation and, on a GPU, bfloat16 autocast.
 """
 
@@ -65,7 +65,7 @@ def make_jax(options):
 
 
 def _unblurred():
-    """SimCLR with the views of the torch side: crop, flip, colours and grey."""
+    """SimCLR with the views of the torch side: crop, flip, colors and gray."""
     from robust_ssl import pretraining, struct
 
     @struct.dataclass

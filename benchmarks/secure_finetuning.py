@@ -8,7 +8,7 @@ Both sides start from the same uint8 images, resident on the device, and make pe
    evaluation mode; no gradient with respect to the weights is computed.
 2. One forward pass on the clean and one on the adversarial images in training mode, each with its
    own batch statistics.
-3. The loss 0.3 CE(clean) + 0.7 CE(adversarial) + genetic regularisation of the logits, and one
+3. The loss 0.3 CE(clean) + 0.7 CE(adversarial) + genetic regularization of the logits, and one
    backward pass through both to all weights.
 4. Adam with L2 (8e-4): rate 1e-3 for the encoder, 5e-3 for the head (Gen-AF's MLP, dropout 0.2).
 

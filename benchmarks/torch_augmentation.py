@@ -1,7 +1,7 @@
 """SimCLR's random view on the torch side: a whole batch at once, on the device, in plain torch.
 
 The operations are those of `robust_ssl.pretraining.View`: resized crop, flip, brightness,
-contrast, saturation and hue in that order, sometimes grey; every image draws its own numbers.
+contrast, saturation and hue in that order, sometimes gray; every image draws its own numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def simclr_view(images, min_scale: float = 0.2):
     images = _choose(draw[:, 4] < 0.5, images.flip(3), images).clamp(0, 1)
     factors = 2 * torch.rand(count, 4, device=device) - 1
     images = _choose(draw[:, 5] < 0.8, color_jitter(images, factors), images)
-    return _choose(draw[:, 6] < 0.2, _grey(images).expand_as(images), images)
+    return _choose(draw[:, 6] < 0.2, _gray(images).expand_as(images), images)
 
 
 def crop(images, top, left, down, across):
@@ -44,10 +44,10 @@ def color_jitter(images, factors):
     """Scales brightness, contrast and saturation and turns the hue; factors in [-1, 1]."""
     factors = factors.view(len(images), 4, 1, 1, 1)
     images = (images * (1 + 0.8 * factors[:, 0])).clamp(0, 1)
-    mean = _grey(images).mean((1, 2, 3), keepdim=True)
+    mean = _gray(images).mean((1, 2, 3), keepdim=True)
     images = (mean + (images - mean) * (1 + 0.8 * factors[:, 1])).clamp(0, 1)
-    grey = _grey(images)
-    images = (grey + (images - grey) * (1 + 0.8 * factors[:, 2])).clamp(0, 1)
+    gray = _gray(images)
+    images = (gray + (images - gray) * (1 + 0.8 * factors[:, 2])).clamp(0, 1)
     return _turn_hue(images, 0.2 * factors[:, 3, 0]).clamp(0, 1)
 
 
@@ -55,7 +55,7 @@ def _choose(where, yes, no):
     return torch.where(where.view(-1, 1, 1, 1), yes, no)
 
 
-def _grey(images):
+def _gray(images):
     red, green, blue = images.unbind(1)
     return (0.2989 * red + 0.5870 * green + 0.1140 * blue).unsqueeze(1)
 

@@ -24,7 +24,7 @@ def activations(encoder, images, blocks: int = 8):
     return found
 
 
-# ------------------------------------------------------------------- objectives, to be maximised
+# ------------------------------------------------------------------- objectives, to be maximized
 
 
 def energy(encoder, images, adversarial, weight=0.0):
@@ -97,19 +97,19 @@ def gaussian_images(images):
 
 
 class FFF:
-    """Adam on one grey image; halves the perturbation when it is stuck at the budget."""
+    """Adam on one gray image; halves the perturbation when it is stuck at the budget."""
 
     def __init__(self, encoder, images, epsilon):
         self.encoder, self.epsilon = encoder, epsilon
-        self.grey = torch.full_like(images[:1], 0.5)
-        self.delta = torch.empty_like(self.grey).uniform_(-epsilon, epsilon).requires_grad_()
+        self.gray = torch.full_like(images[:1], 0.5)
+        self.delta = torch.empty_like(self.gray).uniform_(-epsilon, epsilon).requires_grad_()
         self.adam = torch.optim.Adam([self.delta], lr=0.1 / 255)
         self.saturation = torch.zeros((), device=images.device)
         self.best, self.best_value = self.delta.detach().clone(), self.saturation - torch.inf
 
     def step(self):
         """Makes one step."""
-        value = log_norms(self.encoder, None, (self.grey + self.delta).clamp(0, 1))
+        value = log_norms(self.encoder, None, (self.gray + self.delta).clamp(0, 1))
         self.adam.zero_grad(set_to_none=True)
         (-value).backward()
         with torch.no_grad():
@@ -127,16 +127,16 @@ class FFF:
 def cluster_directions(features, count):
     """Spherical k-means that starts at the first vector and goes on to the farthest."""
     vectors = functional.normalize(features, dim=1)
-    centres, nearest = [vectors[0]], vectors @ vectors[0]
+    centers, nearest = [vectors[0]], vectors @ vectors[0]
     for _ in range(1, min(count, len(vectors))):
-        centres.append(vectors[nearest.argmin()])
-        nearest = torch.maximum(nearest, vectors @ centres[-1])
-    centres = torch.stack(centres)
+        centers.append(vectors[nearest.argmin()])
+        nearest = torch.maximum(nearest, vectors @ centers[-1])
+    centers = torch.stack(centers)
     for _ in range(10):
-        members = functional.one_hot((vectors @ centres.T).argmax(1), len(centres)).float()
+        members = functional.one_hot((vectors @ centers.T).argmax(1), len(centers)).float()
         sums = functional.normalize(members.T @ vectors, dim=1)
-        centres = torch.where(members.sum(0)[:, None] == 0, centres, sums)
-    return centres
+        centers = torch.where(members.sum(0)[:, None] == 0, centers, sums)
+    return centers
 
 
 class UAP:
@@ -152,19 +152,19 @@ class UAP:
         """Goes through the batch once."""
         with torch.no_grad():
             features = self.encoder(self.images)
-            centres = cluster_directions(features, self.clusters)
-            labels = (features @ centres.T).argmax(1)
+            centers = cluster_directions(features, self.clusters)
+            labels = (features @ centers.T).argmax(1)
             moved = self.encoder((self.images + self.delta).clamp(0, 1))
-            self.value = ((moved @ centres.T).argmax(1) != labels).float().mean()
+            self.value = ((moved @ centers.T).argmax(1) != labels).float().mean()
         groups = zip(self.images.split(self.at_once), labels.split(self.at_once), strict=True)
         for images, group in groups:
-            total = self._changes(images, group, centres).sum(0, keepdim=True)
+            total = self._changes(images, group, centers).sum(0, keepdim=True)
             moved = self.delta + (1 + self.overshoot) * total
             self.delta = moved.clamp(-self.epsilon, self.epsilon)
 
-    def _changes(self, images, labels, centres):
+    def _changes(self, images, labels, centers):
         pixels = (images + self.delta).requires_grad_()
-        scores = functional.normalize(self.encoder(pixels.clamp(0, 1)), dim=1) @ centres.T
+        scores = functional.normalize(self.encoder(pixels.clamp(0, 1)), dim=1) @ centers.T
         slopes = torch.stack(
             [
                 torch.autograd.grad(column.sum(), pixels, retain_graph=True)[0]

@@ -11,7 +11,7 @@ _STABILIZER = 1e-6
 
 
 def genetic_regularization(clean, adversarial, labels):
-    """Gen-AF's regulariser on logits, the clean ones as a constant; the mean over images."""
+    """Gen-AF's regularizer on logits, the clean ones as a constant; the mean over images."""
     clean = clean.detach()
     error = functional.cross_entropy(clean, labels, reduction="none")
     doubt = torch.tanh((error[:, None] + error[None, :]) / 32)

@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Pixels in [0, 1] to ``8 * width`` features; normalises by itself."""
+    """Pixels in [0, 1] to ``8 * width`` features; normalizes by itself."""
 
     def __init__(self, width: int, stem: str):
         super().__init__()
@@ -115,4 +115,4 @@ class Generator(nn.Module):
         x = self.dense(noise).view(len(noise), -1, self.start, self.start)
         x = x.contiguous(memory_format=torch.channels_last)
         images = torch.tanh(self.layers(x)[:, :, : self.size, : self.size])
-        return torch.tanh(self.mix(images.transpose(0, 1))[:, 0])  # each colour by itself
+        return torch.tanh(self.mix(images.transpose(0, 1))[:, 0])  # each color by itself

@@ -9,7 +9,7 @@ of steps, ``small`` is for a CPU; ``methods``: a part of them, as ``methods=usua
 (what they start from comes with them); ``without``: all but these, for example
 ``without=twins`` for an encoder without batch norm; ``other``: the ensemble's second encoder, which
 must take images of the same size; ``band``: where `universal_band` has its perturbations, in
-cycles per pixel: the worst band of the page that ``configs/analyse.py`` leaves for your encoder.
+cycles per pixel: the worst band of the page that ``configs/analyze.py`` leaves for your encoder.
 
 Time and figure: on two CPU cores at ``scale=small``, five epochs of 2,700 CIFAR-10 images and 1,000
 test images, all recipes take half an hour to make, each some two minutes to score, all together
@@ -112,10 +112,10 @@ def baselines(epochs: int) -> dict:
         "l2_sp": {"l2_sp": 0.1},  # Li et al. 2018 search alpha from 0.001 to 1
         "pruned": {"prune": 0.5},
         "jpeg": {"start": "usual", "epochs": 0, "preprocess": {"function": f"{preprocess}JPEG"}},
-        "quantised": {
+        "quantized": {
             "start": "usual",
             "epochs": 0,
-            "preprocess": {"function": f"{preprocess}Quantise"},
+            "preprocess": {"function": f"{preprocess}Quantize"},
         },
         "smoothed": {
             "start": "usual",
@@ -184,7 +184,7 @@ def defences(edges: str, other: str) -> dict:
             "batch_statistics": "frozen",
             "tolerance": 0.01,
         },
-        # The released code's: adversarial images alone, its swapped regularisation, 20 times
+        # The released code's: adversarial images alone, its swapped regularization, 20 times
         # the sum over pairs of a batch of 256, a tenth of our encoder rate, its inner attack.
         "gen_af_released_stage1": {
             "losses": {

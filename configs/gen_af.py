@@ -1,4 +1,4 @@
-r"""Gen-AF on real colour images: attack, usual and secure fine-tuning, evaluation.
+r"""Gen-AF on real color images: attack, usual and secure fine-tuning, evaluation.
 
     robust-ssl run --config=configs/gen_af.py:downstream=gtsrb32 --workdir=runs/gtsrb
     robust-ssl run --config=configs/gen_af.py:downstream=cifar10,epsilon=10/255 \
@@ -34,7 +34,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     # What a foreign file does not say is named beside its path; None is what it does say.
     of_a_foreign_file = (
-        *("normalisation", "mean", "std", "image_size", "layout", "under", "reader"),
+        *("normalization", "mean", "std", "image_size", "layout", "under", "reader"),
         *("stem", "stem_padding", "heads", "pooling", "activation"),
     )
     config.encoder = {"path": given["encoder"], **dict.fromkeys(of_a_foreign_file)}
@@ -66,7 +66,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         "batch_size": 64,
     }
 
-    optimisation = {
+    optimization = {
         "batch_size": given["batch_size"],
         "epochs": given["epochs"],
         "weight_decay": 8e-4,
@@ -77,14 +77,14 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     # Usual fine-tuning: the public encoder as it is, a head trained on clean images.
     config.usual = {
-        **optimisation,
+        **optimization,
         "rates": {"encoder/**": "freeze", "head/**": 5e-3},
         "batch_statistics": "frozen",
     }
 
     # Stage 1: both tracks, on adversarial images.
     config.finetune = {
-        **optimisation,
+        **optimization,
         "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
         "batch_statistics": "both",
         "adv_ratio": 0.7,
@@ -113,7 +113,7 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     # Stage 2: only the robust-redundant layers, on clean images.
     config.stage2 = {
-        **optimisation,
+        **optimization,
         "learning_rate": 1e-3,
         "batch_statistics": "frozen",
         "tolerance": 0.01,

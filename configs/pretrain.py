@@ -17,8 +17,8 @@ from robust_ssl.settings import SettingsError, parse_arguments
 # 1 would hardly let it move in a run of a thousand steps.
 FAST = {"momentum": 0.95, "final_momentum": 0.995}
 
-# method: (class in robust_ssl.pretraining, optimiser, learning rate, weight decay, sizes at scale
-# small).  Optimiser, rate and decay are solo-learn's scripts/pretrain/cifar/*.yaml at batch 256,
+# method: (class in robust_ssl.pretraining, optimizer, learning rate, weight decay, sizes at scale
+# small).  Optimizer, rate and decay are solo-learn's scripts/pretrain/cifar/*.yaml at batch 256,
 # used at scale research; each class's own defaults are those files' sizes.
 METHODS = {
     "simclr": ("SimCLR", "lars", 0.4, 1e-4, {"hidden": 1024, "projection_dim": 128}),

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
 
     # What a foreign file does not say is named beside its path; None is what it does say.
     of_a_foreign_file = (
-        *("normalisation", "mean", "std", "image_size", "layout", "under", "reader"),
+        *("normalization", "mean", "std", "image_size", "layout", "under", "reader"),
         *("stem", "stem_padding", "heads", "pooling", "activation"),
     )
     config.encoder = {"path": "simclr-cifar10-r18w24", **dict.fromkeys(of_a_foreign_file)}

@@ -21,9 +21,9 @@ examples:
       what the file holds, and what must be named before it can be converted
 
   robust-ssl encoder convert byol-cifar10.ckpt --out encoders/byol \\
-      --normalisation cifar10 --image-size 32
+      --normalization cifar10 --image-size 32
       then `config.encoder.path` is "encoders/byol"; a foreign file does too, with
-      --config.encoder.normalisation=cifar10 and --config.encoder.image_size=32 beside it
+      --config.encoder.normalization=cifar10 and --config.encoder.image_size=32 beside it
 
   robust-ssl encoder export encoders/byol --stage runs/gen_af/stage2 --out secured.safetensors
       the encoder that a run has secured, under torchvision's or timm's names
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
     export.add_argument(
         "--stablehlo",
         metavar="FILE",
-        help="one program for CPU, CUDA and TPU, weights and normalisation inside",
+        help="one program for CPU, CUDA and TPU, weights and normalization inside",
     )
     export.add_argument(
         "--batch", type=int, metavar="N", help="images per call of the program (default: any)"
@@ -107,7 +107,7 @@ def _add_names(command: argparse.ArgumentParser) -> None:
         "images", "a part of the encoder; needed where no file beside the weights says it"
     )
     images.add_argument(
-        "--normalisation",
+        "--normalization",
         metavar="NAME",
         help="imagenet, cifar10, cifar100, clip, half ([-1, 1]) or none ([0, 1])",
     )
@@ -150,7 +150,7 @@ def _as_usage() -> Iterator[None]:
 
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:
-    keys = ("layout", "under", "reader", "normalisation", "mean", "std", "image_size")
+    keys = ("layout", "under", "reader", "normalization", "mean", "std", "image_size")
     keys += ("stem", "stem_padding", "heads", "pooling", "activation")
     given = {key: getattr(arguments, key) for key in keys}
     return {key: value for key, value in given.items() if value is not None}

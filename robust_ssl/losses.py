@@ -1,4 +1,4 @@
-"""What training minimises: functions of `LossInputs` that return one value per image.
+"""What training minimizes: functions of `LossInputs` that return one value per image.
 
 A loss is never reduced: the step takes the mean, knows the weight and logs the name.  A loss sees
 the global batch, so one that compares images with each other does not depend on how many devices
@@ -274,7 +274,7 @@ def genetic_regularization(
 ) -> jax.Array:
     r"""Measures how far the attack changes who is near whom in the batch.
 
-    Row-normalised outputs give cosine distances, from which each row's nearest one is taken away:
+    Row-normalized outputs give cosine distances, from which each row's nearest one is taken away:
     :math:`D_{ij} = d_{ij} - \min_{k \ne i} d_{ik}`.  The reference (the clean images) is mixed with
     what the labels say, the more the worse it predicts them:
 
@@ -318,7 +318,7 @@ def genetic_regularization(
 
     References:
       Zhou et al., "Securely Fine-tuning Pre-trained Encoders Against Adversarial Examples",
-      IEEE S&P 2024, genetic regularisation of the first stage.
+      IEEE S&P 2024, genetic regularization of the first stage.
     """
     if on not in ("logits", "features"):
         raise ValueError(f'genetic_regularization: on must be "logits" or "features", got {on!r}')

@@ -52,10 +52,10 @@ def _with_batch_axis(images: jax.Array, apply: Callable[[jax.Array], Outputs]) -
 
 @struct.dataclass
 class Encoder:
-    """A feature extractor with its weights and its own normalisation.
+    """A feature extractor with its weights and its own normalization.
 
     Calling it is evaluation mode: batch statistics are read, never written.  Images are pixels in
-    [0, 1]; the normalisation ``(image - mean) / std`` happens in here and nowhere else, so no
+    [0, 1]; the normalization ``(image - mean) / std`` happens in here and nowhere else, so no
     attack can miss it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Encoder:
       image_size: Height and width the encoder was trained for, pixels.
       dim: Number of features.
       name: For tables and manifests.
-      preprocess: An input transformation that comes before the normalisation, pixels
+      preprocess: An input transformation that comes before the normalization, pixels
         ``[..., H, W, 3]`` in [0, 1] to the same shape: one of `robust_ssl.models.preprocessing`,
         or any callable that hashes (equal ones compile once); None for none.
 
@@ -76,8 +76,8 @@ class Encoder:
       >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=16)
       >>> encoder(jnp.zeros((2, 16, 16, 3))).features.shape
       (2, 64)
-      >>> black_or_white = encoder.replace(preprocess=models.Quantise(levels=2))
-      >>> float(black_or_white.replace(mean=(0.0,) * 3, std=(1.0,) * 3).normalise(
+      >>> black_or_white = encoder.replace(preprocess=models.Quantize(levels=2))
+      >>> float(black_or_white.replace(mean=(0.0,) * 3, std=(1.0,) * 3).normalize(
       ...     jnp.full((1, 1, 3), 0.4)).max())
       0.0
     """
@@ -93,7 +93,7 @@ class Encoder:
         pytree_node=False, default=None
     )
 
-    def normalise(self, images: jax.Array) -> jax.Array:
+    def normalize(self, images: jax.Array) -> jax.Array:
         """Turns pixels in [0, 1] into what the module was trained on; float32, same shape.
 
         First `preprocess`, then ``(image - mean) / std``.
@@ -125,7 +125,7 @@ class Encoder:
         """Returns features and taps in evaluation mode, for a batch or for one image."""
 
         def apply(batch):
-            features, taps = self.module.apply(self.variables, self.normalise(batch), train=False)
+            features, taps = self.module.apply(self.variables, self.normalize(batch), train=False)
             return Outputs(features=features, taps=taps)
 
         return _with_batch_axis(images, apply)
@@ -146,7 +146,7 @@ class Encoder:
         module = self.module.clone(axis_name=axis_name)
         (features, taps), updated = module.apply(
             self.variables,
-            self.normalise(images),
+            self.normalize(images),
             train=True,
             mutable=["batch_stats"],
             rngs=None if key is None else {"dropout": key},
@@ -278,8 +278,8 @@ class TrainState:
     counters: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
 
-Loss = Callable[[LossInputs], jax.Array]  # -> [batch], minimised
-Objective = Callable[[AttackInputs], jax.Array]  # -> scalar, maximised
+Loss = Callable[[LossInputs], jax.Array]  # -> [batch], minimized
+Objective = Callable[[AttackInputs], jax.Array]  # -> scalar, maximized
 
 
 @runtime_checkable

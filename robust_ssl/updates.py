@@ -24,7 +24,7 @@ def take_if_finite(
     Args:
       state: The state before the step, with the counters of `no_skips`.
       variables: The new variables.
-      opt_state: The new state of the optimiser.
+      opt_state: The new state of the optimizer.
       metrics: Of the step, with ``loss`` and ``gradient_norm``.
 
     Returns:
@@ -32,7 +32,7 @@ def take_if_finite(
     """
     new, old = (variables, opt_state), (state.variables, state.opt_state)
     # One number that is not finite if anything is: testing each of hundreds of leaves by itself
-    # compiles many times longer.  Integers (an optimiser's count) are finite, and would overflow.
+    # compiles many times longer.  Integers (an optimizer's count) are finite, and would overflow.
     floats = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     finite = jnp.isfinite(optax.tree.norm(floats) + metrics["gradient_norm"] + metrics["loss"])
     variables, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -28,14 +28,14 @@ def run(
     num_devices=1,
     layout="pmap",
     learning_rate=0.1,
-    optimised=False,
+    optimized=False,
 ):
     """Returns the states before and after each step, and each step's metrics.
 
-    `optimised` programs take longer to compile and round sums less.
+    `optimized` programs take longer to compile and round sums less.
     """
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", before and not optimised)
+    jax.config.update("jax_disable_most_optimizations", before and not optimized)
     try:
         return _run(method, num_steps, num_devices, layout, learning_rate)
     finally:

@@ -256,7 +256,7 @@ CASES = {
 }  # fmt: skip
 
 
-def randomise(model, seed=0):
+def randomize(model, seed=0):
     """Random numbers everywhere: a fresh model's zeros and ones hide what is left out."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -273,7 +273,7 @@ def images(count=3):
 
 
 def torch_outputs(case, model, pixels):
-    """Features and taps as arrays, of normalised images."""
+    """Features and taps as arrays, of normalized images."""
     x = ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(0, 3, 1, 2)
     with torch.no_grad():
         features, taps = case.forward(model, torch.from_numpy(x.copy()))
@@ -295,7 +295,7 @@ def largest_error(encoder, expected, pixels):
 def imported(name, folder):
     """The PyTorch model of a case, and the encoder that its file becomes."""
     case = CASES[name]
-    model = randomise(case.build())
+    model = randomize(case.build())
     path = case.save(model, pathlib.Path(folder))
     return model, import_encoder(path, mean=MEAN, std=STD, **case.named)
 

@@ -27,7 +27,7 @@ THREATS = {
 }
 
 
-def grey(n):
+def gray(n):
     """Images that no budget here pushes to 0 or 1."""
     return jax.random.uniform(KEY, (n, *SHAPE), minval=0.4, maxval=0.6)
 
@@ -66,7 +66,7 @@ def optimum(threat, weight):
 
 @pytest.mark.parametrize("name", ["Linf", "L2", "Band", "Patch"])
 def test_on_a_linear_loss_the_pool_climbs_to_the_best_allowed_perturbation(name):
-    threat, images, weights = THREATS[name], grey(6), slopes(6)
+    threat, images, weights = THREATS[name], gray(6), slopes(6)
     pool = UniversalPool(threat, clean_share=0.0, size=1)
     start = pool.init(KEY, SHAPE, batch_size=6)
     (found,) = climb(pool, start, images, weights, 60)
@@ -74,7 +74,7 @@ def test_on_a_linear_loss_the_pool_climbs_to_the_best_allowed_perturbation(name)
 
 
 def test_each_member_climbs_on_its_own_images_alone():
-    images, weights = grey(16), slopes(16)
+    images, weights = gray(16), slopes(16)
     pool = UniversalPool(threats.Linf(0.1), clean_share=0.3, size=3)
     start = pool.init(KEY, SHAPE, batch_size=16)
     moved = pool.apply(start, KEY, images, jnp.arange(16)) - images
@@ -90,7 +90,7 @@ def test_each_member_climbs_on_its_own_images_alone():
 
 @pytest.mark.parametrize("name", THREATS)
 def test_the_pool_stays_in_its_budget_and_its_images_valid(name):
-    threat, images = THREATS[name], jnp.round(4 * grey(4)) / 4 - 0.5  # zeros, and 0.25
+    threat, images = THREATS[name], jnp.round(4 * gray(4)) / 4 - 0.5  # zeros, and 0.25
     images = jnp.concatenate([images, 1 - images])
     pool = UniversalPool(threat, step_size=0.3, clean_share=0.0, size=2)
     deltas = pool.init(KEY, SHAPE, batch_size=8)
@@ -109,7 +109,7 @@ def test_the_pool_stays_in_its_budget_and_its_images_valid(name):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_clean_share_of_one_leaves_all_images_and_of_zero_none(share):
     pool = UniversalPool(threats.Linf(0.1), clean_share=share, size=2)
-    deltas, images = pool.init(KEY, SHAPE, batch_size=64), grey(64)
+    deltas, images = pool.init(KEY, SHAPE, batch_size=64), gray(64)
     changed = np.any(pool.apply(deltas, KEY, images, jnp.arange(64)) != images, axis=(1, 2, 3))
     assert changed.all() if share == 0 else not changed.any()
     after = climb(pool, deltas, images, slopes(64), 1)
@@ -129,7 +129,7 @@ def test_the_clean_share_and_the_members_come_as_often_as_they_say():
 @pytest.mark.parametrize("name", THREATS)
 def test_what_an_image_gets_depends_on_its_index_alone(name):
     pool = UniversalPool(THREATS[name], clean_share=0.3, size=3)
-    deltas, images = pool.init(KEY, SHAPE, batch_size=8), grey(8)
+    deltas, images = pool.init(KEY, SHAPE, batch_size=8), gray(8)
     whole = pool.apply(deltas, KEY, images, jnp.arange(8))
     half = pool.apply(deltas, KEY, images[4:], jnp.arange(4, 8))
     np.testing.assert_array_equal(half, whole[4:])
@@ -165,7 +165,7 @@ def test_one_member_in_turn_is_drawn_anew_and_the_others_are_not_touched():
 def test_a_member_does_to_images_in_scoring_what_it_did_in_training(name):
     pool = UniversalPool(THREATS[name], clean_share=0.0, size=1)
     deltas = pool.init(KEY, SHAPE, batch_size=4)
-    images = jnp.clip(2 * grey(4) - 0.5, 0, 1).at[:, 0].set(0.0).at[:, 1].set(1.0)
+    images = jnp.clip(2 * gray(4) - 0.5, 0, 1).at[:, 0].set(0.0).at[:, 1].set(1.0)
     trained = pool.apply(deltas, KEY, images, jnp.arange(4))
     (member,) = pool.members(np.asarray(deltas))
     keys = [jax.random.split(jax.random.fold_in(KEY, i), 3)[2] for i in range(4)]  # of the place
@@ -175,7 +175,7 @@ def test_a_member_does_to_images_in_scoring_what_it_did_in_training(name):
 
 def test_members_are_attacks_that_are_scored_like_others():
     pool = UniversalPool(threats.Linf(0.1), size=3)
-    deltas, images = pool.init(KEY, SHAPE, batch_size=4), grey(4)
+    deltas, images = pool.init(KEY, SHAPE, batch_size=4), gray(4)
     members = pool.members(deltas)
     assert len(members) == 3 and {m.gradient_evaluations for m in members} == {0}
     for member, delta in zip(members, deltas, strict=True):
@@ -305,7 +305,7 @@ def test_two_steps_of_free_training_are_the_published_algorithm(threat):
 def test_free_perturbations_belong_to_a_place_in_the_batch_and_are_carried_over():
     free = FreeReplays(threats.Linf(0.1))
     deltas = jnp.arange(4.0).reshape(4, 1, 1, 1) / 40 * jnp.ones((4, *SHAPE))
-    moved = free.apply(deltas, KEY, grey(4)[:2], jnp.array([3, 1])) - grey(4)[:2]
+    moved = free.apply(deltas, KEY, gray(4)[:2], jnp.array([3, 1])) - gray(4)[:2]
     np.testing.assert_allclose(moved[:, 0, 0, 0], [3 / 40, 1 / 40], atol=1e-6)
     state, step = one_step(free, optax.sgd(0.0))
     first, _ = step(state, batch())
@@ -400,7 +400,7 @@ def test_a_clean_share_that_is_none_is_an_error(share):
 
 def test_a_batch_without_a_perturbation_for_every_image_is_an_error():
     with pytest.raises(ValueError, match="a batch of 4 images, but perturbations for 2"):
-        FreeReplays(threats.Linf(0.1)).apply(jnp.zeros((2, *SHAPE)), KEY, grey(4), jnp.arange(4))
+        FreeReplays(threats.Linf(0.1)).apply(jnp.zeros((2, *SHAPE)), KEY, gray(4), jnp.arange(4))
 
 
 def test_no_replay_is_an_error():

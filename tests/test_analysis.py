@@ -47,10 +47,10 @@ def random(shape, seed=0):
 
 
 def cka_of_grams(x, y):
-    """By the definition, in float64: centred Gram matrices."""
+    """By the definition, in float64: centered Gram matrices."""
     n = len(x)
-    centre = np.eye(n) - 1 / n
-    k, m = (centre @ (a @ a.T) @ centre for a in (x, y))
+    center = np.eye(n) - 1 / n
+    k, m = (center @ (a @ a.T) @ center for a in (x, y))
     return np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m))
 
 
@@ -312,7 +312,7 @@ def test_a_filter_that_is_none_is_refused():
         filtered(perturbation(threat=threats.Patch(0.25)), "low_pass", 0.1)
 
 
-def grey_batches(n=4, size=8):
+def gray_batches(n=4, size=8):
     images = np.full((n, size, size, 3), 0.5, np.float32)
     yield {"images": images, "labels": np.zeros(n, np.int32)}
 
@@ -320,7 +320,7 @@ def grey_batches(n=4, size=8):
 def test_a_curve_says_which_frequencies_do_the_work():
     stripes = jnp.full((8, 8, 3), -0.1).at[:, ::2].set(0.1)
     attack = UniversalPerturbation(stripes, threats.Linf(jnp.float32(0.1)))
-    curves = filtering_curves(Pixels(), grey_batches(), attack, (0.25, 0.6), key=KEY, parallel=ONE)
+    curves = filtering_curves(Pixels(), gray_batches(), attack, (0.25, 0.6), key=KEY, parallel=ONE)
     share = {
         name: {cutoff: counts.fooling_rate for cutoff, counts in curve.items()}
         for name, curve in curves.items()
@@ -331,7 +331,7 @@ def test_a_curve_says_which_frequencies_do_the_work():
         "high_pass": {0.25: 1.0, 0.6: 0.0},
     }
     with pytest.raises(ValueError, match="cutoff"):
-        filtering_curves(Pixels(), grey_batches(), attack, (), key=KEY, parallel=ONE)
+        filtering_curves(Pixels(), gray_batches(), attack, (), key=KEY, parallel=ONE)
 
 
 # --- Transfer -----------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_the_matrix_counts_every_pair():
     found = transfer_matrix(
         crafted,
         {"sees": Pixels(), "blind": blind},
-        lambda name: grey_batches(n=3 if name == "sees" else 4),
+        lambda name: gray_batches(n=3 if name == "sees" else 4),
         key=KEY,
         parallel=ONE,
     )
@@ -366,13 +366,13 @@ def test_another_size_is_resized_only_if_asked():
     crafted, model = {"small": perturbation(size=4)}, {"sees": Pixels()}
     options = {"key": KEY, "parallel": ONE}
     with pytest.raises(ValueError, match=r"crafted on 'small' has size \(4, 4\).*bilinear"):
-        transfer_matrix(crafted, model, lambda name: grey_batches(), **options)
+        transfer_matrix(crafted, model, lambda name: gray_batches(), **options)
     found = transfer_matrix(
-        crafted, model, lambda name: grey_batches(), resize="bilinear", **options
+        crafted, model, lambda name: gray_batches(), resize="bilinear", **options
     )
     assert found["small"]["sees"].n == 4
     with pytest.raises(ValueError, match="resize must be"):
-        transfer_matrix(crafted, model, lambda name: grey_batches(), resize="crop", **options)
+        transfer_matrix(crafted, model, lambda name: gray_batches(), resize="crop", **options)
     with pytest.raises(ValueError, match="no images"):
         transfer_matrix(crafted, model, lambda name: iter(()), **options)
 

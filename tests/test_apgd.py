@@ -109,7 +109,7 @@ class Mlp:
 
 @struct.dataclass
 class Noisy:
-    """A randomised model: it answers for the image with noise on it."""
+    """A randomized model: it answers for the image with noise on it."""
 
     inner: Mlp
     key: jax.Array
@@ -369,10 +369,10 @@ def test_a_saturated_cross_entropy_stops_it_but_dlr_goes_on():
     assert wrong[0].all()
 
 
-# -------------------------------------------------------------------------------- randomised
+# -------------------------------------------------------------------------------- randomized
 
 
-def test_a_randomised_model_is_drawn_anew_at_every_step():
+def test_a_randomized_model_is_drawn_anew_at_every_step():
     noisy = Noisy(_mlp(), jax.random.key(5))
     image = jnp.asarray(_images(1)[0])
     one, other = (draw(noisy, jax.random.key(i))(image[None]).logits for i in (0, 1))

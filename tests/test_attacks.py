@@ -391,8 +391,8 @@ def test_a_perturbation_survives_saving_resizing_and_applying(tmp_path, threat):
     assert attack.apply(images).min() >= 0 and attack.apply(images).max() <= 1
     larger = attack.resized(16)
     assert larger.delta.shape == (16, 16, 3)
-    grey = jnp.full((16, 16, 3), 0.5)
-    np.testing.assert_allclose(larger(None, None, grey), grey + larger.delta, atol=1e-6)
+    gray = jnp.full((16, 16, 3), 0.5)
+    np.testing.assert_allclose(larger(None, None, gray), gray + larger.delta, atol=1e-6)
 
 
 def test_a_perturbation_of_another_size_or_a_foreign_file_is_refused(tmp_path):
@@ -437,9 +437,9 @@ def test_mixing_is_a_convolution_across_the_images():
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(4, 6, 7, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 4)), jnp.float32)
-    colours = images.transpose(3, 1, 2, 0)  # each colour an image, each image a channel
+    colors = images.transpose(3, 1, 2, 0)  # each color an image, each image a channel
     expected = jax.lax.conv_general_dilated(
-        colours, kernel[..., None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        colors, kernel[..., None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     np.testing.assert_allclose(
         mix(images, kernel), expected[..., 0].transpose(1, 2, 0), rtol=1e-4, atol=1e-5

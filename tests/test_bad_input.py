@@ -65,7 +65,7 @@ def data(how, **options):
 CASES = {
     "images with NaN": (data("nan"), ["nan at index [3, 1, 2, 0]", "repair or drop"]),
     "images above 1": (data("above"), ["[0, 1]", "1 of 64 images", "divide by 255"]),
-    "images below 0": (data("below"), ["[0, 1]", "[5, 0, 0, 0]", "normalisation"]),
+    "images below 0": (data("below"), ["[0, 1]", "[5, 0, 0, 0]", "normalization"]),
     "images of rank 3": (data("rank"), ["[n, height, width, 3]", "(64, 8, 8)", "np.repeat"]),
     "images of 4 channels": (data("channels"), ["3 channels", "(64, 8, 8, 4)", "[..., :3]"]),
     "images of another size": (data("size"), ["6x8", "8x8", "image_size=8"]),

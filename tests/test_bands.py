@@ -26,7 +26,7 @@ BANDS = [
     Band(L2(0.7), 0.0, 0.2),
     Band(L2(0.7), 0.2, 0.4),
 ]
-GREY = jnp.full(SHAPE, 0.5)
+GRAY = jnp.full(SHAPE, 0.5)
 
 
 def _outside(threat, change):
@@ -58,12 +58,12 @@ def test_band_and_budget_hold_together_for_whatever_makes_a_delta(threat):
 
 @pytest.mark.parametrize("threat", BANDS)
 def test_images_keep_the_laws_where_the_pixel_range_is_far(threat):
-    once = threat.project(GREY + jax.random.normal(KEY, SHAPE), GREY)
-    np.testing.assert_allclose(threat.project(once, GREY), once, atol=1e-6)
-    for image in (once, threat.sample(KEY, GREY)):
-        assert _outside(threat, image - GREY) < 1e-5
-        assert _size(threat, image - GREY) <= threat.epsilon * (1 + 1e-6)
-    black = threat.project(GREY, jnp.zeros(SHAPE).at[0].set(1.0))
+    once = threat.project(GRAY + jax.random.normal(KEY, SHAPE), GRAY)
+    np.testing.assert_allclose(threat.project(once, GRAY), once, atol=1e-6)
+    for image in (once, threat.sample(KEY, GRAY)):
+        assert _outside(threat, image - GRAY) < 1e-5
+        assert _size(threat, image - GRAY) <= threat.epsilon * (1 + 1e-6)
+    black = threat.project(GRAY, jnp.zeros(SHAPE).at[0].set(1.0))
     assert black.min() >= 0 and black.max() <= 1
 
 
@@ -181,8 +181,8 @@ def test_per_image_attacks_stay_in_the_band(threat):
         images = jnp.full((2, *SHAPE), 0.5)
         found = jax.jit(attack_batch)(attack, KEY, LINEAR, images, jnp.array([0, 1]))
         for image in found:
-            assert _outside(threat, image - GREY) < 1e-5
-            assert _size(threat, image - GREY) <= threat.epsilon * (1 + 1e-5)
+            assert _outside(threat, image - GRAY) < 1e-5
+            assert _size(threat, image - GRAY) <= threat.epsilon * (1 + 1e-5)
 
 
 def test_another_band_does_not_trace_again():
@@ -194,7 +194,7 @@ def test_another_band_does_not_trace_again():
         return threat.project(image + 0.1, image)
 
     for threat in (Band(Linf(0.1), 0.0, 0.2), Band(Linf(0.2), 0.1, INFINITY)):
-        project(threat, GREY)
+        project(threat, GRAY)
 
 
 # ---------------------------------------------------------------------------------- what is kept

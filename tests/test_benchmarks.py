@@ -119,7 +119,7 @@ def test_the_torch_encoder_is_the_same_network(stem):
     module = torch_models.ResNet18(8, stem).eval()
     carried = _carry(encoder.variables, module)
     kept = [name for name in module.state_dict() if "num_batches" not in name]
-    assert carried == len(kept) - 2  # all but the normalisation's mean and deviation
+    assert carried == len(kept) - 2  # all but the normalization's mean and deviation
     images = np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype(np.float32)
     found = module(_nchw(images)).detach().numpy()
     expected = jax.jit(lambda encoder, x: encoder(x).features)(encoder, images)

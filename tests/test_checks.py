@@ -298,7 +298,7 @@ def test_the_checks_tell_the_faults_apart():
     saturated = verdict("logits x 1000").numbers("failed")
     assert {4, 12, 14, 16} <= set(saturated) and 5 not in saturated
     assert verdict("straight through").numbers("failed") == (6,)
-    assert verdict("randomised").numbers("failed") == (2,)
+    assert verdict("randomized").numbers("failed") == (2,)
     assert verdict("probabilities").numbers("failed") == (3,)
 
 

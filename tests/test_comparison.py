@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from robust_ssl.report.columns import FIELDS
-from robust_ssl.report.comparison import Figure, ordering, summarise, write_comparison
+from robust_ssl.report.comparison import Figure, ordering, summarize, write_comparison
 from robust_ssl.report.differences import decided, differ, differences
 from robust_ssl.report.goals import better_on_all, cheap_robustness
 
@@ -40,7 +40,7 @@ def test_mean_deviation_and_number_over_seeds():
         row("b", 1, 0.75, verdict="not examined"),
         row("b", 2, 0.5, verdict="trusted with notes", images=500),
     ]
-    found = summarise(rows)
+    found = summarize(rows)
     assert list(found) == ["b", "a"]
     assert found["b"]["robust_public"] == Figure(0.5, pytest.approx(0.25), 3)
     assert found["b"]["autoattack"] == Figure(0.1, None, 1)
@@ -53,7 +53,7 @@ def test_mean_deviation_and_number_over_seeds():
 
 def test_not_trusted_is_the_worst_verdict():
     rows = [row(seed=0, verdict="not trusted"), row(seed=1, verdict="not examined")]
-    assert summarise(rows)["usual"]["verdict"] == "not trusted"
+    assert summarize(rows)["usual"]["verdict"] == "not trusted"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_not_trusted_is_the_worst_verdict():
 )
 def test_rows_that_are_none_are_refused(rows, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        summarise(rows)
+        summarize(rows)
     with pytest.raises(ValueError, match=said):
         write_comparison(tmp_path, rows)
     assert not list(tmp_path.iterdir())
@@ -142,7 +142,7 @@ def order(*robust, **changed):
     rows = [
         row(m, 0, share, **changed.get(m, {})) for m, share in zip(methods, robust, strict=True)
     ]
-    return ordering(summarise(rows), list(methods), by="robust_public")
+    return ordering(summarize(rows), list(methods), by="robust_public")
 
 
 WHAT = "by accuracy in the worst case per image over the attacks crafted on the public encoder (a"
@@ -153,7 +153,7 @@ def test_an_order_that_holds_is_confirmed_with_numbers():
 
 
 def test_an_order_is_somebodys():
-    found = summarise([row("a", 0, 0.1), row("b", 0, 0.9)])
+    found = summarize([row("a", 0, 0.1), row("b", 0, 0.9)])
     assert ordering(found, "ab", of="They").startswith(
         "The order a < b, which They report, holds by accuracy"
     )
@@ -175,9 +175,9 @@ def test_a_difference_inside_the_interval_is_undecided(second):
 
 def test_a_difference_inside_the_deviation_is_undecided():
     apart = [row("a", 0, 0.2), row("b", 0, 0.4)]
-    assert " holds " in ordering(summarise(apart), "ab", by="robust_hardened")
+    assert " holds " in ordering(summarize(apart), "ab", by="robust_hardened")
     spread = [row("a", 0, 0.2), row("b", 0, 0.1), row("b", 1, 0.7)]
-    assert " is undecided " in ordering(summarise(spread), "ab", by="robust_hardened")
+    assert " is undecided " in ordering(summarize(spread), "ab", by="robust_hardened")
 
 
 def test_the_number_of_images_decides_what_is_decided():
@@ -191,7 +191,7 @@ def test_what_was_not_measured_or_not_trusted_is_said():
         row("b"),
         row("c", autoattack=0.9, autoattack_images=100, verdict="not trusted"),
     ]
-    found = summarise(rows)
+    found = summarize(rows)
     assert ordering(found, "abc", by="autoattack") == (
         "The order a < b < c holds by accuracy under AutoAttack (a 10.0 %, c 90.0 %). "
         "Not measured: b. NOT TRUSTED: c."
@@ -215,7 +215,7 @@ def test_methods_are_compared_on_the_same_images():
         "nested": {"robust_hardened": images(470)},  # right only where the leader is
         "other": {"robust_hardened": images(470, first=530)},  # right only where it is not
     }
-    alone, found = summarise(rows), summarise(rows, right)
+    alone, found = summarize(rows), summarize(rows, right)
     assert not decided(alone["lead"], alone["nested"], "robust_hardened")
     assert differ(alone["lead"], alone["nested"], "robust_hardened") is None
     assert differ(found["nested"], found["lead"], "robust_hardened") == (
@@ -240,7 +240,7 @@ def test_a_difference_inside_the_deviation_over_seeds_is_not_decided():
     halves = {
         m: sum(images(1000 * r).astype(float) for r in both) / 2 for m, both in shares.items()
     }
-    found = summarise(rows, {name: {"robust_public": each} for name, each in halves.items()})
+    found = summarize(rows, {name: {"robust_public": each} for name, each in halves.items()})
     value, half = differ(found["b"], found["a"], "robust_public")
     assert value == pytest.approx(-0.1) and half == pytest.approx(0.2 / 2**0.5)
     assert not decided(found["b"], found["a"], "robust_public")
@@ -248,7 +248,7 @@ def test_a_difference_inside_the_deviation_over_seeds_is_not_decided():
 
 def test_images_that_say_another_share_are_refused():
     with pytest.raises(ValueError, match=r"usual: clean is 0\.75 by the rows and 0\.5 by image"):
-        summarise([row()], {"usual": {"clean": images(500)}})
+        summarize([row()], {"usual": {"clean": images(500)}})
 
 
 def test_differences_from_a_leader_are_written(tmp_path):
@@ -277,7 +277,7 @@ def goal(**methods):
         row(name, 0, robust, clean=clean, cost_factor=cost, **(more[0] if more else {}))
         for name, (clean, robust, cost, *more) in methods.items()
     ]
-    found = summarise(rows)
+    found = summarize(rows)
     return cheap_robustness(found), better_on_all(found)
 
 
@@ -341,4 +341,4 @@ def test_a_method_is_better_on_all():
 )
 def test_an_order_of_strangers_is_refused(names, by, said):
     with pytest.raises(ValueError, match=said):
-        ordering(summarise([row("a"), row("b")]), names, by=by)
+        ordering(summarize([row("a"), row("b")]), names, by=by)

@@ -169,7 +169,7 @@ METHODS = {
 
 @pytest.mark.parametrize("scale", ["small", "research"])
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_the_pretraining_config_builds_every_method_and_its_optimiser(name, scale):
+def test_the_pretraining_config_builds_every_method_and_its_optimizer(name, scale):
     config = load(f"pretrain.py:method={name},scale={scale},data=cifar100_small")["pretrain"]
     assert config["data"] == {"source": "cifar100_small"}
     width = {"small": 16, "research": 64}[scale]

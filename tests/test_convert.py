@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 
 from robust_ssl import main, models, stages, weights
 from robust_ssl.stages.run import load_or_import
-from robust_ssl.weights import convert, mapping, normalisation, resnet_layouts
+from robust_ssl.weights import convert, mapping, normalization, resnet_layouts
 
-NAMED = {"normalisation": "cifar10", "image_size": 8, "stem": "cifar", "stem_padding": 2}
-FLAGS = ["--normalisation=cifar10", "--image-size=8", "--stem=cifar", "--stem-padding=2"]
+NAMED = {"normalization": "cifar10", "image_size": 8, "stem": "cifar", "stem_padding": 2}
+FLAGS = ["--normalization=cifar10", "--image-size=8", "--stem=cifar", "--stem-padding=2"]
 
 
 def layout_of(name):
@@ -103,7 +103,7 @@ def test_wrappers_come_off_and_their_other_parts_are_dropped(
 
 def test_solo_learn_pads_by_two_if_it_is_named_and_others_are_asked(tmp_path):
     file = write(tmp_path, {f"backbone.{name}": x for name, x in TENSORS.items()})
-    named = {"normalisation": "cifar10", "image_size": 8}
+    named = {"normalization": "cifar10", "image_size": 8}
     with pytest.raises(ValueError, match=r"stem_padding, 1 .usual. or 2 .solo-learn's"):
         weights.import_encoder(file, **named)  # others write ``backbone.`` too
     named["layout"] = "solo-learn"
@@ -111,15 +111,15 @@ def test_solo_learn_pads_by_two_if_it_is_named_and_others_are_asked(tmp_path):
     assert weights.import_encoder(file, **named, stem_padding=1).module.stem_padding == 1
 
 
-def test_a_normalisation_that_is_not_the_files_is_said(tmp_path):
+def test_a_normalization_that_is_not_the_files_is_said(tmp_path):
     own = weights.export_safetensors(ENCODER.replace(mean=(0.1,) * 3), tmp_path / "own.safetensors")
     with pytest.raises(ValueError, match=r"own header says mean \(0.1, .* is asked for"):
-        weights.import_encoder(own, normalisation="imagenet")
+        weights.import_encoder(own, normalization="imagenet")
     image = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 8}
     file = write(tmp_path, TENSORS, preprocessor_config=image)
     found = weights.inspect_file(file, **NAMED)
     assert "preprocessor_config.json says mean (0.5, 0.5, 0.5)" in "".join(found.notes)
-    assert found.normalisation.mean == models.CIFAR10_MEAN and not found.problems
+    assert found.normalization.mean == models.CIFAR10_MEAN and not found.problems
 
 
 def test_a_variant_with_a_plain_networks_tensors_is_refused(tmp_path):
@@ -130,7 +130,7 @@ def test_a_variant_with_a_plain_networks_tensors_is_refused(tmp_path):
     ):
         file = write(tmp_path, tensors_of(encoder), config=config)
         with pytest.raises(ValueError, match=message):
-            weights.import_encoder(file, normalisation="imagenet", image_size=32)
+            weights.import_encoder(file, normalization="imagenet", image_size=32)
 
 
 def test_negative_variances_are_refused(tmp_path):
@@ -171,7 +171,7 @@ def test_a_vit_config_that_asks_for_the_absurd_is_refused_at_once(tmp_path, chan
     config = {"model_type": "vit", "num_attention_heads": 2, "num_hidden_layers": 1, **changes}
     file = write(tmp_path, tensors_of(encoder, "huggingface-vit"), config=config)
     with pytest.raises(ValueError, match=r"depth is|layer_norm_eps is|num_attention_heads is"):
-        weights.import_encoder(file, normalisation="half")
+        weights.import_encoder(file, normalization="half")
 
 
 @pytest.mark.parametrize(
@@ -252,10 +252,10 @@ def test_what_does_not_fit_is_named(tmp_path, case):
 def test_all_problems_are_reported_at_once(tmp_path):
     tensors = {**_without("layer1.1.bn2.bias"), "bn1.bias": np.full(4, np.nan, np.float32)}
     problems = weights.inspect_file(write(tmp_path, tensors)).problems
-    assert len(problems) == 3  # NaN, normalisation, stem; what the stem hides comes next
+    assert len(problems) == 3  # NaN, normalization, stem; what the stem hides comes next
     problems = weights.inspect_file(tmp_path, stem="cifar", stem_padding=1).problems
     text = "\n".join(problems)
-    for part in ("bn1.bias has NaN", "how images were normalised", "how large", "missing layer1.1"):
+    for part in ("bn1.bias has NaN", "how images were normalized", "how large", "missing layer1.1"):
         assert part in text
 
 
@@ -266,8 +266,8 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ({"stem": None}, r"stem is 3x3.*--stem cifar --stem-padding 1"),
         ({"stem_padding": None}, "its stride and padding are not in the file"),
         ({"stem": "imagenet"}, r"'imagenet' does not fit a 3x3 .*\['cifar', 'cifar_half'\]"),
-        ({"normalisation": None}, r"--normalisation cifar10\|.*--mean R,G,B"),
-        ({"normalisation": "mnist"}, "no normalisation 'mnist'"),
+        ({"normalization": None}, r"--normalization cifar10\|.*--mean R,G,B"),
+        ({"normalization": "mnist"}, "no normalization 'mnist'"),
         ({"mean": (0, 0, 0)}, "name both"),
         ({"image_size": None}, "--image-size PIXELS"),
         ({"image_size": 7.5}, "whole number"),
@@ -280,7 +280,7 @@ def test_what_weights_do_not_tell_must_be_named(tmp_path, change, message):
         weights.import_encoder(write(tmp_path, TENSORS), **{**NAMED, **change})
 
 
-# --- normalisation ------------------------------------------------------------------------------
+# --- normalization ------------------------------------------------------------------------------
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
@@ -300,7 +300,7 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     ],
 )  # fmt: skip
 def test_the_preprocessor_says_how_images_look(config, want):
-    found = normalisation.read({"preprocessor_config.json": config})
+    found = normalization.read({"preprocessor_config.json": config})
     assert (found.mean, found.std, found.image_size) == want
 
 
@@ -317,10 +317,10 @@ def test_the_preprocessor_says_how_images_look(config, want):
 )
 def test_a_preprocessor_we_cannot_follow_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        normalisation.read({"preprocessor_config.json": config})
+        normalization.read({"preprocessor_config.json": config})
 
 
-def test_a_folder_brings_its_own_normalisation(tmp_path):
+def test_a_folder_brings_its_own_normalization(tmp_path):
     encoder = random_encoder(width=2, stem="imagenet", image_size=32)
     tensors = {f"resnet.{k}": x for k, x in tensors_of(encoder, "huggingface-resnet").items()}
     tensors["classifier.1.bias"] = np.zeros(3, np.float32)
@@ -329,7 +329,7 @@ def test_a_folder_brings_its_own_normalisation(tmp_path):
     loaded = weights.import_encoder(tmp_path)
     assert_same_weights(loaded, encoder)
     assert (loaded.mean, loaded.image_size, loaded.name) == ((0.5,) * 3, 32, tmp_path.name)
-    assert weights.import_encoder(tmp_path, normalisation="imagenet").std == models.IMAGENET_STD
+    assert weights.import_encoder(tmp_path, normalization="imagenet").std == models.IMAGENET_STD
     for key, value in [("hidden_act", "gelu"), ("downsample_in_first_stage", True),
                        ("num_channels", 1), ("model_type", "regnet")]:  # fmt: skip
         write(tmp_path, tensors, config={**config, key: value})
@@ -369,8 +369,8 @@ def test_a_config_takes_a_name_a_directory_or_a_foreign_file(tmp_path):
     place = weights.convert_encoder(file, tmp_path / "out", **NAMED)
     assert_same_weights(load_or_import(str(place), {}), ENCODER)
     for path in (str(place), "simclr-cifar10-r18w24"):
-        with pytest.raises(ValueError, match=r"also \['normalisation'\]; give one"):
-            load_or_import(path, {"normalisation": "half"})
+        with pytest.raises(ValueError, match=r"also \['normalization'\]; give one"):
+            load_or_import(path, {"normalization": "half"})
     with pytest.raises(ValueError, match=r"also \['builder'\]; give one"):
         load_or_import(str(file), {**NAMED, "builder": "resnet18"})
     with pytest.raises(FileNotFoundError, match="no directory"):
@@ -381,7 +381,7 @@ def test_a_run_finds_a_bad_file_before_its_first_step(tmp_path):
     file = write(tmp_path, TENSORS)
     config = {"stages": ["attack"], "seed": 0, "encoder": {"path": str(file)}}
     run = stages.Run(config=config, workdir=tmp_path, parallel=None, progress=None)
-    with pytest.raises(stages.UsageError, match=r"normalisation(.|\n)*in config\.encoder"):
+    with pytest.raises(stages.UsageError, match=r"normalization(.|\n)*in config\.encoder"):
         stages.check(run)
 
 
@@ -389,7 +389,7 @@ def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
     file = write(tmp_path, TENSORS)
     assert main.main(["encoder", "inspect", str(file)]) == 2
     out = capsys.readouterr().out
-    for part in ("torchvision-resnet", "problem", "--normalisation", "cannot be converted"):
+    for part in ("torchvision-resnet", "problem", "--normalization", "cannot be converted"):
         assert part in out
     assert main.main(["encoder", "inspect", str(file), *FLAGS]) == 0
     out = capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
     assert str(target) in capsys.readouterr().err
     assert_same_weights(weights.load_encoder(target), ENCODER)
     assert main.main(["encoder", "convert", str(file), f"--out={target}"]) == 2
-    assert "how images were normalised" in capsys.readouterr().err
+    assert "how images were normalized" in capsys.readouterr().err
     numbers = ["--mean=1/2,1/2,1/2", "--std=0.5,0.5,0.5", *FLAGS[1:]]
     assert main.main(["encoder", "convert", str(file), f"--out={target}", *numbers]) == 0
     assert weights.load_encoder(target).mean == (0.5, 0.5, 0.5)
@@ -440,7 +440,7 @@ def test_positions_are_resized_only_if_another_size_is_named(tmp_path):
     options = {"width": 12, "heads": 2, "depth": 1, "patch_size": 4, "image_size": 8}
     encoder = random_encoder(builder, **options)
     file = write(tmp_path, tensors_of(encoder, "timm-vit"))
-    named = {"normalisation": "half", "heads": 2}
+    named = {"normalization": "half", "heads": 2}
     assert_same_weights(weights.import_encoder(file, **named), encoder)
     resized = weights.import_encoder(file, **named, image_size=12)
     assert_same_weights(resized, models.resize_positions(encoder, 12))

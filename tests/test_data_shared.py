@@ -45,7 +45,7 @@ def test_counts_and_classes(name, split, count, classes):
 def test_cifar10_pixels_have_the_known_mean_and_deviation():
     images = load("cifar10", "train").images
     mean, std = (f((0, 1, 2), dtype=np.float64) / 255 for f in (images.mean, images.std))
-    # Krizhevsky 2009; the figures that every CIFAR-10 recipe normalises with.
+    # Krizhevsky 2009; the figures that every CIFAR-10 recipe normalizes with.
     np.testing.assert_allclose(mean, [0.4914, 0.4822, 0.4465], atol=1e-4)
     np.testing.assert_allclose(std, [0.2470, 0.2435, 0.2616], atol=1e-4)
 

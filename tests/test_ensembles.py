@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from robust_ssl import attacks, models, threats
-from robust_ssl.models import Quantise, ensembles
+from robust_ssl.models import Quantize, ensembles
 from robust_ssl.trees import fingerprint
 from robust_ssl.types import Encoder
 
@@ -31,7 +31,7 @@ class Pixels(nn.Module):
 def other_encoder():
     module = Pixels()
     variables = module.init(jax.random.key(7), jnp.zeros((1, SIZE, SIZE, 3)))
-    return Encoder(variables, module, (0.2, 0.3, 0.4), (0.5,) * 3, SIZE, 5, "pixels", Quantise(16))
+    return Encoder(variables, module, (0.2, 0.3, 0.4), (0.5,) * 3, SIZE, 5, "pixels", Quantize(16))
 
 
 def members():

@@ -121,7 +121,7 @@ def test_a_program_is_for_every_platform(tmp_path):
     file = weights.export_stablehlo(tiny("cifar"), tmp_path / "model")
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    assert len(exported.in_avals) == 1  # weights and normalisation are inside
+    assert len(exported.in_avals) == 1  # weights and normalization are inside
     assert "stablehlo.convolution" in exported.mlir_module()
 
 

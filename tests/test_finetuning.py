@@ -181,7 +181,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     assert [m["skipped"] for m in metrics] == [0, 1, 1, 0]
     assert int(state.step) == 4 and int(state.counters["skipped"]) == 2
     assert int(state.counters["skipped_in_a_row"]) == 0
-    # The two good batches alone give the same weights, statistics and optimiser state.
+    # The two good batches alone give the same weights, statistics and optimizer state.
     expected, _ = run(net, tx, [poisoned[0], poisoned[3]], losses=mixed_losses(0.0))
     assert_same(state.variables, expected.variables, 1e-6)
     assert int(state.opt_state[0].count) == int(expected.opt_state[0].count) == 2

@@ -40,7 +40,7 @@ class Brightness:
 
 @struct.dataclass
 class Coin:
-    """A randomised model: which class it says is a toss."""
+    """A randomized model: which class it says is a toss."""
 
     key: jax.Array
 
@@ -200,7 +200,7 @@ def test_rounding_to_eight_bits_is_an_option(eight_bit, right):
     assert found.counts.clean_correct == 2 and found.counts.robust_correct == right
 
 
-def test_a_randomised_model_is_asked_once_for_each_image_by_its_place():
+def test_a_randomized_model_is_asked_once_for_each_image_by_its_place():
     images, labels = np.zeros((30, 8, 8, 3), np.float32), np.zeros(30, int)
     results = [
         in_turn.score_in_turn(
@@ -216,7 +216,7 @@ def test_a_randomised_model_is_asked_once_for_each_image_by_its_place():
 
 
 @pytest.mark.parametrize("search", [False, True])
-def test_members_that_do_nothing_change_nothing_for_a_randomised_model(search):
+def test_members_that_do_nothing_change_nothing_for_a_randomized_model(search):
     images, labels = np.zeros((30, 8, 8, 3), np.float32), np.zeros(30, int)
     nothing = Square(threats.Linf(0.0), num_queries=1) if search else Brighten(0.0)
     found = in_turn.score_in_turn(
@@ -227,7 +227,7 @@ def test_members_that_do_nothing_change_nothing_for_a_randomised_model(search):
     np.testing.assert_array_equal(found.robust_correct, found.clean_correct)
 
 
-def test_score_and_score_in_turn_ask_a_randomised_model_the_same():
+def test_score_and_score_in_turn_ask_a_randomized_model_the_same():
     batches = _batches(np.zeros((30, 8, 8, 3), np.float32), np.zeros(30, int))
     shared = {"key": KEY, "parallel": ONE}
     coin, attacks = Coin(jax.random.key(7)), {"none": Brighten(0.0)}

@@ -221,14 +221,14 @@ def test_uap_pgd_is_numpy_momentum_ascent_with_long_and_then_short_steps():
         UAPPGD(num_steps=0)
 
 
-def test_fff_is_numpy_adam_on_a_grey_image():
-    attack, grey = FFF(0.004), np.full((1, *SHAPE), 0.5)
+def test_fff_is_numpy_adam_on_a_gray_image():
+    attack, gray = FFF(0.004), np.full((1, *SHAPE), 0.5)
     delta, state, curve = _steps(attack, jnp.asarray(_images(3)), count=3)
     first, second, values, path = np.zeros(SHAPE), np.zeros(SHAPE), [], []
     for step in range(1, 4):
-        values.append(_log_norms(None, _numpy_blocks(grey + delta)))
+        values.append(_log_norms(None, _numpy_blocks(gray + delta)))
         path.append(delta)
-        gradient = _numpy_gradient(_log_norms, delta, grey)
+        gradient = _numpy_gradient(_log_norms, delta, gray)
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         scale = np.sqrt(second / (1 - 0.999**step)) + 1e-8

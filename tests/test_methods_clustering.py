@@ -12,7 +12,7 @@ import tiny
 from robust_ssl import pretraining
 from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import clustering, distillation
-from robust_ssl.pretraining.method import PretrainInputs, apply_network, encode, normalise
+from robust_ssl.pretraining.method import PretrainInputs, apply_network, encode, normalize
 
 RANDOM = np.random.default_rng(0)
 LOGITS, OTHERS = (RANDOM.normal(size=(2, 6, 5)).astype(np.float32) for _ in range(2))
@@ -104,10 +104,10 @@ def test_dino_of_uniform_outputs_is_log_prototypes():
 
 def test_no_gradient_into_the_teacher_and_finite_ones_into_the_student():
     gradients = jax.jit(jax.grad(lambda *xs: jnp.sum(distillation.dino_loss(*xs)), (0, 1, 2)))
-    student, teacher, centre = gradients(LOGITS, OTHERS, CENTRE)
+    student, teacher, center = gradients(LOGITS, OTHERS, CENTRE)
     assert np.abs(student).max() > 0
     np.testing.assert_array_equal(teacher, np.zeros_like(OTHERS))
-    np.testing.assert_array_equal(centre, np.zeros_like(CENTRE))
+    np.testing.assert_array_equal(center, np.zeros_like(CENTRE))
     assert np.isfinite(gradients(1e4 * LOGITS, 1e4 * OTHERS, CENTRE)[0]).all()
 
 
@@ -221,16 +221,16 @@ def test_prototypes_have_no_gradient_at_first(method):
     assert np.abs(gradients["prototypes"]).max() > 0
 
 
-def test_the_centre_is_the_moving_average_of_what_the_teacher_says():
+def test_the_center_is_the_moving_average_of_what_the_teacher_says():
     variables = fresh(DINO)
-    state = {**variables["state"], "centre": jnp.arange(6.0)}
+    state = {**variables["state"], "center": jnp.arange(6.0)}
     _, (_, update) = forward(DINO)({**variables, "state": state}, 0.5)
     features, statistics = encode(tiny.encoder(), VIEWS, None)
     out, _ = apply_network(DINO._projector, variables, "projector", jnp.concatenate(features), None)
-    prototypes = normalise(variables["params"]["prototypes"].T).T
-    said = np.asarray(normalise(out), np.float64) @ np.asarray(prototypes, np.float64)
+    prototypes = normalize(variables["params"]["prototypes"].T).T
+    said = np.asarray(normalize(out), np.float64) @ np.asarray(prototypes, np.float64)
     expected = 0.9 * np.arange(6.0) + 0.1 * said.mean(axis=0)
-    np.testing.assert_allclose(update.state["centre"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(update.state["center"], expected, rtol=1e-5, atol=1e-6)
     jax.tree.map(  # the teacher, still equal to the student, saw the same two views
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
         update.state["teacher"]["encoder"]["batch_stats"],
@@ -405,7 +405,7 @@ def test_training_lowers_the_loss_without_collapse(name):
 
 
 def test_dinos_student_learns_what_differs_between_images():
-    # The loss starts low, while the centre is not yet known and the teacher says one thing of all
+    # The loss starts low, while the center is not yet known and the teacher says one thing of all
     # images; once it is, a student that says one thing of all is at log(prototypes).
     losses = losses_of_training(*METHODS["dino"])
     assert losses[-5:].mean() < 0.8 * np.log(6), losses

@@ -142,7 +142,7 @@ def test_a_queue_takes_the_newest_first_and_forgets_the_oldest():
 
 @pytest.mark.parametrize("method", [SUPCON, NNCLR], ids=["supcon", "nnclr"])
 def test_a_step_does_not_depend_on_the_devices(method):
-    method_steps.assert_devices_do_not_matter(method, optimised=True)
+    method_steps.assert_devices_do_not_matter(method, optimized=True)
 
 
 def test_nnclr_remembers_the_first_view_of_each_batch():

@@ -22,7 +22,7 @@ vibcreg = jax.jit(covariance.vibcreg_loss)
 wmse = jax.jit(decorrelation.wmse_loss)
 whiten = jax.jit(decorrelation.whiten, static_argnames="stabilizer")
 iterative = jax.jit(
-    decorrelation.iterative_normalisation, static_argnames=("group_size", "num_steps")
+    decorrelation.iterative_normalization, static_argnames=("group_size", "num_steps")
 )
 
 
@@ -151,7 +151,7 @@ def iterative64(x, size, num_steps):
 
 
 @pytest.mark.parametrize("size,num_steps", [(2, 5), (4, 3), (1, 5)])
-def test_iterative_normalisation_is_the_papers_algorithm(size, num_steps):
+def test_iterative_normalization_is_the_papers_algorithm(size, num_steps):
     whitened = iterative(FIRST, group_size=size, num_steps=num_steps)
     expected = iterative64(FIRST, size, num_steps)
     np.testing.assert_allclose(whitened, expected, rtol=1e-4, atol=1e-5)
@@ -171,7 +171,7 @@ PAIRS = {
     "barlow": covariance.barlow_twins_loss,
     "vicreg": covariance.vicreg_loss,
     "vibcreg": lambda first, second: covariance.vibcreg_loss(
-        *map(decorrelation.iterative_normalisation, (first, second))
+        *map(decorrelation.iterative_normalization, (first, second))
     ),
     "wmse": lambda first, second: decorrelation.wmse_loss(
         *map(decorrelation.whiten, (first, second))

@@ -172,14 +172,14 @@ def test_worst_case_is_per_image_and_at_most_each():
         assert worst.counts.fooling_rate >= result.counts.fooling_rate
 
 
-def test_quantise_rounds_by_at_most_half_a_level_and_keeps_whole_levels():
+def test_quantize_rounds_by_at_most_half_a_level_and_keeps_whole_levels():
     pixels = jnp.linspace(-0.1, 1.1, 997)
-    stored = evaluation.quantise(pixels)
+    stored = evaluation.quantize(pixels)
     assert float(jnp.max(jnp.abs(stored - jnp.clip(pixels, 0, 1)))) <= 1 / 510 + 1e-7
     levels = evaluation.to_pixels(np.arange(256, dtype=np.uint8))
-    np.testing.assert_array_equal(evaluation.quantise(levels), levels)
+    np.testing.assert_array_equal(evaluation.quantize(levels), levels)
     # 8-bit image, epsilon of whole levels: rounding stays inside the ball.
-    moved = evaluation.quantise(levels + 8 / 255) - levels
+    moved = evaluation.quantize(levels + 8 / 255) - levels
     assert float(jnp.max(jnp.abs(moved))) <= 8 / 255 + 1e-6
 
 
@@ -304,7 +304,7 @@ def test_a_patch_of_no_pixels_or_too_many_is_not_scored(two, area):
 
 def test_rounding_leaves_an_l2_ball_by_its_bound_at_most():
     halves = jnp.full(300, 127.5 / 255) + jnp.where(jnp.arange(300) % 2, 1e-4, -1e-4)
-    moved = float(jnp.linalg.norm(evaluation.quantise(halves) - halves))
+    moved = float(jnp.linalg.norm(evaluation.quantize(halves) - halves))
     assert 0.9 * math.sqrt(300) / 510 < moved <= math.sqrt(300) / 510
 
 

@@ -115,7 +115,7 @@ def test_mean_pooling_does_not_see_where_a_patch_is_without_positions():
 def test_a_patch_is_read_in_rows_columns_channels():
     encoder = small_vit(jax.random.key(0), pooling="mean")
     params = encoder.variables["params"]["embed"]
-    x = np.asarray(encoder.normalise(IMAGES), np.float64)
+    x = np.asarray(encoder.normalize(IMAGES), np.float64)
     expected = x[:, :4, 4:].reshape(4, -1) @ np.asarray(params["patch"]["kernel"], np.float64)
     expected = expected + np.asarray(params["patch"]["bias"] + params["position"][0, 1])
     np.testing.assert_allclose(
@@ -158,7 +158,7 @@ def test_an_image_does_not_see_its_neighbours(encoder):
     )
 
 
-def test_normalisation_is_inside(encoder):
+def test_normalization_is_inside(encoder):
     shifted = encoder.replace(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
     assert not np.allclose(run(encoder, IMAGES).features, run(shifted, IMAGES).features, atol=1e-3)
     raw = encoder.replace(mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -186,7 +186,7 @@ def test_a_resnet_updates_its_statistics_in_training_only():
     encoder = built("resnet")
     outputs, statistics = run_training(encoder, IMAGES)
     assert not np.allclose(outputs.features, run(encoder, IMAGES).features, atol=1e-3)
-    x = np.asarray(encoder.normalise(IMAGES))
+    x = np.asarray(encoder.normalize(IMAGES))
     kernel = encoder.variables["params"]["stem"]["conv"]["kernel"]
     conv = nn.Conv(4, (3, 3), use_bias=False).apply({"params": {"kernel": kernel}}, x)
     new = statistics["stem"]["norm"]  # from mean 0 and variance 1, with momentum 0.9

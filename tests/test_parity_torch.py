@@ -173,7 +173,7 @@ def copy_weights(encoder, net):
     return encoder.replace(variables=traverse_util.unflatten_dict(flat, sep="/"))
 
 
-def randomise(net):
+def randomize(net):
     """Random statistics, scales and biases, where a fresh network has zeros and ones."""
     torch.manual_seed(0)
     for name, tensor in net.state_dict().items():
@@ -189,8 +189,8 @@ def pixels(size, batch=8):
 
 
 def to_torch(images):
-    normalised = (images - np.float32(MEAN)) / np.float32(STD)
-    return torch.from_numpy(normalised.transpose(0, 3, 1, 2).copy())
+    normalized = (images - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy())
 
 
 def channels_last(tap):
@@ -224,7 +224,7 @@ RESNETS = [
 
 
 def resnet_pair(builder, depths, bottleneck, stem, padding, size):
-    net = randomise(TorchResNet(depths, bottleneck, 8, stem, padding))
+    net = randomize(TorchResNet(depths, bottleneck, 8, stem, padding))
     encoder = skeleton(builder, width=8, stem=stem, stem_padding=padding, image_size=size)
     return copy_weights(encoder, net), net
 
@@ -248,7 +248,7 @@ def test_resnet_in_training_mode(case):
     outputs, statistics = jax.jit(lambda encoder, images: encoder.apply_train(images))(
         encoder, images
     )
-    # Looser: normalising by the variance of few values magnifies rounding, layer after layer.
+    # Looser: normalizing by the variance of few values magnifies rounding, layer after layer.
     assert_same(outputs, features, taps, 1e-4)
     updated = net.state_dict()
     before = traverse_util.flatten_dict(encoder.variables["batch_stats"], sep="/")
@@ -268,7 +268,7 @@ def test_resnet_in_training_mode(case):
 @pytest.mark.parametrize("size,heads", [("tiny", 3), ("small", 6)])
 def test_vit(size, heads, pooling):
     width = {"tiny": 192, "small": 384}[size]
-    net = randomise(TorchViT(width, heads, 3, 4, 16, pooling))
+    net = randomize(TorchViT(width, heads, 3, 4, 16, pooling))
     encoder = skeleton(getattr(vit, f"vit_{size}"), depth=3, image_size=16, pooling=pooling)
     encoder = copy_weights(encoder, net)
     images = pixels(16)

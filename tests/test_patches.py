@@ -315,7 +315,7 @@ def test_a_resized_patch_keeps_its_share_of_the_area_and_its_picture():
     assert _square(larger.delta[..., 0] > 0) == _square(QUARTER.mask(16, 16)[..., 0])
     side, top, left = (int(number) for number in QUARTER.place(16, 16))
     inside = np.asarray(larger.delta)[top : top + side, left : left + side]
-    # Half-pixel centres: 0.2 and 0.9 at the rims, straight in between, no dark edge.
+    # Half-pixel centers: 0.2 and 0.9 at the rims, straight in between, no dark edge.
     expected = np.interp((np.arange(8) + 0.5) / 2 - 0.5, np.arange(4), rows[:, 0, 0])
     np.testing.assert_allclose(inside, np.broadcast_to(expected[:, None, None], (8, 8, 3)), 1e-5)
     np.testing.assert_array_equal(QUARTER.project_delta(larger.delta), larger.delta)

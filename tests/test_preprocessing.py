@@ -11,9 +11,9 @@ import tiny
 from PIL import Image
 
 from robust_ssl import models
-from robust_ssl.models import JPEG, Quantise, Smooth, preprocessing
+from robust_ssl.models import JPEG, Quantize, Smooth, preprocessing
 
-ALL = [Quantise(), Smooth(), JPEG(), JPEG(subsample=True)]
+ALL = [Quantize(), Smooth(), JPEG(), JPEG(subsample=True)]
 
 
 def picture(height=24, width=40):
@@ -47,24 +47,24 @@ def test_shape_range_and_batch(step):
 def test_equal_by_value_and_hashable(step):
     same = type(step)(**vars(step))
     assert same == step and hash(same) == hash(step)
-    assert step not in (Quantise(3), Smooth(2.0), JPEG(10), None)
+    assert step not in (Quantize(3), Smooth(2.0), JPEG(10), None)
 
 
 def test_equal_steps_compile_once():
     traced = chex.assert_max_traces(lambda encoder, image: encoder(image).features, n=1)
     run = jax.jit(traced)
-    for step in (Quantise(4), Quantise(4)):
+    for step in (Quantize(4), Quantize(4)):
         run(tiny.encoder().replace(preprocess=step), jnp.zeros((8, 8, 3)))
 
 
 @pytest.mark.parametrize("levels", [2, 3, 8, 256])
-def test_quantise_is_the_nearest_level(levels):
+def test_quantize_is_the_nearest_level(levels):
     images = pixels(4, 4, 3)
     grid = np.arange(levels) / (levels - 1)
     nearest = grid[np.abs(images[..., None].astype(np.float64) - grid).argmin(-1)]
-    np.testing.assert_allclose(Quantise(levels)(images), nearest, atol=1e-7)
-    once = Quantise(levels)(images)
-    np.testing.assert_array_equal(Quantise(levels)(once), once)
+    np.testing.assert_allclose(Quantize(levels)(images), nearest, atol=1e-7)
+    once = Quantize(levels)(images)
+    np.testing.assert_array_equal(Quantize(levels)(once), once)
 
 
 def test_smooth_is_a_gaussian():
@@ -100,7 +100,7 @@ def test_the_cosine_transform_is_the_standard_s():
 def test_coefficients_are_multiples_of_their_steps():
     planes = 64 + 128 * pixels(16, 24, 1)  # nothing is clipped
     steps = preprocessing._table(preprocessing._LUMINANCE, 30)
-    coded = np.asarray(preprocessing._quantise_blocks(jnp.asarray(planes), steps), np.float64)
+    coded = np.asarray(preprocessing._quantize_blocks(jnp.asarray(planes), steps), np.float64)
     cosines = preprocessing._cosines().astype(np.float64)
     for top, left in ((0, 0), (8, 16)):
         block = np.s_[top : top + 8, left : left + 8, 0]
@@ -124,7 +124,7 @@ def test_jpeg_is_pillow_s(quality, subsample):
     want = pillow(image, quality, subsample)
     ours = 255 * np.asarray(JPEG(quality, subsample)(image.astype(np.float32) / 255))
     change, error = np.abs(want.astype(float) - image).mean(), np.abs(ours - want).mean()
-    # Of 255.  Averages of colour often end on a half, where a last bit decides the rounding.
+    # Of 255.  Averages of color often end on a half, where a last bit decides the rounding.
     assert error < (1.5 if subsample else 0.3)
     assert error < (0.5 if subsample else 0.4) * change
 
@@ -140,7 +140,7 @@ def test_jpeg_at_full_quality_changes_little():
     assert np.abs(JPEG(100)(images) - images).max() < 4 / 255
 
 
-@pytest.mark.parametrize("step", [Quantise(4), JPEG(20)], ids=str)
+@pytest.mark.parametrize("step", [Quantize(4), JPEG(20)], ids=str)
 def test_straight_through_is_the_identity_s_gradient_at_the_same_value(step):
     images, weights = pixels(9, 8, 3), pixels(9, 8, 3)
     images[:4] = 1.0  # where the decoder clips
@@ -151,7 +151,7 @@ def test_straight_through_is_the_identity_s_gradient_at_the_same_value(step):
     assert not jax.grad(lambda x: jnp.vdot(honest(x), weights))(images).any()
 
 
-def test_straight_through_of_subsampled_colours():
+def test_straight_through_of_subsampled_colors():
     images, weights = pixels(16, 16, 3), pixels(16, 16, 3)
     gradient = jax.grad(lambda x: jnp.vdot(JPEG(subsample=True)(x), weights))(images)
     forward, back = preprocessing._FROM_RGB, np.linalg.inv(preprocessing._FROM_RGB)
@@ -176,11 +176,11 @@ def test_straight_through_of_subsampled_colours():
     np.testing.assert_array_equal(JPEG(subsample=True)(images), honest(images))
 
 
-def test_an_encoder_preprocesses_before_it_normalises():
+def test_an_encoder_preprocesses_before_it_normalizes():
     encoder, images = tiny.encoder(), pixels(2, 8, 8, 3)
-    squeezed = encoder.replace(preprocess=Quantise(3))
+    squeezed = encoder.replace(preprocess=Quantize(3))
     rounded = np.rint(images * 2) / 2
-    np.testing.assert_allclose(squeezed.normalise(jnp.asarray(images)), (rounded - 0.5) / 0.25)
+    np.testing.assert_allclose(squeezed.normalize(jnp.asarray(images)), (rounded - 0.5) / 0.25)
     ours, want = squeezed(jnp.asarray(images)), encoder(jnp.asarray(rounded))
     np.testing.assert_array_equal(ours.features, want.features)
     ours, _ = squeezed.apply_train(jnp.asarray(images))
@@ -195,8 +195,8 @@ def test_a_classifier_s_gradient_is_what_the_step_says():
         model = net.replace(encoder=net.encoder.replace(preprocess=step))
         return jax.grad(lambda x: model(x).logits[0])(jnp.asarray(pixels(8, 8, 3)))
 
-    assert jnp.abs(gradient(Quantise(4))).max() > 0
-    assert jnp.abs(gradient(Quantise(4, straight_through=False))).max() == 0
+    assert jnp.abs(gradient(Quantize(4))).max() > 0
+    assert jnp.abs(gradient(Quantize(4, straight_through=False))).max() == 0
 
 
 def test_another_shape_is_refused():
@@ -208,10 +208,10 @@ def test_another_shape_is_refused():
 @pytest.mark.parametrize(
     "step, options",
     [
-        (Quantise, {"levels": 1}),
-        (Quantise, {"levels": 2.5}),
-        (Quantise, {"levels": True}),
-        (Quantise, {"straight_through": 1}),
+        (Quantize, {"levels": 1}),
+        (Quantize, {"levels": 2.5}),
+        (Quantize, {"levels": True}),
+        (Quantize, {"straight_through": 1}),
         (Smooth, {"sigma": 0.0}),
         (Smooth, {"sigma": float("nan")}),
         (Smooth, {"sigma": 1e9}),

@@ -87,7 +87,7 @@ def test_a_wrong_shape_is_refused():
 
 VIEWS = {
     "crop": augmentation.random_resized_crop,
-    "colours": augmentation.color_jitter,
+    "colors": augmentation.color_jitter,
     "simclr": augmentation.View(),
     "all": augmentation.View(blur=0.5, solarise=0.5),
     "flip_and_shift": augmentation.flip_and_shift,
@@ -102,7 +102,7 @@ def over_keys(name):
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_view_is_an_image_and_a_function_of_its_key(name):
-    extremes = np.round(NOISE)  # blacks and whites, where colours overflow first
+    extremes = np.round(NOISE)  # blacks and whites, where colors overflow first
     views = over_keys(name)(KEYS, extremes)
     assert views.shape == (64, 8, 8, 3)
     assert float(views.min()) >= -1e-6 and float(views.max()) <= 1 + 1e-6
@@ -120,10 +120,10 @@ def test_views_of_zero_strength_are_the_image():
     np.testing.assert_array_equal(augmentation.shift_only(key, NOISE, shift=0), NOISE)
 
 
-def test_a_crop_of_one_colour_is_that_colour_up_to_the_border():
-    colour = np.broadcast_to(np.float32([0.2, 0.5, 0.9]), (8, 8, 3))
-    views = over_keys("crop")(KEYS, colour)
-    np.testing.assert_allclose(views, np.broadcast_to(colour, views.shape), atol=1e-5)
+def test_a_crop_of_one_color_is_that_color_up_to_the_border():
+    color = np.broadcast_to(np.float32([0.2, 0.5, 0.9]), (8, 8, 3))
+    views = over_keys("crop")(KEYS, color)
+    np.testing.assert_allclose(views, np.broadcast_to(color, views.shape), atol=1e-5)
 
 
 def test_a_crop_has_the_area_and_the_shape_it_says():
@@ -144,7 +144,7 @@ def test_a_crop_has_the_area_and_the_shape_it_says():
 
 
 def test_the_smallest_crop_of_all_views_can_be_set_at_once():
-    whole = {"jitter": 0.0, "grey": 0.0, "flip": 0.0}
+    whole = {"jitter": 0.0, "gray": 0.0, "flip": 0.0}
     ways = (augmentation.View(**whole), augmentation.View(**whole, solarise=1.0))
     first, second = augmentation.random_views(KEYS[0], NOISE, ways, min_scale=1.0)
     # The whole area, but still of a random shape: nearer to the image than a crop of a fifth.
@@ -163,18 +163,18 @@ def test_half_of_the_images_are_mirrored():
     assert 160 < mirrored.sum() < 240  # four standard deviations
 
 
-def test_colours_do_not_touch_what_has_none():
-    grey = np.broadcast_to(NOISE[..., :1], NOISE.shape)
-    turned = augmentation.color_jitter(KEYS[1], grey, brightness=0.0, contrast=0.0)
-    np.testing.assert_allclose(turned, grey, atol=1e-3)  # the greys' weights add up to 0.9999
+def test_colors_do_not_touch_what_has_none():
+    gray = np.broadcast_to(NOISE[..., :1], NOISE.shape)
+    turned = augmentation.color_jitter(KEYS[1], gray, brightness=0.0, contrast=0.0)
+    np.testing.assert_allclose(turned, gray, atol=1e-3)  # the grays' weights add up to 0.9999
     black = augmentation.color_jitter(KEYS[1], np.zeros_like(NOISE))
     np.testing.assert_array_equal(black, np.zeros_like(NOISE))
 
 
-def test_a_fifth_of_the_views_is_grey():
+def test_a_fifth_of_the_views_is_gray():
     views = over_keys("simclr")(KEYS, NOISE)
-    grey = (np.ptp(np.asarray(views), axis=-1) < 1e-6).all(axis=(1, 2))
-    assert 3 <= grey.sum() <= 25  # 12.8 expected, deviation 3.2
+    gray = (np.ptp(np.asarray(views), axis=-1) < 1e-6).all(axis=(1, 2))
+    assert 3 <= gray.sum() <= 25  # 12.8 expected, deviation 3.2
 
 
 # --- The step ---------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
     jax.tree.map(np.testing.assert_array_equal, after.variables, state.variables)
 
 
-# --- The optimiser ----------------------------------------------------------------------------
+# --- The optimizer ----------------------------------------------------------------------------
 
 
 def lars_step(gradient, rate, weight_decay=0.0, **options):
@@ -404,7 +404,7 @@ def test_feature_std_is_one_for_even_directions_and_zero_for_collapse(dim):
 def test_effective_rank_counts_directions():
     even = np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32)
     np.testing.assert_allclose(pretraining.effective_rank(even), 4.0, rtol=1e-5)
-    np.testing.assert_allclose(pretraining.effective_rank(even + 3), 4.0, rtol=1e-5)  # centred
+    np.testing.assert_allclose(pretraining.effective_rank(even + 3), 4.0, rtol=1e-5)  # centered
     line = np.outer(np.arange(5.0), np.ones(3)).astype(np.float32)
     np.testing.assert_allclose(pretraining.effective_rank(line), 1.0, rtol=1e-3)
     np.testing.assert_allclose(pretraining.effective_rank(np.ones((5, 3), np.float32)), 1.0)
@@ -417,8 +417,8 @@ def test_effective_rank_counts_directions():
 
 def blobs(count, seed):
     random, labels = np.random.default_rng(seed), np.arange(count) % 3
-    centres = 4 * np.eye(3, 6)[labels]
-    return (centres + 0.1 * random.normal(size=(count, 6))).astype(np.float32), labels
+    centers = 4 * np.eye(3, 6)[labels]
+    return (centers + 0.1 * random.normal(size=(count, 6))).astype(np.float32), labels
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_autoattack_and_the_verdict(tmp_path):
 
 
 def test_other_statics_are_another_model():
-    """The same weights behind another normalisation are another classifier."""
+    """The same weights behind another normalization are another classifier."""
     one = classifier()
     other = one.replace(encoder=one.encoder.replace(mean=(0.9, 0.9, 0.9)))
     assert scoring.identity(one) != scoring.identity(other)

@@ -1,4 +1,4 @@
-"""Randomised models: every attack draws them anew, and none asks for the key that they carry."""
+"""Randomized models: every attack draws them anew, and none asks for the key that they carry."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def _linear(weights):
 
 @struct.dataclass
 class Noisy:
-    """A randomised model: it answers for the image with noise on it."""
+    """A randomized model: it answers for the image with noise on it."""
 
     weights: jax.Array
     key: jax.Array
@@ -46,7 +46,7 @@ class Noisy:
         attacks.Square(threats.Linf(0.3), num_queries=3),
     ],
 )
-def test_an_attack_draws_a_randomised_model_and_never_asks_for_the_key_it_carries(attack):
+def test_an_attack_draws_a_randomized_model_and_never_asks_for_the_key_it_carries(attack):
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 3)), jnp.float32)
     image, one = jnp.asarray(IMAGE), Noisy(weights, jax.random.key(5))
     label = jnp.argmax(_linear(weights)(image[None]).logits[0])

@@ -116,7 +116,7 @@ def assert_same(found, expected):
 
 def test_every_recipe_that_trains_is_looked_at():
     left = set(config()["methods"]) - set(trained())
-    assert left == {"jpeg", "quantised", "smoothed", "ensemble"} and len(trained()) >= 25
+    assert left == {"jpeg", "quantized", "smoothed", "ensemble"} and len(trained()) >= 25
 
 
 @pytest.mark.parametrize("name", trained())
@@ -143,7 +143,7 @@ def test_a_recipe_is_the_same_on_two_devices(name):
 
 
 # What differs between layouts: statistics of the batch and pairs of images (Gen-AF), perturbations
-# in the state (universal, FreeAT), what an optimiser holds or pulls to, bands.
+# in the state (universal, FreeAT), what an optimizer holds or pulls to, bands.
 @pytest.mark.parametrize(
     ("name", "method", "devices"),
     [

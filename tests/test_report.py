@@ -229,7 +229,7 @@ def test_figures_refuse_what_does_not_belong_together(tmp_path):
         report.figure_examples(tmp_path, np.zeros((2, 4, 4, 3)), np.zeros((1, 4, 4, 3)))
     with pytest.raises(ValueError, match=r"without a score: \['tail'\]"):
         report.figure_sensitivity(tmp_path, {"stem": 0.1}, ["tail"])
-    # An attack that changed nothing is drawn as plain grey, not as NaN.
+    # An attack that changed nothing is drawn as plain gray, not as NaN.
     still = np.zeros((1, 4, 4, 3))
     assert_drawn(report.figure_examples(tmp_path, still, still))
 

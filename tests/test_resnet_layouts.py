@@ -12,7 +12,7 @@ from test_parity_torch import (
     TorchResNet,
     channels_last,
     pixels,
-    randomise,
+    randomize,
     relative_error,
     to_torch,
     torch,
@@ -76,7 +76,7 @@ def largest_error(encoder, size, features, taps):
 @pytest.mark.parametrize("case", CASES)
 def test_in_and_out_again(tmp_path, case):
     stem, padding, bottleneck, size, wrap, named = CASES[case]
-    net = randomise(TorchResNet(DEPTHS[bottleneck], bottleneck, 8, stem, padding)).eval()
+    net = randomize(TorchResNet(DEPTHS[bottleneck], bottleneck, 8, stem, padding)).eval()
     file = tmp_path / "weights.pth"
     torch.save(wrap(net.state_dict()), file)
     encoder = weights.import_encoder(file, mean=MEAN, std=STD, image_size=size, **named)
@@ -106,7 +106,7 @@ def test_hugging_face(tmp_path, kind, headed):
         depths=DEPTHS[bottleneck], layer_type=kind, num_labels=3,
     )  # fmt: skip
     make = transformers.ResNetForImageClassification if headed else transformers.ResNetModel
-    net = randomise(make(config)).eval()
+    net = randomize(make(config)).eval()
     net.save_pretrained(tmp_path)
     processor = transformers.ViTImageProcessor(
         image_mean=MEAN, image_std=STD, size={"height": 64, "width": 64}
@@ -140,4 +140,4 @@ def test_hugging_face_s_other_strides_are_refused(tmp_path):
     )
     transformers.ResNetModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="downsample_in_bottleneck is True"):
-        weights.import_encoder(tmp_path, normalisation="imagenet", image_size=64)
+        weights.import_encoder(tmp_path, normalization="imagenet", image_size=64)

@@ -272,11 +272,11 @@ def test_perturbations_can_be_loaded_and_stay_in_their_budget(finished):
     workdir, _ = finished
     files = sorted((workdir / "attack").glob("*.npz"))
     assert len(files) == 3 * 2 * 4  # methods, seeds, budgets
-    grey = np.full((1, 8, 8, 3), 0.5, np.float32)
+    gray = np.full((1, 8, 8, 3), 0.5, np.float32)
     for file in files:
         perturbation = attacks.UniversalPerturbation.load(file)
         budget = float(re.search(r"eps([\d.]+)-", file.name).group(1)) / 255
-        moved = np.abs(np.asarray(perturbation.apply(grey)) - grey)
+        moved = np.abs(np.asarray(perturbation.apply(gray)) - gray)
         assert 0 < moved.max() <= budget + 1e-4
 
 

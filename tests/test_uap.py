@@ -28,16 +28,16 @@ def _images(count, seed=0, shape=SHAPE):
 
 def _numpy_clusters(features, count):
     vectors = features / np.linalg.norm(features, axis=1, keepdims=True)
-    centres = [vectors[0]]
-    while len(centres) < count:
-        centres.append(vectors[np.argmin((vectors @ np.array(centres).T).max(axis=1))])
-    centres = np.array(centres)
+    centers = [vectors[0]]
+    while len(centers) < count:
+        centers.append(vectors[np.argmin((vectors @ np.array(centers).T).max(axis=1))])
+    centers = np.array(centers)
     for _ in range(10):
-        nearest = np.argmax(vectors @ centres.T, axis=1)
+        nearest = np.argmax(vectors @ centers.T, axis=1)
         for index in set(nearest):
             total = vectors[nearest == index].sum(axis=0)
-            centres[index] = total / np.linalg.norm(total)
-    return centres
+            centers[index] = total / np.linalg.norm(total)
+    return centers
 
 
 def test_clusters_are_numpy_spherical_k_means():
@@ -51,8 +51,8 @@ def test_clusters_find_well_separated_groups_and_stand_degenerate_features():
     random = np.random.default_rng(1)
     corners = np.eye(4)[np.arange(32) % 4]
     features = jnp.asarray(3 * corners + 0.1 * random.normal(size=(32, 4)), jnp.float32)
-    centres = accumulated.cluster_directions(features, 4)
-    nearest = np.argmax(np.asarray(features @ centres.T), axis=1).reshape(8, 4)
+    centers = accumulated.cluster_directions(features, 4)
+    nearest = np.argmax(np.asarray(features @ centers.T), axis=1).reshape(8, 4)
     assert np.all(nearest == nearest[:1]) and len(set(nearest[0])) == 4
     assert accumulated.cluster_directions(features[:3], 10).shape == (3, 4)  # one for each image
     for same in (jnp.ones((4, 3)), jnp.zeros((4, 3))):
@@ -98,12 +98,12 @@ def test_a_step_is_the_accumulation_in_numpy(at_once):
     shape, budget = (2, 2, 3), threats.Linf(0.05)
     images = 0.3 + 0.4 * _images(4, shape=shape)
     features = (images.reshape(4, 12).astype(np.float64) - 0.5) @ weights
-    centres = _numpy_clusters(features, 3)
-    labels = np.argmax(features @ centres.T, axis=1)
+    centers = _numpy_clusters(features, 3)
+    labels = np.argmax(features @ centers.T, axis=1)
 
     def scores(x):
         found = (x.reshape(-1) - 0.5) @ weights
-        return centres @ (found / np.linalg.norm(found))
+        return centers @ (found / np.linalg.norm(found))
 
     def change(x, label):
         jacobian = np.zeros((3, 12))

@@ -156,13 +156,13 @@ def test_fast_feature_fool_in_a_band_beats_noise_of_the_same_band():
     attack = attacks.FFF(learning_rate=0.02)
     found = _fit(attack, _low_pass, (0.1,), steps=30).member(0)
     noise = _fit(attacks.RandomNoise(objective=attack.objective), _low_pass, (0.1,), steps=1)
-    grey = jnp.full((1, *SHAPE), 0.5)
+    gray = jnp.full((1, *SHAPE), 0.5)
 
     def value(perturbed):
-        outputs = _model()(perturbed.apply(grey))
-        return float(attack.objective(AttackInputs(outputs, outputs, grey, grey)))
+        outputs = _model()(perturbed.apply(gray))
+        return float(attack.objective(AttackInputs(outputs, outputs, gray, gray)))
 
-    zero = float(attack.objective(AttackInputs(*[_model()(grey + 1e-3)] * 2, grey, grey)))
+    zero = float(attack.objective(AttackInputs(*[_model()(gray + 1e-3)] * 2, gray, gray)))
     assert value(found) > value(noise.member(0)) + 0.1 * abs(zero)
     np.testing.assert_allclose(np.abs(found.delta).max(), 0.1, rtol=0.02)
 
@@ -214,10 +214,10 @@ def test_gradients_lie_in_the_band_and_are_those_without_it_filtered(kind):
 
 def test_a_deepfool_step_in_a_band_needs_no_frequency_outside_it():
     attack, images = attacks.UAP(num_clusters=3), _images(6, 0.3, 0.7)
-    centres = accumulated.cluster_directions(_model()(images).features, 3)
-    labels = jnp.argmax(_model()(images).features @ centres.T, axis=1)
+    centers = accumulated.cluster_directions(_model()(images).features, 3)
+    labels = jnp.argmax(_model()(images).features @ centers.T, axis=1)
     example = {"image": images[0], "label": labels[0], "place": jnp.int32(0)}
-    change = attack._change(jnp.zeros(SHAPE), example, _low_pass(0.1), _model(), centres)
+    change = attack._change(jnp.zeros(SHAPE), example, _low_pass(0.1), _model(), centers)
     size = float(jnp.abs(change).max())
     assert size > 0 and _outside(change) < 1e-4 * size
 
@@ -249,12 +249,12 @@ def test_uap_sees_the_patch_at_the_place_of_each_image():
     attack, images = attacks.UAP(num_clusters=3, images_at_once=8), _images()
     threat = perturbation.at_step(threats.Patch(0.25, "random"), KEY, jnp.int32(0))
     start, clean = threat.sample_delta(KEY, SHAPE), _model()(images)
-    centres = accumulated.cluster_directions(clean.features, 3)
-    labels = jnp.argmax(clean.features @ centres.T, axis=1)
+    centers = accumulated.cluster_directions(clean.features, 3)
+    labels = jnp.argmax(clean.features @ centers.T, axis=1)
 
     def scores(delta):  # of all images at once, each at its own place
         features = _model()(perturbation.attacked_images(delta, images, threat)).features
-        return features / jnp.linalg.norm(features, axis=1, keepdims=True) @ centres.T
+        return features / jnp.linalg.norm(features, axis=1, keepdims=True) @ centers.T
 
     changes = jax.vmap(accumulated.deepfool_step)(scores(start), jax.jacrev(scores)(start), labels)
     expected = threat.project_delta(start + 1.02 * jnp.sum(changes, axis=0))

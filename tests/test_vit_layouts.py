@@ -32,7 +32,7 @@ def test_features_and_taps_are_theirs(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in cases.CASES if "hugging" not in name])
 def test_timm_names_go_back(name, tmp_path):
     model, encoder = cases.imported(name, tmp_path)
-    other = cases.randomise(cases.CASES[name].build(), seed=1)
+    other = cases.randomize(cases.CASES[name].build(), seed=1)
     other.load_state_dict(split(name, encoder), strict=True)
     for key, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], tensor), key

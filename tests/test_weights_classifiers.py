@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from robust_ssl import models, weights
-from robust_ssl.models import JPEG, Quantise, Smooth
+from robust_ssl.models import JPEG, Quantize, Smooth
 from robust_ssl.weights import native
 from robust_ssl.weights.classifiers import CARD_FILE, HEAD_FILE
 
@@ -26,7 +26,7 @@ def with_step(classifier, step):
 def ensemble():
     vit = models.vit_tiny(jax.random.key(2), depth=1, image_size=8, mean=(0.1, 0.2, 0.3))
     other = models.classifier(jax.random.key(3), vit, 3, head="mlp")
-    nets = [small("linear"), with_step(other, Quantise(4))]
+    nets = [small("linear"), with_step(other, Quantize(4))]
     return models.confidence_ensemble(nets, temperature=1.5)
 
 
@@ -113,7 +113,7 @@ def test_nan_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize(
     "step",
-    [Quantise(5, straight_through=False), Smooth(0.7), JPEG(31, subsample=True)],
+    [Quantize(5, straight_through=False), Smooth(0.7), JPEG(31, subsample=True)],
     ids=str,
 )
 def test_an_input_transformation_is_kept(tmp_path, step):

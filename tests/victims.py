@@ -22,7 +22,7 @@ EXPECTED = {
     "rounded input": 5,
     "logits x 1000": 4,
     "straight through": 6,
-    "randomised": 2,
+    "randomized": 2,
     "probabilities": 3,
     "gradient partly cut": 16,
 }
@@ -51,9 +51,9 @@ def digits():
     parts = []
     for rows, copies in ((order[HELD_OUT:], 1), (order[:HELD_OUT], COPIES)):
         rows = np.tile(rows, copies)
-        grey = scans.images[rows] / 16
-        grey = np.stack([np.roll(g, random.integers(-1, 2), axis=1) for g in grey])
-        noisy = np.clip(grey + random.normal(0, 0.03, grey.shape), 0, 1)
+        gray = scans.images[rows] / 16
+        gray = np.stack([np.roll(g, random.integers(-1, 2), axis=1) for g in gray])
+        noisy = np.clip(gray + random.normal(0, 0.03, gray.shape), 0, 1)
         pixels = np.repeat(np.rint(noisy * 255)[..., None] / 255, 3, axis=-1).astype(np.float32)
         parts.append((pixels, scans.target[rows].astype(np.int32)))
     return tuple(parts)
@@ -184,7 +184,7 @@ def all_victims() -> dict[str, Any]:
         "rounded input": robust.replace(levels=4.0, straight_through=0.0),
         "logits x 1000": plain.replace(factor=1000.0),
         "straight through": robust.replace(levels=4.0),
-        "randomised": plain.replace(noise=0.1),
+        "randomized": plain.replace(noise=0.1),
         "probabilities": robust.replace(softmax=1.0),
         "gradient partly cut": plain.replace(cut=5.0),
     }

@@ -51,20 +51,20 @@ def cluster_directions(features: jax.Array, num_clusters: int) -> jax.Array:
     vectors = unit_vectors(lax.stop_gradient(features))
 
     def add(place, carry):
-        centres, nearest = carry
+        centers, nearest = carry
         chosen = vectors[jnp.argmin(nearest)]
-        return centres.at[place].set(chosen), jnp.maximum(nearest, vectors @ chosen)
+        return centers.at[place].set(chosen), jnp.maximum(nearest, vectors @ chosen)
 
-    centres = jnp.zeros((count, vectors.shape[1]), vectors.dtype).at[0].set(vectors[0])
-    centres, _ = lax.fori_loop(1, count, add, (centres, vectors @ vectors[0]))
+    centers = jnp.zeros((count, vectors.shape[1]), vectors.dtype).at[0].set(vectors[0])
+    centers, _ = lax.fori_loop(1, count, add, (centers, vectors @ vectors[0]))
 
-    def settle(_, centres):
-        members = jax.nn.one_hot(jnp.argmax(vectors @ centres.T, axis=1), count)
+    def settle(_, centers):
+        members = jax.nn.one_hot(jnp.argmax(vectors @ centers.T, axis=1), count)
         sums = unit_vectors(members.T @ vectors)
         empty = jnp.sum(members, axis=0) == 0
-        return jnp.where(empty.reshape(count, 1), centres, sums)
+        return jnp.where(empty.reshape(count, 1), centers, sums)
 
-    return lax.fori_loop(0, _ROUNDS, settle, centres)
+    return lax.fori_loop(0, _ROUNDS, settle, centers)
 
 
 def cluster_change_rate(inputs: AttackInputs, *, num_clusters: int = 10) -> jax.Array:
@@ -89,8 +89,8 @@ def cluster_change_rate(inputs: AttackInputs, *, num_clusters: int = 10) -> jax.
       >>> float(cluster_change_rate(AttackInputs(clean, swapped, image, image)))
       0.5
     """
-    centres = cluster_directions(inputs.clean.features, num_clusters)
-    before, after = (x.features @ centres.T for x in (inputs.clean, inputs.adversarial))
+    centers = cluster_directions(inputs.clean.features, num_clusters)
+    before, after = (x.features @ centers.T for x in (inputs.clean, inputs.adversarial))
     changed = jnp.argmax(before, axis=1) != jnp.argmax(after, axis=1)
     known = jnp.all(jnp.isfinite(before) & jnp.isfinite(after), axis=1)  # NaN has no nearest one
     return jnp.mean(jnp.where(known, changed.astype(jnp.float32), jnp.nan))
@@ -199,8 +199,8 @@ class UAP:
             axis_name=axis_name,
         )
         features, everything = gather((clean.features, images), axis_name)
-        centres = cluster_directions(features, self.num_clusters)
-        labels = jnp.argmax(features @ centres.T, axis=1)
+        centers = cluster_directions(features, self.num_clusters)
+        labels = jnp.argmax(features @ centers.T, axis=1)
         size = max(n for n in range(1, self.images_at_once + 1) if len(everything) % n == 0)
         groups = jax.tree.map(
             lambda x: x.reshape(-1, size, *x.shape[1:]),
@@ -209,7 +209,7 @@ class UAP:
 
         def visit(delta, group):
             def change(image):
-                return self._change(delta, image, threat, model, centres)
+                return self._change(delta, image, threat, model, centers)
 
             total = jnp.sum(_shared_map(change, group, axis_name), axis=0)
             return within_budget(delta + (1 + self.overshoot) * total, threat), None
@@ -221,13 +221,13 @@ class UAP:
         del threat
         return state
 
-    def _change(self, delta, example, threat: Threat, model: Model, centres) -> jax.Array:
+    def _change(self, delta, example, threat: Threat, model: Model, centers) -> jax.Array:
         """Returns the DeepFool step of one image from where the perturbation has brought it."""
         image = example["image"][None]
 
         def scores(delta):
             attacked = attacked_images(delta, image, threat, first=example["place"])
-            found = unit_vectors(model(attacked).features)[0] @ centres.T
+            found = unit_vectors(model(attacked).features)[0] @ centers.T
             return found, found
 
         jacobian, found = jax.jacrev(scores, has_aux=True)(delta)

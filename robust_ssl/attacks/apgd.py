@@ -25,9 +25,9 @@ MOMENTUM = 0.75  # weight of the new step, its alpha; Section 3.2
 
 
 def draw(model: Model, key: jax.Array) -> Model:
-    """Returns one draw of a randomised model; any other model is returned as it is.
+    """Returns one draw of a randomized model; any other model is returned as it is.
 
-    A model is randomised if it has a method ``with_key(key)`` that returns the deterministic model
+    A model is randomized if it has a method ``with_key(key)`` that returns the deterministic model
     of that key, for example a frozen dataclass that holds a key and replaces it.
 
     Args:
@@ -150,7 +150,7 @@ class APGD:
     the highest objective; without a label or without logits only the objective counts.
 
     It starts at ``threat.sample``.  (The released code scales that draw to the ball's surface,
-    which for images differs by less than a thousandth of the budget.)  A randomised model (see
+    which for images differs by less than a thousandth of the budget.)  A randomized model (see
     `draw`) is drawn anew at every step.
 
     Attributes:
@@ -162,11 +162,11 @@ class APGD:
       num_steps: Gradient steps of a try, at least 1.
       restarts: Independent tries of which the best point is returned, at least 1.
       rho: Share of the steps that must raise the objective, or the step size is halved.
-      eot: Draws of a randomised model over which objective, gradient and logits are averaged.
+      eot: Draws of a randomized model over which objective, gradient and logits are averaged.
 
     Raises:
       ValueError: If `num_steps`, `restarts` or `eot` is below 1; when called, if `eot` is above 1
-        and the model is not randomised, if the threat has no `epsilon`, or if there is a `rank`
+        and the model is not randomized, if the threat has no `epsilon`, or if there is a `rank`
         but the objective takes none.
 
     Example:
@@ -223,7 +223,7 @@ class APGD:
         """Returns ``look(point, key) -> (value, wrong), gradient``."""
         if self.eot > 1 and not hasattr(model, "with_key"):
             raise ValueError(
-                f"eot={self.eot} averages over draws of a randomised model, but the model has no "
+                f"eot={self.eot} averages over draws of a randomized model, but the model has no "
                 "method with_key(key); take eot=1 for a deterministic one"
             )
         objective = _with_rank(self.objective, self.rank)

@@ -13,7 +13,7 @@ from robust_ssl.objectives import labelled
 from robust_ssl.types import Attack, Threat
 
 MOST_TARGETS = 9  # Croce and Hein 2020, Section 6
-DRAWS = 20  # of a randomised model; their code, version "rand"
+DRAWS = 20  # of a randomized model; their code, version "rand"
 
 
 def standard(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
@@ -55,7 +55,7 @@ def standard(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
 
 
 def rand(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
-    """Returns AutoAttack for randomised models: APGD on two objectives, over 20 draws a step.
+    """Returns AutoAttack for randomized models: APGD on two objectives, over 20 draws a step.
 
     The model must have a method ``with_key`` (see `robust_ssl.attacks.apgd.draw`).  With two
     classes there is no DLR objective; the margin takes its place, named ``"apgd-margin"``.

@@ -124,7 +124,7 @@ class FABT:
     one, a little beyond (`eta`), drawn towards the same plane's point nearest to the original
     (at most `alpha_max`); from a misclassified point it comes back (`beta`).  Any wrong
     class counts as a success.  The attack does not use its budget while it searches (random
-    starts apart), so one run answers for all budgets.  A randomised model
+    starts apart), so one run answers for all budgets.  A randomized model
     (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
 
     What it finds lies just past the boundary: rounding to 8 bits may push it back.  Score it with

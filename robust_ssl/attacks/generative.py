@@ -79,7 +79,7 @@ class AdvEncoderPER:
 
     @property
     def objective(self):
-        """What is maximised."""
+        """What is maximized."""
         return self.form if callable(self.form) else FORMS[self.form]
 
     def init(self, key, image_shape, threat) -> GeneratorState:

@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 from robust_ssl import objectives, struct
-from robust_ssl.attacks.perturbation import GREY, random_delta, share_at_budget, within_budget
+from robust_ssl.attacks.perturbation import GRAY, random_delta, share_at_budget, within_budget
 from robust_ssl.attacks.universal import (
     UniversalPGD,
     UniversalPGDState,
@@ -73,7 +73,7 @@ class L4ABase(_SignAscent):
 
     @property
     def objective(self) -> Objective:
-        """What is maximised."""
+        """What is maximized."""
         return functools.partial(layers.activation_energy, layer=self.layer)
 
 
@@ -101,7 +101,7 @@ class L4AFuse(_SignAscent):
 
     @property
     def objective(self) -> Objective:
-        """What is maximised."""
+        """What is maximized."""
         return functools.partial(layers.fused_energy, layer=self.layer, weight=self.weight)
 
 
@@ -156,7 +156,7 @@ class L4AUGS:
 
     @property
     def objective(self) -> Objective:
-        """What is maximised."""
+        """What is maximized."""
         return self._fuse.objective
 
     def init(self, key, image_shape, threat) -> L4AUGSState:
@@ -217,7 +217,7 @@ class SSP(_SignAscent):
 
     @property
     def objective(self) -> Objective:
-        """What is maximised."""
+        """What is maximized."""
         return functools.partial(layers.activation_distance, layer=self.layer)
 
 
@@ -247,7 +247,7 @@ class STD(_SignAscent):
 
     @property
     def objective(self) -> Objective:
-        """What is maximised."""
+        """What is maximized."""
         return functools.partial(layers.negative_dispersion, layer=self.layer)
 
 
@@ -275,9 +275,9 @@ _ADAM = optax.scale_by_adam()
 
 @struct.dataclass
 class FFF:
-    """Fast Feature Fool: makes all blocks fire on a grey image, without any data.
+    """Fast Feature Fool: makes all blocks fire on a gray image, without any data.
 
-    The images of a step are not looked at: the perturbation stands on a grey image, and so a step
+    The images of a step are not looked at: the perturbation stands on a gray image, and so a step
     costs one image's gradient whatever the batch.  When most entries sit at the budget and stay
     there, the perturbation is halved to make room, as published; that is a matter of budgets that
     bound each entry, and does not happen under `threats.L2` or in a patch.  The paper picks the
@@ -307,7 +307,7 @@ class FFF:
 
     @property
     def objective(self) -> Objective:
-        """What is maximised."""
+        """What is maximized."""
         return functools.partial(layers.log_activation_norms, layers=self.layers)
 
     def gradients_per_batch(self, images: int) -> int:
@@ -323,14 +323,14 @@ class FFF:
 
     def step(self, state, threat, model, clean, images, *, axis_name=None):
         """Moves the perturbation once; returns the new state and the objective before it."""
-        del axis_name  # the grey image is the same on every device: nothing to gather
+        del axis_name  # the gray image is the same on every device: nothing to gather
         value, gradient = jax.value_and_grad(objective_of_delta)(
             state.current,
             objective=self.objective,
             threat=threat,
             model=model,
             clean=clean,
-            images=jnp.full((1, *images.shape[1:]), GREY, images.dtype),
+            images=jnp.full((1, *images.shape[1:]), GRAY, images.dtype),
         )
         direction, opt_state = _ADAM.update(gradient, state.opt_state)
         moved = state.current + self.learning_rate * direction
@@ -365,7 +365,7 @@ class UAPPGD:
       fine_step_size: Length of the others, pixel units.
       momentum: Share of the last direction that is kept, in [0, 1).
       num_steps: Steps of each length on one batch, at least 1.
-      objective: What is maximised.
+      objective: What is maximized.
 
     Raises:
       ValueError: If `num_steps` is below 1.

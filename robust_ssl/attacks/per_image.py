@@ -18,7 +18,7 @@ from robust_ssl import objectives, struct, threats
 from robust_ssl.attacks.apgd import budget, draw
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 
-_DRAWS = 2**31 - 1  # key number of the draws of a randomised model; no try has it
+_DRAWS = 2**31 - 1  # key number of the draws of a randomized model; no try has it
 
 
 def attack_batch(
@@ -89,7 +89,7 @@ def usual_step_size(threat: Threat, num_steps: int) -> jax.Array | float:
 def _objective_at(
     objective: Objective, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None
 ) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
-    """Returns the objective of the adversarial image and the number of a randomised model's draw.
+    """Returns the objective of the adversarial image and the number of a randomized model's draw.
 
     A deterministic model is the same whatever the number.
     """
@@ -149,7 +149,7 @@ class FGSM:
     def __call__(
         self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the adversarial image, ``[H, W, 3]``; `key` draws a randomised model only."""
+        """Returns the adversarial image, ``[H, W, 3]``; `key` draws a randomized model only."""
         length = budget(self.threat, "FGSM")
         gradient = jax.grad(_objective_at(self.objective, key, model, image, label))(image, 0)
         step = length * self.threat.steepest(gradient)
@@ -163,7 +163,7 @@ class PGD:
     Only the image gets a gradient.  With `keep_best` the best point of the whole path is returned,
     so the objective never ends below its start; that costs one forward pass more than the
     ``num_steps`` gradients.  Training takes ``keep_best=False``: exactly ``num_steps`` gradients.
-    A randomised model (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
+    A randomized model (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
 
     Attributes:
       threat: What the attacker may do.

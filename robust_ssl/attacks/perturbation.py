@@ -15,7 +15,7 @@ from jax import lax
 from robust_ssl import struct, threats
 from robust_ssl.types import Model, Threat
 
-GREY = 0.5  # the image around which a perturbation without an image is drawn and projected
+GRAY = 0.5  # the image around which a perturbation without an image is drawn and projected
 
 
 @struct.dataclass
@@ -157,7 +157,7 @@ def _read_entries(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 #
 # Only the functions below ask what a threat brings (see `types.Threat`).  To a threat that brings
 # nothing a perturbation is added; it speaks of images only, so a perturbation alone is judged on a
-# grey one, and no entry exceeds half of the pixel range.
+# gray one, and no entry exceeds half of the pixel range.
 
 
 def apply_delta(
@@ -216,16 +216,16 @@ def random_delta(key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -
     """Returns a random allowed perturbation, ``[H, W, 3]``."""
     if hasattr(threat, "sample_delta"):
         return threat.sample_delta(key, image_shape)
-    grey = jnp.full(image_shape, GREY)
-    return threat.sample(key, grey) - grey
+    gray = jnp.full(image_shape, GRAY)
+    return threat.sample(key, gray) - gray
 
 
 def within_budget(delta: jax.Array, threat: Threat) -> jax.Array:
     """Returns the allowed perturbation nearest to `delta`, whatever the image."""
     if hasattr(threat, "project_delta"):
         return threat.project_delta(delta)
-    grey = jnp.full(delta.shape, GREY, delta.dtype)
-    return threat.project(grey + delta, grey) - grey
+    gray = jnp.full(delta.shape, GRAY, delta.dtype)
+    return threat.project(gray + delta, gray) - gray
 
 
 def share_at_budget(delta: jax.Array, threat: Threat) -> jax.Array:
@@ -239,7 +239,7 @@ def share_at_budget(delta: jax.Array, threat: Threat) -> jax.Array:
     return jnp.mean((jnp.abs(delta) >= threat.epsilon - 1e-6).astype(jnp.float32))
 
 
-def check_fits_grey(threat: Threat, image_shape: tuple[int, ...]) -> None:
+def check_fits_gray(threat: Threat, image_shape: tuple[int, ...]) -> None:
     """Raises ValueError if a budget is larger than a perturbation without an image can use.
 
     For the host, and for a stack of threats.  Nothing is to be said of a threat that projects
@@ -247,11 +247,11 @@ def check_fits_grey(threat: Threat, image_shape: tuple[int, ...]) -> None:
     """
     if hasattr(threat, "project_delta") or not hasattr(threat, "norm"):
         return
-    most, largest = float(threat.norm(jnp.full(image_shape, GREY))), np.max(threat.epsilon)
+    most, largest = float(threat.norm(jnp.full(image_shape, GRAY))), np.max(threat.epsilon)
     if largest > most:
         raise ValueError(
             f"a perturbation for all images cannot use {type(threat).__name__} with epsilon "
-            f"{largest:g}: it is judged on a grey image and ends at {most:g}, so larger budgets "
+            f"{largest:g}: it is judged on a gray image and ends at {most:g}, so larger budgets "
             f"would silently be {most:g}; take at most {most:g}, or a per-image attack such as PGD"
         )
 

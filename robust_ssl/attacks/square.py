@@ -137,12 +137,12 @@ def _inside(corner: jax.Array, side: jax.Array, pixels: tuple[int, int]) -> jax.
 
 @struct.dataclass
 class Square:
-    """Random search over square changes of one colour (Linf) or bumps of moved energy (L2).
+    """Random search over square changes of one color (Linf) or bumps of moved energy (L2).
 
     A proposal is kept if it lowers the margin of the true class; an image's search ends as soon
     as it is misclassified.  Under `jax.vmap` all images are asked until the last one is done:
     `start` and `search` let a caller run a share of the queries, drop the images that are
-    fooled, and go on with the others, with the same outcome.  A randomised model
+    fooled, and go on with the others, with the same outcome.  A randomized model
     (`robust_ssl.attacks.apgd.draw`) is drawn anew for every query.
 
     Attributes:
@@ -277,7 +277,7 @@ class Square:
         return lax.while_loop(lambda s: ~s.fooled & (s.asked < until), ask, state)
 
     def _draws(self, key: jax.Array) -> jax.Array:
-        """The key of a randomised model's draws, which no proposal has."""
+        """The key of a randomized model's draws, which no proposal has."""
         return jax.random.fold_in(key, self.num_queries + 1)
 
     def _look(self, model: Model, candidate: jax.Array, label) -> SquareState:

@@ -21,7 +21,7 @@ from robust_ssl.attacks.perturbation import (
     UniversalPerturbation,
     at_step,
     attacked_images,
-    check_fits_grey,
+    check_fits_gray,
     delta_of_pattern,
     random_delta,
     within_budget,
@@ -42,11 +42,11 @@ def objective_of_delta(
 ) -> jax.Array:
     """Evaluates an objective for one perturbation on the global batch, differentiably.
 
-    What every universal attack's `step` maximises.
+    What every universal attack's `step` maximizes.
 
     Args:
       delta: Float ``[H, W, 3]``; the only thing that gets a gradient.
-      objective: What is maximised.
+      objective: What is maximized.
       threat: Says how the perturbation meets an image, and makes the attacked images valid.
       model: What is attacked.
       clean: Its outputs for this device's part of the images.
@@ -111,7 +111,7 @@ class UniversalPGD:
     Attributes:
       step_size: Length of a step, pixel units.
       momentum: Share of the last direction that is kept, in [0, 1).
-      objective: What is maximised.
+      objective: What is maximized.
 
     References:
       Moosavi-Dezfooli et al., "Universal Adversarial Perturbations", CVPR 2017 (the problem);
@@ -257,7 +257,7 @@ def fit(
       parallel: Over which devices, and how; the result does not depend on it.
       threat: Makes a threat of a budget: `threats.Linf`, `threats.L2`, `threats.Patch` (of an
         area), ``lambda epsilon: threats.Band(threats.Linf(epsilon), 0, 0.125)``.  A perturbation
-        without an image is judged on a grey one, so a budget of `threats.Linf` is at most 0.5.
+        without an image is judged on a gray one, so a budget of `threats.Linf` is at most 0.5.
       on_step: Called with the step's number and its objective ``[members]``, which is still being
         computed: reading it waits for it.
 
@@ -283,7 +283,7 @@ def fit(
         raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")
     budgets = jax.vmap(threat)(jnp.asarray(epsilons, jnp.float32))
     threats.check(budgets, tuple(image_shape))
-    check_fits_grey(budgets, tuple(image_shape))
+    check_fits_gray(budgets, tuple(image_shape))
     states = _init_members(attack, tuple(image_shape), keys, budgets)
     constants = parallel.replicate((attack, model, budgets, keys))
     states, step, curve = parallel.replicate((states, jnp.int32(0))), _fit_step(parallel), []
@@ -316,7 +316,7 @@ def _check_finite(name: str, curve: np.ndarray, deltas: np.ndarray) -> None:
     raise ValueError(
         f"{name}: the objective or the perturbation of member(s) {bad.tolist()} of {len(finite)} "
         f"is not finite, {where}; look at what the encoder gives for these images (its outputs, "
-        "its weights, the mean and std of its normalisation) and at the images themselves"
+        "its weights, the mean and std of its normalization) and at the images themselves"
     )
 
 

@@ -11,7 +11,7 @@ from robust_ssl.data.examples import Examples, random_words
 def digits(split: str = "train", *, image_size: int = 32) -> Examples:
     """Handwritten digits: 1,437 to train and 360 to test, ten classes.
 
-    scikit-learn's 8x8 scans with 17 grey levels, enlarged with Lanczos' filter.  The split is
+    scikit-learn's 8x8 scans with 17 gray levels, enlarged with Lanczos' filter.  The split is
     this package's own, since the set has none: in the order of (class, index), every fifth
     example is a test one, so each class has a fifth of its images there.  Writers are not told
     apart; both splits hold images by the same hands.
@@ -42,8 +42,8 @@ def digits(split: str = "train", *, image_size: int = 32) -> Examples:
     is_test = np.zeros(len(order), bool)
     is_test[order[::5]] = True
     rows = np.flatnonzero(is_test if split == "test" else ~is_test)
-    grey = np.rint(scans.images[rows] * (255 / 16)).astype(np.uint8)
-    images = [pictures.resize(np.repeat(g[..., None], 3, axis=-1), image_size) for g in grey]
+    gray = np.rint(scans.images[rows] * (255 / 16)).astype(np.uint8)
+    images = [pictures.resize(np.repeat(g[..., None], 3, axis=-1), image_size) for g in gray]
     names = tuple(str(name) for name in scans.target_names)
     return Examples(np.stack(images), scans.target[rows], names, "digits", split)
 
@@ -53,7 +53,7 @@ def photo_crops(
 ) -> Examples:
     """Random crops of two photographs, a temple and a flower, without labels.
 
-    What an attacker can use who has no data set at hand: natural colours and edges at scales from
+    What an attacker can use who has no data set at hand: natural colors and edges at scales from
     one pixel a pixel to a whole photograph.  The side of a crop is log-uniform between
     `image_size` and the photograph's shorter side; half of the crops are mirrored.
 

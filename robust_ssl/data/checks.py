@@ -26,10 +26,10 @@ def as_pixels(images: Any, where: str) -> np.ndarray:
     if len(images) == 0:
         raise ValueError(f"{where} is empty: no images; choose another split or folder")
     if images.ndim != 4:
-        grey = "; for grey images: np.repeat(images[..., None], 3, axis=-1)"
+        gray = "; for gray images: np.repeat(images[..., None], 3, axis=-1)"
         raise ValueError(
             f"images of {where} must be [n, height, width, 3], got shape {images.shape}"
-            f"{grey if images.ndim == 3 else ''}"
+            f"{gray if images.ndim == 3 else ''}"
         )
     if images.shape[3] != 3:
         raise ValueError(
@@ -70,7 +70,7 @@ def _channel_hint(shape: tuple[int, ...]) -> str:
     if shape[1] == 3:
         return "; channels seem to come first: images.transpose(0, 2, 3, 1)"
     if shape[3] == 1:
-        return "; for grey images: np.repeat(images, 3, axis=-1)"
+        return "; for gray images: np.repeat(images, 3, axis=-1)"
     if shape[3] == 4:
         return "; to drop the alpha channel: images[..., :3]"
     return ""
@@ -90,7 +90,7 @@ def _check_range(images: np.ndarray, where: str) -> None:
         hint = "divide by 255" if images.min() >= 0 and images.max() <= 255 else "rescale them"
         raise ValueError(
             f"images of {where} must lie in [0, 1], got {images[index]:.6g} at index "
-            f"{list(index)} ({_count_bad(outside)}); {hint}, and leave normalisation to the encoder"
+            f"{list(index)} ({_count_bad(outside)}); {hint}, and leave normalization to the encoder"
         )
 
 

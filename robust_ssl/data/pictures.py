@@ -13,8 +13,8 @@ def decode(
 ) -> np.ndarray:
     """Returns one picture as ``uint8 [H, W, 3]``, at `image_size` if that is given.
 
-    Grey and palette pictures become RGB, alpha is dropped.  A picture of another size is scaled
-    with Lanczos' filter so that its shorter side fits, and the centre is kept.
+    Gray and palette pictures become RGB, alpha is dropped.  A picture of another size is scaled
+    with Lanczos' filter so that its shorter side fits, and the center is kept.
 
     Args:
       picture: An encoded file, its path, or pixels ``uint8 [H, W, 3]``.
@@ -42,7 +42,7 @@ def decode(
 
 
 def resize(image: np.ndarray, image_size: int | None) -> np.ndarray:
-    """Returns ``uint8 [H, W, 3]`` brought to `image_size`: Lanczos, centre kept.
+    """Returns ``uint8 [H, W, 3]`` brought to `image_size`: Lanczos, center kept.
 
     Example:
       >>> resize(np.full((10, 20, 3), 7, np.uint8), 5).shape

@@ -44,7 +44,7 @@ def load(
           `image_size` where it has such parameters, and with `options`; returns `Examples` or
           ``(images, labels)``.
       split: ``"train"``, ``"test"``, ...; for TFDS also a slice such as ``"train[:1000]"``.
-      image_size: Brings each image to this height and width, pixels (Lanczos, centre kept); None
+      image_size: Brings each image to this height and width, pixels (Lanczos, center kept); None
         takes them as they are.
       data_dir: Where TFDS sets are; by default ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
       limit: At most so many examples, drawn by `seed`; None takes all.

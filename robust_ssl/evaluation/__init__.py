@@ -14,7 +14,7 @@ from robust_ssl.evaluation.metrics import (
     WORST,
     accuracy_against_epsilon,
     predictions,
-    quantise,
+    quantize,
     score,
     to_pixels,
 )
@@ -31,7 +31,7 @@ __all__ = [
     "gathered",
     "per_layer_stability",
     "predictions",
-    "quantise",
+    "quantize",
     "score",
     "score_in_turn",
     "strike",

@@ -46,11 +46,11 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     if n == 0:
         return 0.0, 1.0
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    centre = (successes + z**2 / 2) / (n + z**2)
+    center = (successes + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * math.sqrt(successes * (n - successes) / n + z**2 / 4)
     # At the ends the formula is exactly 0 or 1; rounding must not move it.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, center - half)
+    high = 1.0 if successes == n else min(1.0, center + half)
     return low, high
 
 

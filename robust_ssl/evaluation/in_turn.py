@@ -57,7 +57,7 @@ def _is_right(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
 def _verdict(key, model, adversarial: jax.Array, batch: Mapping[str, jax.Array], eight_bit: bool):
     """Returns which images stay right, and which have finite pixels only, bool ``[batch]``."""
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
-    scored = metrics.quantise(adversarial) if eight_bit else adversarial
+    scored = metrics.quantize(adversarial) if eight_bit else adversarial
     return metrics.answers(key, model, scored, batch["indices"]) == batch["labels"], finite
 
 
@@ -132,10 +132,10 @@ def clean_correct(
     """Returns which images are classified correctly when nobody attacks, bool ``[n]``.
 
     Args:
-      classifier: The model; if it is randomised (`robust_ssl.attacks.apgd.draw`), one draw for
+      classifier: The model; if it is randomized (`robust_ssl.attacks.apgd.draw`), one draw for
         each image.
       examples: A whole split, as `gathered` returns it.
-      key: Random key, for a randomised model.
+      key: Random key, for a randomized model.
       parallel: A `robust_ssl.parallel.Parallel`.
       batch_size: Images of a batch; it changes nothing but speed and memory.
     """
@@ -193,7 +193,7 @@ def strike(
       alive: Which images are to be attacked, bool ``[n]``; left as it is.
       key: Random key; member m of a list gets ``fold_in(key, m)``, a single attack and the first
         member `key` itself; of that, the image at place i gets ``fold_in(.., i)``.  The answers of
-        a randomised model depend on `key` and the place alone (`metrics.answers`).
+        a randomized model depend on `key` and the place alone (`metrics.answers`).
       parallel: A `robust_ssl.parallel.Parallel`.
       batch_size: Images of a batch.  The last one is filled up, so that nothing compiles twice.
       eight_bit: Round adversarial images to 8 bits before they are classified, as

@@ -23,7 +23,7 @@ from robust_ssl.types import Attack, Classifier
 
 WORST = "worst"  # the name of the worst case per image over all attacks
 NO_ANSWER = -1  # the prediction of a model whose logits are NaN: never correct
-_ANSWERS = 2**31 - 1  # key number of a randomised model's answers; no attack has it
+_ANSWERS = 2**31 - 1  # key number of a randomized model's answers; no attack has it
 
 
 def to_pixels(images: jax.Array | np.ndarray) -> jax.Array:
@@ -37,7 +37,7 @@ def to_pixels(images: jax.Array | np.ndarray) -> jax.Array:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def quantise(images: jax.Array) -> jax.Array:
+def quantize(images: jax.Array) -> jax.Array:
     """Clips to [0, 1] and rounds to 8 bits: the image as a file would hold it.
 
     A pixel value moves by at most 1/510, so an image may leave its `Linf` ball by that much and no
@@ -52,7 +52,7 @@ def quantise(images: jax.Array) -> jax.Array:
       Multiples of 1/255 in [0, 1], same shape and type.
 
     Example:
-      >>> np.asarray(quantise(jnp.array([-0.2, 0.303, 1.7])) * 255).round(3).tolist()
+      >>> np.asarray(quantize(jnp.array([-0.2, 0.303, 1.7])) * 255).round(3).tolist()
       [0.0, 77.0, 255.0]
     """
     return jnp.round(jnp.clip(images, 0, 1) * 255) / 255
@@ -78,7 +78,7 @@ def answers(
 ) -> jax.Array:
     """Returns what the model says of images whose place in the split is known.
 
-    A randomised model (`robust_ssl.attacks.apgd.draw`) is drawn once for each image, from the key
+    A randomized model (`robust_ssl.attacks.apgd.draw`) is drawn once for each image, from the key
     of the evaluation and the image's place: whoever attacks, and with what else in the batch, an
     image that did not change keeps its answer.
 
@@ -113,7 +113,7 @@ def _attacked_answers(constants, batch: Mapping[str, jax.Array]):
         attack, key, model, to_pixels(batch["images"]), batch["labels"], batch["indices"]
     )
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
-    return answers(key, model, quantise(adversarial), batch["indices"]), finite
+    return answers(key, model, quantize(adversarial), batch["indices"]), finite
 
 
 @functools.lru_cache(maxsize=64)
@@ -217,7 +217,7 @@ def score(
 ) -> dict[str, PerImage]:
     """Attacks every image of a split with every attack, and counts what happens.
 
-    Adversarial images are clipped and rounded to 8 bits (`quantise`) before they are classified.
+    Adversarial images are clipped and rounded to 8 bits (`quantize`) before they are classified.
     Attacks of one structure (the same class and static choices, another epsilon or perturbation)
     share one compiled function.
 
@@ -229,7 +229,7 @@ def score(
         of its images once.
       attacks: Attacks by name.  Each is called as ``attack(key, model, image, label)``.
       key: Random key; the image at place i gets ``fold_in(key, i)`` whatever the batch size, the
-        devices or the other attacks, and a randomised model one draw for it (`answers`).
+        devices or the other attacks, and a randomized model one draw for it (`answers`).
       parallel: A `robust_ssl.parallel.Parallel`.
 
     Returns:

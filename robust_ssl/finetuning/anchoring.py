@@ -21,7 +21,7 @@ def pull_to_start(
     .. math:: g \leftarrow g + \alpha\,(w - w^0), \quad
         \text{the gradient of}\ \tfrac{\alpha}{2}\,\|w - w^0\|^2
 
-    Put it before the optimiser, ``optax.chain(pull_to_start(...), optimizer)``.  It takes the place
+    Put it before the optimizer, ``optax.chain(pull_to_start(...), optimizer)``.  It takes the place
     of weight decay on what it anchors; the paper's second term, :math:`\beta/2\,\|w\|^2` on the new
     head, is plain weight decay there.  Weight 0 changes nothing; a large one keeps the encoder
     where it is.

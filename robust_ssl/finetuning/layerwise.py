@@ -176,7 +176,7 @@ def layerwise_optimizer(
     rates: Mapping[str, Rate],
     make_tx: Callable[[float], optax.GradientTransformation] = adam_l2,
 ) -> optax.GradientTransformation:
-    """Builds one optimiser per learning rate; a frozen parameter gets an update of zero.
+    """Builds one optimizer per learning rate; a frozen parameter gets an update of zero.
 
     Args:
       params: The parameters, for their structure only.

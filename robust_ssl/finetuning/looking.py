@@ -108,7 +108,7 @@ def read_by(
     Every loss is called on shapes only, so that a wrong one fails before anything is compiled.
     """
     if not losses:
-        raise ValueError("there is nothing to minimise: losses is empty")
+        raise ValueError("there is nothing to minimize: losses is empty")
     size = template.image_size
     images = jax.ShapeDtypeStruct((_BATCH, size, size, 3), jnp.float32)
     outputs = jax.eval_shape(template, images)

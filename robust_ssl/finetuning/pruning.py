@@ -66,10 +66,10 @@ def prune(params: Mapping[str, Any], share: float, *, scope: str = "encoder/**")
 def hold_zeros(
     params: Mapping[str, Any], *, scope: str = "encoder/**"
 ) -> optax.GradientTransformation:
-    """Keeps pruned weights at zero, bit for bit; put it after the optimiser.
+    """Keeps pruned weights at zero, bit for bit; put it after the optimizer.
 
     ``optax.chain(optimizer, hold_zeros(pruned))``.  Every kernel weight that is zero in `params`
-    gets an update of zero, also where the optimiser has momentum.  Zeros elsewhere, such as
+    gets an update of zero, also where the optimizer has momentum.  Zeros elsewhere, such as
     biases that start there, move as usual.
 
     Args:

@@ -134,7 +134,7 @@ def mixed_losses(
       on: ``"logits"`` or ``"features"``, as in `genetic_regularization`.
       compat: ``"corrected"`` or ``"released"``, as in `genetic_regularization`.  The released
         code's other choices are arguments elsewhere: the attack's (budget 0.03, step 0.007, no
-        random start, un-normalised inputs) belong to the attack and the encoder.  Its leak of the
+        random start, un-normalized inputs) belong to the attack and the encoder.  Its leak of the
         attack's gradients into the update is a bug that pure functions cannot have.
 
     Returns:
@@ -193,9 +193,9 @@ def make_step(
       pretrained: The public encoder, for losses that compare with it; frozen, evaluation mode.
       batch_statistics: Whose statistics the running ones follow: ``"clean"``, ``"adversarial"``,
         ``"both"`` (the mean of the two) or ``"frozen"``.  In the first three each forward pass is
-        normalised by its own batch; with ``"frozen"`` the encoder runs in evaluation mode,
-        normalised by the running statistics, which is what a frozen encoder needs.  ``"twins"``:
-        images at even places are normalised by their own batch, which the running statistics
+        normalized by its own batch; with ``"frozen"`` the encoder runs in evaluation mode,
+        normalized by the running statistics, which is what a frozen encoder needs.  ``"twins"``:
+        images at even places are normalized by their own batch, which the running statistics
         follow, those at odd places by the statistics of `template`, which stay.
       frozen: Paths of parameters that must not move, from `frozen_paths`.  They get no gradient
         (whose cost is saved), and a frozen norm's running statistics stay as they are too.

@@ -3,7 +3,7 @@
 from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
 from robust_ssl.models.heads import LinearHead, MLPHead, classifier
 from robust_ssl.models.positions import resize_positions
-from robust_ssl.models.preprocessing import JPEG, Quantise, Smooth
+from robust_ssl.models.preprocessing import JPEG, Quantize, Smooth
 from robust_ssl.models.resnet import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -26,7 +26,7 @@ __all__ = [
     "JPEG",
     "LinearHead",
     "MLPHead",
-    "Quantise",
+    "Quantize",
     "ResNet",
     "Smooth",
     "ViT",

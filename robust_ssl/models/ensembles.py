@@ -32,7 +32,7 @@ class MemberEncoders(nn.Module):
         for index, member in enumerate(self.members):
             name = f"member{index}"
             module = member.module.copy(name=name, **axis)
-            outputs, inside = module(member.normalise(images), train=train)
+            outputs, inside = module(member.normalize(images), train=train)
             features.append(outputs)
             taps |= {f"{name}/{tap}": activation for tap, activation in inside.items()}
         return jnp.concatenate(features, axis=-1), taps
@@ -94,7 +94,7 @@ def confidence_ensemble(
 ) -> Classifier:
     """Makes one classifier of several; see `fuse` for how they decide.
 
-    The members keep their own architecture, normalisation and input transformation.  The result is
+    The members keep their own architecture, normalization and input transformation.  The result is
     a `Classifier` like any other: attacked through all its members, its variables are all of
     theirs under ``encoder/member0``, ``head/member0``, ..., its features theirs side by side, its
     taps ``member0/...``.  One evaluation costs as much as all members together.
@@ -140,7 +140,7 @@ def confidence_ensemble(
     encoder = Encoder(
         variables=_joined([member.encoder.variables for member in classifiers]),
         module=MemberEncoders(encoders),
-        mean=(0.0, 0.0, 0.0),  # the members normalise, each in its own way
+        mean=(0.0, 0.0, 0.0),  # the members normalize, each in its own way
         std=(1.0, 1.0, 1.0),
         image_size=classifiers[0].image_size,
         dim=sum(member.dim for member in encoders),

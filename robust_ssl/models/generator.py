@@ -63,7 +63,7 @@ def upsampling_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def mix(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Mixes several images to one by a 3x3 convolution across them, each colour by itself.
+    """Mixes several images to one by a 3x3 convolution across them, each color by itself.
 
     Args:
       images: Float ``[n, H, W, 3]``.

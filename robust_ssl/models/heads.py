@@ -53,7 +53,7 @@ def classifier(
     """Puts a fresh head on an encoder.
 
     Args:
-      key: Random key of the head's initialisation.
+      key: Random key of the head's initialization.
       encoder: The feature extractor; its weights are not touched.
       num_classes: Number of logits, at least 2.
       head: ``"linear"``, ``"mlp"`` (Gen-AF's 512-512-classes) or a linen module that maps

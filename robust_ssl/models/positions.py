@@ -60,9 +60,9 @@ def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
     """Weights ``[new, old]`` of cubic convolution (Keys, 1981); beyond the edge is the edge."""
     weights = np.zeros((new, old))
     for i in range(new):
-        centre = (i + 0.5) * old / new - 0.5
-        for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            x = abs(centre - j)
+        center = (i + 0.5) * old / new - 0.5
+        for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            x = abs(center - j)
             near = (a + 2) * x**3 - (a + 3) * x**2 + 1
             far = a * (x**3 - 5 * x**2 + 8 * x - 4)
             weights[i, min(max(j, 0), old - 1)] += near if x <= 1 else far

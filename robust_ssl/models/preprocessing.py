@@ -1,4 +1,4 @@
-"""Input transformations at inference: what an `Encoder` does to pixels before it normalises them.
+"""Input transformations at inference: what an `Encoder` does to pixels before it normalizes them.
 
 Each is a frozen value, hashable and equal by its numbers, so it is a static field of an `Encoder`:
 ``encoder.replace(preprocess=JPEG(quality=50))``.  Being inside the encoder, no attack misses it.
@@ -29,7 +29,7 @@ _BLOCK = 8  # pixels: the side of a JPEG block
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantise:
+class Quantize:
     """Rounds every channel to a few evenly spaced values, ``round(x (levels - 1)) / (levels - 1)``.
 
     Attributes:
@@ -40,7 +40,7 @@ class Quantise:
       ValueError: If there are fewer than 2 or more than 256 levels.
 
     Example:
-      >>> Quantise(levels=3)(jnp.array([0.1, 0.4, 0.9]).reshape(1, 1, 3)).tolist()
+      >>> Quantize(levels=3)(jnp.array([0.1, 0.4, 0.9]).reshape(1, 1, 3)).tolist()
       [[[0.0, 0.5, 1.0]]]
 
     References:
@@ -101,25 +101,25 @@ class JPEG:
     """What JPEG compression does to an image, without the file.
 
     YCbCr, the cosine transform of blocks of 8 x 8, rounding to multiples of the standard
-    quantisation tables scaled by the quality, and back; what lies between has 8 bits, as in
+    quantization tables scaled by the quality, and back; what lies between has 8 bits, as in
     libjpeg.  With ``straight_through`` the gradient is the one without rounding and clipping: the
-    identity, or with `subsample` the averaging of the colours.
+    identity, or with `subsample` the averaging of the colors.
 
     Attributes:
       quality: 1 (coarsest) to 100, on the scale of libjpeg.
-      subsample: Halves the resolution of the colours (4:2:0); else 4:4:4.
+      subsample: Halves the resolution of the colors (4:2:0); else 4:4:4.
       straight_through: Whether the gradient passes the rounding as if it were not there.
 
     Raises:
       ValueError: If the quality is not an integer from 1 to 100.
 
     Example:
-      >>> grey = jnp.full((8, 8, 3), 0.5)
-      >>> bool(jnp.abs(JPEG(quality=50)(grey) - grey).max() < 0.02)
+      >>> gray = jnp.full((8, 8, 3), 0.5)
+      >>> bool(jnp.abs(JPEG(quality=50)(gray) - gray).max() < 0.02)
       True
 
     References:
-      ITU-T T.81, Annex K.1 (tables) and A.3.3 (transform); JFIF 1.02 (colours); Dziugaite et al.,
+      ITU-T T.81, Annex K.1 (tables) and A.3.3 (transform); JFIF 1.02 (colors); Dziugaite et al.,
       "A study of the effect of JPG compression on adversarial images", 2016.
     """
 
@@ -138,8 +138,8 @@ class JPEG:
         *_, height, width, _ = images.shape
         padded = _pad_to_multiple(255.0 * images, 2 * _BLOCK if self.subsample else _BLOCK)
         luma, chroma = self._encode(jnp.round(padded), jnp.round)
-        luma = _quantise_blocks(luma, _table(_LUMINANCE, self.quality))
-        chroma = _quantise_blocks(chroma, _table(_CHROMINANCE, self.quality))
+        luma = _quantize_blocks(luma, _table(_LUMINANCE, self.quality))
+        chroma = _quantize_blocks(chroma, _table(_CHROMINANCE, self.quality))
         coded = _to_8_bits(self._decode(luma, chroma))
         if self.straight_through:
             smooth = padded
@@ -203,7 +203,7 @@ _CHROMINANCE = (
 
 
 def _table(table, quality: int) -> np.ndarray:
-    """The quantisation steps at a quality, as libjpeg scales them; float32 ``[8, 8]``."""
+    """The quantization steps at a quality, as libjpeg scales them; float32 ``[8, 8]``."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     scaled = (np.asarray(table) * scale + 50) // 100
     return np.clip(scaled, 1, 255).astype(np.float32)
@@ -217,7 +217,7 @@ def _cosines() -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _quantise_blocks(planes, steps: np.ndarray):
+def _quantize_blocks(planes, steps: np.ndarray):
     """Rounds the blocks' coefficients to multiples of `steps`; 8 bits ``[..., H, W, planes]``."""
     *batch, height, width, count = planes.shape
     blocks = planes.reshape(*batch, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK, count)

@@ -206,7 +206,7 @@ def resnet18(
     """Builds a ResNet-18 encoder with random weights.
 
     Args:
-      key: Random key of the initialisation.
+      key: Random key of the initialization.
       width: Channels of the first stage; the encoder has ``8 * width`` features.
       stem: ``"cifar"``, ``"cifar_half"`` or ``"imagenet"``.
       stem_padding: Zeros around the image; None is the stem's usual value (1 for CIFAR, 3 for

@@ -122,7 +122,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added, scaled or not, after."""
+    """Attention and MLP, each normalized before and added, scaled or not, after."""
 
     heads: int
     mlp_width: int
@@ -245,7 +245,7 @@ def vision_transformer(
     The defaults are timm's ``vit_*_patch16_224``; the options are what public models need.
 
     Args:
-      key: Random key of the initialisation.
+      key: Random key of the initialization.
       width: Size of a token, and number of features.
       heads: Attention heads; divides `width`.
       depth: Number of blocks.
@@ -352,7 +352,7 @@ def vit_tiny(
     """Builds a ViT-Tiny encoder (192 features, 3 heads) with random weights.
 
     Args:
-      key: Random key of the initialisation.
+      key: Random key of the initialization.
       patch_size: Height and width of a patch, pixels; must divide `image_size`.  4 for CIFAR, 16
         for ImageNet.
       image_size: Height and width, pixels; positions are learned for this size only.

@@ -1,4 +1,4 @@
-"""What an attacker maximises: ``AttackInputs -> scalar``, the mean over the batch.
+"""What an attacker maximizes: ``AttackInputs -> scalar``, the mean over the batch.
 
 An objective is a plain function of named arrays, so one's own is written in a few lines:
 

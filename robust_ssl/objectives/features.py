@@ -1,4 +1,4 @@
-"""Objectives on features: what an attacker maximises who has the encoder only."""
+"""Objectives on features: what an attacker maximizes who has the encoder only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def feature_cosine_distance(inputs: AttackInputs) -> jax.Array:
     r"""Measures how far the attack has turned each feature vector, ``1 - cos(z', z)``.
 
     0 means "same direction", 2 means "opposite".  Only direction counts, because a downstream probe
-    on normalised features sees nothing else.  Zero is a stationary point: an attack on it needs a
+    on normalized features sees nothing else.  Zero is a stationary point: an attack on it needs a
     random start.
 
     Args:

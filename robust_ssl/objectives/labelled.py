@@ -1,4 +1,4 @@
-"""Objectives that need labels and logits: what a white-box attacker maximises."""
+"""Objectives that need labels and logits: what a white-box attacker maximizes."""
 
 from __future__ import annotations
 

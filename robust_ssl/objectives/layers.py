@@ -223,5 +223,5 @@ def negative_dispersion(inputs: AttackInputs, *, layer: int | str = 3) -> jax.Ar
     """
     values = activation(inputs.adversarial, layer)
     values = values.reshape(len(values), -1)
-    centred = values - jnp.mean(values, axis=1, keepdims=True)
-    return -jnp.mean(safe_norm(centred, axis=1)) / values.shape[1] ** 0.5
+    centered = values - jnp.mean(values, axis=1, keepdims=True)
+    return -jnp.mean(safe_norm(centered, axis=1)) / values.shape[1] ** 0.5

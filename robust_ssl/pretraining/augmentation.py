@@ -1,6 +1,6 @@
 """Random views of an image, computed on the devices; each function takes one image.
 
-Colour operations follow torchvision's definitions; hue and grey come from dm-pix.
+Color operations follow torchvision's definitions; hue and gray come from dm-pix.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def color_jitter(
       key: Random key.
       image: Pixels in [0, 1], float ``[H, W, 3]``.
       brightness: Half-width of the factor's range.
-      contrast: The same, about the mean grey.
-      saturation: The same, about each pixel's grey.
-      hue: Largest turn, as a share of the colour circle.
+      contrast: The same, about the mean gray.
+      saturation: The same, about each pixel's gray.
+      hue: Largest turn, as a share of the color circle.
 
     Returns:
       Pixels in [0, 1], float ``[H, W, 3]``.
@@ -96,14 +96,14 @@ def color_jitter(
     image = jnp.clip(image * (1 + factors[0] * brightness), 0, 1)
     mean = jnp.mean(dm_pix.rgb_to_grayscale(image))
     image = jnp.clip(mean + (image - mean) * (1 + factors[1] * contrast), 0, 1)
-    grey = dm_pix.rgb_to_grayscale(image)
-    image = jnp.clip(grey + (image - grey) * (1 + factors[2] * saturation), 0, 1)
+    gray = dm_pix.rgb_to_grayscale(image)
+    image = jnp.clip(gray + (image - gray) * (1 + factors[2] * saturation), 0, 1)
     return jnp.clip(dm_pix.adjust_hue(image, factors[3] * hue), 0, 1)
 
 
 @struct.dataclass
 class View:
-    """How one random view is made: crop, flip, colours, grey, blur, solarise, in this order.
+    """How one random view is made: crop, flip, colors, gray, blur, solarise, in this order.
 
     The defaults are SimCLR's on small images.  ``view(key, image)`` takes pixels in [0, 1], float
     ``[H, W, 3]``, and returns the same, ``[size, size, 3]``.
@@ -116,7 +116,7 @@ class View:
       contrast: ...
       saturation: ...
       hue: ...
-      grey: Probability that the view has no colour.
+      gray: Probability that the view has no color.
       blur: Probability of a Gaussian blur, its deviation uniform between 0.1 and 2 pixels.
       solarise: Probability that all pixels of at least one half are inverted.
       flip: Probability of a mirrored image.
@@ -141,7 +141,7 @@ class View:
     contrast: float = struct.field(pytree_node=False, default=0.8)
     saturation: float = struct.field(pytree_node=False, default=0.8)
     hue: float = struct.field(pytree_node=False, default=0.2)
-    grey: float = struct.field(pytree_node=False, default=0.2)
+    gray: float = struct.field(pytree_node=False, default=0.2)
     blur: float = struct.field(pytree_node=False, default=0.0)
     solarise: float = struct.field(pytree_node=False, default=0.0)
     flip: float = struct.field(pytree_node=False, default=0.5)
@@ -149,13 +149,13 @@ class View:
 
     def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """Returns the view of one image."""
-        crop_key, flip_key, color_key, grey_key, blur_key, solarise_key = jax.random.split(key, 6)
+        crop_key, flip_key, color_key, gray_key, blur_key, solarise_key = jax.random.split(key, 6)
         scale = (self.min_scale, self.max_scale)
         image = random_resized_crop(crop_key, image, scale=scale, size=self.size)
         image = _sometimes(flip_key, self.flip, lambda x: x[:, ::-1], image)
         image = jnp.clip(image, 0, 1)
         image = _sometimes(color_key, self.jitter, self._jittered(color_key), image)
-        image = _sometimes(grey_key, self.grey, _grey, image)
+        image = _sometimes(gray_key, self.gray, _gray, image)
         image = _sometimes(blur_key, self.blur, functools.partial(gaussian_blur, blur_key), image)
         return _sometimes(solarise_key, self.solarise, _solarised, image)
 
@@ -182,7 +182,7 @@ ASYMMETRIC = (
 )
 STRONG_AND_WEAK = (
     View(min_scale=0.08, blur=0.5, **_BYOL_COLOURS),
-    View(min_scale=0.08, jitter=0.0, grey=0.0),
+    View(min_scale=0.08, jitter=0.0, gray=0.0),
 )
 
 
@@ -219,7 +219,7 @@ def _sometimes(
     return jnp.where(jax.random.bernoulli(key, probability), change(image), image)
 
 
-def _grey(image: jax.Array) -> jax.Array:
+def _gray(image: jax.Array) -> jax.Array:
     return jnp.broadcast_to(dm_pix.rgb_to_grayscale(image), image.shape)
 
 

@@ -16,7 +16,7 @@ from robust_ssl.pretraining.method import (
     encode,
     enqueue,
     init_networks,
-    normalise,
+    normalize,
 )
 from robust_ssl.types import Encoder, Variables
 
@@ -154,7 +154,7 @@ class SwAV:
         projector_key, prototypes_key = jax.random.split(key)
         variables = init_networks(projector_key, {"projector": (self._projector, encoder.dim)})
         shape = (self.num_prototypes, self.projection_dim)
-        variables["params"]["prototypes"] = normalise(jax.random.normal(prototypes_key, shape)).T
+        variables["params"]["prototypes"] = normalize(jax.random.normal(prototypes_key, shape)).T
         queue = jnp.zeros((2, self.queue_size, self.projection_dim))
         return {**variables, "state": {"queue": queue} if self.queue_size else {}}
 
@@ -175,7 +175,7 @@ class SwAV:
         out, variables = apply_network(
             self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
         )
-        views = tuple(jnp.split(normalise(out), len(features)))
+        views = tuple(jnp.split(normalize(out), len(features)))
         projections = jnp.stack(parallel.gather(views, inputs.axis_name))
         prototypes = variables["params"]["prototypes"]
         frozen = inputs.progress < self.freeze
@@ -212,7 +212,7 @@ class SwAV:
     ) -> Variables:
         """Gives every prototype length 1 again."""
         params = variables["params"]
-        prototypes = normalise(params["prototypes"].T).T
+        prototypes = normalize(params["prototypes"].T).T
         return {**variables, "params": {**params, "prototypes": prototypes}}
 
 
@@ -268,7 +268,7 @@ def spherical_kmeans(
     def refine(_, centroids):
         sums = jax.ops.segment_sum(points, nearest(centroids), num_clusters)
         empty = jnp.all(sums == 0, axis=1, keepdims=True)
-        return jnp.where(empty, centroids, normalise(sums))
+        return jnp.where(empty, centroids, normalize(sums))
 
     centroids = jax.lax.fori_loop(0, num_steps, refine, points[order[:num_clusters]])
     return centroids, jnp.where(seen, nearest(centroids), -1).astype(jnp.int32)
@@ -401,7 +401,7 @@ class DeepClusterV2:
         out, variables = apply_network(
             self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
         )
-        views = tuple(jnp.split(normalise(out), 2))
+        views = tuple(jnp.split(normalize(out), 2))
         views, rows = parallel.gather((views, inputs.rows), inputs.axis_name)
         projections = jnp.stack(views)
         state = variables["state"]

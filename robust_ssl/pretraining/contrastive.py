@@ -19,7 +19,7 @@ from robust_ssl.pretraining.method import (
     encode,
     enqueue,
     init_networks,
-    normalise,
+    normalize,
 )
 from robust_ssl.types import Encoder, Variables
 
@@ -63,7 +63,7 @@ def supcon_loss(
     chex.assert_equal_shape([first, second])
     chex.assert_equal_shape_prefix([first, labels], 1)
     n = first.shape[0]
-    both = normalise(jnp.concatenate([first, second]))
+    both = normalize(jnp.concatenate([first, second]))
     classes = jnp.concatenate([labels, labels])
     others = ~jnp.eye(2 * n, dtype=bool)
     similarity = jnp.where(others, both @ both.T / temperature, -jnp.inf)
@@ -105,7 +105,7 @@ def nnclr_loss(
     """
     chex.assert_rank([neighbours, predictions], 2)
     chex.assert_equal_shape([neighbours, predictions])
-    logits = normalise(neighbours) @ normalise(predictions).T / temperature
+    logits = normalize(neighbours) @ normalize(predictions).T / temperature
     return jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits)
 
 
@@ -120,7 +120,7 @@ def random_queue(key: jax.Array, size: int, dim: int) -> jax.Array:
       >>> queue.shape, bool(jnp.allclose(jnp.linalg.norm(queue, axis=1), 1.0))
       ((4, 2), True)
     """
-    return normalise(jax.random.normal(key, (size, dim)))
+    return normalize(jax.random.normal(key, (size, dim)))
 
 
 def nearest(projections: jax.Array, queue: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ class NNCLR:
         # Looked up before gathering: each device searches the queue for its own images only.
         neighbours = nearest(projections, queue)
         parts = [*jnp.split(neighbours, 2), *jnp.split(predictions, 2)]
-        newest = normalise(jnp.split(projections, 2)[0])
+        newest = normalize(jnp.split(projections, 2)[0])
         *parts, newest = parallel.gather((*parts, newest), axis_name)
         losses = (
             nnclr_loss(parts[0], parts[3], temperature=self.temperature)

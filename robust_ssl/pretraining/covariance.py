@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.pretraining.method import normalise
+from robust_ssl.pretraining.method import normalize
 
 
 def check_pair(first: jax.Array, second: jax.Array) -> None:
@@ -36,7 +36,7 @@ def barlow_twins_loss(
       first: Projections of one view, float ``[batch, dim]``, of the global batch.
       second: Projections of the other view, ``[batch, dim]``.
       redundancy: Weight of the correlations between different axes.
-      scale: Of the whole, for the optimiser's sake.
+      scale: Of the whole, for the optimizer's sake.
 
     Returns:
       The batch's one number for every image, ``[batch]``; ``scale * dim`` for constant
@@ -110,8 +110,8 @@ def covariance_penalty(projections: jax.Array) -> jax.Array:
       Bardes et al., ICLR 2022, Eq. 3 and 4.
     """
     n, dim = projections.shape
-    centred = projections - jnp.mean(projections, axis=0, keepdims=True)
-    return jnp.sum(_off_diagonal(centred.T @ centred / (n - 1)) ** 2) / dim
+    centered = projections - jnp.mean(projections, axis=0, keepdims=True)
+    return jnp.sum(_off_diagonal(centered.T @ centered / (n - 1)) ** 2) / dim
 
 
 def correlation_penalty(projections: jax.Array) -> jax.Array:
@@ -135,8 +135,8 @@ def correlation_penalty(projections: jax.Array) -> jax.Array:
       Lee and Aune, "VIbCReg: Variance-Invariance-better-Covariance Regularization for
       Self-Supervised Learning on Time Series", 2021, Sec. 3.
     """
-    centred = projections - jnp.mean(projections, axis=0, keepdims=True)
-    directions = normalise(centred.T)
+    centered = projections - jnp.mean(projections, axis=0, keepdims=True)
+    directions = normalize(centered.T)
     return jnp.mean(_off_diagonal(directions @ directions.T) ** 2)
 
 

@@ -24,7 +24,7 @@ from robust_ssl.pretraining.method import (
     apply_network,
     encode,
     init_networks,
-    normalise,
+    normalize,
 )
 from robust_ssl.types import Encoder, Variables
 
@@ -65,7 +65,7 @@ def whiten(x: jax.Array, *, stabilizer: float = 1e-6) -> jax.Array:
     return solve_triangular(factor, x.T, lower=True).T
 
 
-def iterative_normalisation(
+def iterative_normalization(
     x: jax.Array,
     *,
     group_size: int = 32,  # solo-learn: 64 groups of 2048 axes
@@ -89,7 +89,7 @@ def iterative_normalisation(
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 4)) * jnp.array([[1.0, 2.0, 3.0, 4.0]])
-      >>> whitened = iterative_normalisation(x, num_steps=9)
+      >>> whitened = iterative_normalization(x, num_steps=9)
       >>> bool(jnp.allclose(whitened.T @ whitened / 64, jnp.eye(4), atol=0.01))
       True
 
@@ -145,7 +145,7 @@ def wmse_loss(first: jax.Array, second: jax.Array) -> jax.Array:
       Ermolov et al., "Whitening for Self-Supervised Representation Learning", ICML 2021, Eq. 5, 6.
     """
     check_pair(first, second)
-    return jnp.sum((normalise(first) - normalise(second)) ** 2, axis=1)
+    return jnp.sum((normalize(first) - normalize(second)) ** 2, axis=1)
 
 
 # --- Methods ----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class VICReg:
 class VIbCReg:
     """The method as a value: see `robust_ssl.pretraining.method.Method`.
 
-    The projector ends in `iterative_normalisation`, of each view by itself over the global batch,
+    The projector ends in `iterative_normalization`, of each view by itself over the global batch,
     and a scale and shift per axis.
 
     Attributes:
@@ -274,7 +274,7 @@ class VIbCReg:
       covariance: Of `vibcreg_loss`.
       hidden: Width of the projector's two hidden layers.
       projection_dim: Size of the projections.
-      group_size: Of `iterative_normalisation`.
+      group_size: Of `iterative_normalization`.
       min_scale: Smallest share of the area that a view's crop keeps.
 
     References:
@@ -296,9 +296,9 @@ class VIbCReg:
         return MLP((self.hidden, self.hidden, self.projection_dim), activation="gelu")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the projector, and the scale and bias that follow the normalisation."""
+        """Returns the projector, and the scale and bias that follow the normalization."""
         variables = init_networks(key, {"projector": (self._projector, encoder.dim)})
-        variables["params"]["normalisation"] = {
+        variables["params"]["normalization"] = {
             "scale": jnp.ones(self.projection_dim),
             "bias": jnp.zeros(self.projection_dim),
         }
@@ -313,10 +313,10 @@ class VIbCReg:
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `vibcreg_loss` per image of the global batch."""
         first, second, update = _project(self._projector, variables, encoder, inputs)
-        affine = variables["params"]["normalisation"]
+        affine = variables["params"]["normalization"]
         scale, bias = affine["scale"].reshape(1, -1), affine["bias"].reshape(1, -1)
         first, second = (
-            iterative_normalisation(view, group_size=self.group_size) * scale + bias
+            iterative_normalization(view, group_size=self.group_size) * scale + bias
             for view in (first, second)
         )
         losses = vibcreg_loss(

@@ -18,7 +18,7 @@ from robust_ssl.pretraining.method import (
     init_networks,
     momentum_average,
     momentum_schedule,
-    normalise,
+    normalize,
 )
 from robust_ssl.types import Encoder, Variables
 
@@ -26,7 +26,7 @@ from robust_ssl.types import Encoder, Variables
 def dino_loss(
     student: jax.Array,
     teacher: jax.Array,
-    centre: jax.Array,
+    center: jax.Array,
     *,
     temperature: float = 0.1,  # Caron et al. 2021, Sec. 3.2
     teacher_temperature: float | jax.Array = 0.07,  # solo-learn, CIFAR
@@ -36,14 +36,14 @@ def dino_loss(
     .. math:: \ell = \mathrm{mean}_{a \ne v} \; H\big(\mathrm{softmax}((t^a - c) / \tau_t),
                                                   \mathrm{softmax}(s^v / \tau_s)\big)
 
-    The centre c keeps the teacher from always naming one prototype, its low temperature from
+    The center c keeps the teacher from always naming one prototype, its low temperature from
     naming all alike.  ``log(prototypes)`` when all logits are equal.
 
     Args:
       student: Logits s, float ``[views, batch, prototypes]``.
       teacher: Logits t of the first views, ``[2, batch, prototypes]``.  A constant: no gradient
         flows into it.
-      centre: Moving average c of the teacher's logits, ``[prototypes]``.
+      center: Moving average c of the teacher's logits, ``[prototypes]``.
       temperature: Of the student.
       teacher_temperature: Of the teacher; lower is sharper.
 
@@ -62,9 +62,9 @@ def dino_loss(
       Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, Eq. 3
       and Algorithm 1.
     """
-    chex.assert_rank([student, teacher, centre], [3, 3, 1])
-    centred = (teacher - centre.reshape(1, 1, -1)) / teacher_temperature
-    return cross_view_entropy(jax.nn.softmax(centred, axis=-1), student / temperature)
+    chex.assert_rank([student, teacher, center], [3, 3, 1])
+    centered = (teacher - center.reshape(1, 1, -1)) / teacher_temperature
+    return cross_view_entropy(jax.nn.softmax(centered, axis=-1), student / temperature)
 
 
 @struct.dataclass
@@ -72,8 +72,8 @@ class DINO:
     """The method as a value: see `robust_ssl.pretraining.method.Method`.
 
     Its own variables: projector and prototypes of the student, and as state the teacher (encoder,
-    projector and prototypes) and its centre.  Logits are cosines: projections and prototypes are
-    normalised.
+    projector and prototypes) and its center.  Logits are cosines: projections and prototypes are
+    normalized.
 
     Attributes:
       temperature: Of the student.
@@ -85,7 +85,7 @@ class DINO:
       num_prototypes: Number of prototypes.
       momentum: Of the teacher, at the start.
       final_momentum: Of the teacher, at the end.
-      centre_momentum: Of the centre.
+      center_momentum: Of the center.
       freeze: Share of the training in which the prototypes have no gradient.
       min_scale: Smallest share of the area that a view's crop keeps.
       local_crops: Small views beside the two (multi-crop); only the student sees them.
@@ -106,7 +106,7 @@ class DINO:
     num_prototypes: int = struct.field(pytree_node=False, default=4096)
     momentum: float = struct.field(pytree_node=False, default=0.9995)
     final_momentum: float = struct.field(pytree_node=False, default=1.0)
-    centre_momentum: float = struct.field(pytree_node=False, default=0.9)
+    center_momentum: float = struct.field(pytree_node=False, default=0.9)
     freeze: float = struct.field(pytree_node=False, default=0.001)
     min_scale: float = struct.field(pytree_node=False, default=0.08)
     local_crops: int = struct.field(pytree_node=False, default=0)
@@ -122,18 +122,18 @@ class DINO:
         return MLP(widths, batch_norm=False, activation="gelu")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the student's projector and prototypes, an equal teacher and a centre of 0."""
+        """Returns the student's projector and prototypes, an equal teacher and a center of 0."""
         projector_key, prototypes_key = jax.random.split(key)
         variables = init_networks(projector_key, {"projector": (self._projector, encoder.dim)})
         shape = (self.projection_dim, self.num_prototypes)
         # Of length 1: only directions count, and a step turns a longer one less.
         random = jax.random.normal(prototypes_key, shape)
-        variables["params"]["prototypes"] = normalise(random.T).T
+        variables["params"]["prototypes"] = normalize(random.T).T
         teacher = {"encoder": dict(encoder.variables), "params": variables["params"]}
         # A copy: a state whose leaves are one buffer could not be donated.
         teacher = jax.tree.map(jnp.copy, teacher)
-        centre = jnp.zeros(self.num_prototypes)
-        return {**variables, "state": {"teacher": teacher, "centre": centre}}
+        center = jnp.zeros(self.num_prototypes)
+        return {**variables, "state": {"teacher": teacher, "center": center}}
 
     def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
         """Returns two random views of one image, then the small ones."""
@@ -145,7 +145,7 @@ class DINO:
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
-        """Returns `dino_loss` per image of the global batch; moves the centre."""
+        """Returns `dino_loss` per image of the global batch; moves the center."""
         state = variables["state"]
         teacher, said = self._ask_teacher(state["teacher"], encoder, inputs)
         features, statistics = encode(encoder, inputs.views, inputs.axis_name)
@@ -156,15 +156,15 @@ class DINO:
         losses = dino_loss(
             self._logits({**params, "prototypes": prototypes}, features),
             said,
-            state["centre"],
+            state["center"],
             temperature=self.temperature,
             teacher_temperature=self._teacher_temperature(inputs.progress),
         )
-        # The losses of the images are independent given the centre, so they are gathered and not
+        # The losses of the images are independent given the center, so they are gathered and not
         # the logits, which are thousands per image.
         mean = parallel.average(jnp.mean(said, axis=(0, 1)), inputs.axis_name)
-        centre = momentum_average(state["centre"], mean, self.centre_momentum)
-        state = {"teacher": teacher, "centre": centre}
+        center = momentum_average(state["center"], mean, self.center_momentum)
+        state = {"teacher": teacher, "center": center}
         update = MethodUpdate(statistics, variables["batch_stats"], state)
         return parallel.gather(losses, inputs.axis_name), update
 
@@ -184,7 +184,7 @@ class DINO:
         out, _ = apply_network(
             self._projector, {"params": params}, "projector", jnp.concatenate(features), None
         )
-        logits = normalise(out) @ normalise(params["prototypes"].T).T
+        logits = normalize(out) @ normalize(params["prototypes"].T).T
         return jnp.stack(jnp.split(logits, len(features)))
 
     def _teacher_temperature(self, progress: jax.Array) -> jax.Array | float:

@@ -42,7 +42,7 @@ class MethodUpdate:
     Attributes:
       encoder: The encoder's new ``batch_stats``.
       batch_stats: The same of the method's own networks, shaped as `Method.init` made them.
-      state: The method's new state: queue, centre, statistics of a momentum encoder.
+      state: The method's new state: queue, center, statistics of a momentum encoder.
       metrics: Scalars for the log, by name.
     """
 
@@ -57,12 +57,12 @@ class Method(Protocol):
 
     ``variables`` are its own: ``params`` (projector, predictor, prototypes) are trained beside the
     encoder's, ``batch_stats`` belong to the same networks, ``state`` is anything else that lives
-    from step to step (momentum encoder, queue, centre): arrays only, no gradient.
+    from step to step (momentum encoder, queue, center): arrays only, no gradient.
 
     It may also have, each called where it is there:
 
     - ``needs_labels = True``: the step then gives it labels.
-    - ``after_update(variables, encoder, progress) -> variables``: after the optimiser's update,
+    - ``after_update(variables, encoder, progress) -> variables``: after the optimizer's update,
       with the new weights; where a momentum encoder moves.
     - ``epoch_start(key, variables) -> variables``: before the first step of each epoch.
     """
@@ -127,7 +127,7 @@ class MLP(nn.Module):
 def init_networks(
     key: jax.Array, networks: Mapping[str, tuple[nn.Module, int]]
 ) -> dict[str, dict[str, Any]]:
-    """Initialises networks by name, ``{name: (module, size of its input)}``.
+    """Initializes networks by name, ``{name: (module, size of its input)}``.
 
     Returns:
       ``{"params": {name: ...}, "batch_stats": {name: ...}}``; a network without batch norm has
@@ -212,11 +212,11 @@ def encode(
     return features, batch_stats
 
 
-def normalise(x: jax.Array) -> jax.Array:
+def normalize(x: jax.Array) -> jax.Array:
     """Divides each row by its length; a row of zeros stays zero, with a finite gradient.
 
     Example:
-      >>> normalise(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
+      >>> normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]])).round(3).tolist()
       [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))

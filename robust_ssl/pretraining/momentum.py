@@ -23,7 +23,7 @@ from robust_ssl.pretraining.method import (
     enqueue,
     init_networks,
     momentum_schedule,
-    normalise,
+    normalize,
 )
 from robust_ssl.pretraining.momentum_copy import apply_copy, init_copy, move_copy
 from robust_ssl.types import Encoder, Variables
@@ -66,7 +66,7 @@ def moco_v2_loss(
     """
     chex.assert_rank([queries, keys, queue], 2)
     chex.assert_equal_shape([queries, keys])
-    queries, keys = normalise(queries), normalise(jax.lax.stop_gradient(keys))
+    queries, keys = normalize(queries), normalize(jax.lax.stop_gradient(keys))
     positive = jnp.sum(queries * keys, axis=1, keepdims=True)
     negatives = queries @ jax.lax.stop_gradient(queue).T
     logits = jnp.concatenate([positive, negatives], axis=1) / temperature
@@ -105,7 +105,7 @@ def moco_v3_loss(queries: jax.Array, keys: jax.Array, *, temperature: float = 0.
     """
     chex.assert_rank([queries, keys], 2)
     chex.assert_equal_shape([queries, keys])
-    logits = normalise(queries) @ normalise(jax.lax.stop_gradient(keys)).T / temperature
+    logits = normalize(queries) @ normalize(jax.lax.stop_gradient(keys)).T / temperature
     return 2 * temperature * (jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits))
 
 
@@ -152,8 +152,8 @@ def ressl_loss(
     chex.assert_rank([queries, keys, queue], 2)
     chex.assert_equal_shape([queries, keys])
     keys, queue = jax.lax.stop_gradient((keys, queue))
-    targets = jax.nn.softmax(normalise(keys) @ queue.T / key_temperature, axis=1)
-    log_shares = jax.nn.log_softmax(normalise(queries) @ queue.T / temperature, axis=1)
+    targets = jax.nn.softmax(normalize(keys) @ queue.T / key_temperature, axis=1)
+    log_shares = jax.nn.log_softmax(normalize(queries) @ queue.T / temperature, axis=1)
     return -jnp.sum(targets * log_shares, axis=1)
 
 
@@ -225,7 +225,7 @@ class MoCoV2Plus:
             moco_v2_loss(first, keys[1], queues["second"], temperature=self.temperature)
             + moco_v2_loss(second, keys[0], queues["first"], temperature=self.temperature)
         ) / 2
-        losses, keys = parallel.gather((losses, [normalise(k) for k in keys]), axis_name)
+        losses, keys = parallel.gather((losses, [normalize(k) for k in keys]), axis_name)
         queues = {
             "first": enqueue(queues["first"], keys[0]),
             "second": enqueue(queues["second"], keys[1]),
@@ -246,7 +246,7 @@ class MoCoV3:
     """Momentum contrast within the batch, with a predictor: see `moco_v3_loss`, `method.Method`.
 
     The loss is the sum of both directions.  Projector and predictor are those for residual
-    networks; the paper's frozen patch embedding of vision transformers is left to the optimiser.
+    networks; the paper's frozen patch embedding of vision transformers is left to the optimizer.
 
     Attributes:
       temperature: Of `moco_v3_loss`.
@@ -381,7 +381,7 @@ class ReSSL:
             temperature=self.temperature,
             key_temperature=self.key_temperature,
         )
-        losses, keys = parallel.gather((losses, normalise(keys)), axis_name)
+        losses, keys = parallel.gather((losses, normalize(keys)), axis_name)
         state = {"momentum": copy, "queue": enqueue(queue, keys)}
         return losses, MethodUpdate(statistics, variables["batch_stats"], state)
 

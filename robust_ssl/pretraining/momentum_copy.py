@@ -55,7 +55,7 @@ def apply_copy(
     Args:
       projector: The module of its projector.
       copy: As `init_copy` made it.
-      encoder: The trained encoder, for its module and its normalisation only.
+      encoder: The trained encoder, for its module and its normalization only.
       views: This device's, float ``[batch, H, W, 3]`` each.
       axis_name: The device axis.
 

@@ -15,7 +15,7 @@ def _unit(features: jax.Array) -> jax.Array:
 
 
 def feature_std(features: jax.Array) -> jax.Array:
-    """Tells collapse: the spread of normalised features, scalar.
+    """Tells collapse: the spread of normalized features, scalar.
 
     1 when directions are spread evenly, 0 when all images have the same features.
 
@@ -36,13 +36,13 @@ def feature_std(features: jax.Array) -> jax.Array:
 
 
 def effective_rank(features: jax.Array) -> jax.Array:
-    """The exponential of the entropy of the normalised singular values, scalar in [1, dim].
+    """The exponential of the entropy of the normalized singular values, scalar in [1, dim].
 
     Args:
       features: Float ``[n, dim]``.
 
     Returns:
-      Number of directions that the centred features really use.
+      Number of directions that the centered features really use.
 
     Example:
       >>> effective_rank(jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])).item()
@@ -51,8 +51,8 @@ def effective_rank(features: jax.Array) -> jax.Array:
     References:
       Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    centred = features - jnp.mean(features, axis=0, keepdims=True)
-    values = jnp.linalg.svd(centred, compute_uv=False)
+    centered = features - jnp.mean(features, axis=0, keepdims=True)
+    values = jnp.linalg.svd(centered, compute_uv=False)
     shares = values / jnp.maximum(jnp.sum(values), 1e-12)
     return jnp.exp(-jnp.sum(jnp.where(shares > 0, shares * jnp.log(shares + 1e-20), 0.0)))
 

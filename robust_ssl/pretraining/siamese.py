@@ -16,7 +16,7 @@ from robust_ssl.pretraining.method import (
     encode,
     init_networks,
     momentum_schedule,
-    normalise,
+    normalize,
 )
 from robust_ssl.pretraining.momentum_copy import apply_copy, init_copy, move_copy
 from robust_ssl.types import Encoder, Variables
@@ -51,8 +51,8 @@ def byol_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     """
     chex.assert_rank([predictions, targets], 2)
     chex.assert_equal_shape([predictions, targets])
-    targets = normalise(jax.lax.stop_gradient(targets))
-    return 2 - 2 * jnp.sum(normalise(predictions) * targets, axis=1)
+    targets = normalize(jax.lax.stop_gradient(targets))
+    return 2 - 2 * jnp.sum(normalize(predictions) * targets, axis=1)
 
 
 def simsiam_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
@@ -83,8 +83,8 @@ def simsiam_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     """
     chex.assert_rank([predictions, targets], 2)
     chex.assert_equal_shape([predictions, targets])
-    targets = normalise(jax.lax.stop_gradient(targets))
-    return -jnp.sum(normalise(predictions) * targets, axis=1)
+    targets = normalize(jax.lax.stop_gradient(targets))
+    return -jnp.sum(normalize(predictions) * targets, axis=1)
 
 
 @struct.dataclass

@@ -20,7 +20,7 @@ from robust_ssl.types import Encoder, Variables
 
 
 def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.2) -> jax.Array:
-    r"""The normalised temperature-scaled cross-entropy between two views.
+    r"""The normalized temperature-scaled cross-entropy between two views.
 
     .. math:: \ell_i = -\log \frac{\exp(\cos(z_i, z_i') / \tau)}
                                   {\sum_{k \ne i} \exp(\cos(z_i, z_k) / \tau)}

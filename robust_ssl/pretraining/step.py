@@ -83,7 +83,7 @@ def make_step(
     Args:
       encoder: The network; its weights come from the state.
       method: The self-supervised method.
-      tx: The optimiser, over ``{"encoder": ..., "method": ...}``.
+      tx: The optimizer, over ``{"encoder": ..., "method": ...}``.
       key: The stage's random key; a step folds in its number, an image its place in the batch.
       total_steps: Of the whole training, for the method's schedules.
       steps_per_epoch: After how many steps an epoch begins.

@@ -1,7 +1,7 @@
 """What a run leaves for people and for programs: tables, figures, `report.md`, `results.json`."""
 
 from robust_ssl.report.advice import advice
-from robust_ssl.report.comparison import ordering, summarise, write_comparison
+from robust_ssl.report.comparison import ordering, summarize, write_comparison
 from robust_ssl.report.figures import (
     figure_epsilon,
     figure_examples,
@@ -36,7 +36,7 @@ __all__ = [
     "print_table",
     "read_results",
     "results_schema",
-    "summarise",
+    "summarize",
     "summary_table",
     "verdict_lines",
     "write_comparison",

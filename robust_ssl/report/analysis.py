@@ -195,17 +195,17 @@ def figure_fourier(
     return save_figure(figure, pathlib.Path(directory) / name, header, rows)
 
 
-def _borders(centres: np.ndarray) -> np.ndarray:
-    step = np.diff(centres).mean() if len(centres) > 1 else 1.0
-    return np.append(centres, centres[-1] + step) - step / 2
+def _borders(centers: np.ndarray) -> np.ndarray:
+    step = np.diff(centers).mean() if len(centers) > 1 else 1.0
+    return np.append(centers, centers[-1] + step) - step / 2
 
 
 def _circles(axis, band: HarmfulBand) -> None:
     from matplotlib.patches import Circle
 
     for radius in (band.low, band.high):
-        for colour, width, dashes in (("black", 2.2, "-"), ("white", 1.2, "--")):
-            style = {"fill": False, "edgecolor": colour, "lw": width, "linestyle": dashes}
+        for color, width, dashes in (("black", 2.2, "-"), ("white", 1.2, "--")):
+            style = {"fill": False, "edgecolor": color, "lw": width, "linestyle": dashes}
             axis.add_patch(Circle((0, 0), radius, **style))
 
 
@@ -321,9 +321,9 @@ def _table(axis, values, rows, columns, *, top: float) -> None:
     for border in range(1, len(rows)):
         axis.axhline(border - 0.5, color="white", lw=1.5)
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value > 0.7 * top else "black"
+        color = "white" if value > 0.7 * top else "black"
         text = f"{value:.0f}" if abs(value) >= 0.5 else "0"
-        axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
 
 
 def write_analysis(

@@ -23,7 +23,7 @@ from robust_ssl.report.tables import method_name
 VERDICTS = (TRUSTED, WITH_NOTES, NOT_EXAMINED, NOT_TRUSTED)  # from best to worst
 
 Row = Mapping[str, Any]
-Right = Mapping[str, Mapping[str, np.ndarray]]  # by method and share, float [n]: see `summarise`
+Right = Mapping[str, Mapping[str, np.ndarray]]  # by method and share, float [n]: see `summarize`
 
 
 class Figure(NamedTuple):
@@ -40,7 +40,7 @@ class Figure(NamedTuple):
     n: int
 
 
-def summarise(rows: Sequence[Row], right: Right | None = None) -> dict[str, dict[str, Any]]:
+def summarize(rows: Sequence[Row], right: Right | None = None) -> dict[str, dict[str, Any]]:
     """Gathers the rows of each method over its seeds.
 
     Args:
@@ -64,7 +64,7 @@ def summarise(rows: Sequence[Row], right: Right | None = None) -> dict[str, dict
       ...        "autoattack": None, "autoattack_images": None, "training_seconds": 8.0,
       ...        "cost_factor": 1.0, "gradients": 1.0, "gradients_per_epoch": 1.0,
       ...        "seconds_per_image": 0.001, "peak_bytes": None}
-      >>> found = summarise([row, {**row, "seed": 1, "clean": 1.0, "verdict": "not trusted"}])
+      >>> found = summarize([row, {**row, "seed": 1, "clean": 1.0, "verdict": "not trusted"}])
       >>> found["usual"]["clean"].mean, found["usual"]["clean"].n, found["usual"]["verdict"]
       (0.75, 2, 'not trusted')
     """
@@ -148,18 +148,18 @@ def write_comparison(
 
     Args:
       workdir: Where to write; made where it is missing.
-      rows: As for `summarise`.
+      rows: As for `summarize`.
       said: Sentences above the table, such as those of `ordering`.
-      right: As for `summarise`.
+      right: As for `summarize`.
       leader: The method that the others are held against.
 
     Returns:
       The paths.
 
     Raises:
-      ValueError: As `summarise`; nothing is written.
+      ValueError: As `summarize`; nothing is written.
     """
-    summary = summarise(rows, right)
+    summary = summarize(rows, right)
     page = ["# Comparison", *said, comparison_table(summary), _legend(summary)]
     numbers = [
         {name: "" if row[name] is None else str(row[name]) for name in FIELDS} for row in rows
@@ -180,7 +180,7 @@ def comparison_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the summary as a Markdown table; a column that nothing was measured for is left out.
 
     Args:
-      summary: What `summarise` returned.
+      summary: What `summarize` returned.
     """
     columns = _measured(summary)
     lines = []
@@ -247,7 +247,7 @@ def ordering(
     `robust_ssl.report.differences.decided`.
 
     Args:
-      summary: What `summarise` returned.
+      summary: What `summarize` returned.
       names: Methods, in the order claimed: each less than the next.
       by: The share that is compared, a name in `SHARES`.
       of: Who claims the order.

@@ -20,7 +20,7 @@ def decided(found: Mapping[str, Any], other: Mapping[str, Any], by: str) -> bool
     the seeds.  Else what is known of the two (`interval`) must not overlap, which asks for more.
 
     Args:
-      found: A method's part of what `summarise` returned.
+      found: A method's part of what `summarize` returned.
       other: Another's.
       by: The share, a name in `SHARES`.
     """
@@ -37,7 +37,7 @@ def differ(
     """Returns by how much a method exceeds another, and what chance may do; None where not known.
 
     Args:
-      found: A method's part of what `summarise` returned.
+      found: A method's part of what `summarize` returned.
       other: Another's.
       by: The share, a name in `SHARES`.
 
@@ -64,7 +64,7 @@ def differences(summary: Mapping[str, Mapping[str, Any]], leader: str) -> list[d
     """Returns how every method differs from one of them, where it is known image by image.
 
     Args:
-      summary: What `robust_ssl.report.summarise` returned.
+      summary: What `robust_ssl.report.summarize` returned.
       leader: The method that the others are held against.
 
     Returns:

@@ -17,7 +17,7 @@ import numpy as np
 from robust_ssl.report.results import NOT_TRUSTED
 from robust_ssl.report.tables import MODELS
 
-# Okabe and Ito's colours, which the colour-blind tell apart; line and marker differ too.
+# Okabe and Ito's colors, which the color-blind tell apart; line and marker differ too.
 STYLES = {
     "usual": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     "stage1": {"color": "#009E73", "marker": "s", "linestyle": "--"},
@@ -67,7 +67,7 @@ def figure_examples(
 ) -> pathlib.Path:
     """Draws images, the same images under attack, and the perturbation made visible.
 
-    The perturbation is amplified until its largest change fills the range around middle grey.
+    The perturbation is amplified until its largest change fills the range around middle gray.
 
     Args:
       directory: Where to write ``name.png``, ``.svg`` and ``.csv``.
@@ -148,8 +148,8 @@ def figure_epsilon(
     axis = figure.subplots()
     for model, style in styles(curves).items():
         epsilon, accuracy, low, high = np.asarray(curves[model], float).T
-        x, colour = 255 * epsilon, style["color"]
-        axis.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.15, lw=0)
+        x, color = 255 * epsilon, style["color"]
+        axis.fill_between(x, 100 * low, 100 * high, color=color, alpha=0.15, lw=0)
         label = MODELS.get(model, model)
         label += "\nNOT TRUSTED" if words[model] == NOT_TRUSTED else ""
         axis.plot(x, 100 * accuracy, label=label, ms=5, clip_on=False, **style)

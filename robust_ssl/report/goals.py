@@ -27,7 +27,7 @@ def cheap_robustness(
     """Says which methods have nearly all of a leader's robustness at little cost.
 
     Args:
-      summary: What `robust_ssl.report.summarise` returned, with both.
+      summary: What `robust_ssl.report.summarize` returned, with both.
       usual: From whose robust accuracy gains are counted.
       leader: Whose gain is to be reached.
       share: Of that gain which is enough.
@@ -61,7 +61,7 @@ def better_on_all(summary: Summary, *, leader: str = "gen_af") -> str:
     """Says which methods are above a leader in clean and in robust accuracy.
 
     Args:
-      summary: What `robust_ssl.report.summarise` returned, with the leader.
+      summary: What `robust_ssl.report.summarize` returned, with the leader.
       leader: What is to be beaten, on AutoAttack too where both were measured.
 
     Returns:

@@ -52,7 +52,7 @@ def ranking(results: Sequence[Entry]) -> list[tuple[int | None, str]]:
 
 
 def over_seeds(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Summarises one attack over its seeds.
+    """Summarizes one attack over its seeds.
 
     Args:
       entries: Of ``results.json``: one model, one attack, one budget, one entry for each seed.

@@ -16,7 +16,7 @@ from robust_ssl.report.verdicts import verdict_section
 CAPTIONS = {
     "examples": (
         "Images as they are, the same images under attack, and the change amplified around middle "
-        "grey. Below each image: what the model says, bold where the attack changed it. One "
+        "gray. Below each image: what the model says, bold where the attack changed it. One "
         "universal perturbation looks alike in every column, except where a pixel is already black "
         "or white."
     ),
@@ -26,7 +26,7 @@ CAPTIONS = {
     ),
     "sensitivity": (
         "How much the robust loss rises when the weights of one layer are perturbed. Short bars "
-        "are robust-redundant layers; stage 2 fine-tunes the coloured ones and holds the others "
+        "are robust-redundant layers; stage 2 fine-tunes the colored ones and holds the others "
         "fixed."
     ),
     "stability": (
@@ -50,7 +50,7 @@ CAPTIONS = {
     "filtering": (
         "Accuracy when only the frequencies below (low-pass) or above (high-pass) a cutoff are "
         "left of a perturbation. The frequencies that do the work are where a curve leaves the "
-        "dotted line (not attacked) for the grey one (whole perturbation)."
+        "dotted line (not attacked) for the gray one (whole perturbation)."
     ),
     "transfer": (
         "A perturbation crafted on the encoder of each row, applied to a linear classifier on the "

@@ -265,7 +265,7 @@ def _list_names(figure, named: Sequence[Point], best: Sequence[Point]) -> None:
 def _write_names(figure, axis, labels, inks, marks, corners) -> None:
     """Writes names where they cover neither each other nor marks, as near as that goes.
 
-    The marks are centre, per cent, and radius, points; the first ones are those with a name.
+    The marks are center, per cent, and radius, points; the first ones are those with a name.
     """
     texts = [
         axis.annotate(
@@ -286,8 +286,8 @@ def _write_names(figure, axis, labels, inks, marks, corners) -> None:
     figure.set_layout_engine("none")
     scale = 72 / figure.dpi  # points in a pixel
     sizes = np.asarray([scale * text.get_window_extent().size for text in texts])
-    centres = scale * axis.transData.transform([mark[:2] for mark in marks])
-    circles = np.column_stack([centres, [mark[2] for mark in marks]])
+    centers = scale * axis.transData.transform([mark[:2] for mark in marks])
+    circles = np.column_stack([centers, [mark[2] for mark in marks]])
     lines = scale * axis.transData.transform(corners)
     frame = scale * axis.get_window_extent().extents
     boxes = _placed(sizes, circles, lines, frame)
@@ -308,7 +308,7 @@ def _placed(
 
     Args:
       sizes: Width and height of each name, ``[names, 2]``.
-      circles: Centre and radius of each mark, those with a name first, ``[marks, 3]``.
+      circles: Center and radius of each mark, those with a name first, ``[marks, 3]``.
       lines: Corners of a line of vertical and horizontal pieces, ``[corners, 2]``.
       frame: Left, bottom, right and top of what the names should stay in, ``[4]``.
 

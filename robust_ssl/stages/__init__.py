@@ -22,7 +22,7 @@ from robust_ssl.conformance import resolve
 from robust_ssl.parallel import Parallel, shared_programs
 from robust_ssl.progress import Progress
 from robust_ssl.settings import describe
-from robust_ssl.stages import analyse as analyse_stage
+from robust_ssl.stages import analyze as analyze_stage
 from robust_ssl.stages import attack as attack_stage
 from robust_ssl.stages import compare as compare_stage
 from robust_ssl.stages import evaluate as evaluate_stage
@@ -46,7 +46,7 @@ STAGES = {
     "stage2": finetune_stages.stage2,
     "evaluate": evaluate_stage.evaluate,
     "defend": methods.defend,
-    "analyse": analyse_stage.analyse,
+    "analyze": analyze_stage.analyze,
     "protocol": protocol_stage.protocol,
     "compare": compare_stage.compare,
     "sweep": sweep_stage.sweep,
@@ -182,9 +182,9 @@ def _check(run: Run) -> None:
             compare_stage.check(config)
     if set(stages) <= {"attack", "defend", "protocol", "compare", "sweep"}:
         return
-    if "analyse" in stages:
-        with _inside("analyse"):
-            analyse_stage.check_analyse(config)
+    if "analyze" in stages:
+        with _inside("analyze"):
+            analyze_stage.check_analyze(config)
     _check_data(run)
     _check_attacks(run)
     _check_finetuning(run)

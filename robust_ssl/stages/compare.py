@@ -187,7 +187,7 @@ def _write(
         }
         for (name, _), shares in each.items()
     }
-    summary = report.summarise(rows, right)
+    summary = report.summarize(rows, right)
     points, sweep = pareto_points(summary), run.config["sweep"]
     said = [*compared(run), *happened(made), *_orders(run, summary)]
     if any(point.name == sweep["usual"] for point in points):

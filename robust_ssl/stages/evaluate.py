@@ -173,7 +173,7 @@ def _look(model: Classifier, run: Run, perturbation):
     """Returns eight test images for the figure, and how far each layer moves."""
     count = min(256, len(run.test))
     clean = evaluation.to_pixels(run.test.read(np.arange(count))["images"])
-    attacked = evaluation.quantise(perturbation.apply(clean))
+    attacked = evaluation.quantize(perturbation.apply(clean))
     drift = evaluation.per_layer_stability(model.encoder, clean, attacked)
     names = run.test.class_names
     spread = np.linspace(0, count - 1, 8).astype(int)

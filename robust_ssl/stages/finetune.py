@@ -58,7 +58,7 @@ def usual(run: Run) -> StageDirectory:
 
 
 def stage1(run: Run) -> StageDirectory:
-    """Gen-AF's first stage: two tracks, on adversarial images, under genetic regularisation."""
+    """Gen-AF's first stage: two tracks, on adversarial images, under genetic regularization."""
     config = run.config["finetune"]
     classifier = run.classifier(run.config["downstream_head"])
     pgd = build_pgd(config["attack"])

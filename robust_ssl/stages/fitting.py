@@ -11,7 +11,7 @@ import jax
 import optax
 
 from robust_ssl import data, evaluation, finetuning, manifests, struct, threats, weights
-from robust_ssl.attacks.perturbation import check_fits_grey
+from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.checkpoints import StageDirectory
 from robust_ssl.conformance import resolve
 from robust_ssl.finetuning import UniversalPool
@@ -91,7 +91,7 @@ def build_attack(
     except TypeError as error:
         raise ValueError(f"{function.__name__} does not take that: {error}") from error
     if isinstance(attack, UniversalPool):
-        check_fits_grey(threat, shape)
+        check_fits_gray(threat, shape)
     # A whole number among the leaves would be an integer, and another program than a fraction.
     return jax.tree.map(lambda leaf: float(leaf) if isinstance(leaf, int) else leaf, attack)
 
@@ -103,7 +103,7 @@ def build_optimizer(
     *,
     show: str | None = None,
 ) -> tuple[optax.GradientTransformation, frozenset[str]]:
-    """Returns the layer-wise optimiser and the frozen paths; logs the table of rates.
+    """Returns the layer-wise optimizer and the frozen paths; logs the table of rates.
 
     Raises:
       ValueError: If a pattern matches no parameter, or a parameter is not covered.
@@ -152,7 +152,7 @@ def build_step(
       run: The run.
       name: The stage's, from which keys are made.
       classifier: What it starts from.
-      config: Of the stage or recipe: rates, optimisation, batch statistics, augmentation.
+      config: Of the stage or recipe: rates, optimization, batch statistics, augmentation.
       losses: Name to (loss, weight).
       attack: As `make_step` takes it.
       steps_per_epoch: Updates per epoch.

@@ -169,7 +169,7 @@ def load_or_import(path: str, options: Mapping[str, Any]) -> Encoder:
       path: A shipped encoder's name, a directory that `weights.save_encoder` wrote, or a foreign
         file or folder.
       options: Of `weights.import_encoder`, for a foreign one: what the file does not say
-        (``normalisation``, ``image_size``, ``layout``, ``stem_padding``, ...); None counts as
+        (``normalization``, ``image_size``, ``layout``, ``stem_padding``, ...); None counts as
         absent.
 
     Raises:
@@ -195,7 +195,7 @@ def build_encoder(key: jax.Array, options: Mapping[str, Any]) -> Encoder:
     """Builds an encoder from ``{"builder": ..., **options}``.
 
     Args:
-      key: Random key of the initialisation.
+      key: Random key of the initialization.
       options: ``builder`` is a name in `robust_ssl.models` or the user's own ``"module:function"``
         or ``"file.py:function"``, called as ``builder(key, **options)``.
 

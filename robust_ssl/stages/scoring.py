@@ -236,7 +236,7 @@ def threat_name(threat: Any) -> str:
 def identity(model: Classifier | Encoder) -> str:
     """Identifies a model by its weights and by everything else it is made of.
 
-    Two classifiers of the same weights and another normalisation, head or module differ.
+    Two classifiers of the same weights and another normalization, head or module differ.
     """
     made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
     return f"{fingerprint(model.variables)}-{zlib.crc32(made_of.encode()):08x}"

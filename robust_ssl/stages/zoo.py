@@ -144,7 +144,7 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
 
 def _model_card(card: Mapping[str, Any]) -> str:
     told, row, options = card["card"], _row(card), card["options"]
-    config, normalisation = told["config"], f"mean {options['mean']}, std {options['std']}"
+    config, normalization = told["config"], f"mean {options['mean']}, std {options['std']}"
     settings_of_method = json.dumps(config.get("method_options", {}))
     return f"""# {card["name"]}
 
@@ -161,7 +161,7 @@ All on the test split; no epoch was chosen by it.
 
 - Training: {row["epochs"]} epochs, batch {config["batch_size"]}, {config["optimizer"]} at {config["learning_rate"]:g}, seed {told["seed"]}, {row["minutes"]} minutes on {row["hardware"]}.
 - Method's settings: `{settings_of_method}`.
-- Normalisation: {normalisation}.
+- Normalization: {normalization}.
 - SHA-256 of `{card["weights"]["file"]}`: `{card["weights"]["sha256"]}`.
 - Files: `config.json` has every setting of the stage `pretrain`, `training_log.jsonl` every epoch.
 

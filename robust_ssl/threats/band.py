@@ -93,8 +93,8 @@ class Band:
 
     def sample_delta(self, key: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
         """Returns a random change in the band, ``[H, W, 3]``, as large as the inner threat's."""
-        grey = jnp.full(image_shape, 0.5)
-        change = self.threat.sample(key, grey) - grey
+        gray = jnp.full(image_shape, 0.5)
+        change = self.threat.sample(key, gray) - gray
         return self._of_size(change, self.norm(change))
 
     def project_delta(self, delta: jax.Array) -> jax.Array:

@@ -20,9 +20,9 @@ from flax import traverse_util
 
 from robust_ssl import models
 from robust_ssl.types import Encoder
-from robust_ssl.weights import mapping, native, normalisation, resnet_layouts, vit_layouts
+from robust_ssl.weights import mapping, native, normalization, resnet_layouts, vit_layouts
 from robust_ssl.weights.files import WeightsFile, read_weights
-from robust_ssl.weights.normalisation import Normalisation
+from robust_ssl.weights.normalization import Normalization
 
 LAYOUTS: tuple[mapping.Layout, ...] = (*resnet_layouts.LAYOUTS, *vit_layouts.LAYOUTS)
 
@@ -42,7 +42,7 @@ class Inspection:
       options: The builder's options.
       kept: Names in the file of the tensors that are used.
       dropped: How many tensors are left out on purpose, by the part of a model they belong to.
-      normalisation: What is named, or found beside the weights.
+      normalization: What is named, or found beside the weights.
       notes: What one should know and need not act on.
       problems: Why it cannot be converted as it was asked; empty if it can.
     """
@@ -53,7 +53,7 @@ class Inspection:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kept: tuple[str, ...] = ()
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    normalisation: Normalisation = dataclasses.field(default_factory=Normalisation)
+    normalization: Normalization = dataclasses.field(default_factory=Normalization)
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -69,7 +69,7 @@ class Inspection:
             ("network", f"{self.builder}({options})" if self.builder else "unknown"),
             ("kept", f"{len(self.kept)} tensors, {numbers:,} numbers ({', '.join(types)})"),
             ("dropped", ", ".join(f"{k} ({n})" for k, n in self.dropped.items()) or "nothing"),
-            ("normalisation", str(self.normalisation)),
+            ("normalization", str(self.normalization)),
             *(("note", note) for note in self.notes),
             *(("problem", problem) for problem in self.problems),
         ]
@@ -120,7 +120,7 @@ def import_encoder(
     *,
     layout: str | None = None,
     under: str | None = None,
-    normalisation: str | None = None,
+    normalization: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: int | None = None,
@@ -138,7 +138,7 @@ def import_encoder(
         and its JSON files, as Hugging Face has them.
       layout: The name of one of `LAYOUTS`; None to find it by the tensors' names.
       under: Where in the file the tensors are, ``"state_dict"``; None to find them.
-      normalisation: How training images were normalised, a name of `normalisation.PRESETS`;
+      normalization: How training images were normalized, a name of `normalization.PRESETS`;
         None to read it beside the file, or to name `mean` and `std` instead.
       mean: Per-channel mean of pixels in [0, 1].
       std: Per-channel standard deviation of pixels in [0, 1].
@@ -157,7 +157,7 @@ def import_encoder(
       FileNotFoundError: If the file is not there.
     """
     named = {
-        "normalisation": normalisation, "mean": mean, "std": std, "image_size": image_size,
+        "normalization": normalization, "mean": mean, "std": std, "image_size": image_size,
         "reader": reader, **options,
     }  # fmt: skip
     return _imported(path, layout, under, name, named)[1]
@@ -196,7 +196,7 @@ def convert_encoder(
         "found_under": found.file.found_under,
         "layout": found.layout.name,
         "dropped": dict(found.dropped),
-        "normalisation": found.normalisation.source,
+        "normalization": found.normalization.source,
         "notes": list(found.notes),
     }
     return native.save_encoder(encoder, out, {"imported_from": origin})
@@ -219,7 +219,7 @@ def _examine(path, layout, under, named) -> tuple[Inspection, Encoder | None]:
     problems: list[str] = []
     found = Inspection(file, notes=tuple(file.notes))
     with _collected(problems):
-        found = _with_normalisation(found, named, problems)
+        found = _with_normalization(found, named, problems)
     with _collected(problems):
         found = dataclasses.replace(found, layout=_choose_layout(file.tensors, layout))
     if found.layout is None:
@@ -245,14 +245,14 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems += [line.strip() for line in more] if first.endswith("problems:") else [str(error)]
 
 
-def _with_normalisation(found: Inspection, named: dict[str, Any], problems) -> Inspection:
-    """Takes what belongs to the normalisation out of what is named."""
-    keys = ("normalisation", "mean", "std", "image_size")
+def _with_normalization(found: Inspection, named: dict[str, Any], problems) -> Inspection:
+    """Takes what belongs to the normalization out of what is named."""
+    keys = ("normalization", "mean", "std", "image_size")
     mine = {key: named.pop(key) for key in keys if key in named}
     if "image_size" in mine:
         named["image_size"] = mine["image_size"]
     try:
-        chosen = normalisation.choose(found.file.configs, **mine)
+        chosen = normalization.choose(found.file.configs, **mine)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(
             "the JSON beside the weights says nothing sensible about images: "
@@ -260,18 +260,18 @@ def _with_normalisation(found: Inspection, named: dict[str, Any], problems) -> I
         ) from error
     if chosen.mean is None:
         problems.append(
-            "nothing beside the weights says how images were normalised; "
-            + normalisation.HOW_TO_NAME
+            "nothing beside the weights says how images were normalized; "
+            + normalization.HOW_TO_NAME
         )
     elif chosen.source == "named":
         found = _with_contradiction(found, chosen, problems)
-    return dataclasses.replace(found, normalisation=chosen)
+    return dataclasses.replace(found, normalization=chosen)
 
 
-def _with_contradiction(found: Inspection, chosen: Normalisation, problems) -> Inspection:
+def _with_contradiction(found: Inspection, chosen: Normalization, problems) -> Inspection:
     """A name beside another encoder's own header is an error; beside other JSON it is noted."""
     try:
-        said = normalisation.read(found.file.configs)
+        said = normalization.read(found.file.configs)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return found  # naming is the remedy for a file that cannot be understood
     if said.mean is None or (said.mean, said.std) == (chosen.mean, chosen.std):
@@ -280,7 +280,7 @@ def _with_contradiction(found: Inspection, chosen: Normalisation, problems) -> I
         f"{said.source} says mean {said.mean}, std {said.std}; "
         f"mean {chosen.mean}, std {chosen.std} is asked for"
     )
-    if normalisation.own_record(found.file.configs):
+    if normalization.own_record(found.file.configs):
         problems.append(text)
         return found
     return dataclasses.replace(found, notes=(*found.notes, text))
@@ -355,7 +355,7 @@ def _part(name: str, kept: set[str]) -> str:
 
 def _with_network(found: Inspection, tensors, named: dict[str, Any], layout, problems):
     """Finds builder and options and returns the network with shapes in place of weights."""
-    own = dict(normalisation.own_record(found.file.configs).get("options", {}))
+    own = dict(normalization.own_record(found.file.configs).get("options", {}))
     for key in ("mean", "std", "image_size", "dtype"):
         own.pop(key, None)
     asked = {**own, **named}
@@ -371,8 +371,8 @@ def _with_network(found: Inspection, tensors, named: dict[str, Any], layout, pro
     depth = options.get("depth", 1)
     if type(depth) is not int or not 1 <= depth <= len(tensors):
         raise ValueError(f"depth is {depth!r}, and the file has {len(tensors)} tensors")
-    mean, std = normalisation.PRESETS["none"]
-    options |= {"mean": found.normalisation.mean or mean, "std": found.normalisation.std or std}
+    mean, std = normalization.PRESETS["none"]
+    options |= {"mean": found.normalization.mean or mean, "std": found.normalization.std or std}
     return found, native.build_skeleton(getattr(models, name), options, "the network")
 
 
@@ -389,18 +389,18 @@ def _network(found: Inspection, tensors, configs) -> tuple[str, dict[str, Any]]:
 
 def _with_image_size(found: Inspection, options: dict[str, Any], problems) -> Inspection:
     """A network with positions knows its image size; another one's must be found or named."""
-    said = found.normalisation.image_size
+    said = found.normalization.image_size
     size = options.setdefault("image_size", said)
     if size is None:
         del options["image_size"]
         problems.append(
-            "nothing beside the weights says how large images were; " + normalisation.HOW_TO_SIZE
+            "nothing beside the weights says how large images were; " + normalization.HOW_TO_SIZE
         )
     elif said not in (None, size):
         note = f"the weights have positions for images of {size} pixels; {said} is said beside them"
         found = dataclasses.replace(found, notes=(*found.notes, note))
-    known = dataclasses.replace(found.normalisation, image_size=size)
-    return dataclasses.replace(found, normalisation=known)
+    known = dataclasses.replace(found.normalization, image_size=size)
+    return dataclasses.replace(found, normalization=known)
 
 
 def _with_asked_size(
@@ -412,9 +412,9 @@ def _with_asked_size(
         return found, encoder
     resized = models.resize_positions(encoder, wanted)
     note = f"positions resized from images of {size} pixels to {wanted}, as image_size asks"
-    known = dataclasses.replace(found.normalisation, image_size=wanted)
+    known = dataclasses.replace(found.normalization, image_size=wanted)
     notes = (*found.notes, note)
-    return dataclasses.replace(found, normalisation=known, notes=notes), resized
+    return dataclasses.replace(found, normalization=known, notes=notes), resized
 
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], found: Inspection) -> Encoder:

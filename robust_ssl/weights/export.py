@@ -23,7 +23,7 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for a ViT.
 
     ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
-    has no classification layer.  The header says what weights do not (stem, padding, normalisation,
+    has no classification layer.  The header says what weights do not (stem, padding, normalization,
     image size), so `import_encoder` reads the file back without being told anything.
 
     Args:
@@ -66,7 +66,7 @@ def export_stablehlo(
 ) -> pathlib.Path:
     """Writes a whole model as one StableHLO program: pixels in [0, 1] in, numbers out.
 
-    Weights and normalisation are inside; what runs it needs neither this package nor flax, only
+    Weights and normalization are inside; what runs it needs neither this package nor flax, only
     `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.
 
     Args:

@@ -55,7 +55,7 @@ _VIT_OPTIONS = (
 # The same for an input transformation.
 _STEPS = {
     step.__name__: step
-    for step in (preprocessing.JPEG, preprocessing.Quantise, preprocessing.Smooth)
+    for step in (preprocessing.JPEG, preprocessing.Quantize, preprocessing.Smooth)
 }
 
 

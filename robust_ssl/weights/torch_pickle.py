@@ -3,7 +3,7 @@
 A pickle is a program: ordinarily it may import any function and call it.  Here a name in the
 pickle becomes a `Name`, a value that cannot be called, and only if it is in the tables below;
 "calling" one either describes a tensor or leaves an inert `Stub`.  Tensors stay descriptions until
-`Tensor.array` is asked for them, so an optimiser's state is never read.
+`Tensor.array` is asked for them, so an optimizer's state is never read.
 
 References:
   What torch writes: `torch/_utils.py`, ``_rebuild_tensor_v2`` and its neighbours.
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, ClassVar
 import ml_dtypes
 import numpy as np
 
-PICKLE_LIMIT = 2**24  # bytes; a large network with its optimiser needs a hundredth of it
+PICKLE_LIMIT = 2**24  # bytes; a large network with its optimizer needs a hundredth of it
 _DEPTH_LIMIT = 1000  # marks that are open at once; files of weights have less than ten
 _LARGEST = 2**48  # of a tensor's sizes, strides and offset
 _RANK_LIMIT = 32  # axes of a tensor; more than NumPy could hold not long ago

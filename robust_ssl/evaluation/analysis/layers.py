@@ -29,7 +29,7 @@ def linear_cka(first: jax.Array, second: jax.Array) -> jax.Array:
 
     .. math:: \frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F \, \|Y^\top Y\|_F}
 
-    with centred columns.  1 means equal up to rotation and scale: the images lie to each other as
+    with centered columns.  1 means equal up to rotation and scale: the images lie to each other as
     before.  Unlike the cosine it sees relations between images only, so a shift that is the same
     for all of them, such as a universal perturbation may cause, leaves it at 1.  Of the two equal
     forms, over features (above) and over images (``tr(XX'YY')``), the cheaper one is computed.
@@ -56,8 +56,8 @@ def linear_cka(first: jax.Array, second: jax.Array) -> jax.Array:
     """
     chex.assert_rank([first, second], 2)
     chex.assert_equal_shape_prefix([first, second], 1)
-    x, x_varies = _centred(first)
-    y, y_varies = _centred(second)
+    x, x_varies = _centered(first)
+    y, y_varies = _centered(second)
     if len(x) < max(x.shape[1], y.shape[1]):
         gram_x, gram_y = _product(x, x.T), _product(y, y.T)
         alike = jnp.sum(gram_x * gram_y)
@@ -70,12 +70,12 @@ def linear_cka(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.where(x_varies & y_varies, similarity, constant)
 
 
-def _centred(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns centred columns, of unit length in all, and whether they are more than rounding."""
+def _centered(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns centered columns, of unit length in all, and whether they are more than rounding."""
     x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
-    length, before = jnp.linalg.norm(centred), jnp.linalg.norm(x)
-    return centred / jnp.maximum(length, 1e-30), length > 1e-6 * before
+    centered = x - jnp.mean(x, axis=0, keepdims=True)
+    length, before = jnp.linalg.norm(centered), jnp.linalg.norm(x)
+    return centered / jnp.maximum(length, 1e-30), length > 1e-6 * before
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

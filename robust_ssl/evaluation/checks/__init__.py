@@ -12,7 +12,7 @@ from robust_ssl.evaluation.checks.gradients import (
     zero_margin_gradient,
 )
 from robust_ssl.evaluation.checks.model import (
-    Randomised,
+    Randomized,
     deterministic,
     finite_logits,
     gives_logits,
@@ -57,7 +57,7 @@ __all__ = [
     "TRUSTED",
     "WITH_NOTES",
     "Check",
-    "Randomised",
+    "Randomized",
     "Verdict",
     "affordable_images",
     "beats_noise",

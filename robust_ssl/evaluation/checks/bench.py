@@ -17,7 +17,7 @@ from robust_ssl.evaluation.checks.path import (
     logits_of,
     objective_value,
 )
-from robust_ssl.evaluation.metrics import compiled, predictions, quantise
+from robust_ssl.evaluation.metrics import compiled, predictions, quantize
 from robust_ssl.parallel import Parallel
 
 DIRECTIONS = 8  # per image, for finite differences
@@ -94,7 +94,7 @@ def scored(constants, batch):
     nearest = jax.vmap(threat.project)(found, images)
     return {
         "exact": predictions(model, found) == batch["labels"],
-        "rounded": predictions(model, quantise(found)) == batch["labels"],
+        "rounded": predictions(model, quantize(found)) == batch["labels"],
         "excess": jnp.max(jnp.abs(found - nearest), axis=(1, 2, 3)),
     }
 
@@ -110,7 +110,7 @@ def probe(constants, batch):
         margin_slope, predicted, measured = _slopes(model, threat, keys[1:], image, label)
 
         def right(change):
-            moved = quantise(threat.project(image + threat.epsilon * change, image))
+            moved = quantize(threat.project(image + threat.epsilon * change, image))
             return ~is_wrong(logits_of(model, moved), label)
 
         return {
@@ -160,7 +160,7 @@ def universal(constants, batch):
     """Returns what is right under one perturbation for all, and whose prediction it changed."""
     key, model, perturbation = constants
     images = attack_batch(perturbation, key, model, batch["images"], indices=batch["indices"])
-    attacked = predictions(model, quantise(images))
+    attacked = predictions(model, quantize(images))
     return {
         "correct": attacked == batch["labels"],
         "flipped": attacked != predictions(model, batch["images"]),

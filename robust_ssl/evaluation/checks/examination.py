@@ -208,7 +208,7 @@ def _checked(classifier, images: np.ndarray, labels: np.ndarray, threat: Any, nu
 def _model_checks(sample: Bench, classifier, key: jax.Array):
     """Runs checks 1 to 3."""
     keyed = [classifier]
-    if isinstance(classifier, model.Randomised):
+    if isinstance(classifier, model.Randomized):
         keyed = [classifier.with_key(k) for k in jax.random.split(key)]
     first = sample.run(bench.forward, (keyed[0],))
     again = sample.run(bench.forward, (keyed[-1],))
@@ -314,5 +314,5 @@ def _nothing_correct(why: str) -> Check:
         None,
         "note",
         f"There is nothing to attack: {why}.",
-        "Look at the clean accuracy first: wrong labels, normalisation or weights.",
+        "Look at the clean accuracy first: wrong labels, normalization or weights.",
     )

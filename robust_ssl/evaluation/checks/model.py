@@ -13,7 +13,7 @@ from robust_ssl.types import Model
 
 
 @runtime_checkable
-class Randomised(Protocol):
+class Randomized(Protocol):
     """A model whose answer depends on a key: what a defence that draws noise looks like in JAX."""
 
     def with_key(self, key: jax.Array) -> Model:

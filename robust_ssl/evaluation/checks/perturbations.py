@@ -24,7 +24,7 @@ NOISES = 3  # the strongest of so many is the baseline
 
 
 def shuffled(key: jax.Array, delta: jax.Array) -> jax.Array:
-    """Returns the perturbation with its pixels in another order, each with its colours.
+    """Returns the perturbation with its pixels in another order, each with its colors.
 
     Only pixels that are not zero change places, so a patch stays in its place.
 

@@ -11,7 +11,7 @@ import tiny
 from robust_ssl import models, settings, stages, weights
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress, Stopped
-from robust_ssl.stages import analyse as stage
+from robust_ssl.stages import analyze as stage
 from robust_ssl.stages import fitting
 
 QUIET = Progress("quiet")
@@ -19,12 +19,12 @@ QUIET = Progress("quiet")
 
 def a_config(*before, parts=stage.PARTS, encoders=()):
     config = tiny.config(*before).unlock()
-    asked = settings.load_config(str(tiny.CONFIGS / "analyse.py")).analyse
-    config.analyse = asked.to_dict()
-    config.analyse.update(parts=parts, images=8)
-    config.analyse.fourier.update(norm=1.0, stride=2, images=8)
-    config.analyse.filtering.cutoffs = (0.2,)
-    config.analyse.transfer.update(encoders=encoders, head_epochs=1)
+    asked = settings.load_config(str(tiny.CONFIGS / "analyze.py")).analyze
+    config.analyze = asked.to_dict()
+    config.analyze.update(parts=parts, images=8)
+    config.analyze.fourier.update(norm=1.0, stride=2, images=8)
+    config.analyze.filtering.cutoffs = (0.2,)
+    config.analyze.transfer.update(encoders=encoders, head_epochs=1)
     return config
 
 
@@ -33,8 +33,8 @@ def a_run(config, workdir):
     return stages.Run(settings.to_json(config), pathlib.Path(workdir), parallel, QUIET)
 
 
-def analyse(config, workdir):
-    return stage.analyse(a_run(config, workdir))
+def analyze(config, workdir):
+    return stage.analyze(a_run(config, workdir))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def shelf():
 def finished(tmp_path_factory, shelf):
     workdir = tmp_path_factory.mktemp("finished")
     config = a_config("attack", "usual", encoders=shelf)
-    config.analyse.transfer.resize = "bilinear"
-    return config, workdir, analyse(config, workdir)
+    config.analyze.transfer.resize = "bilinear"
+    return config, workdir, analyze(config, workdir)
 
 
 def numbers(workdir):
@@ -97,24 +97,24 @@ def test_the_matrix_has_every_pair_and_noise(finished):
 def test_a_finished_analysis_is_skipped(finished, monkeypatch):
     config, workdir, done = finished
     monkeypatch.setattr(stage, "_look", lambda looked: pytest.fail("it looked again"))
-    assert analyse(config, workdir).results == done.results
+    assert analyze(config, workdir).results == done.results
 
 
 def test_the_encoders_own_runs_are_kept_when_it_is_stopped(finished, tmp_path, shelf, monkeypatch):
     config = a_config("attack", "usual", parts=("transfer",), encoders=shelf[:1])
     monkeypatch.setattr(stage, "stop_requested", lambda: True)
-    with pytest.raises(Stopped, match="analyse stopped"):
-        analyse(config, tmp_path)
+    with pytest.raises(Stopped, match="analyze stopped"):
+        analyze(config, tmp_path)
     manifests = (tmp_path / "encoders" / "of8").glob("*/manifest.json")
     assert {json.loads(file.read_text())["status"] for file in manifests} == {"done"}
     assert not (tmp_path / "analysis").exists()
     monkeypatch.setattr(stage, "stop_requested", lambda: False)
-    done = analyse(config, tmp_path)
+    done = analyze(config, tmp_path)
     assert done.done and list(numbers(tmp_path)["transfer"]) == ["of8", "random noise"]
 
 
 def test_without_a_classifier_features_are_looked_at(tmp_path):
-    done = analyse(a_config("attack", parts=("layers", "fourier", "filtering")), tmp_path)
+    done = analyze(a_config("attack", parts=("layers", "fourier", "filtering")), tmp_path)
     found = numbers(tmp_path)
     assert found["fourier"]["public encoder"]["measure"] == "feature_drift"
     assert found["filtering"] == {} and "energy" not in found and "transfer" not in found
@@ -124,7 +124,7 @@ def test_without_a_classifier_features_are_looked_at(tmp_path):
 
 def test_the_test_split_is_never_read(tmp_path, monkeypatch):
     monkeypatch.setattr(stages.Run, "test", property(lambda run: pytest.fail("test was read")))
-    analyse(a_config("attack", parts=("energy",)), tmp_path)
+    analyze(a_config("attack", parts=("energy",)), tmp_path)
     assert list(numbers(tmp_path)) == ["about", "edges", "energy"]
 
 
@@ -142,9 +142,9 @@ def test_the_test_split_is_never_read(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_run(change, message, tmp_path):
     config = a_config("attack")
-    config.analyse.update_from_flattened_dict(change)
+    config.analyze.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
-        analyse(config, tmp_path / "run")
+        analyze(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -155,14 +155,14 @@ def test_another_image_size_is_refused_unless_asked_for(finished, shelf, tmp_pat
         (tmp_path / made).symlink_to(workdir / made)
     (tmp_path / "usual").symlink_to(workdir / "usual")
     with pytest.raises(ValueError, match=r'crafted on .* resize="bilinear"'):
-        analyse(config, tmp_path)
+        analyze(config, tmp_path)
 
 
 def test_the_config_takes_the_arguments_of_gen_af():
-    config = settings.load_config(f"{tiny.CONFIGS}/analyse.py:downstream=cifar10,epochs=3")
+    config = settings.load_config(f"{tiny.CONFIGS}/analyze.py:downstream=cifar10,epochs=3")
     assert config.downstream.source == "cifar10" and config.usual.epochs == 3
-    assert config.stages[-1] == "analyse"
-    stage.check_analyse(settings.to_json(config))
+    assert config.stages[-1] == "analyze"
+    stage.check_analyze(settings.to_json(config))
 
 
 @pytest.mark.slow
@@ -172,6 +172,6 @@ def test_encoders_are_taken_from_where_they_were_saved(tmp_path):
         encoder = models.resnet18(jax.random.key(size), width=8, image_size=size)
         paths.append(str(weights.save_encoder(encoder, tmp_path / f"of{size}")))
     config = a_config("attack", parts=("transfer",), encoders=tuple(paths))
-    config.analyse.transfer.resize = "bilinear"
-    analyse(config, tmp_path / "run")
+    config.analyze.transfer.resize = "bilinear"
+    analyze(config, tmp_path / "run")
     assert list(numbers(tmp_path / "run")["transfer"]) == ["of8", "of16", "random noise"]

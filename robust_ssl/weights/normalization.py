@@ -1,4 +1,4 @@
-"""How a foreign encoder's images were normalised, and how large they were.
+"""How a foreign encoder's images were normalized, and how large they were.
 
 A part of the encoder: read from the files beside the weights, or named.  Nothing is assumed.
 """
@@ -28,14 +28,14 @@ PRESETS: dict[str, tuple[Numbers, Numbers]] = {
 }
 
 HOW_TO_NAME = (
-    f"name it: --normalisation {'|'.join(PRESETS)}, or --mean R,G,B and --std R,G,B "
-    "(normalisation=, mean=, std= in Python and in a config's encoder)"
+    f"name it: --normalization {'|'.join(PRESETS)}, or --mean R,G,B and --std R,G,B "
+    "(normalization=, mean=, std= in Python and in a config's encoder)"
 )
 HOW_TO_SIZE = "name it: --image-size PIXELS (image_size= in Python and in a config's encoder)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """What happens to an image before the network sees it; None is what is not known.
 
     Attributes:
@@ -60,16 +60,16 @@ class Normalisation:
 def choose(
     configs: Mapping[str, Any],
     *,
-    normalisation: str | None = None,
+    normalization: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: int | None = None,
-) -> Normalisation:
+) -> Normalization:
     """Returns what is named, and what the files say where nothing is.
 
     Args:
       configs: JSON files beside the weights, by name.
-      normalisation: A name of `PRESETS`, in place of mean and std.
+      normalization: A name of `PRESETS`, in place of mean and std.
       mean: Per channel; with `std`.
       std: Per channel; with `mean`.
       image_size: Pixels.
@@ -79,19 +79,19 @@ def choose(
         this package cannot do.
 
     Example:
-      >>> choose({}, normalisation="half", image_size=32).mean
+      >>> choose({}, normalization="half", image_size=32).mean
       (0.5, 0.5, 0.5)
     """
     if (mean is None) != (std is None):
         raise ValueError("mean and std belong together: name both")
-    if normalisation is not None:
+    if normalization is not None:
         if mean is not None:
-            raise ValueError("name either a normalisation or mean and std")
-        if normalisation not in PRESETS:
-            raise ValueError(f"no normalisation {normalisation!r}; there are {sorted(PRESETS)}")
-        mean, std = PRESETS[normalisation]
-    found = read(configs) if mean is None or image_size is None else Normalisation()
-    return Normalisation(
+            raise ValueError("name either a normalization or mean and std")
+        if normalization not in PRESETS:
+            raise ValueError(f"no normalization {normalization!r}; there are {sorted(PRESETS)}")
+        mean, std = PRESETS[normalization]
+    found = read(configs) if mean is None or image_size is None else Normalization()
+    return Normalization(
         mean=_three(mean, "mean") if mean is not None else found.mean,
         std=_three(std, "std", positive=True) if mean is not None else found.std,
         image_size=_size(image_size) if image_size is not None else found.image_size,
@@ -99,7 +99,7 @@ def choose(
     )
 
 
-def read(configs: Mapping[str, Any]) -> Normalisation:
+def read(configs: Mapping[str, Any]) -> Normalization:
     """Returns what the files beside the weights say; the fields are None where they do not.
 
     Raises:
@@ -108,7 +108,7 @@ def read(configs: Mapping[str, Any]) -> Normalisation:
     own = own_record(configs)
     if own:
         options = own["options"]
-        return Normalisation(
+        return Normalization(
             _three(options["mean"], "mean"),
             _three(options["std"], "std", positive=True),
             _size(options["image_size"]),
@@ -121,13 +121,13 @@ def read(configs: Mapping[str, Any]) -> Normalisation:
         return _preprocessor(record)
     timm = (configs.get("config.json") or {}).get("pretrained_cfg")
     if timm and {"mean", "std", "input_size"} <= timm.keys():
-        return Normalisation(
+        return Normalization(
             _three(timm["mean"], "mean"),
             _three(timm["std"], "std", positive=True),
             _square(timm["input_size"][1:]),
             "config.json",
         )
-    return Normalisation()
+    return Normalization()
 
 
 def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError("the file's header has an entry robust_ssl that export did not write")
 
 
-def _preprocessor(record: Mapping[str, Any]) -> Normalisation:
+def _preprocessor(record: Mapping[str, Any]) -> Normalization:
     """Hugging Face's ``preprocessor_config.json``."""
     where = "preprocessor_config.json"
     scale = record.get("rescale_factor", 1 / 255)
@@ -156,9 +156,9 @@ def _preprocessor(record: Mapping[str, Any]) -> Normalisation:
     mean, std = PRESETS["none"]
     if record.get("do_normalize", True):
         if "image_mean" not in record or "image_std" not in record:
-            return Normalisation(image_size=_image_size(record), source=where)
+            return Normalization(image_size=_image_size(record), source=where)
         mean, std = record["image_mean"], record["image_std"]
-    return Normalisation(
+    return Normalization(
         _three(mean, "image_mean"),
         _three(std, "image_std", positive=True),
         _image_size(record),

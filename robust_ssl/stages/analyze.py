@@ -1,4 +1,4 @@
-"""The `analyse` stage: in which layers, at which frequencies and on which models attacks work."""
+"""The `analyze` stage: in which layers, at which frequencies and on which models attacks work."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class _Looked:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """``config.analyse``."""
-        return self.run.config["analyse"]
+        """``config.analyze``."""
+        return self.run.config["analyze"]
 
     @property
     def key(self) -> jax.Array:
         """The stage's random key."""
-        return stage_key(self.run.seed, "analyse")
+        return stage_key(self.run.seed, "analyze")
 
     def read(self, count: int) -> dict[str, np.ndarray]:
         """Returns the first `count` images and labels."""
@@ -69,39 +69,39 @@ class _Looked:
 Part = Callable[[_Looked], tuple[dict[str, Any], list[pathlib.Path]]]
 
 
-def check_analyse(config: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the stage can do what ``config.analyse`` asks for.
+def check_analyze(config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the stage can do what ``config.analyze`` asks for.
 
     Args:
       config: The whole configuration.
     """
-    asked = config["analyse"]
+    asked = config["analyze"]
     unknown = [part for part in asked["parts"] if part not in PARTS]
     if unknown or not asked["parts"]:
-        raise ValueError(f"analyse.parts: {unknown or 'empty'}; there are {', '.join(PARTS)}")
+        raise ValueError(f"analyze.parts: {unknown or 'empty'}; there are {', '.join(PARTS)}")
     if asked["images"] < 1:
-        raise ValueError(f"analyse.images must be at least 1, got {asked['images']}")
+        raise ValueError(f"analyze.images must be at least 1, got {asked['images']}")
     check_edges(asked["edges"])
     if "transfer" in asked["parts"]:
         _check_transfer(config)
 
 
 def _check_transfer(config: Mapping[str, Any]) -> None:
-    transfer, methods = config["analyse"]["transfer"], config["attack"]["methods"]
+    transfer, methods = config["analyze"]["transfer"], config["attack"]["methods"]
     if transfer["method"] not in methods:
         raise ValueError(
-            f"analyse.transfer.method {transfer['method']!r} is none of config.attack.methods: "
+            f"analyze.transfer.method {transfer['method']!r} is none of config.attack.methods: "
             f"{', '.join(methods)}"
         )
     if transfer["resize"] not in RESIZING:
-        raise ValueError(f"analyse.transfer.resize must be one of {RESIZING}")
+        raise ValueError(f"analyze.transfer.resize must be one of {RESIZING}")
     names = [_name(path) for path in transfer["encoders"]]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or NOISE in names:
-        raise ValueError(f"analyse.transfer.encoders: the names must differ, got {names}")
+        raise ValueError(f"analyze.transfer.encoders: the names must differ, got {names}")
 
 
-def analyse(run: Run) -> StageDirectory:
+def analyze(run: Run) -> StageDirectory:
     """Looks into the models of a run, with the perturbations of its public encoder.
 
     Everything is measured on validation images of the downstream task: the most harmful band may
@@ -110,7 +110,7 @@ def analyse(run: Run) -> StageDirectory:
     workdir.
 
     Args:
-      run: ``config.analyse`` says which `PARTS`, and how.
+      run: ``config.analyze`` says which `PARTS`, and how.
 
     Returns:
       The stage's directory; its results are ``{"most_harmful_band": {model: {"low", "high",
@@ -118,11 +118,11 @@ def analyse(run: Run) -> StageDirectory:
       workdir.
 
     Raises:
-      ValueError: If the config asks for what there is not; see `check_analyse`.
+      ValueError: If the config asks for what there is not; see `check_analyze`.
       Stopped: If a stop was asked for; finished encoders of the transfer matrix are kept.
     """
-    check_analyse(run.config)
-    config, public = run.config["analyse"], attack(run)
+    check_analyze(run.config)
+    config, public = run.config["analyze"], attack(run)
     encoders = _encoders(run) if "transfer" in config["parts"] else {}
     validation = run.downstream[1]
     looked = _Looked(
@@ -140,7 +140,7 @@ def analyse(run: Run) -> StageDirectory:
         "attack": public.fingerprint,
         "images": looked.images.fingerprint(),
     }
-    with run.open("analyse", config, inputs) as stage:
+    with run.open("analyze", config, inputs) as stage:
         if stage.done:
             return stage
         numbers, figures = _look(looked)
@@ -162,10 +162,10 @@ def _look(looked: _Looked) -> tuple[dict[str, Any], list[pathlib.Path]]:
     }
     numbers, figures = {}, []
     chosen = [part for part in PARTS if part in looked.config["parts"]]
-    with looked.run.progress.stage("analyse", len(chosen)) as bar:
+    with looked.run.progress.stage("analyze", len(chosen)) as bar:
         for done, part in enumerate(chosen):
             if stop_requested():
-                raise Stopped("analyse stopped")
+                raise Stopped("analyze stopped")
             found, shown = steps[part](looked)
             numbers.update(found)
             figures += shown
@@ -207,7 +207,7 @@ def _layers(looked: _Looked):
         sensitivity = finetune.sensitivity(looked.run).results["scores"]
     found, figures = {}, []
     for method, perturbation in looked.perturbations.items():
-        attacked = evaluation.quantise(perturbation.apply(clean, looked.key))
+        attacked = evaluation.quantize(perturbation.apply(clean, looked.key))
         found[method] = {
             name: analysis.per_layer_stability(model, clean, attacked)
             for name, model in looked.models.items()
@@ -257,7 +257,7 @@ def _fourier(looked: _Looked):
 
 def _stop_if_asked(done: int, total: int) -> None:
     if stop_requested():
-        raise Stopped(f"analyse stopped after {done} of {total} frequencies")
+        raise Stopped(f"analyze stopped after {done} of {total} frequencies")
 
 
 def _filtering(looked: _Looked):
@@ -329,7 +329,7 @@ def _name(path: str) -> str:
 
 def _encoders(run: Run) -> dict[str, Run]:
     return {
-        _name(path): _own_run(run, path) for path in run.config["analyse"]["transfer"]["encoders"]
+        _name(path): _own_run(run, path) for path in run.config["analyze"]["transfer"]["encoders"]
     }
 
 
@@ -338,7 +338,7 @@ def _own_run(run: Run, path: str) -> Run:
 
     Images are read at the encoder's own size.
     """
-    options, size = run.config["analyse"]["transfer"], load_or_import(path, {}).image_size
+    options, size = run.config["analyze"]["transfer"], load_or_import(path, {}).image_size
     methods = run.config["attack"]["methods"]
     kept = [options["method"], *_noise(methods, options["method"])]
     at_size = {} if size == run.encoder.image_size else {"image_size": size}

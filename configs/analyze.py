@@ -1,8 +1,8 @@
 r"""Where attacks work: layer by layer, frequency by frequency, from encoder to encoder.
 
-    robust-ssl run --config=configs/analyse.py:downstream=gtsrb32 --workdir=runs/gtsrb
-    robust-ssl run --config=configs/analyse.py:downstream=cifar10,epochs=5,train_limit=5000 \
-        --config.analyse.fourier.stride=4 --workdir=runs/look
+    robust-ssl run --config=configs/analyze.py:downstream=gtsrb32 --workdir=runs/gtsrb
+    robust-ssl run --config=configs/analyze.py:downstream=cifar10,epochs=5,train_limit=5000 \
+        --config.analyze.fourier.stride=4 --workdir=runs/look
 
 Everything but the last stage is `gen_af.py`, with its arguments: in a workdir where that has run,
 only the analysis is computed.  Leaves ``analysis/analysis.md`` with all figures, their numbers
@@ -24,8 +24,8 @@ GEN_AF = pathlib.Path(__file__).with_name("gen_af.py")
 def get_config(arguments: str = "") -> ConfigDict:
     """Returns the config; the arguments are those of ``gen_af.py``."""
     config = load_config(f"{GEN_AF}:{arguments}").unlock()
-    config.stages = ("attack", "usual", "stage1", "sensitivity", "stage2", "analyse")
-    config.analyse = {
+    config.stages = ("attack", "usual", "stage1", "sensitivity", "stage2", "analyze")
+    config.analyze = {
         "parts": ("layers", "energy", "fourier", "filtering", "transfer"),
         "images": 512,  # of the validation images; the test split is not looked at
         # Bands of spatial frequency, cycles per pixel.
