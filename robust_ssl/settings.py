@@ -310,10 +310,10 @@ def _describe(value: Any, name: str, lines: list[str]) -> None:
 
 
 def _first_line(name: str) -> str:
-    from robust_ssl import conformance
+    from robust_ssl.build import resolve
 
     try:
-        function = conformance.resolve(name)
+        function = resolve(name)
     except Exception as error:  # importing a stranger's module may raise anything
         return f"NOT FOUND: {error}"
     return (function.__doc__ or "(no docstring)").strip().splitlines()[0]

@@ -11,7 +11,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from robust_ssl import list_encoders, settings, stages, threats
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.finetuning import mixed_losses
 from robust_ssl.stages import attack, evaluate, finetune, pretrain, recipes
 

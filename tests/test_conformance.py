@@ -10,7 +10,8 @@ import pytest
 
 from robust_ssl import losses, struct
 from robust_ssl.attacks import PGD, EmbedAttack
-from robust_ssl.conformance import check_attack, check_loss, resolve
+from robust_ssl.build import resolve
+from robust_ssl.conformance import check_attack, check_loss
 from robust_ssl.threats import L2, Band, Linf
 from robust_ssl.types import Outputs
 

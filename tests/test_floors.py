@@ -11,7 +11,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_ssl"
 
 FLOORS = (
-    {"types", "struct"},
+    {"types", "struct", "build"},
     {"threats", "frequencies", "objectives", "losses", "models", "parallel", "updates"},
     {"attacks", "conformance"},
     {"pretraining", "finetuning", "evaluation"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.data import pictures, tfds_source
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
 

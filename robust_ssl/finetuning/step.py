@@ -18,7 +18,7 @@ import optax
 
 from robust_ssl import losses as losses_lib
 from robust_ssl.attacks.per_image import attack_batch
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.finetuning.adversaries import COLLECTION, Adversary
 from robust_ssl.finetuning.layerwise import keep_frozen, stop_frozen
 from robust_ssl.finetuning.looking import (

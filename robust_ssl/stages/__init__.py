@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from robust_ssl import checkpoints, data, report, settings
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.parallel import Parallel, shared_programs
 from robust_ssl.progress import Progress
 from robust_ssl.settings import describe

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl import attacks, checkpoints, data, threats
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.progress import Stopped, stop_requested
 from robust_ssl.stages.run import Run, check_names, check_seeds
 from robust_ssl.trees import fingerprint, keep_arrays, kept_arrays

@@ -12,8 +12,8 @@ import optax
 
 from robust_ssl import data, evaluation, finetuning, manifests, struct, threats, weights
 from robust_ssl.attacks.perturbation import check_fits_gray
+from robust_ssl.build import resolve
 from robust_ssl.checkpoints import StageDirectory
-from robust_ssl.conformance import resolve
 from robust_ssl.finetuning import UniversalPool
 from robust_ssl.stages.attack import build_threat, function_of
 from robust_ssl.stages.run import Run

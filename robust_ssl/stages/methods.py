@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from robust_ssl import data, finetuning, manifests, models
+from robust_ssl.build import resolve
 from robust_ssl.checkpoints import StageDirectory
-from robust_ssl.conformance import resolve
 from robust_ssl.manifests import ConfigChangedError, WorkdirError, json_ready
 from robust_ssl.parallel import everywhere
 from robust_ssl.stages import finetune, fitting

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from robust_ssl import checkpoints, data, pretraining, weights
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.parallel import Parallel
 from robust_ssl.stages.run import Run, build_encoder, own_builder, without_labels
 from robust_ssl.stages.training import stage_key, train

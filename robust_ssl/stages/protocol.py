@@ -15,8 +15,8 @@ import numpy as np
 
 from robust_ssl import data, evaluation, report, threats, weights
 from robust_ssl.attacks import autoattack
+from robust_ssl.build import resolve
 from robust_ssl.checkpoints import StageDirectory
-from robust_ssl.conformance import resolve
 from robust_ssl.evaluation import PerImage
 from robust_ssl.manifests import WorkdirError
 from robust_ssl.parallel import release_programs

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from robust_ssl import checkpoints, data, models, weights
-from robust_ssl.conformance import resolve
+from robust_ssl.build import resolve
 from robust_ssl.evaluation import WORST
 from robust_ssl.parallel import Parallel, release_programs
 from robust_ssl.progress import Progress
