@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_ssl.parallel import cache_in, release_programs, wait_for_late_devices
+from robust_ssl.xla import cache_in, release_programs, wait_for_late_devices
 
 collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
 

@@ -8,7 +8,7 @@ HERE = pathlib.Path(__file__).parent
 
 setup(
     name="robust-ssl",
-    version="0.1.0",
+    version="0.2.0",
     description="Adversarial robustness of pre-trained encoders: attack, secure fine-tuning, proof",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -20,7 +20,7 @@ setup(
         "jax>=0.10",
         "flax>=0.12",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
+        "orbax-checkpoint>=0.12.8",  # for its V1 API, in 1.0 the only one
         "chex>=0.1.91",
         "tensorflow-datasets>=4.9.10",
         "array-record>=0.8",
@@ -53,7 +53,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
     },
-    entry_points={"console_scripts": ["robust-ssl=robust_ssl.main:main"]},
+    entry_points={"console_scripts": ["robust-ssl=robust_ssl.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

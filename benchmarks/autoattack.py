@@ -324,7 +324,7 @@ def options_of():
     add("--attacks", nargs="+", default=[*COMPONENTS, ENSEMBLE], choices=[*COMPONENTS, ENSEMBLE])
     add("--norms", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     add("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    add("--method", default="pmap", choices=("pmap", "shard_map", "jit"))
+    add("--parallel", default="pmap", choices=("pmap", "shard_map", "jit"))
     add("--devices", type=int, help="JAX devices (every core on CPU, one accelerator)")
     add("--torch-threads", type=int, help="of the authors' code on a CPU (every core)")
     add("--json", metavar="FILE", help="also write everything as JSON")

@@ -56,15 +56,15 @@ def cores() -> int:
 def start_jax(options: argparse.Namespace):
     """Returns the devices of the JAX side: one for each core on CPU, else one accelerator."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # the rest is for torch
-    from robust_ssl import parallel
+    from robust_ssl import parallel, xla
 
-    parallel.use_every_core()
+    xla.use_every_core()
     import jax
 
     count = options.devices
     if count is None and jax.default_backend() != "cpu":
         count = 1
-    return parallel.Parallel.create(num_devices=count, method=options.method)
+    return parallel.Parallel.create(num_devices=count, kind=options.parallel)
 
 
 def jax_side(run: Callable[[int], float], images_per_step: int, parallel, options) -> Side:
@@ -85,7 +85,7 @@ def jax_side(run: Callable[[int], float], images_per_step: int, parallel, option
         "platform": "cpu" if device.platform == "cpu" else "accelerator",
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "devices": len(parallel.devices),
-        "method": parallel.method,
+        "method": parallel.kind,
         "dtype": options.dtype,
         "versions": {
             "robust_ssl": robust_ssl.__version__,
@@ -298,7 +298,7 @@ def options_of(doc: str, add: Callable[[argparse.ArgumentParser], None] | None =
     number("--image-size", default=32, help="height and width, pixels (32)")
     number("--steps", default=2, help="steps of a round (2; take 50 on a GPU)")
     number("--rounds", default=5, help="rounds of each side (5)")
-    parser.add_argument("--method", default="pmap", choices=("pmap", "shard_map", "jit"))
+    parser.add_argument("--parallel", default="pmap", choices=("pmap", "shard_map", "jit"))
     number("--devices", help="JAX devices (every core on CPU, one accelerator)")
     parser.add_argument(
         "--dtype",

@@ -40,7 +40,7 @@ def make_jax(options):
     parallel = harness.start_jax(options)
     import jax
 
-    from robust_ssl import finetuning, models, threats
+    from robust_ssl import finetuning, models, optimizers, threats
     from robust_ssl.attacks import PGD
 
     encoder = models.resnet18(
@@ -52,8 +52,8 @@ def make_jax(options):
     )
     classifier = models.classifier(jax.random.key(1), encoder, CLASSES)
     params = classifier.variables["params"]
-    rates = finetuning.layer_rates(params, {"encoder/**": ENCODER_RATE, "head/**": HEAD_RATE})
-    tx = finetuning.layerwise_optimizer(params, rates)  # Adam with L2, 8e-4
+    rates = optimizers.layer_rates(params, {"encoder/**": ENCODER_RATE, "head/**": HEAD_RATE})
+    tx = optimizers.layerwise_optimizer(params, rates)  # Adam with L2, 8e-4
     step = finetuning.make_step(
         classifier,
         tx,

@@ -51,11 +51,12 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, seconds, verdict, expected in rows(options.images, options.num_queries):
         listed = [
-            ", ".join(f"{n} {verdict[n].name}" for n in verdict.numbers(status)) or "none"
+            ", ".join(f"`{check}`" for check in verdict.names(status)) or "none"
             for status in ("failed", "note")
         ]
         shares = [f"{100 * verdict.accuracies[kind]:.1f} %" for kind in ("reported", "worst")]
-        cells = [name, *shares, verdict.word, *listed, str(expected or "none"), f"{seconds:.1f}"]
+        aim = f"`{expected}`" if expected else "none"
+        cells = [name, *shares, verdict.word, *listed, aim, f"{seconds:.1f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -6,7 +6,7 @@ The scale ``small`` (the default) is for two CPU cores: a ResNet-18 of width 16 
 AdamW, narrow heads.  The scale ``research`` is solo-learn's CIFAR-10 recipe for one accelerator
 (ResNet-18 of width 64, batch 256, 1000 epochs).  What `small` reaches, and `research` at width 32
 after 275 epochs (84.0 % linear, 7.5 minutes on one H100), stands with its commands in
-docs/encoders.md.
+docs/results/encoders.md.
 """
 
 from ml_collections import ConfigDict
@@ -66,30 +66,29 @@ def get_config(arguments: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.stages = ("pretrain",)
-    config.pretrain = ConfigDict(
-        {
-            "data": {"source": given["data"]},
-            "encoder": {
-                "builder": "resnet18",
-                "width": width,
-                "stem": "cifar_half" if small else "cifar",
-                "image_size": 32,
-                "dtype": "float32" if small else "bfloat16",
-                "name": f"{given['method']}-{given['data']}-r18w{width}",
-            },
-            "method": f"robust_ssl.pretraining:{name}",
-            "method_options": {**NARROW, **sizes, "min_scale": 0.2} if small else {},
-            "batch_size": 128 if small else 256,
-            "accumulate": 1,
-            "epochs": epochs,
-            "optimizer": "adamw" if small else optimizer,
-            "learning_rate": 1e-3 if small else learning_rate,
-            "warmup_epochs": 0.5 if small else min(10, epochs / 10),
-            "weight_decay": 1e-4 if small else weight_decay,
-            # solo-learn clips the trust ratio of LARS for all methods but this one.
-            "optimizer_options": {"clip": given["method"] != "vibcreg"},
-            "checkpoint_every": 200 if small else 2000,
-            "monitor": {"every_epochs": 1 if small else 10, "images": 4000},
-        }
-    )
+    config.pretrain = {
+        "data": {"source": given["data"]},
+        "encoder": {
+            "function": "robust_ssl.models:resnet18",
+            "width": width,
+            "stem": "cifar_half" if small else "cifar",
+            "image_size": 32,
+            "dtype": "float32" if small else "bfloat16",
+            "name": f"{given['method']}-{given['data']}-r18w{width}",
+        },
+        "method": {
+            "function": f"robust_ssl.pretraining:{name}",
+            **({**NARROW, **sizes, "min_scale": 0.2} if small else {}),
+        },
+        "batch_size": 128 if small else 256,
+        "epochs": epochs,
+        "optimizer": "adamw" if small else optimizer,
+        "learning_rate": 1e-3 if small else learning_rate,
+        "warmup_epochs": 0.5 if small else min(10, epochs / 10),
+        "weight_decay": 1e-4 if small else weight_decay,
+        # solo-learn clips the trust ratio of LARS for all methods but this one.
+        "clip": given["method"] != "vibcreg",
+        "checkpoint_every": 200 if small else 2000,
+        "monitor": {"every_epochs": 1 if small else 10, "images": 4000},
+    }
     return config

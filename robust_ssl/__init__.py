@@ -1,12 +1,12 @@
 """Adversarial robustness of pre-trained encoders: attack, secure fine-tuning, evidence.
 
 A public encoder goes in, a secured classifier and the proof come out:
-``robust_ssl.stages.run(config, workdir)``, or ``robust-ssl run`` on the command line.
+``robust_ssl.experiment.run(config, workdir)``, or ``robust-ssl run`` on the command line.
 """
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names and where they live.  They are imported when they are first asked for, so that the
 # command line answers mistakes before JAX is there.
@@ -17,6 +17,7 @@ _HOMES = {
     "LossInputs": "types",
     "Outputs": "types",
     "TrainState": "types",
+    "check": "conformance",
     "check_attack": "conformance",
     "check_loss": "conformance",
     "encoder_card": "weights",

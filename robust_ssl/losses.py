@@ -8,15 +8,17 @@ there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.objectives import pairs
 from robust_ssl.objectives.layers import activation
 from robust_ssl.types import LossInputs, Outputs
 
-_STABILIZER = 1e-6  # keeps logarithms finite; far below 1 / batch, the size of a row's entries
+_Held = Literal["adversarial", "clean"]
 _SILENT = 1e-12  # squared length below which an activation is no measure of anything
 
 
@@ -188,7 +190,7 @@ def misclassification_kl(inputs: LossInputs) -> jax.Array:
     return trades_kl(inputs) * doubt
 
 
-def feature_preservation(inputs: LossInputs, of: str = "adversarial") -> jax.Array:
+def feature_preservation(inputs: LossInputs, of: _Held = "adversarial") -> jax.Array:
     r"""Measures how far features have moved from the pre-trained encoder's clean features.
 
     .. math:: \ell_i = \|\phi(\tilde x_i) - \phi_0(x_i)\|_2^2
@@ -226,7 +228,7 @@ def feature_preservation(inputs: LossInputs, of: str = "adversarial") -> jax.Arr
 
 
 def feature_drift(
-    inputs: LossInputs, layers: Sequence[int | str] = (0,), of: str = "adversarial"
+    inputs: LossInputs, layers: Sequence[int | str] = (0,), of: _Held = "adversarial"
 ) -> jax.Array:
     r"""Measures how far layers have moved from the pre-trained encoder's, relative to their length.
 
@@ -270,7 +272,9 @@ def feature_drift(
 
 
 def genetic_regularization(
-    inputs: LossInputs, on: str = "logits", compat: str = "corrected"
+    inputs: LossInputs,
+    on: Literal["logits", "features"] = "logits",
+    compat: Literal["corrected", "released"] = "corrected",
 ) -> jax.Array:
     r"""Measures how far the attack changes who is near whom in the batch.
 
@@ -290,9 +294,8 @@ def genetic_regularization(
     is the symmetric divergence of Bernoulli variables.  An image is no pair with itself.
 
     0 means "the attack left the neighbourhoods as they should be".  A row's entries are of the size
-    1 / batch, so a row's sum does not depend on the batch size; its mean is the mean over pairs
-    times ``batch - 1``.  The released code adds up all pairs: its weight `w` (20) on a batch of `n`
-    is the weight ``w * n`` (5120 at 256) on the mean that the step takes.
+    1 / batch, so a row's sum does not depend on the batch size.  The released code adds up all
+    pairs: its weight `w` (20) on a batch of `n` is ``w * n`` (5120 at 256) on the step's mean.
 
     Args:
       inputs: Uses `labels`, and `clean` and `adversarial` outputs.
@@ -335,8 +338,10 @@ def genetic_regularization(
     else:
         reference, follower = jax.lax.stop_gradient(clean), adversarial
         error = jax.lax.stop_gradient(clean_cross_entropy(inputs))
-    target = _pull_to_labels(_local_distances(reference), error, inputs.labels)
-    return _bernoulli_divergence(_neighbours(target), _neighbours(_local_distances(follower)))
+    target = pairs.pulled_to_labels(pairs.local_distances(reference), error, inputs.labels)
+    return pairs.bernoulli_divergence(
+        pairs.neighbor_shares(target), pairs.neighbor_shares(pairs.local_distances(follower))
+    )
 
 
 def _logits(outputs: Outputs | None, which: str) -> jax.Array:
@@ -393,41 +398,3 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     chex.assert_shape(labels, logits.shape[:1])
     log_probabilities = jax.nn.log_softmax(logits)
     return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
-
-
-def _off_diagonal(size: int) -> jax.Array:
-    return ~jnp.eye(size, dtype=bool)
-
-
-def _local_distances(outputs: jax.Array) -> jax.Array:
-    """Cosine distances minus each row's nearest one, ``[batch, batch]``; the diagonal is junk."""
-    squared = jnp.sum(jnp.square(outputs), axis=-1, keepdims=True)
-    nonzero = squared > 1e-24
-    # Two `where`s: the gradient of the branch not taken must be finite too.
-    directions = jnp.where(nonzero, outputs * jax.lax.rsqrt(jnp.where(nonzero, squared, 1.0)), 0.0)
-    distances = 1.0 - directions @ directions.T
-    others = jnp.where(_off_diagonal(len(outputs)), distances, 4.0)  # 4: beyond every distance
-    return distances - jnp.min(others, axis=-1, keepdims=True)
-
-
-def _pull_to_labels(distances: jax.Array, error: jax.Array, labels: jax.Array) -> jax.Array:
-    """Replaces distances by what labels say where the reference predicts labels badly."""
-    doubt = jnp.tanh((error[:, None] + error[None, :]) / 32.0)
-    sign = jnp.where(labels[:, None] == labels[None, :], -1.0, 1.0)
-    return (1.0 - doubt) * distances + 2.0 * sign * doubt
-
-
-def _neighbours(distances: jax.Array) -> jax.Array:
-    """Distances to similarities in [0, 1] whose rows, without the diagonal, sum to 1."""
-    similarities = 1.0 - jnp.clip(distances, 0.0, 2.0) / 2.0
-    similarities = jnp.where(_off_diagonal(len(distances)), similarities, 0.0)
-    total = jnp.sum(similarities, axis=-1, keepdims=True)
-    return similarities / jnp.maximum(total, _STABILIZER)
-
-
-def _bernoulli_divergence(p: jax.Array, q: jax.Array) -> jax.Array:
-    """Symmetric KL of Bernoulli variables, summed over each row: ``(p - q)(logit p - logit q)``."""
-    p = jnp.clip(p, _STABILIZER, 1.0 - _STABILIZER)
-    q = jnp.clip(q, _STABILIZER, 1.0 - _STABILIZER)
-    logit_difference = jnp.log(p) - jnp.log1p(-p) - jnp.log(q) + jnp.log1p(-q)
-    return jnp.sum((p - q) * logit_difference, axis=-1)

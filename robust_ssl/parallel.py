@@ -1,139 +1,31 @@
 """The only place that knows of devices: `pmap`, `shard_map` or `jit` over a mesh, one interface.
 
-A *step* is written once, for the part of the batch that one device holds, and is told the name of
-the device axis (None under ``jit``, where the compiler sees the global batch).  What it must do is
-gather the small outputs that a loss compares across the batch (`gather`) and average gradients
-(`average`); then the result does not depend on how many devices there are.
+A *step* is written once, for the part of the batch that one device holds.  It is given the name of
+the device axis: None under ``jit``, where the compiler sees the global batch.  It gathers the small
+outputs that a loss compares across the batch (`gather`) and averages gradients (`average`).  Then
+the result does not depend on how many devices there are.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import functools
-import os
-import pathlib
-import tempfile
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from robust_ssl.xla import limit_in_flight
+
 AXIS = "devices"
-METHODS = ("pmap", "shard_map", "jit")
-MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
-MOST_MEMORY_MAPS = 20_000  # of the 65,530 that Linux gives a process
-PATIENCE = 600  # seconds that one CPU device waits for another
-IN_FLIGHT = 4  # calls of a step on several CPU devices before the host waits for the oldest
+KINDS = ("pmap", "shard_map", "jit")
 
-
-def use_every_core() -> None:
-    """Gives each CPU core a device of its own; call it before JAX is first used.
-
-    One convolution keeps about one thread busy on XLA:CPU, so two cores are best fed by two
-    devices that run the sharded step.  Takes a power of two, at most `MOST_CPU_DEVICES`, so that
-    the usual batches divide over them.  Does nothing when JAX has already started, and has no
-    effect on accelerators.
-    """
-    wait_for_late_devices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = min(1 << (cores.bit_length() - 1), MOST_CPU_DEVICES)
-    try:
-        jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:  # the backend is already up, with the devices it has
-        return
-
-
-def wait_for_late_devices(seconds: int = PATIENCE) -> None:
-    """Has CPU devices wait for each other; call it before JAX is first used.
-
-    On a machine that is busy with other work one device may be half a minute behind another, and
-    XLA aborts the whole process where an exchange between them waits for 40 seconds.  What
-    ``XLA_FLAGS`` says of it already is kept.
-
-    Args:
-      seconds: After which the process is aborted.
-    """
-    flag, flags = "--xla_cpu_collective_call_terminate_timeout_seconds", os.environ.get("XLA_FLAGS")
-    if flag not in (flags or ""):
-        os.environ["XLA_FLAGS"] = " ".join(filter(None, [flags, f"{flag}={seconds}"]))
-
-
-def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:
-    """Drops all compiled programs if they hold many memory maps; for between two parts of a run.
-
-    On a CPU every compiled program takes memory maps, of which Linux gives a process a fixed
-    number; a comparison of thirty methods needs more, and XLA then dies without an exception.
-    What is needed again is compiled again, or read from the persistent cache.
-
-    Args:
-      most: Memory maps that are few enough.
-
-    Returns:
-      Whether programs were dropped; never where a process cannot count its maps.
-    """
-    try:
-        maps = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
-    except OSError:
-        return False
-    if maps > most:
-        jax.clear_caches()
-    return maps > most
-
-
-def use_cache(directory: str | None) -> None:
-    """Keeps every compiled program, however small, in a directory; None keeps none.
-
-    A setting of the whole process, as all of JAX's are.
-    """
-    _configure_cache((directory, 0, -1) if directory else (None, 1, 0))
-
-
-@contextlib.contextmanager
-def cache_in(directory: str | None) -> Iterator[None]:
-    """As `use_cache`, until the block is left."""
-    before = [getattr(jax.config, name) for name in _CACHE]
-    use_cache(directory)
-    try:
-        yield
-    finally:
-        _configure_cache(before)
-
-
-@contextlib.contextmanager
-def shared_programs() -> Iterator[None]:
-    """Compiles what is alike once, however many steps, attacks or points of a sweep it is part of.
-
-    Where JAX's compilation cache is on (the command line turns it on), nothing is changed; else
-    there is one in a temporary directory until the block is left.
-    """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
-        yield
-        return
-    with (
-        tempfile.TemporaryDirectory(prefix="robust_ssl_programs_") as directory,
-        cache_in(directory),
-    ):
-        yield
-
-
-_CACHE = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-)
-
-
-def _configure_cache(values: Sequence[Any]) -> None:
-    for name, value in zip(_CACHE, values, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks at its settings once
+_log = logging.getLogger(__name__)
 
 
 def gather(tree: Any, axis_name: str | None) -> Any:
@@ -157,7 +49,7 @@ class Parallel:
 
     Attributes:
       devices: The devices, in order; all processes' devices on a cluster.
-      method: ``"pmap"`` (the default), ``"shard_map"`` or ``"jit"``.
+      kind: ``"pmap"`` (the default), ``"shard_map"`` or ``"jit"``.  Their results agree.
 
     Example:
       >>> parallel = Parallel.create(num_devices=2)
@@ -170,35 +62,39 @@ class Parallel:
     """
 
     devices: tuple[Any, ...]
-    method: str = "pmap"
+    kind: str = "pmap"
 
     @classmethod
-    def create(cls, *, num_devices: int | None = None, method: str = "pmap") -> Parallel:
+    def create(cls, *, num_devices: int | None = None, kind: str = "pmap") -> Parallel:
         """Takes all devices, or the first `num_devices`.
 
+        A JAX that has no `jax.pmap` any more gets ``"shard_map"`` for it.
+
         Raises:
-          ValueError: If there are fewer devices than asked for, or the method is not known.
+          ValueError: If there are fewer devices than asked for, or the kind is not known.
         """
         devices = jax.devices()
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        if kind == "pmap" and not hasattr(jax, "pmap"):
+            _log.warning("this jax has no pmap; shard_map is used, the results agree")
         if num_devices is not None and not 1 <= num_devices <= len(devices):
             raise ValueError(
                 f"num_devices={num_devices}, but there are {len(devices)} devices: {devices}"
             )
-        return cls(tuple(devices[:num_devices]), method)
+        return cls(tuple(devices[:num_devices]), kind)
 
     @property
     def axis_name(self) -> str | None:
         """Name of the device axis inside a step; None where the compiler shards by itself."""
-        return None if self.method == "jit" else AXIS
+        return None if self.kind == "jit" else AXIS
 
     @property
-    def _way(self) -> str:
+    def _transform(self) -> str:
         # Among several processes `pmap`, itself a `shard_map` inside, returns each process's own
         # part; state and checkpoints need the global arrays.
-        several = self.method == "pmap" and jax.process_count() > 1
-        return "shard_map" if several else self.method
+        unfit = jax.process_count() > 1 or not hasattr(jax, "pmap")
+        return "shard_map" if self.kind == "pmap" and unfit else self.kind
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -267,16 +163,16 @@ class Parallel:
         Returns:
           A function of (state, batch) where batch leaves are ``[global batch, ...]`` as `put`
           leaves them.  State goes in and comes out unstacked.  The host does not wait for it, but
-          on several CPU devices for the call that was `IN_FLIGHT` before.
+          on several CPU devices for the call that was `xla.IN_FLIGHT` before.
         """
         if len(self.devices) > 1 and self.devices[0].platform == "cpu":
-            return _bounded(self._compile(step, donate, constants))
+            return limit_in_flight(self._compile(step, donate, constants))
         return self._compile(step, donate, constants)
 
     def _compile(self, step: Callable, donate: bool, constants: Any) -> Callable:
         more = () if constants is None else (constants,)
         donated = (0,) if donate else ()
-        if self.method == "jit":
+        if self.kind == "jit":
             compiled = jax.jit(
                 step,
                 in_shardings=(self.replicated, self._sharded, *(self.replicated for _ in more)),
@@ -284,7 +180,7 @@ class Parallel:
                 donate_argnums=donated,
             )
             return compiled if not more else lambda state, batch: compiled(state, batch, *more)
-        if self._way == "shard_map":
+        if self._transform == "shard_map":
             specs = (P(), P(AXIS), *(P() for _ in more))
             spread = jax.shard_map(
                 step, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
@@ -304,8 +200,8 @@ class Parallel:
     def map(self, function: Callable) -> Callable:
         """Compiles ``function(constants, batch) -> per-image results`` for any batch size.
 
-        The batch is padded to a multiple of the device count by repeating its first image, and
-        what was padded is cut off again, so a short last batch counts every image once.
+        The batch is padded to a multiple of the device count by repeating its first image.  What
+        was padded is cut off again, so a short last batch counts every image once.
 
         Args:
           function: Maps constants and ``[n, ...]`` leaves to ``[n, ...]`` leaves, each image by
@@ -332,15 +228,15 @@ class Parallel:
         return call
 
     def _map(self, function: Callable) -> Callable:
-        # One sharding discipline whatever the method: results are per image, so there is nothing
+        # One sharding discipline whatever the kind: results are per image, so there is nothing
         # to gather.
-        if self.method == "jit":
+        if self.kind == "jit":
             return jax.jit(
                 function,
                 in_shardings=(self.replicated, self._sharded),
                 out_shardings=self._sharded,
             )
-        if self._way == "shard_map":
+        if self._transform == "shard_map":
             return jax.jit(
                 jax.shard_map(
                     function,
@@ -361,29 +257,6 @@ class Parallel:
     def _stack(self, x: jax.Array) -> jax.Array:
         """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""
         return x.reshape(len(self.devices), -1, *x.shape[1:])
-
-
-def _bounded(call: Callable) -> Callable:
-    """Lets few calls be in flight: with 32 of them CPU devices that exchange values lock up.
-
-    A CPU device takes up no more than that; where one is full and the other is not, the exchange
-    of the oldest waits for a call that cannot begin.
-    """
-    in_flight: collections.deque = collections.deque()
-
-    def bounded(state, batch):
-        state, info = call(state, batch)
-        result = (jax.tree.leaves(info) or jax.tree.leaves(state))[:1]
-        if not any(isinstance(x, jax.core.Tracer) for x in result):
-            in_flight.append(result)
-        if len(in_flight) > IN_FLIGHT:  # what was donated to a later call is gone
-            jax.block_until_ready([x for x in in_flight.popleft() if not x.is_deleted()])
-        return state, info
-
-    for name in ("lower", "_cache_size"):  # what a jitted function has besides
-        if hasattr(call, name):
-            setattr(bounded, name, getattr(call, name))
-    return bounded
 
 
 def _pad(x: np.ndarray, missing: int) -> np.ndarray:
@@ -411,6 +284,25 @@ def everywhere(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
+def first_process(numbers: Sequence[int]) -> list[int]:
+    """Returns what the first process passes, at most eight numbers from 0, to all of them."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    from jax.experimental import multihost_utils
+
+    padded = np.full(8, -1, np.int32)  # all processes must send one shape
+    padded[: len(numbers[:8])] = numbers[:8]
+    return [int(x) for x in multihost_utils.broadcast_one_to_all(padded) if x >= 0]
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
 def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
     """Runs an iterator in a thread of its own, `depth` items ahead.
 
@@ -425,7 +317,7 @@ def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
     def offer(entry) -> None:
         while not stop.is_set():
             try:
-                return items.put(entry, timeout=0.1)
+                return items.put(entry, timeout=0.1)  # not for ever: the reader may be gone
             except queue.Full:
                 continue
 
@@ -439,6 +331,7 @@ def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
         except BaseException as error:
             offer((None, error))
 
+    # A daemon, so that a process which ends does not wait for what nobody reads.
     threading.Thread(target=work, daemon=True, name="prefetch").start()
     try:
         while True:

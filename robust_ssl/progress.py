@@ -1,7 +1,8 @@
-"""What a person sees while a stage runs, and how she stops it.
+"""What a person sees while a stage runs.
 
-On a terminal this is one bar, elsewhere one line every few seconds.  Neither makes the host wait
-for the devices: a loss is shown once it is there, which may be some steps later.
+On a terminal this is one bar.  Elsewhere it is a line every few seconds where there is news, and a
+sign of life every minute where there is none.  Neither makes the host wait for the devices: a loss
+is shown once it is there, which may be some steps later.
 """
 
 from __future__ import annotations
@@ -9,11 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import itertools
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,15 +18,10 @@ from typing import Any
 MODES = ("auto", "bar", "log", "quiet")
 BAR_SECONDS = 0.5
 LOG_SECONDS = 5.0
+HEARTBEAT_SECONDS = 60.0  # between two lines that say the same
+SLOW = 0.1  # steps a second below which seconds per step are easier to read
 
 _mode = "auto"
-_stop = threading.Event()
-# Far above any step number, by which orbax asks JAX the same question when it saves.
-_looks = itertools.count(1 << 30)
-
-
-class Stopped(Exception):  # noqa: N818 (no error: the state is saved, the run goes on later)
-    """A stage was asked to stop, and its state is on disk."""
 
 
 def set_mode(mode: str) -> None:
@@ -45,57 +37,6 @@ def set_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     _mode = mode
-
-
-def request_stop() -> None:
-    """Asks the running stage to save its state after the current step and to stop."""
-    _stop.set()
-
-
-def stop_requested() -> bool:
-    """Whether somebody asked to stop; a stage looks after every step.
-
-    Several processes all look at the same points, and a SIGTERM to one of them is answered by all
-    at the same one, a little later.
-    """
-    if _stop.is_set():
-        return True
-    from jax.experimental import multihost_utils  # this module does without JAX until then
-
-    return multihost_utils.reached_preemption_sync_point(next(_looks))
-
-
-def clear_stop() -> None:
-    """Forgets a request to stop, before another run in the same process."""
-    _stop.clear()
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Turns the first SIGTERM or Ctrl-C into `request_stop`; a second one ends at once.
-
-    Works in the main thread only, as signals do.  Not for several processes, which must all stop
-    at the same step: there JAX passes the signal on (`stop_requested`).
-    """
-    previous = {}
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def handle(number, frame):
-        request_stop()
-        restore()
-        # print() may be interrupted in the middle of a print(), which is an error.
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
-    clear_stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        restore()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +69,8 @@ class Progress:
           start_step: Steps already done, in a stage that goes on from a checkpoint.
 
         Yields:
-          The bar; call ``bar.update(steps_done, loss=...)`` after every step.
+          The bar; call ``bar.update(steps_done, loss=..., doing=...)`` after every step, and
+          within a long one.
         """
         display = _display(self.mode or _mode)
         bar = Bar(name, total_steps, images_per_step, start_step, display)
@@ -145,6 +87,7 @@ class Bar:
     Attributes:
       finished_steps: Steps known to be computed, not only sent to the devices.
       loss: The latest loss known, or None.
+      doing: What is being done now, or None.
     """
 
     def __init__(self, name: str, total: int, images_per_step: int, start_step: int, display: Any):
@@ -152,20 +95,24 @@ class Bar:
         self.display = display
         self.finished_steps = start_step
         self.loss: float | None = None
-        self._begun = time.monotonic()
+        self.doing: str | None = None
+        self._begun = self._step_begun = time.monotonic()
         self._due = self._begun + display.seconds
+        # Each is a buffer on a device, which lives as long as it is in here.
         self._losses: collections.deque = collections.deque(maxlen=64)
         # (time, steps) of late refreshes: the rate leaves out compiling, and follows changes.
         self._marks: collections.deque = collections.deque(maxlen=20)
 
-    def update(self, step: int, loss: Any = None) -> None:
+    def update(self, step: int, loss: Any = None, doing: str | None = None) -> None:
         """Notes that `step` steps have been sent off; shows it when a refresh is due.
 
         Args:
           step: How many steps of the stage there have been, this one included.
           loss: Scalar array or float, kept until it can be read without waiting; None where a
             step is known to be over when it returns.
+          doing: What is being done now, for stages whose steps are long and differ.
         """
+        self.doing = doing
         self._losses.append((step, loss))
         if not self._marks:  # the first step to end is where measuring begins
             self._read_finished()
@@ -200,25 +147,36 @@ class Bar:
         """Time since the stage began, seconds."""
         return time.monotonic() - self._begun
 
+    @property
+    def seconds_of_step(self) -> float:
+        """Time since the last step known to be over, seconds."""
+        return time.monotonic() - self._step_begun
+
     def describe(self) -> str:
-        """Returns rate, loss and time left, as far as they are known."""
-        parts = []
-        if self.rate and self.images_per_step:
-            parts.append(f"{self.rate * self.images_per_step:,.0f} images/s")
-        elif self.rate:
-            parts.append(f"{self.rate:.3g} steps/s")
+        """Returns what is being done or the rate, loss and time left, as far as they are known."""
+        parts = [self.doing or self._pace()]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4g}")
         if self.seconds_left is not None:
             parts.append(f"{_duration(self.seconds_left)} left")
-        return ", ".join(parts)
+        return ", ".join(filter(None, parts)) or f"{_duration(self.seconds)} so far"
+
+    def _pace(self) -> str:
+        if not self.rate:
+            return ""
+        if self.images_per_step:
+            return f"{self.rate * self.images_per_step:,.0f} images/s"
+        if self.rate < SLOW:
+            return f"{1 / self.rate:.3g} s/step"
+        return f"{self.rate:.3g} steps/s"
 
     def _read_finished(self) -> None:
         for steps, loss in reversed(self._losses):
-            if not hasattr(loss, "is_ready") or loss.is_ready():
+            if not hasattr(loss, "is_ready") or loss.is_ready():  # float() would wait for it
                 if steps > self.finished_steps or not self._marks:
                     self._marks.append((time.monotonic(), steps))
-                self.finished_steps = max(steps, self.finished_steps)
+                if steps > self.finished_steps:
+                    self.finished_steps, self._step_begun = steps, time.monotonic()
                 self._take(loss)
                 return
 
@@ -248,10 +206,24 @@ class _Nothing:
 class _Lines(_Nothing):
     def __init__(self):
         self.seconds = LOG_SECONDS
+        self._news: Any = None
+        self._printed = 0.0
 
     def show(self, bar: Bar) -> None:
-        known = bar.describe() or f"{_duration(bar.seconds)} so far"
-        _say(f"{bar.name}: step {bar.finished_steps}/{bar.total}, {known}")
+        # Long steps are updated many times: "evaluate: step 1/3" once stood there five times.
+        news, now = (bar.finished_steps, bar.doing), time.monotonic()
+        known = bar.describe()
+        if news == self._news:
+            if now < self._printed + HEARTBEAT_SECONDS:
+                return
+            known = ", ".join(
+                filter(None, [bar.doing, f"{_duration(bar.seconds_of_step)} in this step"])
+            )
+        self._news, self._printed = news, now
+        place = f"{bar.finished_steps} of {bar.total}"
+        if not bar.doing:
+            place = f"step {bar.finished_steps}/{bar.total}"
+        _say(f"{bar.name}: {place}, {known}")
 
     def end(self, bar: Bar) -> None:
         loss = "" if bar.loss is None else f", loss {bar.loss:.4g}"
@@ -265,6 +237,7 @@ class _Terminal(_Lines):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
+        super().__init__()
         self.seconds = BAR_SECONDS
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -278,7 +251,7 @@ class _Terminal(_Lines):
         self._progress.start()
 
     def show(self, bar: Bar) -> None:
-        known = bar.describe() or f"{_duration(bar.seconds)} so far"
+        known = bar.describe()
         if self._task is None:
             self._task = self._progress.add_task(bar.name, total=bar.total, known=known)
         self._progress.update(self._task, completed=bar.finished_steps, known=known, refresh=True)

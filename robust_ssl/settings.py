@@ -138,16 +138,17 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
       path_with_arguments: ``configs/gen_af.py`` or ``configs/gen_af.py:downstream=gtsrb32``; the
         file defines ``get_config()`` or ``get_config(text)``, and gets what follows the colon.
       overrides: ``--config.KEY=VALUE`` texts, with the meaning of `ml_collections.config_flags`:
-        the key must exist and the value must have its type.  Fractions may be written as such.
+        a value that is there keeps its type, and fractions may be written as such.  A key that is
+        not there is added: `experiment.plan` refuses what means nothing.
 
     Returns:
       The config, locked.
 
     Raises:
-      SettingsError: If there is no such file, it fails, a key is unknown, or a value does not fit.
+      SettingsError: If there is no such file, it fails, or a value does not fit.
     """
     path, colon, text = path_with_arguments.partition(":")
-    config = _run_file(path, (text,) if colon else ())
+    config = _get_config(path, (text,) if colon else ())
     if not isinstance(config, config_dict.ConfigDict):
         raise SettingsError(
             f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict"
@@ -159,17 +160,24 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
     return config.lock()
 
 
-def _run_file(path: str, arguments: tuple[str, ...]) -> Any:
+def load_beside(file: str, name: str) -> Any:
+    """Loads a config file that lies beside another one, for what both share.
+
+    Args:
+      file: ``__file__`` of the one.
+      name: Of the other, without ``.py``.
+    """
+    return _run_file(os.path.join(os.path.dirname(os.path.abspath(file)), f"{name}.py"))
+
+
+def _get_config(path: str, arguments: tuple[str, ...]) -> Any:
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         files = [os.path.join(folder, name) for name in names if name.endswith(".py")]
         raise SettingsError(f"there is no config file {path}{_near(path, files)}")
-    name = "config_" + re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _run_file(path)
         if not hasattr(module, "get_config"):
             raise SettingsError("defines no get_config()")
         return module.get_config(*arguments)
@@ -181,37 +189,59 @@ def _run_file(path: str, arguments: tuple[str, ...]) -> Any:
         raise SettingsError(f"{where}: {type(error).__name__}: {error}") from error
 
 
+def _run_file(path: str) -> Any:
+    name = "config_" + re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
-    """Sets an entry that is None or a list by default, which config_flags cannot; else False."""
+    """Sets an entry that is new, None or a list, which config_flags cannot; else returns False."""
     from ml_collections.config_flags import config_path
 
     match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
     if match is None:
         raise SettingsError(f"cannot read {argument!r}: write --config.KEY=VALUE")
     key, text = match.groups()
-    _check_key(config, key, config_path)
+    if _add(config, key, _literal(text), config_path):
+        return True
     kind = config_path.get_type(key, config)
     if kind not in (type(None), list):
         return False
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
-        value = text
+    value = _literal(text)
     if kind is list:
         value = list(value) if isinstance(value, list | tuple) else [value]
     config_path.set_value(key, config, value)
     return True
 
 
-def _check_key(config: config_dict.ConfigDict, key: str, config_path: Any) -> None:
-    node, walked = config, "config"
+def _literal(text: str) -> Any:
     try:
-        fields = config_path.split(key)
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _add(config: config_dict.ConfigDict, key: str, value: Any, config_path: Any) -> bool:
+    """Adds an entry, and the sections it lies in, unless it is there.
+
+    A function's bare name that gets an option becomes ``{"function": name}`` first.
+    """
+    try:
+        *parents, last = config_path.split(key)
     except ValueError as error:
         raise SettingsError(f"--config.{key}: cannot read this name ({error})") from None
-    for field in fields:
-        if isinstance(node, config_dict.ConfigDict) and field not in node:
-            raise SettingsError(f"--config.{key}: no {field!r} in {walked}{_near(field, node)}")
+    node, walked = config, "config"
+    for field in parents:
+        if isinstance(node, config_dict.ConfigDict):
+            if field not in node or node[field] is None:
+                node[field] = config_dict.ConfigDict()
+            elif isinstance(node[field], str) and _FUNCTION.fullmatch(node[field]):
+                name = node[field]
+                del node[field]
+                node[field] = config_dict.ConfigDict({"function": name})
         try:
             node = node[field]
         except (TypeError, KeyError, IndexError):
@@ -219,6 +249,20 @@ def _check_key(config: config_dict.ConfigDict, key: str, config_path: Any) -> No
                 f"--config.{key}: {walked} is {node!r} and has no {field!r}"
             ) from None
         walked += f".{field}"
+    if not isinstance(node, config_dict.ConfigDict):
+        _check_place(node, last, key, walked)
+        return False
+    if last in node:
+        return False
+    node[last] = value
+    return True
+
+
+def _check_place(node: Any, last: Any, key: str, walked: str) -> None:
+    try:
+        node[last]
+    except (TypeError, KeyError, IndexError):
+        raise SettingsError(f"--config.{key}: {walked} is {node!r} and has no {last!r}") from None
 
 
 def _set_typed(config: config_dict.ConfigDict, overrides: list[str]) -> None:

@@ -1,12 +1,12 @@
 """Frozen dataclasses that are pytrees, as `flax.struct` has them, which `jax.jit` tells apart.
 
 `flax.struct.dataclass` registers its classes with ``jax.tree_util.register_dataclass``.  Up to jax
-0.12, the newest today, the tree structures of two classes so registered compare *equal* if their
-fields are as many and their static values the same, whatever the classes: ``L2(0.5)`` and
-``Linf(0.5)`` would be one structure.  Their hashes differ, so a compiled function nearly always
-finds the right program; but where the hashes meet in seven bits of a table, in one process of a
-hundred, it silently runs the program of the other class.  The classes of this package, and those
-that are put into it, are therefore registered the general way, which compares classes.
+0.12, the tree structures of two such classes compare *equal* if they have as many fields and the
+same static values: ``L2(0.5)`` and ``Linf(0.5)`` would be one structure.  Their hashes differ, so a
+compiled function nearly always finds the right program.  Where the hashes meet in seven bits of a
+table, in one process of a hundred, it silently runs the program of the other class.  The classes of
+this package, and those that are put into it, are registered the general way, which compares
+classes.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def dataclass(cls: type[T]) -> type[T]:
       >>> jax.tree.map(lambda leaf: 2 * leaf, Shift(0.25)).replace(axis=1)
       Shift(by=0.5, axis=1)
     """
-    made: Any = dataclasses.dataclass(frozen=True)(cls)
-    fields = [(f.name, f.metadata.get("pytree_node", True)) for f in dataclasses.fields(made)]
+    frozen: Any = dataclasses.dataclass(frozen=True)(cls)
+    fields = [(f.name, f.metadata.get("pytree_node", True)) for f in dataclasses.fields(frozen)]
     children = [name for name, is_child in fields if is_child]
     static = [name for name, is_child in fields if not is_child]
 
@@ -58,8 +58,9 @@ def dataclass(cls: type[T]) -> type[T]:
         return list(zip(map(GetAttrKey, children), leaves, strict=True)), rest
 
     def unflatten(rest, leaves):
-        return made(**dict(zip([*children, *static], [*leaves, *rest], strict=True)))
+        return frozen(**dict(zip([*children, *static], [*leaves, *rest], strict=True)))
 
-    made.replace = dataclasses.replace
-    jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
-    return made
+    frozen.replace = dataclasses.replace
+    # `flatten` besides, since it is what every call of a compiled function does, and is faster.
+    jax.tree_util.register_pytree_with_keys(frozen, flatten_with_keys, unflatten, flatten)
+    return frozen

@@ -6,6 +6,7 @@ through `jax.jit`, `jax.vmap` and `jax.pmap`, saved, and compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,33 @@ import jax.numpy as jnp
 from robust_ssl import struct
 
 Variables = Mapping[str, Any]  # {"params": tree, "batch_stats": tree, ...}
+
+_COLUMNS = 100  # of a line of a repr
+
+
+def _kind(leaf: Any) -> str:
+    """Returns ``float32[2, 64]``; leaves may be tracers, or placeholders without a shape."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return "None" if leaf is None else type(leaf).__name__
+
+
+def _size(tree: Any) -> str:
+    """Returns how many arrays and numbers there are in a tree."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return f"{len(shapes)} arrays, {sum(map(math.prod, shapes)):,} numbers"
+
+
+def _count(variables: Any) -> str:
+    params = variables.get("params") if isinstance(variables, Mapping) else None
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params) if hasattr(leaf, "shape")]
+    return f"{sum(map(math.prod, shapes)):,} parameters"
+
+
+def _lines(*lines: str) -> str:
+    """Joins lines, of which none is longer than `_COLUMNS` nor has a line break in it."""
+    lines = [line if "\n" not in line else " ".join(line.split()) for line in lines]
+    return "\n".join(x if len(x) <= _COLUMNS else x[: _COLUMNS - 3] + "..." for x in lines)
 
 
 @struct.dataclass
@@ -32,6 +60,15 @@ class Outputs:
     features: jax.Array
     logits: jax.Array | None = None
     taps: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Shows shapes instead of numbers."""
+        shown = [f"{name}: {_kind(leaf)}" for name, leaf in list(self.taps.items())[:2]]
+        more = [f"{len(self.taps) - 2} more"] if len(self.taps) > 2 else []
+        return _lines(
+            f"Outputs(features: {_kind(self.features)}, logits: {_kind(self.logits)})",
+            *([f"  taps: {', '.join(shown + more)}"] if shown else []),
+        )
 
     def without_taps(self) -> Outputs:
         """Returns the same outputs with no intermediate activations."""
@@ -92,6 +129,18 @@ class Encoder:
     preprocess: Callable[[jax.Array], jax.Array] | None = struct.field(
         pytree_node=False, default=None
     )
+
+    # What `dataclasses` would write holds every weight: 195,830 characters for a ResNet-18, in each
+    # traceback and notebook cell that shows one.
+    def __repr__(self) -> str:
+        """Shows what the encoder is, without its weights."""
+        mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
+        return _lines(
+            f"Encoder {self.name!r}: {type(self.module).__name__}, {_count(self.variables)}",
+            f"  images {self.image_size}x{self.image_size}x3 to {self.dim} features",
+            f"  (image - ({mean})) / ({std})",
+            *([] if self.preprocess is None else [f"  after {self.preprocess!r}"]),
+        )
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Turns pixels in [0, 1] into what the module was trained on; float32, same shape.
@@ -169,6 +218,14 @@ class Classifier:
     head_variables: Variables
     head: nn.Module = struct.field(pytree_node=False)
     num_classes: int = struct.field(pytree_node=False)
+
+    def __repr__(self) -> str:
+        """Shows what the classifier is, without its weights."""
+        return _lines(
+            f"Classifier: {self.num_classes} classes, head {type(self.head).__name__}, "
+            f"{_count(self.head_variables)}",
+            *(f"  {line}" for line in repr(self.encoder).splitlines()),
+        )
 
     @property
     def image_size(self) -> int:
@@ -277,6 +334,14 @@ class TrainState:
     opt_state: Any
     counters: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Shows how much there is instead of the numbers."""
+        return _lines(
+            f"TrainState(step: {_kind(self.step)}, counters: {', '.join(self.counters) or None})",
+            f"  variables: {_size(self.variables)}",
+            f"  opt_state: {_size(self.opt_state)}",
+        )
+
 
 Loss = Callable[[LossInputs], jax.Array]  # -> [batch], minimized
 Objective = Callable[[AttackInputs], jax.Array]  # -> scalar, maximized
@@ -318,7 +383,9 @@ class Threat(Protocol):
       image's index to what `apply` gets as `key`;
     * ``check(image_shape)``: raises ValueError where the budget makes no sense.
 
-    `threats.Patch` brings all of them, `threats.Band` those that speak of the delta alone.
+    `threats.Patch` brings all of them, `threats.Band` those that speak of the delta alone.  A
+    dataclass of numbers, arrays and strings can be saved with what was fitted under it; its class
+    is passed to load it (`threats.check_saveable`).
     """
 
     def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:

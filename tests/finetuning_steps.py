@@ -49,7 +49,7 @@ def batches(count, size=8):
 
 
 def run(net, tx, steps, *, parallel=None, **arguments):
-    parallel = parallel or Parallel.create(num_devices=1, method="jit")
+    parallel = parallel or Parallel.create(num_devices=1, kind="jit")
     step = make_step(net, tx, key=KEY, axis_name=parallel.axis_name, **arguments)
     step = parallel.compile(step)
     state, metrics = init_state(net, tx), []

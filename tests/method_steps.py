@@ -44,7 +44,7 @@ def run(
 
 def _run(method, num_steps, num_devices, layout, learning_rate):
     encoder, tx = tiny.encoder(), optax.sgd(learning_rate, momentum=0.9)
-    parallel = Parallel.create(num_devices=num_devices, method=layout)
+    parallel = Parallel.create(num_devices=num_devices, kind=layout)
     step = parallel.compile(
         pretraining.make_step(
             encoder,

@@ -69,8 +69,8 @@ def test_on_a_linear_loss_the_pool_climbs_to_the_best_allowed_perturbation(name)
     threat, images, weights = THREATS[name], gray(6), slopes(6)
     pool = UniversalPool(threat, clean_share=0.0, size=1)
     start = pool.init(KEY, SHAPE, batch_size=6)
-    (found,) = climb(pool, start, images, weights, 60)
-    np.testing.assert_allclose(found, optimum(threat, weights.mean(0)), atol=1e-5)
+    (deltas,) = climb(pool, start, images, weights, 60)
+    np.testing.assert_allclose(deltas, optimum(threat, weights.mean(0)), atol=1e-5)
 
 
 def test_each_member_climbs_on_its_own_images_alone():
@@ -82,10 +82,10 @@ def test_each_member_climbs_on_its_own_images_alone():
     clean = np.abs(moved).max((1, 2, 3)) == 0
     member = np.where(clean, -1, distances.argmin(1))
     assert set(member) == {-1, 0, 1, 2} and distances.min(1)[~clean].max() < 1e-6
-    found = climb(pool, start, images, weights, 20)
+    deltas = climb(pool, start, images, weights, 20)
     for k in range(3):
         expected = optimum(pool.threat, weights[member == k].mean(0))
-        np.testing.assert_allclose(found[k], expected, atol=2e-6)
+        np.testing.assert_allclose(deltas[k], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", THREATS)
@@ -145,7 +145,7 @@ def test_one_member_in_turn_is_drawn_anew_and_the_others_are_not_touched():
     deltas, nothing = pool.init(KEY, SHAPE, batch_size=2), jnp.zeros((3, *SHAPE))
     kept = within_budget(deltas[0], threat)
     np.testing.assert_allclose(kept, deltas[0], atol=1e-7)
-    drawn = []
+    renewals = []
     for step in range(16):
         key = jax.random.fold_in(KEY, step)
         after = pool.update(deltas, nothing, key, jnp.asarray(step))
@@ -153,10 +153,10 @@ def test_one_member_in_turn_is_drawn_anew_and_the_others_are_not_touched():
         if (step + 1) % 4:
             assert renewed == [], step
         else:
-            drawn += renewed
+            renewals += renewed
             np.testing.assert_array_equal(after[renewed[0]], random_delta(key, SHAPE, threat))
         deltas = after
-    assert drawn == [1, 2, 0, 1]
+    assert renewals == [1, 2, 0, 1]
     never = pool.replace(renew_every=None).update(deltas, nothing, KEY, jnp.asarray(3))
     np.testing.assert_allclose(never, deltas, atol=1e-7)
 
@@ -213,7 +213,7 @@ ON_ATTACKED = {"attacked": (losses.adversarial_cross_entropy, 1.0)}
 
 def one_step(attack, tx, parallel=None, **arguments):
     """Returns the first state of a training against an adversary and its compiled step."""
-    parallel = parallel or Parallel.create(num_devices=1, method="jit")
+    parallel = parallel or Parallel.create(num_devices=1, kind="jit")
     arguments = {"losses": ON_ATTACKED, "batch_statistics": "adversarial", **arguments}
     step = make_step(net(), tx, key=KEY, attack=attack, axis_name=parallel.axis_name, **arguments)
     compiled = parallel.compile(step)
@@ -371,15 +371,15 @@ def test_a_step_that_is_not_finite_leaves_the_perturbations_too(adversary):
     ],
 )
 def test_perturbations_do_not_depend_on_the_devices(method, adversary):
-    found = []
+    endings = []
     for parallel in (
-        Parallel.create(num_devices=1, method="jit"), Parallel.create(num_devices=4, method=method)
+        Parallel.create(num_devices=1, kind="jit"), Parallel.create(num_devices=4, kind=method)
     ):  # fmt: skip
         state, step = one_step(adversary, optax.sgd(0.1), parallel)
         for _ in range(2):
             state, _ = step(state, batch())
-        found.append(jax.device_get(state.variables))
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        endings.append(jax.device_get(state.variables))
+    for a, b in zip(*map(jax.tree.leaves, endings), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 

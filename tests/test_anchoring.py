@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from robust_ssl.finetuning.anchoring import pull_to_start
+from robust_ssl.optimizers.anchoring import pull_to_start
 
 
 def start():
@@ -33,21 +33,21 @@ def descend(tx, params, steps, gradient=0.0):
 def test_without_a_loss_weights_come_home_at_the_geometric_rate():
     weight, rate, steps = 0.5, 0.2, 7
     tx = optax.chain(pull_to_start(start(), weight), optax.sgd(rate))
-    found = descend(tx, moved(), steps)
+    weights = descend(tx, moved(), steps)
     left = 4.0 * (1 - rate * weight) ** steps
     expected = jax.tree.map(lambda x: x + left, start()["encoder"])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["encoder"], expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), weights["encoder"], expected
     )
-    np.testing.assert_array_equal(found["head"]["kernel"], moved()["head"]["kernel"])
+    np.testing.assert_array_equal(weights["head"]["kernel"], moved()["head"]["kernel"])
     home = descend(tx, moved(), 400)["encoder"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), home, start()["encoder"])
 
 
 def test_against_a_constant_gradient_it_comes_to_rest_where_the_forces_are_equal():
     tx = optax.chain(pull_to_start(start(), 0.5), optax.sgd(0.5))
-    found = descend(tx, start(), 100, gradient=1.0)["encoder"]["conv"]["kernel"]
-    np.testing.assert_allclose(found, np.array([[1.0, -2.0]]) - 1.0 / 0.5, rtol=1e-5)
+    weights = descend(tx, start(), 100, gradient=1.0)["encoder"]["conv"]["kernel"]
+    np.testing.assert_allclose(weights, np.array([[1.0, -2.0]]) - 1.0 / 0.5, rtol=1e-5)
 
 
 def test_it_is_the_gradient_of_the_penalty_for_any_traced_weight():

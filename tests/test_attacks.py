@@ -13,7 +13,7 @@ from robust_ssl import attacks, models, objectives, struct, threats
 from robust_ssl.attacks import per_image, universal
 from robust_ssl.models.generator import Generator, mix, upsampling_convolution
 from robust_ssl.parallel import Parallel
-from robust_ssl.types import Encoder, Outputs
+from robust_ssl.types import AttackInputs, Encoder, Outputs
 
 SHAPE = (8, 8, 3)
 KEY = jax.random.key(0)
@@ -156,7 +156,7 @@ def test_the_objective_never_ends_below_its_start(attack, objective):
     model = _classifier()
 
     def value(image, adversarial, label):
-        inputs = universal.AttackInputs(
+        inputs = AttackInputs(
             model(image[None]),
             model(adversarial[None]),
             image[None],
@@ -287,7 +287,7 @@ def _fit(
         keys=keys,
         epsilons=budgets,
         image_shape=SHAPE,
-        parallel=Parallel.create(num_devices=devices, method=method),
+        parallel=Parallel.create(num_devices=devices, kind=method),
         **more,
     )
 
@@ -343,7 +343,7 @@ def test_an_l2_budget_is_kept_by_every_attack():
 
 
 def test_another_encoder_or_step_size_does_not_compile_again():
-    parallel = Parallel.create(num_devices=2, method="jit")
+    parallel = Parallel.create(num_devices=2, kind="jit")
     _fit(attacks.UniversalPGD(step_size=0.02), devices=2, method="jit", steps=2)
     compiled = universal._fit_step(parallel)
     before = compiled._cache_size()

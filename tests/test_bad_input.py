@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from robust_ssl import checkpoints, main, parallel, progress, stages
+from robust_ssl import experiment, parallel, progress, stopping
+from robust_ssl.cli import main
+from robust_ssl.experiment import stages
+from robust_ssl.workdir import WorkdirError
 
 QUICKSTART = str(tiny.CONFIGS / "quickstart.py")
 
@@ -58,8 +61,12 @@ def needs_attack(inputs):
 
 
 def data(how, **options):
-    source = {"source": "test_bad_input:spoiled", "how": how, "validation": 0.25, **options}
+    source = {"function": "test_bad_input:spoiled", "how": how, "validation": 0.25, **options}
     return {"downstream": source}
+
+
+def recipe(**entries):
+    return {"stages": ("train",), "recipes.mine": {"batch_size": 16, **entries}}
 
 
 CASES = {
@@ -79,95 +86,99 @@ CASES = {
     "an empty split": (data("empty"), ["(train) is empty", "another split"]),
     "an empty test split": (data("empty", only="test"), ["(test) is empty"]),
     "no validation": (data("", validation=0.0), ["(0, 1)", "got 0.0"]),
-    "no labels": ({"downstream": {"source": "tiny:unlabelled", "validation": 0.25}}, ["no labels"]),
+    "no labels": (
+        {"downstream": {"function": "tiny:unlabelled", "validation": 0.25}},
+        ["no labels"],
+    ),
     "no such function": (
-        {"downstream": {"source": "test_bad_input:spoilt", "validation": 0.25}},
+        {"downstream": {"function": "test_bad_input:spoilt", "validation": 0.25}},
         ["no function 'spoilt'"],
     ),
     "surrogate of another size": (
-        {"surrogate": {"source": "tiny:unlabelled", "size": 6}},
+        {"surrogate": {"function": "tiny:unlabelled", "size": 6}},
         ["6x6", "config.surrogate"],
     ),
-    "an epsilon below 0": ({"attack.epsilon": -0.1}, ["[0, 1]", "got -0.1", "config.attack"]),
-    "an epsilon above 1": ({"attack.epsilon": 8.0}, ["8/255", "got 8.0", "config.attack"]),
-    "a budget above 1": ({"attack.curve": (0.1, 2.0)}, ["[0, 1]", "got 2.0", "config.attack"]),
+    "an epsilon below 0": ({"suite.epsilon": -0.1}, ["suite.epsilon", "in [0, 1], got -0.1"]),
+    "an epsilon above 1": ({"suite.epsilon": 8.0}, ["[0, 1]", "got 8.0", "config.suite"]),
+    "a budget above 1": ({"suite.curve": (0.1, 2.0)}, ["[0, 1]", "got 2.0", "config.suite"]),
     "a training epsilon above 1": (
-        {"finetune.attack.epsilon": 1.5},
-        ["[0, 1]", "got 1.5", "config.finetune.attack"],
+        {"recipes.gen_af_stage1.epsilon": 1.5},
+        ["[0, 1]", "got 1.5", "config.recipes.gen_af_stage1.epsilon"],
     ),
     "a scoring epsilon below 0": (
-        {"evaluate.per_image.epsilon": -1.0},
-        ["[0, 1]", "got -1.0", "config.evaluate"],
+        {"scoring.per_image.budgets": (-1.0,)},
+        ["at least 0, got -1.0", "config.scoring.per_image.budgets"],
     ),
     "an adv_ratio above 1": (
-        {"finetune.adv_ratio": 1.5},
-        ["adv_ratio must be in [0, 1]", "got 1.5", "config.finetune"],
+        {"recipes.gen_af_stage1.adv_ratio": 1.5},
+        ["adv_ratio", "in [0, 1], got 1.5", "config.recipes.gen_af_stage1"],
     ),
-    "an adv_ratio below 0": ({"finetune.adv_ratio": -0.5}, ["adv_ratio must be in [0, 1]"]),
+    "an adv_ratio below 0": (
+        {"recipes.gen_af_stage1.adv_ratio": -0.5},
+        ["adv_ratio", "in [0, 1], got -0.5"],
+    ),
     "a pattern that matches nothing": (
-        {"usual.rates": {"encoder/**": 1e-3, "head/**": 1e-3, "encoder/stem/**": 1e-4}},
-        ["'encoder/stem/**'", "config.usual"],
+        recipe(rates={"encoder/**": 1e-3, "head/**": 1e-3, "encoder/stem/**": 1e-4}),
+        ["'encoder/stem/**'", "config.recipes.mine.rates"],
     ),
     "a layer without a rate": (
-        {"finetune.rates": {"encoder/**": 1e-3}},
-        ["head/linear/kernel", "config.finetune"],
+        recipe(rates={"encoder/**": 1e-3}),
+        ["head/linear/kernel", "config.recipes.mine.rates"],
     ),
     "a loss that takes the mean": (
-        {"finetune.losses": {"mine": ("test_bad_input:batch_mean", 1.0)}},
-        ["'mine'", "[batch]", "do not take the mean", "config.finetune"],
-    ),
-    "such a loss in usual fine-tuning": (
-        {"usual.losses": {"mine": ("test_bad_input:batch_mean", 1.0)}},
-        ["'mine'", "[batch]", "config.usual"],
-    ),
-    "such a loss in the second stage": (
-        {"stage2.losses": {"mine": ("test_bad_input:batch_mean", 1.0)}},
-        ["'mine'", "[batch]", "config.stage2"],
+        recipe(losses={"mean": "test_bad_input:batch_mean"}),
+        ["'mean'", "[batch]", "do not take the mean", "config.recipes.mine"],
     ),
     "a loss that misses its inputs": (
-        {"stage2.losses": {"mine": ("test_bad_input:needs_attack", 1.0)}},
-        ["'mine'", "config.stage2"],
+        recipe(losses={"blind": "test_bad_input:needs_attack"}),
+        ["'blind'", "config.recipes.mine"],
     ),
     "a loss that is not there": (
-        {"finetune.losses": {"mine": ("test_bad_input:batch_men", 1.0)}},
-        ["did you mean batch_mean"],
+        recipe(losses={"mean": "test_bad_input:batch_men"}),
+        ["did you mean batch_mean", "config.recipes.mine.losses.mean"],
     ),
     "an augmentation that is not there": (
-        {"stage2.augment": "robust_ssl.pretraining:flip_and_shif"},
-        ["did you mean flip_and_shift", "config.stage2"],
+        recipe(augment="robust_ssl.pretraining:flip_and_shif"),
+        ["did you mean flip_and_shift", "config.recipes.mine.augment"],
     ),
     "an attack that is not there": (
-        {"attack.methods": {"uap": {"function": "robust_ssl.attacks:UniversalPDG"}}},
-        ["did you mean UniversalPGD", "config.attack"],
+        {"suite.attacks": {"uap": "robust_ssl.attacks:UniversalPDG"}},
+        ["did you mean UniversalPGD", "config.suite.attacks.uap"],
     ),
     "an option the attack has not": (
-        {"attack.methods": {"uap": {"function": "robust_ssl.attacks:UniversalPGD", "size": 1}}},
-        ["'uap'", "size"],
+        {"suite.attacks": {"uap": {"function": "robust_ssl.attacks:UniversalPGD", "size": 1}}},
+        ["config.suite.attacks.uap.size"],
     ),
     "a per-image attack that is not there": (
-        {"evaluate.per_image.attacks": ("fgsm",)},
-        ["'fgsm'", "embed", "pgd"],
+        {"scoring.per_image.attacks": {"fgsm": "robust_ssl.attacks:FGMS"}},
+        ["did you mean FGSM", "config.scoring.per_image.attacks.fgsm"],
     ),
-    "a model that is not there": ({"evaluate.models": ("stage3",)}, ["stage3", "stage2"]),
-    "a stage that is not there": ({"stages": ("atack",)}, ["atack", "attack", "evaluate"]),
+    "a recipe that is not there": (
+        {"compare.baseline": "baselin"},
+        ["config.compare.baseline", "did you mean 'baseline'"],
+    ),
+    "a stage that is not there": ({"stages": ("atack",)}, ["'atack'", "did you mean 'attack'"]),
     "no stage": ({"stages": ()}, ["config.stages", "empty"]),
-    "a batch larger than the set": ({"usual.batch_size": 512}, ["512", "48", "config.usual"]),
-    "a batch that does not divide": ({"stage2.batch_size": 15}, ["15", "multiple of 2"]),
+    "a batch larger than the set": (recipe(batch_size=512), ["512", "48", "config.recipes.mine"]),
+    "a batch that does not divide": (recipe(batch_size=15), ["15", "multiple of 2"]),
     "an encoder that is not shipped": (
         {"encoder": {"path": "simclr-of-dreams"}},
         ["simclr-of-dreams", "config.encoder"],
     ),
-    "no such builder": ({"encoder": {"builder": "resnet19"}}, ["resnet19", "resnet18"]),
-    "a head that is not there": ({"downstream_head": "mpl"}, ["mpl", "linear"]),
+    "no such builder": (
+        {"encoder": {"function": "robust_ssl.models:resnet19"}},
+        ["resnet19", "did you mean resnet18"],
+    ),
+    "a head that is not there": (recipe(head="mpl"), ["'mpl'", "did you mean 'mlp'"]),
 }
 
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """A workdir with earlier work in it, in which no stage may begin."""
-    for name in stages.STAGES:
-        monkeypatch.setitem(stages.STAGES, name, lambda run: pytest.fail("a stage was begun"))
-    for file in ("results.json", "usual/manifest.json", "usual/final/weights"):
+    for name in stages._RUN:
+        monkeypatch.setitem(stages._RUN, name, lambda run: pytest.fail("a stage was begun"))
+    for file in ("results.json", "train/manifest.txt", "train/weights"):
         (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / file).write_text("earlier work")
     return tmp_path / "run"
@@ -189,17 +200,17 @@ def attempt(workdir, changes):
             del node[last]
         node[last] = value
     layout = parallel.Parallel.create(num_devices=2)
-    stages.run(config, workdir, parallel=layout, progress=progress.Progress("quiet"))
+    experiment.run(config, workdir, parallel=layout, progress=progress.Progress("quiet"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_refused_before_the_first_step(case, workdir):
-    changes, said = CASES[case]
+    changes, words = CASES[case]
     before = snapshot(workdir)
-    with pytest.raises(stages.UsageError) as refused:
+    with pytest.raises(experiment.UsageError) as refused:
         attempt(workdir, changes)
-    for words in said:
-        assert words in str(refused.value)
+    for word in words:
+        assert word in str(refused.value)
     assert snapshot(workdir) == before
 
 
@@ -211,20 +222,20 @@ def test_the_same_config_unspoiled_is_accepted(workdir):
 def test_a_misspelt_data_set_is_answered_with_near_ones(workdir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(workdir.parent / "tfds"))
     before = snapshot(workdir)
-    with pytest.raises(stages.UsageError, match=r"'cifra10' is not known to TFDS.*cifar10"):
+    with pytest.raises(experiment.UsageError, match=r"'cifra10' is not known to TFDS.*cifar10"):
         attempt(workdir, {"downstream": {"source": "cifra10", "validation": 0.1}})
     assert snapshot(workdir) == before
 
 
 def test_a_data_set_not_prepared_yet_is_answered_with_the_command(workdir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(workdir.parent / "tfds"))
-    with pytest.raises(stages.UsageError, match=r"robust-ssl\[prepare\].* tfds build cifar10 "):
+    with pytest.raises(experiment.UsageError, match=r"robust-ssl\[prepare\].* tfds build cifar10 "):
         attempt(workdir, {"surrogate": {"source": "cifar10"}})
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(checkpoints.WorkdirError, match=re.escape(f"{tmp_path}/file/run")):
+    with pytest.raises(WorkdirError, match=re.escape(f"{tmp_path}/file/run")):
         attempt(tmp_path / "file" / "run", {})
     assert (tmp_path / "file").read_text() == "not a folder"
 
@@ -234,7 +245,7 @@ def test_a_read_only_workdir_is_named(tmp_path):
     folder.mkdir(mode=0o500)
     if os.access(folder, os.W_OK):
         pytest.skip("this user may write anywhere")
-    with pytest.raises(checkpoints.WorkdirError, match="cannot write"):
+    with pytest.raises(WorkdirError, match="cannot write"):
         attempt(folder, {})
 
 
@@ -246,7 +257,7 @@ def command(monkeypatch):
     monkeypatch.setattr(main, "_start_jax", lambda arguments, several: jax.devices())
     yield lambda *arguments: main.main(["run", f"--config={QUICKSTART}", *arguments])
     progress.set_mode("auto")
-    progress.clear_stop()
+    stopping.clear_stop()
 
 
 def test_a_missing_workdir_is_a_usage_error(command, capsys):
@@ -258,17 +269,19 @@ def test_a_missing_workdir_is_a_usage_error(command, capsys):
 
 def test_an_unknown_setting_is_a_usage_error(command, capsys, tmp_path):
     workdir = tmp_path / "run"
-    assert command(f"--workdir={workdir}", "--config.finetune.adv_ration=1.0") == main.USAGE
-    said = capsys.readouterr().err
-    assert "config.finetune.adv_ration" in said and "did you mean adv_ratio" in said
+    setting = "--config.recipes.gen_af_stage1.adv_ration=1.0"
+    assert command(f"--workdir={workdir}", setting) == main.USAGE
+    text = capsys.readouterr().err
+    assert "'adv_ration' in config.recipes.gen_af_stage1" in text
+    assert "did you mean 'adv_ratio'" in text
     assert not workdir.exists()
 
 
 def test_bad_input_is_a_usage_error_on_the_command_line(command, capsys, workdir):
     before = snapshot(workdir)
-    setting = "--config.finetune.adv_ratio=3/2"
+    setting = "--config.recipes.gen_af_stage1.adv_ratio=3/2"
     tiny_encoder = "--config.encoder.path=simclr-of-dreams"
     assert command(f"--workdir={workdir}", setting, tiny_encoder) == main.USAGE
-    said = capsys.readouterr().err
-    assert "robust-ssl: error: " in said and "Traceback" not in said
+    text = capsys.readouterr().err
+    assert "robust-ssl: error: " in text and "Traceback" not in text
     assert snapshot(workdir) == before

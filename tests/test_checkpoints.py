@@ -3,6 +3,9 @@
 import gc
 import json
 import os
+import resource
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +13,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from robust_ssl import checkpoints, trees
-from robust_ssl.checkpoints import open_stage
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import TrainState
+from robust_ssl.workdir import (
+    ConfigChangedError,
+    DamagedTreeError,
+    WorkdirError,
+    WrongTreeError,
+    arrays,
+    check_layout,
+    open_stage,
+    read_tree,
+)
 
 # Where one array cannot be read, orbax drops the coroutines that read the others.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -46,7 +57,7 @@ def _bits(tree) -> list[bytes]:
 
 
 def _flip_one_bit(step_directory) -> None:
-    files = [f for f in (step_directory / "tree").rglob("d/*") if f.is_file()]
+    files = [f for f in (step_directory / arrays.TREE).rglob("d/*") if f.is_file()]
     largest = max(files, key=lambda f: f.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
@@ -102,7 +113,7 @@ def test_no_single_flip_in_any_file_restores_wrong_values(tmp_path):
             data[place] ^= 16
             file.write_bytes(data)
             try:
-                restored = trees.read(stage.checkpoints / "2", _state(0))
+                restored = read_tree(stage.checkpoints / "2", _state(0))
             except Exception:
                 continue  # noticed
             assert _bits(restored) == _bits(_state(2)), file
@@ -113,7 +124,7 @@ def test_when_no_state_is_intact_nothing_is_moved_and_the_way_out_is_named(stage
     stage.save(1, _state(1))
     stage.wait()
     _flip_one_bit(stage.checkpoints / "1")
-    with pytest.raises(checkpoints.DamagedTreeError, match=r"step 1: .*\n.*remove"):
+    with pytest.raises(DamagedTreeError, match=r"step 1: .*\n.*remove"):
         stage.restore_latest(_state(0))
     assert (stage.checkpoints / "1").is_dir()
 
@@ -122,13 +133,13 @@ def test_another_tree_fails_naming_every_difference(stage):
     stage.save(1, {"a": jnp.zeros(3), "b": {"c": jnp.zeros(2)}})
     stage.wait()
     like = {"a": jnp.zeros(4), "b": {"c": jnp.zeros(2, jnp.bfloat16)}, "d": jnp.zeros(1)}
-    with pytest.raises(checkpoints.WrongTreeError) as caught:
+    with pytest.raises(WrongTreeError) as caught:
         stage.restore_latest(like)
     message = str(caught.value)
     assert "a: float32[3] on disk, float32[4] asked for" in message
     assert "b/c: float32[2] on disk, bfloat16[2] asked for" in message
     assert "d: missing on disk" in message
-    with pytest.raises(checkpoints.WrongTreeError, match="b/c: on disk, but not asked for"):
+    with pytest.raises(WrongTreeError, match="b/c: on disk, but not asked for"):
         stage.restore_latest({"a": jnp.zeros(3)})
 
 
@@ -153,8 +164,8 @@ def test_the_checksum_ignores_the_sharding_and_agrees_with_python_integers(dtype
     expected = sum(w * (2 * i + 1) for i, w in enumerate(words)) % 2**32
     two = Parallel.create(num_devices=2)
     for array in (jnp.asarray(x), jax.device_put(x, jax.NamedSharding(two.mesh, P("devices")))):
-        assert int(trees._checksum(array)) == expected
-    assert trees._checksum_on_host(x) == expected
+        assert int(arrays._checksum(array)) == expected
+    assert arrays._checksum_on_host(x) == expected
 
 
 def test_a_donated_buffer_does_not_reach_the_disk(stage):
@@ -174,33 +185,22 @@ def test_keys_and_numbers_are_refused_by_path(stage):
         stage.save(1, {"lr": 0.1})
 
 
-def test_a_finished_stage_is_done_and_is_read_with_or_without_a_template(tmp_path):
-    result = {"params": {"w": jnp.arange(3.0), "b": jnp.ones((), jnp.bfloat16)}}
+def test_a_finished_stage_is_done_and_keeps_its_results(tmp_path):
+    result = {"accuracy": 0.5, "bad": float("nan"), "per_class": np.ones(2)}
     with open_stage(tmp_path / "new" / "run", "stage1", {"x": (1, 2)}, {"d": "f"}, 3) as stage:
         assert not stage.done
         with pytest.raises(ValueError, match="not finished"):
             _ = stage.fingerprint
-        stage.finish(result, {"accuracy": 0.5, "bad": float("nan"), "per_class": np.ones(2)})
+        stage.finish(result, "identity")
     again = open_stage(tmp_path / "new" / "run", "stage1", {"x": [1, 2]}, {"d": "f"}, 3)
     assert again.done
     assert again.results == {"accuracy": 0.5, "bad": None, "per_class": [1.0, 1.0]}
-    assert again.fingerprint == trees.fingerprint(result)
-    assert _bits(again.load_final(jax.tree.map(jnp.zeros_like, result))) == _bits(result)
-    found = again.read_final()
-    assert isinstance(found["params"]["w"], np.ndarray)
-    assert _bits(found) == _bits(result)
+    assert again.fingerprint == "identity"
     manifest = json.loads((again.path / "manifest.json").read_text())
-    assert manifest["schema"] == 1 and manifest["status"] == "done" and manifest["seed"] == 3
+    assert manifest["schema"] == 2 and manifest["status"] == "done" and manifest["seed"] == 3
     assert manifest["devices"] == {"platform": "cpu", "count": 4, "kind": "cpu"}
     assert manifest["versions"]["jax"] == jax.__version__
     assert manifest["finished"] >= manifest["started"] and manifest["seconds"] > 0
-
-
-def test_a_damaged_result_is_an_error(stage):
-    stage.finish({"w": jnp.arange(500.0)})
-    _flip_one_bit(stage.path / "final")
-    with pytest.raises(checkpoints.DamagedTreeError, match="remove"):
-        stage.read_final()
 
 
 def _everything(path) -> dict:
@@ -212,7 +212,7 @@ def test_another_config_is_refused_with_the_difference_and_nothing_changes(tmp_p
     with open_stage(tmp_path, "stage1", config, {"data": "aa"}, seed=0) as stage:
         stage.save(1, {"w": jnp.ones(2)})
     before = _everything(tmp_path)
-    with pytest.raises(checkpoints.ConfigChangedError) as caught:
+    with pytest.raises(ConfigChangedError) as caught:
         open_stage(tmp_path, "stage1", {"attack": {"epsilon": 0.2}, "new": "x"}, {"data": "bb"}, 1)
     lines = [line.strip() for line in str(caught.value).splitlines()]
     assert "config.attack.epsilon: 0.1 -> 0.2" in lines
@@ -245,7 +245,7 @@ def test_metrics_have_no_nan_no_half_line_and_no_step_twice(stage):
 
 def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
     clock = iter([0.0, 0.0, 10.0, 100.0, 100.0, 105.0, 105.0])
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     open_stage(tmp_path, "s", {}, {}, seed=0).write_manifest()
     stage = open_stage(tmp_path, "s", {}, {}, seed=0)
     stage.write_manifest()
@@ -254,14 +254,14 @@ def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
 
 def test_a_workdir_that_cannot_be_made_says_why(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(checkpoints.WorkdirError, match="Not a directory"):
+    with pytest.raises(WorkdirError, match="Not a directory"):
         open_stage(tmp_path / "file" / "run", "s", {}, {}, seed=0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_workdir_that_cannot_be_written_says_why(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(checkpoints.WorkdirError, match="Permission denied"):
+    with pytest.raises(WorkdirError, match="Permission denied"):
         open_stage(tmp_path / "run", "s", {}, {}, seed=0)
 
 
@@ -269,5 +269,108 @@ def test_a_workdir_that_cannot_be_written_says_why(tmp_path):
 def test_a_corrupted_manifest_is_named(tmp_path, text):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "manifest.json").write_text(text)
-    with pytest.raises(checkpoints.WorkdirError, match=r"s/manifest\.json"):
+    with pytest.raises(WorkdirError, match=r"s/manifest\.json"):
         open_stage(tmp_path, "s", {}, {}, seed=0)
+
+
+def _stage_of_version_0_1(path) -> None:
+    path.mkdir(parents=True)
+    manifest = {
+        **{"schema": 1, "stage": path.name, "status": "done", "config": {}, "inputs": {}},
+        **{"seed": 0, "started": "", "seconds": 1.0},
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_stage_of_version_0_1_is_refused_with_the_way_out(tmp_path):
+    _stage_of_version_0_1(tmp_path / "stage1")
+    before = _everything(tmp_path)
+    with pytest.raises(WorkdirError, match=r"has schema 1.*another --workdir.*robust_ssl 0\.1"):
+        open_stage(tmp_path, "stage1", {}, {}, seed=0)
+    assert _everything(tmp_path) == before
+
+
+def test_a_workdir_of_version_0_1_is_refused_as_a_whole(tmp_path):
+    check_layout(tmp_path / "new")  # need not exist
+    for name in ("usual", "stage1", "methods/trades-seed0"):
+        _stage_of_version_0_1(tmp_path / name)
+    before = _everything(tmp_path)
+    with pytest.raises(WorkdirError) as caught:
+        check_layout(tmp_path)
+    assert "of robust_ssl 0.1: methods/trades-seed0, stage1, usual; take another" in str(
+        caught.value
+    )
+    assert _everything(tmp_path) == before
+
+
+def test_what_this_version_wrote_and_what_is_no_stage_is_not_refused(tmp_path):
+    open_stage(tmp_path, "evaluate", {}, {}, seed=0)
+    for name, text in (("notes", "{"), ("weights", '{"schema": 1}'), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
+    check_layout(tmp_path)
+    _stage_of_version_0_1(tmp_path / "another run" / "stage1")  # a run of its own, further down
+    check_layout(tmp_path)
+
+
+def test_saving_leaves_no_thread_behind(stage):
+    before = threading.active_count()
+    for step in range(6):
+        stage.save(step, {"w": jnp.ones(2)})
+    stage.wait()
+    assert threading.active_count() <= before + 1  # orbax has one of its own
+
+
+def test_the_last_two_states_are_kept_while_nobody_waits(stage):
+    for step in (1, 2, 3):
+        stage.save(step, _state(step))
+    end = time.monotonic() + 20
+    while (stage.checkpoints / "1").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert sorted(entry.name for entry in stage.checkpoints.iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"unknown": 1}'])
+def test_metadata_that_cannot_be_read_falls_back_to_the_state_before(tmp_path, text):
+    with open_stage(tmp_path, "s", {}, {}, seed=0) as stage:
+        for step in (1, 2):
+            stage.save(step, _state(step))
+    (stage.checkpoints / "2" / "_CHECKPOINT_METADATA").write_text(text)
+    with open_stage(tmp_path, "s", {}, {}, seed=0) as stage:
+        step, restored = stage.restore_latest(_state(0))
+    assert step == 1
+    assert _bits(restored) == _bits(_state(1))
+
+
+def test_a_save_that_fails_is_an_error_and_the_one_before_is_still_there(stage):
+    state = {"w": jax.random.normal(jax.random.key(0), 20_000)}
+    stage.save(1, state)  # compiles what the second one needs
+    stage.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # fails as a full disk does
+    try:
+        stage.save(2, state)
+        with pytest.raises(Exception, match="File too large"):  # OSError or ValueError
+            stage.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    step, restored = stage.restore_latest(state)
+    assert step == 1
+    assert _bits(restored) == _bits(state)
+
+
+def test_what_a_sudden_end_left_unfinished_is_removed(tmp_path):
+    rest = tmp_path / "s" / "checkpoints" / "3.orbax-checkpoint-tmp"
+    rest.mkdir(parents=True)
+    with open_stage(tmp_path, "s", {}, {}, seed=0) as stage:
+        stage.save(1, {"w": jnp.ones(2)})
+        assert stage.restore_latest({"w": jnp.ones(2)})[0] == 1
+    assert not rest.exists()
+
+
+def test_a_release_of_orbax_with_its_v1_api_at_the_top_will_do(monkeypatch):
+    import orbax.checkpoint
+
+    assert arrays.orbax_v1() is orbax.checkpoint.v1
+    monkeypatch.delattr(orbax.checkpoint, "v1")
+    assert arrays.orbax_v1() is orbax.checkpoint

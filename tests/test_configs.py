@@ -10,24 +10,32 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from robust_ssl import list_encoders, settings, stages, threats
-from robust_ssl.build import resolve
+from robust_ssl import experiment, list_encoders, settings
+from robust_ssl.experiment.pretrain import build_optimizer
+from robust_ssl.experiment.sources import Data
+from robust_ssl.experiment.suites import Suite
 from robust_ssl.finetuning import mixed_losses
-from robust_ssl.stages import attack, evaluate, finetune, pretrain, recipes
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(file.name for file in CONFIGS.glob("*.py"))
+
+
+RUNS = [name for name in FILES if name != "common.py"]  # what all of them share
 
 
 def load(name, *overrides):
     return settings.to_json(settings.load_config(f"{CONFIGS}/{name}", overrides))
 
 
+def planned(name, *overrides):
+    return experiment.plan(settings.load_config(f"{CONFIGS}/{name}", overrides))
+
+
 def test_these_configs_ship():
     assert {"gen_af.py", "pretrain.py", "quickstart.py"} <= set(FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_config_begins_with_its_command(name):
     text = ast.get_docstring(ast.parse((CONFIGS / name).read_text()))
     first_lines = "\n".join(text.splitlines()[:4])
@@ -35,21 +43,21 @@ def test_a_config_begins_with_its_command(name):
     assert "--workdir=" in first_lines
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_config_names_what_exists(name):
     described = settings.describe(load(name))
     assert "NOT FOUND" not in described
-    assert set(load(name)["stages"]) <= set(stages.STAGES)
+    assert set(load(name)["stages"]) <= set(experiment.STAGES)
 
 
-def test_the_band_of_a_defence_is_an_argument():
-    band = load("compare.py:band=0.25-0.5")["methods"]["universal_band"]["attack"]["threat"]
+def test_the_band_of_a_defense_is_an_argument():
+    band = load("compare.py:band=0.25-0.5")["recipes"]["universal_band"]
     assert (band["low"], band["high"]) == (0.25, 0.5)
     with pytest.raises(settings.SettingsError, match="band must be LOW-HIGH in cycles per pixel"):
         load("compare.py:band=wide")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", RUNS)
 def test_nothing_stands_in_two_places_of_a_config(name):
     """Else one override would change several recipes."""
     places, waiting = {}, [((), settings.load_config(f"{CONFIGS}/{name}"))]
@@ -58,107 +66,138 @@ def test_nothing_stands_in_two_places_of_a_config(name):
         assert places.setdefault(id(node), path) == path
         inner = node.items() if isinstance(node, ConfigDict) else ()
         waiting += [((*path, key), v) for key, v in inner if isinstance(v, ConfigDict | dict)]
-    override = "--config.methods.pgd_at.attack.num_steps=7"
-    if name == "compare.py":
-        changed, plain = load(name, override)["methods"], load(name)["methods"]
-        assert [n for n in plain if changed[n] != plain[n]] == ["pgd_at"]
 
 
-def test_what_recipes_have_in_common_is_what_they_have_if_nothing_is_said():
-    common = load("compare.py")["common"]
-    of_the_run = ("epochs", "batch_size")
-    assert {n: v for n, v in common.items() if n not in of_the_run} == {
-        n: recipes.DEFAULTS[n] for n in common if n not in of_the_run
-    }
+def test_an_override_of_a_recipe_is_of_that_one_alone():
+    changed = planned("compare.py", "--config.recipes.pgd_at.attack.num_steps=7").recipes
+    plain = planned("compare.py").recipes
+    assert [n for n in plain if changed[n].text != plain[n].text] == ["pgd_at"]
+    assert changed["pgd_at"].build_attack(None).num_steps == 7
 
 
-def test_methods_can_be_left_out_with_all_that_is_made_from_them():
-    assert "twins" not in load("compare.py:without=twins")["methods"]
-    for wrong in ("without=alf", "without=usual", "methods=roli,without=alf"):
+def test_recipes_can_be_left_out_with_all_that_is_made_from_them():
+    assert "twins" not in load("compare.py:without=twins")["recipes"]
+    for wrong in ("without=alf", "without=baseline", "recipes=roli,without=alf"):
         with pytest.raises(settings.SettingsError, match="leave that one out too"):
             load(f"compare.py:{wrong}")
-    one = load("compare.py:methods=trades")["methods"]
-    assert one["usual"].get("scored", True) and not one["full"]["scored"]
-    assert load("compare.py:other=runs/mine")["methods"]["other_encoder"]["encoder"] == "runs/mine"
+    one = planned("compare.py:recipes=trades").recipes
+    assert one["baseline"].scored and not one["full"].scored
+    other = load("compare.py:other=runs/mine")["recipes"]["other_encoder"]
+    assert other["encoder"] == "runs/mine"
 
 
-FINE_TUNING = [name for name in FILES if name not in ("pretrain.py", "evaluate.py", "compare.py")]
+FINE_TUNING = ("analyze.py", "gen_af.py", "quickstart.py")
 
 
 @pytest.mark.parametrize("scale", ["paper", "small"])
 def test_the_suite_can_be_built(scale):
-    config = load(f"evaluate.py:scale={scale}")
-    built = attack.build_attacks(config["attack"]["methods"])
-    assert set(built) == set(config["attack"]["methods"])
-    kinds = {type(value).__name__ for value in built.values()}
+    suite = Suite.read(load(f"score.py:scale={scale}")["suite"], "config.suite")
+    kinds = {type(entry.attack).__name__ for entry in suite.attacks.values()}
     assert {
         *("AdvEncoderPER", "AdvEncoderPAT", "L4ABase", "L4AFuse", "L4AUGS", "SSP", "FFF", "STD"),
         *("UAP", "UAPPGD", "RandomNoise"),
     } <= kinds
-    for name in built:
-        fitted = [attack.fit_option(config["attack"], name, o) for o in ("num_steps", "batch_size")]
-        assert min(fitted) > 0
-        assert attack.budgets(config["attack"], curve=True, method=name)
+    for entry in suite.attacks.values():
+        assert min(entry.num_steps, entry.batch_size) > 0
+        assert entry.budgets_for(curve=True)
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_what_a_config_describes_can_be_built(name):
-    config = load(name)
-    budgets = attack.budgets(config["attack"], curve=True)
-    assert budgets[0] == config["attack"]["epsilon"] and len(budgets) == len(set(budgets))
-    threats.check_epsilon(budgets)
-    assert set(attack.build_attacks(config["attack"]["methods"])) == set(
-        config["attack"]["methods"]
-    )
-    assert finetune.build_pgd(config["finetune"]["attack"]).num_steps > 0
-    assert "adversarial_cross_entropy" in finetune.build_losses(config["finetune"])
-    assert set(finetune.clean_losses(config["usual"])) == {"clean_cross_entropy"}
-    evaluate.check_models(config["evaluate"]["models"])
-    per_image = evaluate.build_per_image(config["evaluate"]["per_image"])
-    assert set(per_image) == {"embed", "pgd"}
+    plan = planned(name)
+    for attack in plan.suite.attacks.values():
+        assert attack.budgets[0] == plan.suite.epsilon
+        assert len(attack.budgets) == len(set(attack.budgets)) == 4
+    assert plan.training.validation.build(None).num_steps > 0
+    recipes = plan.recipes
+    assert recipes["gen_af_stage1"].losses.keys() >= {"adversarial_cross_entropy"}
+    assert set(recipes["baseline"].losses) == {"clean_cross_entropy"}
+    assert recipes["gen_af"].start is recipes["gen_af_stage1"]
+    assert set(plan.scoring.per_image.attacks) == {"pgd"}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "pretrain.py"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "pretrain.py"])
 def test_the_encoder_a_config_starts_from_ships(name):
     assert load(name)["encoder"]["path"] in list_encoders()
 
 
 def test_the_research_config_takes_arguments_and_settings():
-    config = load(
+    plan = planned(
         "gen_af.py:downstream=cifar10,epsilon=8/255,epochs=3,train_limit=500,batch_size=64",
-        "--config.finetune.adv_ratio=0.5",
-        "--config.attack.seeds=(0,1)",
-        "--config.attack.curve=(1/255,2/255)",
+        "--config.recipes.gen_af_stage1.adv_ratio=0.5",
+        "--config.suite.seeds=(0,1)",
+        "--config.suite.curve=(1/255,2/255)",
     )
-    assert config["downstream"]["source"] == "cifar10"
-    assert config["downstream"]["train_limit"] == 500
-    assert config["attack"]["epsilon"] == 8 / 255
-    assert config["attack"]["seeds"] == [0, 1]
-    assert config["attack"]["curve"] == [1 / 255, 2 / 255]
-    assert {config[stage]["epochs"] for stage in ("usual", "finetune", "stage2")} == {3}
-    assert {config[stage]["batch_size"] for stage in ("usual", "finetune", "stage2")} == {64}
-    losses = finetune.build_losses(config["finetune"])
-    expected = mixed_losses(0.5, config["finetune"]["regularization_weight"])
-    assert {name: weight for name, (_, weight) in losses.items()} == {
+    assert plan.downstream.source == "cifar10"
+    assert plan.downstream.train_limit == 500
+    assert plan.suite.epsilon == 8 / 255
+    assert plan.suite.seeds == (0, 1)
+    assert plan.suite.curve == (1 / 255, 2 / 255)
+    assert {recipe.epochs for recipe in plan.recipes.values()} == {3}
+    assert {recipe.batch_size for recipe in plan.recipes.values()} == {64}
+    losses = plan.recipes["gen_af_stage1"].losses
+    expected = mixed_losses(0.5, losses["genetic_regularization"].weight)
+    assert {name: term.weight for name, term in losses.items()} == {
         name: weight for name, (_, weight) in expected.items()
     }
 
 
 def test_the_research_config_uses_all_images_unless_told_otherwise():
-    assert load("gen_af.py")["downstream"]["train_limit"] is None
+    assert planned("gen_af.py").downstream.train_limit is None
     limited = load("gen_af.py", "--config.downstream.train_limit=100")
     assert limited["downstream"]["train_limit"] == 100
-    for name in ("gen_af.py", "compare.py", "evaluate.py"):
+    for name in ("gen_af.py", "compare.py", "score.py"):
         sizes = [f"--config.{images}.image_size=48" for images in ("downstream", "surrogate")]
         resized = load(name, *sizes)
         assert resized["downstream"]["image_size"] == resized["surrogate"]["image_size"] == 48
 
 
 def test_the_attacker_has_other_images_than_the_defender():
-    for name in FILES:
+    for name in RUNS:
         config = load(name)
         if "attack" in config["stages"]:
-            assert config["surrogate"]["source"] != config["downstream"]["source"]
+            surrogate, downstream = Data.read(config["surrogate"], ""), config["downstream"]
+            assert surrogate != Data.read(downstream, "")
+
+
+# --- What is typed over a config ----------------------------------------------------------------
+
+
+def test_a_recipe_is_typed_as_a_mapping_or_entry_by_entry():
+    mapping = "{'start': 'baseline', 'epochs': 2, 'rates': {'**': 1/1000, 'head/**': 'freeze'}}"
+    typed = planned("quickstart.py", f"--config.recipes.mine={mapping}").recipes["mine"]
+    assert (typed.start.name, typed.epochs) == ("baseline", 2)
+    assert typed.rates == {"**": 1e-3, "head/**": "freeze"}
+    one_by_one = ["start=baseline", "epochs=2", "rates={'**': 1/1000, 'head/**': 'freeze'}"]
+    entries = [f"--config.recipes.mine.{entry}" for entry in one_by_one]
+    assert planned("quickstart.py", *entries).recipes["mine"] == typed
+    named = planned("quickstart.py", "--config.recipes.mine=robust_ssl.recipes:trades")
+    assert "trades_kl" in named.recipes["mine"].losses
+
+
+def test_a_bare_function_gets_an_option():
+    options = ("--config.recipes.baseline.epochs=3", "--config.recipes.baseline.head=linear")
+    baseline = planned("quickstart.py", *options).recipes["baseline"]
+    assert (baseline.epochs, baseline.head) == (3, "linear")
+    assert baseline.rates["encoder/**"] == "freeze"
+    step = "--config.suite.attacks.universal_pgd.step_size=1/255"
+    assert planned("quickstart.py", step).suite.attacks["universal_pgd"].attack.step_size == 1 / 255
+
+
+def test_a_section_that_a_config_has_not_is_added():
+    assert planned("quickstart.py", "--config.scoring.batch_size=100").scoring.batch_size == 100
+    budgets = "--config.scoring.autoattack.budgets=(8/255,)"
+    [budget] = planned("quickstart.py", budgets).scoring.autoattack.budgets
+    assert budget.epsilon == 8 / 255
+    with pytest.raises(experiment.UsageError, match="'scorin' in config; did you mean 'scoring'"):
+        planned("quickstart.py", "--config.scorin.batch_size=100")
+
+
+def test_none_leaves_a_guard_out():
+    assert (
+        planned("gen_af.py", "--config.recipes.gen_af.tolerance=None").recipes["gen_af"].tolerance
+        is None
+    )
 
 
 METHODS = {
@@ -170,14 +209,13 @@ METHODS = {
 @pytest.mark.parametrize("scale", ["small", "research"])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_pretraining_config_builds_every_method_and_its_optimizer(name, scale):
-    config = load(f"pretrain.py:method={name},scale={scale},data=cifar100_small")["pretrain"]
-    assert config["data"] == {"source": "cifar100_small"}
+    section = planned(f"pretrain.py:method={name},scale={scale},data=cifar100_small").pretrain
+    assert section.data.source == "cifar100_small"
     width = {"small": 16, "research": 64}[scale]
-    assert config["encoder"]["name"] == f"{name}-cifar100_small-r18w{width}"
-    method = resolve(config["method"])(**config["method_options"])
-    encoder = tiny.encoder()
+    assert section.encoder.options["name"] == f"{name}-cifar100_small-r18w{width}"
+    method, encoder = section.method(), tiny.encoder()
     variables = jax.eval_shape(lambda key: method.init(key, encoder, 5000), jax.random.key(0))
-    tx = pretrain.build_optimizer(config, steps_per_epoch=10)
+    tx = build_optimizer(section, steps_per_epoch=10)
     assert jax.tree.leaves(jax.eval_shape(tx.init, variables["params"]))
 
 
@@ -197,9 +235,9 @@ def test_a_cluster_script_is_one(name):
 @pytest.mark.parametrize(("hosts", "status"), [((0, 0), 0), ((0, 1), 1), ((), 1)])
 def test_a_pod_has_succeeded_when_every_host_has(tmp_path, hosts, status):
     """The last lines of the script, with a `gcloud` that only says how each host ended."""
-    told = "\n".join(f"ended with {code}" for code in hosts)
+    endings = "\n".join(f"ended with {code}" for code in hosts)
     gcloud = tmp_path / "gcloud"
-    gcloud.write_text(f"#!/bin/sh\ncat <<'END'\n{told}\nEND\n")
+    gcloud.write_text(f"#!/bin/sh\ncat <<'END'\n{endings}\nEND\n")
     gcloud.chmod(0o755)
     path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", CLUSTERS / "tpu-pod.sh"], cwd=tmp_path, env=path, check=False)

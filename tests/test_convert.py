@@ -9,8 +9,9 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from robust_ssl import main, models, stages, weights
-from robust_ssl.stages.run import load_or_import
+from robust_ssl import experiment, models, weights
+from robust_ssl.cli import main
+from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.weights import convert, mapping, normalization, resnet_layouts
 
 NAMED = {"normalization": "cifar10", "image_size": 8, "stem": "cifar", "stem_padding": 2}
@@ -63,11 +64,11 @@ def test_every_weight_arrives_where_it_belongs(tmp_path):
     assert encoder.mean == models.CIFAR10_MEAN and encoder.std == models.CIFAR10_STD
     assert encoder.image_size == 8 and encoder.name == "model"
     assert encoder.module == ENCODER.module
-    found = weights.inspect_file(file, **NAMED)
-    assert found.dropped == {"fc": 2, "num_batches_tracked": 1}
-    assert set(found.kept) == set(TENSORS) and not found.problems
-    assert found.builder == "resnet18"
-    assert found.options == {"width": 4, "stem": "cifar", "stem_padding": 2, "image_size": 8}
+    inspection = weights.inspect_file(file, **NAMED)
+    assert inspection.dropped == {"fc": 2, "num_batches_tracked": 1}
+    assert set(inspection.kept) == set(TENSORS) and not inspection.problems
+    assert inspection.builder == "resnet18"
+    assert inspection.options == {"width": 4, "stem": "cifar", "stem_padding": 2, "image_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -96,30 +97,32 @@ def test_wrappers_come_off_and_their_other_parts_are_dropped(
     tensors = {f"{prefix}{name}": x for name, x in TENSORS.items()}
     tensors |= {name: np.zeros(2, np.float32) for name in others}
     file = write(tmp_path, tensors)
-    found = weights.inspect_file(file, **NAMED)
-    assert found.layout.name == layout and found.dropped == dropped
+    inspection = weights.inspect_file(file, **NAMED)
+    assert inspection.layout.name == layout and inspection.dropped == dropped
     assert_same_weights(weights.import_encoder(file, **NAMED), ENCODER)
 
 
 def test_solo_learn_pads_by_two_if_it_is_named_and_others_are_asked(tmp_path):
     file = write(tmp_path, {f"backbone.{name}": x for name, x in TENSORS.items()})
-    named = {"normalization": "cifar10", "image_size": 8}
+    facts = {"normalization": "cifar10", "image_size": 8}
     with pytest.raises(ValueError, match=r"stem_padding, 1 .usual. or 2 .solo-learn's"):
-        weights.import_encoder(file, **named)  # others write ``backbone.`` too
-    named["layout"] = "solo-learn"
-    assert weights.import_encoder(file, **named).module.stem_padding == 2
-    assert weights.import_encoder(file, **named, stem_padding=1).module.stem_padding == 1
+        weights.import_encoder(file, **facts)  # others write ``backbone.`` too
+    facts["layout"] = "solo-learn"
+    assert weights.import_encoder(file, **facts).module.stem_padding == 2
+    assert weights.import_encoder(file, **facts, stem_padding=1).module.stem_padding == 1
 
 
 def test_a_normalization_that_is_not_the_files_is_said(tmp_path):
-    own = weights.export_safetensors(ENCODER.replace(mean=(0.1,) * 3), tmp_path / "own.safetensors")
+    exported = weights.export_safetensors(
+        ENCODER.replace(mean=(0.1,) * 3), tmp_path / "own.safetensors"
+    )
     with pytest.raises(ValueError, match=r"own header says mean \(0.1, .* is asked for"):
-        weights.import_encoder(own, normalization="imagenet")
+        weights.import_encoder(exported, normalization="imagenet")
     image = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 8}
     file = write(tmp_path, TENSORS, preprocessor_config=image)
-    found = weights.inspect_file(file, **NAMED)
-    assert "preprocessor_config.json says mean (0.5, 0.5, 0.5)" in "".join(found.notes)
-    assert found.normalization.mean == models.CIFAR10_MEAN and not found.problems
+    inspection = weights.inspect_file(file, **NAMED)
+    assert "preprocessor_config.json says mean (0.5, 0.5, 0.5)" in "".join(inspection.notes)
+    assert inspection.normalization.mean == models.CIFAR10_MEAN and not inspection.problems
 
 
 def test_a_variant_with_a_plain_networks_tensors_is_refused(tmp_path):
@@ -146,8 +149,8 @@ def test_negative_variances_are_refused(tmp_path):
 )  # fmt: skip
 def test_json_that_makes_no_sense_is_a_problem_and_no_traceback(tmp_path, config):
     file = write(tmp_path, TENSORS, preprocessor_config=config)
-    found = weights.inspect_file(file, stem="cifar", stem_padding=2)
-    assert found.problems
+    inspection = weights.inspect_file(file, stem="cifar", stem_padding=2)
+    assert inspection.problems
 
 
 def test_a_header_that_asks_for_the_absurd_is_refused(tmp_path):
@@ -300,8 +303,8 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     ],
 )  # fmt: skip
 def test_the_preprocessor_says_how_images_look(config, want):
-    found = normalization.read({"preprocessor_config.json": config})
-    assert (found.mean, found.std, found.image_size) == want
+    inspection = normalization.read({"preprocessor_config.json": config})
+    assert (inspection.mean, inspection.std, inspection.image_size) == want
 
 
 @pytest.mark.parametrize(
@@ -363,26 +366,35 @@ def test_the_card_says_where_it_came_from(tmp_path):
     assert origin["layout"] == "torchvision-resnet" and origin["dropped"] == {"fc": 1}
 
 
+def load(options):
+    return EncoderSource.read(options, "config.encoder").load(jax.random.key(0))
+
+
 def test_a_config_takes_a_name_a_directory_or_a_foreign_file(tmp_path):
     file = write(tmp_path, TENSORS)
-    assert_same_weights(load_or_import(str(file), {**NAMED, "layout": None}), ENCODER)
+    assert_same_weights(load({"path": str(file), **NAMED, "layout": None}), ENCODER)
     place = weights.convert_encoder(file, tmp_path / "out", **NAMED)
-    assert_same_weights(load_or_import(str(place), {}), ENCODER)
+    assert_same_weights(load({"path": str(place)}), ENCODER)
+    assert_same_weights(load(str(place)), ENCODER)
     for path in (str(place), "simclr-cifar10-r18w24"):
         with pytest.raises(ValueError, match=r"also \['normalization'\]; give one"):
-            load_or_import(path, {"normalization": "half"})
-    with pytest.raises(ValueError, match=r"also \['builder'\]; give one"):
-        load_or_import(str(file), {**NAMED, "builder": "resnet18"})
-    with pytest.raises(FileNotFoundError, match="no directory"):
-        load_or_import(str(tmp_path / "none.pth"), NAMED)
+            load({"path": path, "normalization": "half"})
+    with pytest.raises(ValueError, match=r"config\.encoder.*'builder'"):
+        load({"path": str(file), **NAMED, "builder": "resnet18"})
+    with pytest.raises(ValueError, match="no directory"):
+        load({"path": str(tmp_path / "none.pth"), **NAMED})
 
 
 def test_a_run_finds_a_bad_file_before_its_first_step(tmp_path):
     file = write(tmp_path, TENSORS)
-    config = {"stages": ["attack"], "seed": 0, "encoder": {"path": str(file)}}
-    run = stages.Run(config=config, workdir=tmp_path, parallel=None, progress=None)
-    with pytest.raises(stages.UsageError, match=r"normalization(.|\n)*in config\.encoder"):
-        stages.check(run)
+    config = {
+        "stages": ["attack"],
+        "encoder": {"path": str(file)},
+        "surrogate": {"source": "anything"},
+        "suite": {"attacks": {"noise": "robust_ssl.attacks:RandomNoise"}},
+    }
+    with pytest.raises(experiment.UsageError, match=r"config\.encoder(.|\n)*normalization"):
+        experiment.plan(config)
 
 
 def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
@@ -440,23 +452,23 @@ def test_positions_are_resized_only_if_another_size_is_named(tmp_path):
     options = {"width": 12, "heads": 2, "depth": 1, "patch_size": 4, "image_size": 8}
     encoder = random_encoder(builder, **options)
     file = write(tmp_path, tensors_of(encoder, "timm-vit"))
-    named = {"normalization": "half", "heads": 2}
-    assert_same_weights(weights.import_encoder(file, **named), encoder)
-    resized = weights.import_encoder(file, **named, image_size=12)
+    facts = {"normalization": "half", "heads": 2}
+    assert_same_weights(weights.import_encoder(file, **facts), encoder)
+    resized = weights.import_encoder(file, **facts, image_size=12)
     assert_same_weights(resized, models.resize_positions(encoder, 12))
     assert resized.image_size == 12
     assert "resized from images of 8 pixels to 12" in str(
-        weights.inspect_file(file, **named, image_size=12)
+        weights.inspect_file(file, **facts, image_size=12)
     )
     with pytest.raises(ValueError, match="tile"):
-        weights.import_encoder(file, **named, image_size=10)
+        weights.import_encoder(file, **facts, image_size=10)
 
 
 def test_a_processors_image_part_is_read(tmp_path):
     image = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 8, "width": 8}}
-    named = {"stem": "cifar", "stem_padding": 2}
+    facts = {"stem": "cifar", "stem_padding": 2}
     file = write(tmp_path, TENSORS, processor_config={"image_processor": image})
-    encoder = weights.import_encoder(file, **named)
+    encoder = weights.import_encoder(file, **facts)
     assert encoder.mean == (0.5,) * 3 and encoder.image_size == 8
 
 

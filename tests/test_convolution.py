@@ -91,7 +91,8 @@ def test_output_and_gradients_of_a_large_kernel(channels):
 
 
 def test_an_image_smaller_than_the_kernel():
-    assert_right([square(stride, 1, size) for stride in (1, 2) for size in (1, 2)], 3, 5)
+    cases = [square(stride, 1, size) for stride, size in itertools.product((1, 2), repeat=2)]
+    assert_right(cases, 3, 5)
 
 
 def test_uneven_padding_and_strides():

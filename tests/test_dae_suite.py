@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from robust_ssl import models, threats
-from robust_ssl.attacks import per_image, targeted
+from robust_ssl.attacks import FitBatch, per_image, targeted
 from robust_ssl.types import AttackInputs
 
 torch = pytest.importorskip("torch")
@@ -98,7 +98,7 @@ def test_both_sides_make_the_same_step(name):
         theirs.draw = lambda images: _nchw(drawn)
     if name == "uap_pgd":
         theirs.step_sizes = (2e-3, 2e-4)
-    step = jax.jit(lambda state: attack.step(state, BUDGET, encoder, encoder(images), images))
+    step = jax.jit(lambda state: attack.step(state, BUDGET, FitBatch.on(encoder, BUDGET, images)))
     state, _ = step(state)
     theirs.step()
     ours = state.current if name == "fff" else attack.delta(state, BUDGET)

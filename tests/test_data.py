@@ -112,14 +112,14 @@ def test_class_count_and_image_size_are_compared_with_the_model():
 
 
 def test_examples_are_frozen_and_know_themselves():
-    mine = pixels(6)
-    examples = data.from_arrays(mine, [0, 1, 2, 0, 1, 2], class_names="abc", name="toy")
-    mine[0, 0, 0, 0] += 0  # the caller's own array stays writeable
+    pixels_of_caller = pixels(6)
+    examples = data.from_arrays(pixels_of_caller, [0, 1, 2, 0, 1, 2], class_names="abc", name="toy")
+    pixels_of_caller[0, 0, 0, 0] += 0  # the caller's own array stays writeable
     with pytest.raises(ValueError, match="read-only"):
         examples.images[0] = 0
     assert len(examples) == 6 and examples.num_classes == 3 and examples.image_shape == (8, 8, 3)
     part = examples.take([4, 0])
-    np.testing.assert_array_equal(part.images, mine[[4, 0]])
+    np.testing.assert_array_equal(part.images, pixels_of_caller[[4, 0]])
     assert part.labels.tolist() == [1, 0] and part.class_names == ("a", "b", "c")
     with pytest.raises(ValueError, match=r"0 to 5: indices\[1\] is 6"):
         examples.take([0, 6])
@@ -199,11 +199,11 @@ def test_carve_errors():
 def test_arrays_in_every_form():
     images, labels = pixels(6), [0, 1, 2, 0, 1, 2]
     plain = data.load((images, labels))
-    named = data.load({"images": images, "labels": labels, "class_names": "abc", "name": "mine"})
+    mapped = data.load({"images": images, "labels": labels, "class_names": "abc", "name": "mine"})
     by_split = data.load({"train": (images, labels), "test": (images[:2], None)}, split="test")
     np.testing.assert_array_equal(plain.images, images)
     assert plain.labels.dtype == np.int32 and plain.class_names == ("0", "1", "2")
-    assert named.name == "mine" and named.class_names == ("a", "b", "c")
+    assert mapped.name == "mine" and mapped.class_names == ("a", "b", "c")
     assert len(by_split) == 2 and by_split.labels is None and by_split.split == "test"
     assert data.load(plain) is plain
     resized = data.load((images, labels), image_size=4, limit=3)
@@ -353,8 +353,8 @@ def test_tfds_is_read_without_tensorflow(tfds_dir):
     examples = data.load("tiny", data_dir=tfds_dir)
     assert examples.images.shape == (6, 6, 7, 3) and examples.class_names == ("ant", "bee", "cat")
     # TFDS shuffles what it writes, so compare as sets; 1.10.0 is newer than 1.0.0.
-    found = sorted(zip(examples.images[:, 0, 0].tolist(), examples.labels.tolist(), strict=True))
-    assert found == sorted(([50 + i, 2 * i, 100], i % 3) for i in range(6))
+    pairs = sorted(zip(examples.images[:, 0, 0].tolist(), examples.labels.tolist(), strict=True))
+    assert pairs == sorted(([50 + i, 2 * i, 100], i % 3) for i in range(6))
     old = data.load("tiny:1.0.0", data_dir=tfds_dir)
     assert sorted(old.images[:, 0, 0, 0]) == list(range(6)) and old.name == "tiny"
     assert len(data.load("tiny", split="train[:50%]", data_dir=tfds_dir)) == 3
@@ -485,12 +485,10 @@ def test_a_photo_crop_at_full_height_is_a_piece_of_the_photograph():
 
     crop = data.photo_crops(n=1, image_size=427).images[0]
     photos = datasets.load_sample_images().images
-    candidates = [
-        piece[:, ::flip]
-        for photo in photos
-        for piece in (photo[:, left : left + 427] for left in range(214))
-        for flip in (1, -1)
-    ]
+    candidates = []
+    for photo in photos:
+        pieces = [photo[:, left : left + 427] for left in range(214)]
+        candidates += [*pieces, *(piece[:, ::-1] for piece in pieces)]
     # The corner lies between pixels, so the crop is interpolated: near to one of them, not equal.
     distances = [np.abs(crop[::7].astype(int) - c[::7].astype(int)).mean() for c in candidates]
     assert min(distances) < 6 < np.median(distances)
@@ -567,7 +565,7 @@ def test_batches_are_equal_resident_or_streamed_on_any_number_of_devices():
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_lie_as_a_step_wants_them(method, resident):
     examples = data.from_arrays(pixels(8))
-    parallel = Parallel.create(num_devices=2, method=method)
+    parallel = Parallel.create(num_devices=2, kind=method)
     batches = data.Batches(examples, 4, seed=0, stage="a", parallel=parallel, resident=resident)
     batch = batches(0)
     assert set(batch) == {"images", "indices", "rows"}
@@ -591,11 +589,11 @@ def test_the_reading_thread_ends_with_its_batches():
     before = readers()
     batches = batches_of(toy(), resident=False)
     batches(0)
-    (mine,) = readers() - before
+    (reader,) = readers() - before
     del batches
     gc.collect()
-    mine.join(timeout=5)
-    assert not mine.is_alive()
+    reader.join(timeout=5)
+    assert not reader.is_alive()
 
 
 def test_an_error_while_reading_ahead_arrives_at_its_step():

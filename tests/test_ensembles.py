@@ -9,8 +9,8 @@ import tiny
 
 from robust_ssl import attacks, models, threats
 from robust_ssl.models import Quantize, ensembles
-from robust_ssl.trees import fingerprint
 from robust_ssl.types import Encoder
+from robust_ssl.workdir import fingerprint
 
 SIZE, CLASSES = 8, 3
 
@@ -95,7 +95,9 @@ def test_an_ensemble_says_what_its_members_say():
     np.testing.assert_allclose(
         outputs.features, np.concatenate([one.features for one in alone], axis=-1), atol=1e-5
     )
-    names = [f"member{i}/{tap}" for i, one in enumerate(alone) for tap in one.taps]
+    names = []
+    for index, outputs_alone in enumerate(alone):
+        names += [f"member{index}/{tap}" for tap in outputs_alone.taps]
     assert sorted(outputs.taps) == sorted(names) and "member1/block1" in names
     np.testing.assert_allclose(outputs.taps["member0/conv1"], alone[0].taps["conv1"], atol=1e-5)
     assert (ensemble.image_size, ensemble.encoder.dim, ensemble.num_classes) == (SIZE, 18, CLASSES)
@@ -104,9 +106,9 @@ def test_an_ensemble_says_what_its_members_say():
 def test_one_image_a_batch_and_vmap_agree():
     ensemble, batch = models.confidence_ensemble(members()), images(2)
     want = ensemble(batch)
-    for found in (ensemble(batch[1]), jax.tree.map(lambda x: x[1], jax.vmap(ensemble)(batch))):
-        np.testing.assert_allclose(found.logits, want.logits[1], atol=1e-5)
-        np.testing.assert_allclose(found.features, want.features[1], atol=1e-5)
+    for outputs in (ensemble(batch[1]), jax.tree.map(lambda x: x[1], jax.vmap(ensemble)(batch))):
+        np.testing.assert_allclose(outputs.logits, want.logits[1], atol=1e-5)
+        np.testing.assert_allclose(outputs.features, want.features[1], atol=1e-5)
     assert ensemble.encoder(batch[0]).features.shape == (18,)
 
 
@@ -165,8 +167,8 @@ def test_training_mode_updates_the_members_statistics():
     outputs, statistics = ensemble.apply_train(batch, key=jax.random.key(0))
     alone, want = nets[0].encoder.apply_train(batch)
     np.testing.assert_allclose(outputs.features[:, :8], alone.features, atol=1e-5)
-    found = statistics["encoder"]["member0"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, dict(want))
+    first = statistics["encoder"]["member0"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, dict(want))
     other, _ = ensemble.apply_train(batch, key=jax.random.key(1))  # dropout has its keys
     assert jnp.abs(other.features[:, 8:] - outputs.features[:, 8:]).max() > 0
     np.testing.assert_allclose(other.features[:, :8], alone.features, atol=1e-5)
@@ -198,11 +200,9 @@ def test_pgd_attacks_all_members():
     assert (ensemble(moved).logits.argmax(-1) != labels).mean() >= 0.5
     gradient = jax.grad(lambda m: m(batch).logits[:, 0].sum())(ensemble)
     for index in range(3):  # both the encoder and the head of each
-        assert all(
-            jnp.abs(leaf).max() > 0
-            for part in (gradient.encoder.variables, gradient.head_variables)
-            for leaf in jax.tree.leaves(part["params"][f"member{index}"])
-        )
+        for part in (gradient.encoder.variables, gradient.head_variables):
+            leaves = jax.tree.leaves(part["params"][f"member{index}"])
+            assert all(jnp.abs(leaf).max() > 0 for leaf in leaves)
 
 
 def test_what_makes_no_ensemble_is_refused():

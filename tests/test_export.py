@@ -9,7 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from robust_ssl import checkpoints, main, models, weights
+from robust_ssl import models, weights
+from robust_ssl.cli import main
 from robust_ssl.models import vit
 from robust_ssl.types import Encoder
 from robust_ssl.weights import convert
@@ -131,7 +132,7 @@ def test_what_is_not_a_program_is_refused(tmp_path):
         weights.load_stablehlo(tmp_path / "file")
 
 
-def test_export_from_the_command_line_with_the_weights_of_a_stage(tmp_path, capsys):
+def test_export_from_the_command_line_with_the_weights_of_a_classifier(tmp_path, capsys):
     builder, options = ENCODERS["own heads"]
     encoder = random_encoder(builder, **options)
     place = str(weights.save_encoder(encoder, tmp_path / "public"))
@@ -143,11 +144,11 @@ def test_export_from_the_command_line_with_the_weights_of_a_stage(tmp_path, caps
     for head in ("linear", "mlp"):
         model = models.classifier(jax.random.key(1), encoder, 3, head=head)
         model = model.with_variables(jax.tree.map(lambda x: x * 0.9, model.variables))
-        with checkpoints.open_stage(tmp_path / head, "stage2", {}, {}, seed=0) as stage:
-            flags = [place, f"--stage={stage.path}", f"--out={secured}", f"--stablehlo={program}"]
-            assert main.main(["encoder", "export", *flags]) == 2
-            assert "is not finished" in capsys.readouterr().err
-            stage.finish(jax.device_get(model.variables))
+        folder = tmp_path / head
+        flags = [place, f"--classifier={folder}", f"--out={secured}", f"--stablehlo={program}"]
+        assert main.main(["encoder", "export", *flags]) == 2
+        assert "no classifier in" in capsys.readouterr().err
+        weights.save_classifier(model, folder / "classifier")
         assert main.main(["encoder", "export", *flags, "--batch=2"]) == 0, capsys.readouterr().err
         loaded = weights.import_encoder(secured)
         for a, b in zip(jax.tree.leaves(loaded.variables),

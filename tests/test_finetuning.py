@@ -9,19 +9,11 @@ from finetuning_steps import KEY, SmoothStep, assert_same, batches, run, tiny
 from flax.traverse_util import flatten_dict
 
 from robust_ssl import losses, struct
-from robust_ssl.finetuning import (
-    frozen_paths,
-    guard,
-    init_state,
-    interpolate,
-    layer_rates,
-    layerwise_optimizer,
-    make_step,
-    mixed_losses,
-)
+from robust_ssl.finetuning import guard, init_state, interpolate, make_step, mixed_losses
+from robust_ssl.optimizers import frozen_paths, layer_rates, layerwise_optimizer
+from robust_ssl.optimizers.finite import raise_if_stuck
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import LossInputs
-from robust_ssl.updates import raise_if_stuck
 
 FLIP = dict(augment=lambda key, x: jnp.where(jax.random.bernoulli(key), x, x[:, ::-1]))
 EVERYTHING = dict(
@@ -49,7 +41,7 @@ def on_one_device():
 )
 def test_the_result_does_not_depend_on_the_devices(method, num_devices):
     net = tiny()
-    parallel = Parallel.create(num_devices=num_devices, method=method)
+    parallel = Parallel.create(num_devices=num_devices, kind=method)
     state, metrics = run(
         net, optax.sgd(0.1), batches(2), parallel=parallel, pretrained=net.encoder, **EVERYTHING
     )
@@ -266,10 +258,10 @@ def test_the_guard_stops_at_the_largest_alpha_within_the_tolerance():
         alpha = float(variables["params"][0])
         return 0.5 + 0.3 * alpha, 0.6 - 0.1 * alpha**2
 
-    found = guard(here, there, evaluate, tolerance=0.0251, alphas=(1.0, 0.75, 0.5, 0.25))
-    assert found.alpha == 0.5 and found.variables["params"].tolist() == [0.5, 0.5]
-    assert [point.alpha for point in found.curve] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    np.testing.assert_allclose(found.curve[0][1:], (0.8, 0.5))
+    guarded = guard(here, there, evaluate, tolerance=0.0251, alphas=(1.0, 0.75, 0.5, 0.25))
+    assert guarded.alpha == 0.5 and guarded.variables["params"].tolist() == [0.5, 0.5]
+    assert [point.alpha for point in guarded.curve] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    np.testing.assert_allclose(guarded.curve[0][1:], (0.8, 0.5))
     assert guard(here, there, evaluate, tolerance=0.2).alpha == 1.0
     assert guard(here, there, evaluate, tolerance=0.0, alphas=(1.0, 0.5)).alpha == 0.0
     with pytest.raises(ValueError, match="alphas in"):

@@ -152,13 +152,13 @@ def test_it_can_stop_between_attacks_and_go_on():
 
 def test_only_living_images_are_attacked_in_batches_of_one_shape(monkeypatch):
     seen = []
-    original = in_turn._on_some
+    original = in_turn.on_some
 
     def counting(function, constants, examples, rows, batch_size):
         seen.append(len(rows))
         return original(function, constants, examples, rows, batch_size)
 
-    monkeypatch.setattr(in_turn, "_on_some", counting)
+    monkeypatch.setattr(in_turn, "on_some", counting)
     # Mean brightness 0.40, 0.41, ... 0.49: lifting by 0.05 and by 0.085 breaks 4 and 3 more.
     images = np.stack([np.full((8, 8, 3), 0.405 + i / 100, np.float32) for i in range(10)])
     batches = _batches(images, np.zeros(10, int))

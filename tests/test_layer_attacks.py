@@ -12,6 +12,7 @@ from tiny import TwoBlocks
 
 from robust_ssl import conformance, threats
 from robust_ssl.attacks import universal
+from robust_ssl.attacks.fit_batch import FitBatch
 from robust_ssl.attacks.layers import FFF, L4AUGS, SSP, STD, UAPPGD, L4ABase, L4AFuse
 from robust_ssl.objectives import layers
 from robust_ssl.parallel import Parallel
@@ -153,9 +154,9 @@ def _steps(attack, images, count=1):
     """Returns the perturbation before and after, and the curve."""
     model = _two_blocks()
     state = attack.init(KEY, SHAPE, BUDGET)
-    before, clean, curve = attack.delta(state, BUDGET), model(images), []
+    before, batch, curve = attack.delta(state, BUDGET), FitBatch.on(model, BUDGET, images), []
     for _ in range(count):
-        state, value = attack.step(state, BUDGET, model, clean, images)
+        state, value = attack.step(state, BUDGET, batch)
         curve.append(float(value))
     return np.asarray(before, np.float64), state, curve
 
@@ -242,7 +243,7 @@ def test_fff_halves_a_perturbation_that_stays_at_the_budget():
     attack, images, model = FFF(1.0), jnp.asarray(_images(2)), _two_blocks()
     state, sizes = attack.init(KEY, SHAPE, BUDGET), []
     for _ in range(2):  # both steps reach far beyond the budget
-        state, _ = attack.step(state, BUDGET, model, model(images), images)
+        state, _ = attack.step(state, BUDGET, FitBatch.on(model, BUDGET, images))
         sizes.append(float(jnp.abs(state.current).max()))
     assert float(state.saturation) == 1.0
     np.testing.assert_allclose(sizes, [0.1, 0.05], rtol=1e-5)
@@ -275,7 +276,7 @@ def _fit(attack, *, devices=1, method="jit", seeds=(0,), epsilons=(0.0, 0.1), st
         keys=keys,
         epsilons=budgets,
         image_shape=(8, 8, 3),
-        parallel=Parallel.create(num_devices=devices, method=method),
+        parallel=Parallel.create(num_devices=devices, kind=method),
         **more,
     )
 
@@ -332,7 +333,7 @@ def test_members_at_once_equal_those_fitted_alone(attack):
 @pytest.mark.parametrize("attack", [ATTACKS[0], ATTACKS[6]], ids=lambda attack: attack.name)
 def test_another_step_size_does_not_compile_again(attack):
     first = _fit(attack, steps=2)
-    compiled = universal._fit_step(Parallel.create(num_devices=1, method="jit"))
+    compiled = universal._fit_step(Parallel.create(num_devices=1, kind="jit"))
     before = compiled._cache_size()
     other = _fit(attack.replace(step_size=0.001), steps=2)
     assert compiled._cache_size() == before

@@ -4,18 +4,18 @@ import numpy as np
 import optax
 import pytest
 
-from robust_ssl.finetuning import layerwise
-from robust_ssl.finetuning.layerwise import (
+from robust_ssl import models
+from robust_ssl.optimizers import layerwise
+from robust_ssl.optimizers.layerwise import (
     adam_l2,
     frozen_paths,
     keep_frozen,
     label_paths,
     layer_rates,
-    layer_table,
     layerwise_optimizer,
     match_paths,
-    render_table,
 )
+from robust_ssl.optimizers.table import layer_table, render_table
 
 PARAMS = {
     "encoder": {
@@ -131,13 +131,13 @@ def test_frozen_statistics_go_with_the_parameters_of_their_norm():
     }  # fmt: skip
     new = jax.tree.map(lambda _: 1, old)
     frozen = {"a/norm/scale", "a/norm/bias", "b/norm/scale", "c/conv/kernel"}
-    kept = keep_frozen(new, old, frozen)
-    assert kept["batch_stats"] == {
+    variables = keep_frozen(new, old, frozen)
+    assert variables["batch_stats"] == {
         "a": {"norm": {"mean": 0}},  # all its parameters are frozen; the convolution's play no part
         "b": {"norm": {"mean": 1}},  # its bias is free
         "c": {"norm": {"mean": 0}},  # no parameters of its own: those of the module around it
     }
-    assert kept["params"]["a"] == {"norm": {"scale": 0, "bias": 0}, "conv": {"kernel": 1}}
+    assert variables["params"]["a"] == {"norm": {"scale": 0, "bias": 0}, "conv": {"kernel": 1}}
 
 
 def test_an_unknown_frozen_path_is_an_error():
@@ -145,15 +145,46 @@ def test_an_unknown_frozen_path_is_an_error():
         layerwise.stop_frozen(PARAMS, {"encoder/stage9"})
 
 
-def test_the_table_lists_every_layer_with_size_and_rate():
+def test_the_table_reads_as_rules_a_later_row_overrides_an_earlier_one():
     rates = layer_rates(PARAMS, {"**": "freeze", "encoder/stage*/**": 1e-4, "head/kernel": 5e-3})
     rows = layer_table(PARAMS, rates)
     assert [tuple(row) for row in rows] == [
-        ("encoder/stem/conv", 9, "freeze"),
-        ("encoder/stem/norm", 3, "freeze"),
-        ("encoder/stage1/conv1", 4, 1e-4),
-        ("encoder/stage2/conv1", 4, 1e-4),
-        ("head/kernel", 6, 5e-3),
-        ("head/bias", 2, "freeze"),
+        ("encoder/stage1/**", 1, 4, 1e-4),
+        ("encoder/stage2/**", 1, 4, 1e-4),
+        ("encoder/stem/**", 1, 12, "freeze"),
+        ("head/bias", 0, 2, "freeze"),
+        ("head/kernel", 1, 6, 5e-3),
     ]
     assert "14 of 28 parameters are trained" in render_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("rules", "lines"),
+    [
+        ({"encoder/**": "freeze", "head/**": 5e-3}, 2),
+        ({"**": 1e-3, "encoder/stage1/**": "freeze", "head/**": 5e-3}, 6),
+        ({"**": "freeze", "encoder/stage*/block2/conv2/**": 1e-3, "head/**": 5e-3}, 10),
+    ],
+)
+def test_the_table_of_a_resnet18_is_short_and_adds_up(rules, lines):
+    encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+    params = models.classifier(jax.random.key(1), encoder, 3).variables["params"]
+    rates = layer_rates(params, rules)
+    rows = layer_table(params, rates)
+    assert len(rows) == lines
+    assert len(layer_rates(params, {"**": "freeze"})) > 40
+    assert sum(row.size for row in rows) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert layer_rates(params, {row.pattern: row.rate for row in rows}) == rates
+
+
+def test_layers_stand_in_natural_order_and_a_single_parameter_stays_visible():
+    encoder = {f"block{n}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for n in range(1, 12)}
+    params = {"encoder": encoder, "head": {"kernel": jnp.ones((2, 2))}}
+    rules = {"**": "freeze", "encoder/block2/bias": 1e-3, "encoder/block10/**": 1e-4}
+    rows = layer_table(params, layer_rates(params, rules))
+    assert [row.pattern for row in rows] == [
+        *("encoder/block1/**", "encoder/block2/**", "encoder/block2/bias"),
+        *(f"encoder/block{n}/**" for n in range(3, 12)),
+        "head/**",
+    ]
+    assert rows[2] == ("encoder/block2/bias", 0, 2, 1e-3)

@@ -12,7 +12,10 @@ import pytest
 from ml_collections import config_dict
 
 import robust_ssl
-from robust_ssl import checkpoints, main, progress, settings
+from robust_ssl import progress, settings, stopping
+from robust_ssl.cli import main
+from robust_ssl.experiment import UsageError
+from robust_ssl.workdir import ConfigChangedError, WorkdirError, open_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -26,8 +29,8 @@ def get_config(arguments=None):
     return ConfigDict({
         "seed": 0,
         "downstream": chosen["downstream"],
-        "attack": {"epsilon": chosen["epsilon"], "epsilons": (0.1, 0.2), "random_start": True},
-        "finetune": {"adv_ratio": 1.0, "limit": None, "rates": {"encoder/*": 1e-4}, "seeds": [0]},
+        "suite": {"epsilon": chosen["epsilon"], "curve": (0.1, 0.2), "random_start": True},
+        "common": {"adv_ratio": 1.0, "limit": None, "rates": {"encoder/*": 1e-4}, "seeds": [0]},
         "width": placeholder(int),
     })
 """
@@ -41,18 +44,18 @@ def config_file(tmp_path):
 
 
 @pytest.fixture
-def stages(monkeypatch, tmp_path):
+def experiment(monkeypatch, tmp_path):
     """A stand-in for what runs; tests set its `run`."""
-    fake = types.ModuleType("robust_ssl.stages")
-    fake.UsageError = type("UsageError", (ValueError,), {})
+    fake = types.ModuleType("robust_ssl.experiment")
+    fake.UsageError = UsageError
     fake.run = lambda config, workdir, *, parallel: {}
     fake.describe = settings.describe
-    monkeypatch.setitem(sys.modules, "robust_ssl.stages", fake)
-    monkeypatch.setattr(robust_ssl, "stages", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "robust_ssl.experiment", fake)
+    monkeypatch.setattr(robust_ssl, "experiment", fake, raising=False)
     monkeypatch.setattr(main, "_start_jax", lambda arguments, several: None)
     yield fake
     progress.set_mode("auto")
-    progress.clear_stop()
+    stopping.clear_stop()
 
 
 # --- settings ---------------------------------------------------------------------------------
@@ -67,13 +70,13 @@ def test_fractions_are_the_numbers_python_means():
 
 
 def test_only_numbers_are_expanded():
-    kept = [
+    unchanged = [
         "--config.path=runs/1/2",
         "--config.name=cifar10/3",
         "--config.date=2024/01/02",
         "--workdir=1/2",
     ]
-    assert settings.expand_fractions(kept) == kept
+    assert settings.expand_fractions(unchanged) == unchanged
     assert settings.expand_fractions(["--config.a.b=8/255"]) == [f"--config.a.b={8 / 255!r}"]
     assert settings.expand_fractions(["--config.a=[1/2,0.5]"]) == ["--config.a=[0.5,0.5]"]
     assert settings.expand_fractions(["--config.a=-1/4"]) == ["--config.a=-0.25"]
@@ -104,12 +107,12 @@ def test_arguments_have_the_type_of_their_defaults():
 
 def test_a_config_is_loaded_overridden_and_locked(config_file):
     overrides = [
-        "--config.finetune.adv_ratio=0.5",
-        "--config.attack.random_start=false",
-        "--config.attack.epsilons=(4/255, 8/255)",
-        "--config.finetune.limit=3",
-        "--config.finetune.seeds=[1, 2]",
-        "--config.finetune.rates['encoder/*']=1/1000",
+        "--config.common.adv_ratio=0.5",
+        "--config.suite.random_start=false",
+        "--config.suite.curve=(4/255, 8/255)",
+        "--config.common.limit=3",
+        "--config.common.seeds=[1, 2]",
+        "--config.common.rates['encoder/*']=1/1000",
         "--config.width=8",
         "--config.seed=1",
         "--config.seed=2",
@@ -119,8 +122,8 @@ def test_a_config_is_loaded_overridden_and_locked(config_file):
     assert settings.to_json(config) == {
         "seed": 2,
         "downstream": "gtsrb32",
-        "attack": {"epsilon": 10 / 255, "epsilons": [4 / 255, 8 / 255], "random_start": False},
-        "finetune": {
+        "suite": {"epsilon": 10 / 255, "curve": [4 / 255, 8 / 255], "random_start": False},
+        "common": {
             "adv_ratio": 0.5,
             "limit": 3,
             "rates": {"encoder/*": 0.001},
@@ -133,11 +136,9 @@ def test_a_config_is_loaded_overridden_and_locked(config_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.finetune.adv_ratoi=1", "no 'adv_ratoi' in config.finetune; .*adv_ratio"),
-        ("--config.sed=1", "did you mean seed"),
         ("--config.seed.deeper=1", "config.seed is 0 and has no 'deeper'"),
         ("--config.seed=1.5", "seed"),
-        ("--config.finetune.adv_ratio=half", "adv_ratio"),
+        ("--config.common.adv_ratio=half", "adv_ratio"),
         ("--config.seed", "write --config.KEY=VALUE"),
     ],
 )
@@ -177,14 +178,14 @@ def test_describe_says_what_functions_do_and_which_are_missing():
     text = settings.describe(
         {
             "losses": {"a/b": 1},
-            "f": ["robust_ssl.progress:stop_requested"],
-            "g": "robust_ssl.progress:stop_request",
+            "f": ["robust_ssl.stopping:stop_requested"],
+            "g": "robust_ssl.stopping:stop_request",
         }
     )
     assert text.splitlines()[:3] == [
         'config.losses["a/b"] = 1',
-        'config.f = ["robust_ssl.progress:stop_requested"]',
-        "    Whether somebody asked to stop; a stage looks after every step.",
+        'config.f = ["robust_ssl.stopping:stop_requested"]',
+        "    Returns whether somebody asked to stop; a stage asks after every step.",
     ]
     assert "NOT FOUND" in text and "stop_requested" in text.splitlines()[-1]
 
@@ -199,33 +200,34 @@ def _call(command: str, config_file: str, tmp_path, *more: str) -> int:
     return main.main([command, *flags])
 
 
-def test_run_hands_config_workdir_and_devices_to_stages(stages, config_file, tmp_path):
+def test_run_hands_over_config_workdir_and_devices(experiment, config_file, tmp_path):
     seen = {}
-    stages.run = lambda config, workdir, *, parallel: seen.update(
+    experiment.run = lambda config, workdir, *, parallel: seen.update(
         config=config, workdir=workdir, parallel=parallel
     )
-    flags = ["--config.attack.epsilon=4/255", "--devices=2", "--method=jit", "--no-progress"]
+    flags = ["--config.suite.epsilon=4/255", "--devices=2", "--parallel=jit", "--no-progress"]
     assert _call("run", config_file, tmp_path, *flags) == 0
-    assert seen["config"].attack.epsilon == 4 / 255
+    assert seen["config"].suite.epsilon == 4 / 255
     assert seen["workdir"] == str(tmp_path / "run")
-    assert len(seen["parallel"].devices) == 2 and seen["parallel"].method == "jit"
+    assert len(seen["parallel"].devices) == 2 and seen["parallel"].kind == "jit"
 
 
-def test_describe_prints_every_setting(stages, config_file, tmp_path, capsys):
+def test_describe_prints_every_setting(experiment, config_file, tmp_path, capsys):
     assert _call("describe", config_file, tmp_path, "--config.seed=4") == 0
     out = capsys.readouterr().out
-    assert "config.seed = 4" in out and "config.finetune.adv_ratio = 1.0" in out
+    assert "config.seed = 4" in out and "config.common.adv_ratio = 1.0" in out
 
 
 def test_zoo_build_takes_many_configs_and_says_which_failed(
     config_file, tmp_path, capsys, monkeypatch
 ):
-    from robust_ssl.stages import zoo
+    from robust_ssl.cli import zoo
 
     seen = {}
 
     def build(configs, out, *, parallel):
         seen.update(configs=configs, parallel=parallel)
+        (tmp_path / "zoo").mkdir()
         (tmp_path / "zoo" / "README.md").write_text("the table\n")
         return {"second": "ValueError: too small"}
 
@@ -246,23 +248,23 @@ def _raise(error):
     return run
 
 
-def test_errors_have_their_exit_code_and_no_traceback(stages, config_file, tmp_path, capsys):
+def test_errors_have_their_exit_code_and_no_traceback(experiment, config_file, tmp_path, capsys):
     for error, code in [
-        (stages.UsageError("adv_ratio is 2"), 2),
-        (checkpoints.ConfigChangedError("seed: 0 -> 1"), 2),
-        (checkpoints.WorkdirError("cannot write"), 2),
+        (UsageError("adv_ratio is 2"), 2),
+        (ConfigChangedError("seed: 0 -> 1"), 2),
+        (WorkdirError("cannot write"), 2),
         (ValueError("shapes"), 1),
         (RuntimeError("out of memory"), 1),
-        (progress.Stopped("stopped at step 7"), 75),
+        (stopping.Stopped("stopped at step 7"), 75),
         (KeyboardInterrupt(), 75),
     ]:
-        stages.run = _raise(error)
+        experiment.run = _raise(error)
         assert _call("run", config_file, tmp_path) == code, error
         err = capsys.readouterr().err
         assert str(error) in err
         assert "Traceback" not in err
         assert ("run the same command again" in err) == (code == 75)
-    stages.run = _raise(RuntimeError("out of memory"))
+    experiment.run = _raise(RuntimeError("out of memory"))
     assert _call("run", config_file, tmp_path, "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -270,33 +272,29 @@ def test_errors_have_their_exit_code_and_no_traceback(stages, config_file, tmp_p
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.finetune.adv_rati=1", "did you mean adv_ratio"),
+        ("--config.seed.deeper=1", "config.seed is 0 and has no 'deeper'"),
         ("--devices=99", "num_devices=99"),
         ("--num-processes=2", "give all three"),
     ],
 )
-def test_wrong_usage_is_2_and_says_what_to_do(stages, config_file, tmp_path, capsys, flag, message):
+def test_wrong_usage_is_2_and_says_what_to_do(
+    experiment, config_file, tmp_path, capsys, flag, message
+):
     assert _call("run", config_file, tmp_path, flag) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_workdir_that_cannot_be_made_is_wrong_usage(stages, config_file, tmp_path, capsys):
-    (tmp_path / "run").write_text("in the way")
-    assert _call("run", config_file, tmp_path) == 2
-    assert "cannot write to" in capsys.readouterr().err
-
-
 def test_a_changed_config_is_refused_through_the_command_line(
-    stages, config_file, tmp_path, capsys
+    experiment, config_file, tmp_path, capsys
 ):
     def run(config, workdir, *, parallel):
-        checkpoints.open_stage(workdir, "stage1", settings.to_json(config), {}, config.seed)
+        open_stage(workdir, "stage1", settings.to_json(config), {}, config.seed)
 
-    stages.run = run
+    experiment.run = run
     assert _call("run", config_file, tmp_path) == 0
     assert _call("run", config_file, tmp_path) == 0
-    assert _call("run", config_file, tmp_path, "--config.finetune.adv_ratio=1/2") == 2
-    assert "config.finetune.adv_ratio: 1.0 -> 0.5" in capsys.readouterr().err
+    assert _call("run", config_file, tmp_path, "--config.common.adv_ratio=1/2") == 2
+    assert "config.common.adv_ratio: 1.0 -> 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -321,7 +319,7 @@ def test_the_cache_has_a_home(monkeypatch, tmp_path):
 
 def test_help_and_mistakes_do_not_wait_for_jax():
     code = (
-        "import sys; from robust_ssl import main\n"
+        "import sys; from robust_ssl.cli import main\n"
         "try: main.main(['--help'])\nexcept SystemExit as e: assert e.code == 0\n"
         "assert main.main(['run', '--config=none.py', '--workdir=x']) == 2\n"
         "assert 'jax' not in sys.modules, 'imported too early'"
@@ -333,35 +331,36 @@ def test_help_and_mistakes_do_not_wait_for_jax():
     assert "examples:" in done.stdout
 
 
-# A small stage that saves when it is asked to stop; the module stands in for the real stages.
+# A small stage that saves when it is asked to stop; the module stands in for the real one.
 SCRIPT = """
 import sys, time, types
-fake = types.ModuleType("robust_ssl.stages")
+fake = types.ModuleType("robust_ssl.experiment")
 class UsageError(ValueError): pass
 fake.UsageError = UsageError
 
 def run(config, workdir, *, parallel):
     import jax.numpy as jnp
-    from robust_ssl import checkpoints, progress
-    with checkpoints.open_stage(workdir, "stage1", {}, {}, seed=0) as stage:
+    from robust_ssl import stopping
+    from robust_ssl.workdir import open_stage
+    with open_stage(workdir, "stage1", {}, {}, seed=0) as stage:
         if stage.done:
             return
         step, state = stage.restore_latest({"w": jnp.zeros(3)}) or (0, {"w": jnp.zeros(3)})
         print("from", step, len(parallel.devices), flush=True)
         while step < 3 or not step_limit():
             state, step = {"w": state["w"] + 1}, step + 1
-            if progress.stop_requested():
+            if stopping.stop_requested():
                 stage.save(step, state)
-                raise progress.Stopped(f"stopped at step {step}")
+                raise stopping.Stopped(f"stopped at step {step}")
             time.sleep(0.01)
-        stage.finish(state)
+        stage.finish({"w": state["w"].tolist()})
 
 def step_limit():
     return "--finish" in sys.argv
 
 fake.run = run
-sys.modules["robust_ssl.stages"] = fake
-from robust_ssl import main
+sys.modules["robust_ssl.experiment"] = fake
+from robust_ssl.cli import main
 sys.exit(main.main([a for a in sys.argv[1:] if a != "--finish"]))
 """
 
@@ -393,5 +392,5 @@ def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
     assert again.returncode == 0, again.stderr
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert again.stdout.split() == ["from", str(saved[0]), str(cores)]
-    final = checkpoints.open_stage(tmp_path / "run", "stage1", {}, {}, seed=0).read_final()
-    assert final["w"].tolist() == [max(3, saved[0])] * 3
+    final = open_stage(tmp_path / "run", "stage1", {}, {}, seed=0).results
+    assert final["w"] == [max(3, saved[0])] * 3

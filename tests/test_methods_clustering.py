@@ -129,10 +129,10 @@ def test_kmeans_recovers_separated_directions():
     points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
     points[57:] = 0  # never seen
     kmeans = functools.partial(clustering.spherical_kmeans, num_clusters=3)
-    found = jax.jit(jax.vmap(kmeans, (0, None)))(
+    clusterings = jax.jit(jax.vmap(kmeans, (0, None)))(
         jax.random.split(jax.random.key(1), 10), jnp.asarray(points)
     )
-    centroids, nearest = (np.asarray(x) for x in found)
+    centroids, nearest = (np.asarray(x) for x in clusterings)
     np.testing.assert_array_equal(nearest[:, 57:], -1)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=2), 1.0, rtol=1e-5)
     right = [len({*zip(labels[:57], row[:57], strict=True)}) == 3 for row in nearest]
@@ -226,10 +226,12 @@ def test_the_center_is_the_moving_average_of_what_the_teacher_says():
     state = {**variables["state"], "center": jnp.arange(6.0)}
     _, (_, update) = forward(DINO)({**variables, "state": state}, 0.5)
     features, statistics = encode(tiny.encoder(), VIEWS, None)
-    out, _ = apply_network(DINO._projector, variables, "projector", jnp.concatenate(features), None)
+    out, _ = apply_network(
+        DINO.networks["projector"], variables, "projector", jnp.concatenate(features), None
+    )
     prototypes = normalize(variables["params"]["prototypes"].T).T
-    said = np.asarray(normalize(out), np.float64) @ np.asarray(prototypes, np.float64)
-    expected = 0.9 * np.arange(6.0) + 0.1 * said.mean(axis=0)
+    cosines = np.asarray(normalize(out), np.float64) @ np.asarray(prototypes, np.float64)
+    expected = 0.9 * np.arange(6.0) + 0.1 * cosines.mean(axis=0)
     np.testing.assert_allclose(update.state["center"], expected, rtol=1e-5, atol=1e-6)
     jax.tree.map(  # the teacher, still equal to the student, saw the same two views
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
@@ -395,7 +397,7 @@ def test_a_step_does_not_depend_on_the_devices(name):
 
 
 def test_swav_does_not_depend_on_who_spreads_it():
-    check_layouts(*METHODS["swav"], Parallel.create(num_devices=4, method="shard_map"))
+    check_layouts(*METHODS["swav"], Parallel.create(num_devices=4, kind="shard_map"))
 
 
 @pytest.mark.parametrize("name", ["swav", "deepcluster"])

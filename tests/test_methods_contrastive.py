@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from robust_ssl import pretraining
-from robust_ssl.pretraining import augmentation, contrastive, method
+from robust_ssl.pretraining import augmentation, contrastive, method, two_views
 
 RANDOM = np.random.default_rng(0)
 FIRST, SECOND = (RANDOM.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
@@ -192,7 +192,7 @@ def test_nnclr_makes_two_views_agree_without_collapse():
 
 def test_views_are_the_recipes_with_crops_as_small_as_asked_for(monkeypatch):
     monkeypatch.setattr(
-        contrastive, "random_views", lambda key, image, views, *, min_scale: (views, min_scale)
+        two_views, "random_views", lambda key, image, views, *, min_scale: (views, min_scale)
     )
     assert SUPCON.replace(min_scale=0.3).views(None, None) == (augmentation.SYMMETRIC, 0.3)
     assert NNCLR.replace(min_scale=0.3).views(None, None) == (augmentation.ASYMMETRIC, 0.3)

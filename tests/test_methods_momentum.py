@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from robust_ssl import models, pretraining
-from robust_ssl.pretraining import augmentation, momentum, momentum_copy, siamese
+from robust_ssl.pretraining import augmentation, momentum, momentum_copy, siamese, two_views
 
 RANDOM = np.random.default_rng(0)
 FIRST, SECOND = (RANDOM.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
@@ -157,7 +157,7 @@ def test_the_copy_is_the_moving_average_of_encoder_and_projector(name):
     for step in range(3):
         before, after = states[step].variables, states[step + 1].variables
         cosine = np.cos(np.pi * step / method_steps.NUM_STEPS)
-        kept = method.final_momentum - (method.final_momentum - method.momentum) * (cosine + 1) / 2
+        share = method.final_momentum - (method.final_momentum - method.momentum) * (cosine + 1) / 2
         old, new = (v["state"]["momentum"] for v in (before, after))
         online = {
             "encoder": after["params"]["encoder"],
@@ -165,7 +165,7 @@ def test_the_copy_is_the_moving_average_of_encoder_and_projector(name):
         }
         for part, params in online.items():
             expected = jax.tree.map(
-                lambda slow, fast, kept=kept: kept * slow + (1 - kept) * fast,
+                lambda slow, fast, share=share: share * slow + (1 - share) * fast,
                 old[part]["params"],
                 params,
             )
@@ -283,13 +283,12 @@ def test_training_makes_two_views_agree_without_collapse(name):
 
 
 def test_views_are_the_recipes_with_crops_as_small_as_asked_for(monkeypatch):
-    asked = {}
-    for module in (momentum, siamese):
-        monkeypatch.setattr(
-            module, "random_views", lambda key, image, views, *, min_scale: (views, min_scale)
-        )
+    monkeypatch.setattr(
+        two_views, "random_views", lambda key, image, views, *, min_scale: (views, min_scale)
+    )
+    recipes = {}
     for name, method in METHODS.items():
-        asked[name] = method.replace(min_scale=0.3).views(None, None)
-    assert asked["mocov2plus"] == asked["simsiam"] == (augmentation.SYMMETRIC_WEAK, 0.3)
-    assert asked["mocov3"] == asked["byol"] == (augmentation.ASYMMETRIC, 0.3)
-    assert asked["ressl"] == (augmentation.STRONG_AND_WEAK, 0.3)
+        recipes[name] = method.replace(min_scale=0.3).views(None, None)
+    assert recipes["mocov2plus"] == recipes["simsiam"] == (augmentation.SYMMETRIC_WEAK, 0.3)
+    assert recipes["mocov3"] == recipes["byol"] == (augmentation.ASYMMETRIC, 0.3)
+    assert recipes["ressl"] == (augmentation.STRONG_AND_WEAK, 0.3)

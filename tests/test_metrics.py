@@ -11,7 +11,7 @@ import pytest
 from robust_ssl import evaluation, struct, threats
 from robust_ssl.attacks import APGD, PGD
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
-from robust_ssl.parallel import METHODS, Parallel
+from robust_ssl.parallel import KINDS, Parallel
 from robust_ssl.types import Classifier, Encoder
 
 CLASSES = 4
@@ -219,7 +219,7 @@ def test_attacks_are_counted_apart_and_together(two):
     np.testing.assert_array_equal(results["zeros"].flipped, [True] * 3 + [False] * 7)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_results_do_not_depend_on_batches_or_devices(method):
     levels = labels = list(np.arange(10) % CLASSES)
     runs = [
@@ -228,7 +228,7 @@ def test_results_do_not_depend_on_batches_or_devices(method):
             batches_of(levels, labels, size),
             {"lottery": Lottery()},
             key=jax.random.key(3),
-            parallel=Parallel.create(num_devices=devices, method=method),
+            parallel=Parallel.create(num_devices=devices, kind=method),
         )["lottery"]
         for size, devices in ((10, 1), (4, 2))
     ]
@@ -241,17 +241,16 @@ def test_results_do_not_depend_on_batches_or_devices(method):
 
 def test_one_compilation_serves_all_epsilons_and_the_short_batch(two):
     TRACES.clear()
-    curve = evaluation.accuracy_against_epsilon(
+    results = evaluation.score(
         first_pixel_classifier(),
         batches_of([0, 0, 1, 1, 2], [0, 0, 1, 1, 2], 2),
-        {e / 255: Tracer(jnp.float32(e / 255)) for e in (2, 1)},
+        {str(e): Tracer(jnp.float32(e / 255)) for e in (2, 1)},
         key=jax.random.key(0),
         parallel=two,
     )
     assert len(TRACES) == 1
-    assert [point[0] for point in curve] == [0.0, 1 / 255, 2 / 255]
-    assert [point[1] for point in curve] == [1.0, 0.0, 0.0]
-    assert curve[0][2:] == wilson_interval(5, 5)
+    assert results["worst"].counts.clean_accuracy == 1.0
+    assert [results[name].counts.robust_accuracy for name in ("2", "1", "worst")] == [0.0] * 3
 
 
 @struct.dataclass

@@ -62,7 +62,9 @@ def test_resnets_have_the_published_shape(builder, depths, expansion, size_in_th
     encoder, outputs = abstract(builder, stem="imagenet", image_size=64)
     assert encoder.dim == 512 * expansion == outputs.features.shape[1]
     assert num_params(encoder) == size_in_the_paper
-    names = [f"stage{s + 1}/block{b + 1}" for s, depth in enumerate(depths) for b in range(depth)]
+    names = []
+    for stage, depth in enumerate(depths, 1):
+        names += [f"stage{stage}/block{block}" for block in range(1, depth + 1)]
     assert set(outputs.taps) == {"stem", *names}
     for stage in range(4):
         shape = outputs.taps[f"stage{stage + 1}/block1"].shape
@@ -201,11 +203,11 @@ def test_a_vit_has_no_statistics():
     np.testing.assert_array_equal(outputs.features, run(encoder, IMAGES).features)
 
 
-@pytest.mark.parametrize("method", parallel.METHODS)
+@pytest.mark.parametrize("method", parallel.KINDS)
 def test_batch_statistics_across_devices_are_those_of_the_global_batch(method):
     encoder = built("resnet")
     expected, statistics = run_training(encoder, IMAGES)
-    layout = Parallel.create(num_devices=2, method=method)
+    layout = Parallel.create(num_devices=2, kind=method)
 
     def step(encoder, images):
         outputs, statistics = encoder.apply_train(images, axis_name=layout.axis_name)

@@ -88,7 +88,7 @@ def test_tables(executed):
     (turned,) = _outputs(executed["turned"], "text/markdown")
     assert turned.count("/255 |") == 2
     (table,) = _outputs(executed["table"], "text/markdown")
-    for row in ("usual fine-tuning", "secure stage 1", "secure stage 2"):
+    for row in ("baseline (frozen encoder)", "gen_af_stage1", "gen_af"):
         assert f"| {row} |" in table
     (compared,) = _outputs(executed["compare"], "text/markdown")
     for row in ("universal_pgd | public", "universal_pgd | hardened", "pgd | hardened"):

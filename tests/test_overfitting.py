@@ -1,11 +1,17 @@
 """The alarm of single-step training: rings for the one illness, and not for others or noise."""
 
-import pytest
+import json
+import logging
 
+import pytest
+import tiny_recipes
+from tiny_recipes import ON_ADVERSARIAL, PGD, go
+
+from robust_ssl.experiment import fitting
 from robust_ssl.finetuning.overfitting import overfitting_epoch, overfitting_warning
 
 
-def found(one_step, multi_step, images=1000, **options):
+def epoch_of(one_step, multi_step, images=1000, **options):
     return overfitting_epoch(list(zip(one_step, multi_step, strict=True)), images=images, **options)
 
 
@@ -23,30 +29,30 @@ def found(one_step, multi_step, images=1000, **options):
     ],
 )
 def test_it_rings_when_only_the_stronger_attack_wins(one_step, multi_step, expected):
-    assert found(one_step, multi_step) == expected
+    assert epoch_of(one_step, multi_step) == expected
 
 
 def test_few_images_ring_only_for_what_they_can_tell():
     one_step, multi_step = [0.6, 0.6], [0.40, 0.15]
-    assert found(one_step, multi_step, images=5000) == 2
-    assert found(one_step, multi_step, images=50) is None
-    assert found(one_step, multi_step, images=50, margin=0.0) == 2
+    assert epoch_of(one_step, multi_step, images=5000) == 2
+    assert epoch_of(one_step, multi_step, images=50) is None
+    assert epoch_of(one_step, multi_step, images=50, margin=0.0) == 2
     # A dip of the one-step accuracy within its noise is no fall; a larger one is.
-    assert found([0.60, 0.58], [0.4, 0.0]) == 2
-    assert found([0.60, 0.50], [0.4, 0.0]) is None
+    assert epoch_of([0.60, 0.58], [0.4, 0.0]) == 2
+    assert epoch_of([0.60, 0.50], [0.4, 0.0]) is None
 
 
 def test_the_margin_is_in_standard_errors():
     # 0.1 is below half of 0.4 by 0.1, which has to be more than two of
     # sqrt((0.1 * 0.9 + 0.4 * 0.6 / 4) / images): 60 images.
-    assert found([0.5, 0.5], [0.4, 0.1], images=59) is None
-    assert found([0.5, 0.5], [0.4, 0.1], images=61) == 2
-    assert found([0.5, 0.5], [0.4, 0.1], images=59, margin=1.9) == 2
+    assert epoch_of([0.5, 0.5], [0.4, 0.1], images=59) is None
+    assert epoch_of([0.5, 0.5], [0.4, 0.1], images=61) == 2
+    assert epoch_of([0.5, 0.5], [0.4, 0.1], images=59, margin=1.9) == 2
 
 
 def test_what_follows_does_not_change_the_answer():
     one_step, multi_step = [0.5, 0.6, 0.9, 0.5, 0.9], [0.30, 0.40, 0.01, 0.41, 0.0]
-    answers = [found(one_step[:n], multi_step[:n]) for n in range(1, 6)]
+    answers = [epoch_of(one_step[:n], multi_step[:n]) for n in range(1, 6)]
     assert answers == [None, None, 3, 3, 3]
 
 
@@ -69,4 +75,43 @@ def test_the_warning_names_both_epochs_and_what_to_do():
 )
 def test_nonsense_is_refused(one_step, multi_step, options, message):
     with pytest.raises(ValueError, match=message):
-        found(one_step, multi_step, **options)
+        epoch_of(one_step, multi_step, **options)
+
+
+# --- In a training ----------------------------------------------------------------------------
+
+ONE_STEP = {
+    **ON_ADVERSARIAL,
+    "attack": {**PGD, "num_steps": 1, "step_size": 10 / 255},
+}
+
+
+def fgsm_rs(workdir, epochs):
+    """The results of training by one step from a random start."""
+    config = tiny_recipes.config({"fgsm_rs": {**ONE_STEP, "epochs": epochs}})
+    return go(config, workdir)["train"]["trained"]["fgsm_rs-seed0"]
+
+
+def test_catastrophic_overfitting_reaches_the_results(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "robust_ssl")
+    history = iter([(0.5, 0.5), (1.0, 0.0), (1.0, 0.0)])
+
+    def collapses(*args):
+        one_step, pgd = next(history)
+        return {
+            "validation_clean_accuracy": 1.0,
+            "validation_robust_accuracy": pgd,
+            "validation_one_step_accuracy": one_step,
+        }
+
+    monkeypatch.setattr(fitting, "validate", collapses)
+    results = fgsm_rs(tmp_path, epochs=3)
+    assert results["catastrophic_overfitting"] == 2
+    assert results["best_epoch"] == 1 and results["validation_score"] == 0.5
+    assert "fgsm_rs-seed0: catastrophic overfitting at epoch 2" in caplog.text
+
+
+def test_one_step_training_is_measured_under_its_own_attack_too(tmp_path):
+    assert fgsm_rs(tmp_path, epochs=1)["catastrophic_overfitting"] is None
+    lines = (tmp_path / "recipes" / "fgsm_rs-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert "validation_one_step_accuracy" in json.loads(lines[-1])

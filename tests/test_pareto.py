@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from robust_ssl.report.advice import advice
-from robust_ssl.report.pareto import Point, _placed, area_under_front, figure_pareto, front
+from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front, place
+from robust_ssl.report.sentences import advice
 
 
 def random_points(seed, n=12, steps=8):
@@ -66,74 +66,76 @@ def test_points_that_are_none_are_refused(wrong, said):
             function(wrong)
 
 
-USUAL = Point("plain", 0.9, 0.1, 1.0)
+PLAIN = Point("plain", 0.9, 0.1, 1.0)
 
 
 def test_advice_takes_the_most_robust_within_both_limits():
     points = [
-        USUAL,
+        PLAIN,
         Point("on the limits", 0.88, 0.4, 2.0),
         Point("too slow", 0.89, 0.6, 2.1),
         Point("too wrong", 0.87, 0.7, 1.0),
         Point("weaker", 0.95, 0.3, 1.0),
     ]
-    assert advice(points, usual="plain") == (
-        "For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning of "
-        "all layers, take on the limits: 40.0 % robust (30.0 points more than plain), clean 88.0 % "
-        "(2.0 points less than plain), cost 2.0x."
+    assert advice(points, baseline="plain") == (
+        "Within 2 points of clean accuracy and 2x the reference's training time, take on the "
+        "limits. It keeps 40.0 % under attack (+30.0 points over plain) and 88.0 % clean (-2.0), "
+        "cost 2.0x."
     )
-    assert "take too slow" in advice(points, usual="plain", max_cost=3)
-    assert "take too wrong" in advice(points, usual="plain", max_clean_loss=0.03)
-    strict = advice(points, usual="plain", max_clean_loss=0, max_cost=1.5)
-    assert "take weaker" in strict and "clean 95.0 % (5.0 points more than plain)" in strict
+    assert "take too slow" in advice(points, baseline="plain", max_cost=3)
+    assert "take too wrong" in advice(points, baseline="plain", max_clean_loss=0.03)
+    strict = advice(points, baseline="plain", max_clean_loss=0, max_cost=1.5)
+    assert "take weaker" in strict and "95.0 % clean (+5.0)" in strict
 
 
 def test_advice_says_that_nothing_does_it():
     dear = Point("dear", 0.8, 0.5, 9.0)
-    assert advice([USUAL, dear], usual="plain") == (
-        "For at most 2 points of clean accuracy and 2x the training time of usual fine-tuning of "
-        "all layers, no point is more robust than plain (10.0 %); the most robust at any price is "
-        "dear: 50.0 % robust (40.0 points more than plain), clean 80.0 % (10.0 points less than "
-        "plain), cost 9.0x."
+    assert advice([PLAIN, dear], baseline="plain") == (
+        "Within 2 points of clean accuracy and 2x the reference's training time, nothing is more "
+        "robust than plain (10.0 %). The most robust at any price is dear. It keeps 50.0 % under "
+        "attack (+40.0 points over plain) and 80.0 % clean (-10.0), cost 9.0x."
     )
-    assert "none is more robust than plain (10.0 %)" in advice([USUAL], usual="plain")
-    with pytest.raises(ValueError, match=r"no point is called 'usual'.*plain, dear"):
-        advice([USUAL, dear], usual="usual")
+    assert "nothing is more robust than plain (10.0 %)" in advice([PLAIN], baseline="plain")
+    with pytest.raises(ValueError, match=r"no point is called 'full'.*plain, dear"):
+        advice([PLAIN, dear], baseline="full")
 
 
-def test_advice_counts_cost_from_the_reference_whatever_the_usual_point_costs():
-    cheap = [USUAL._replace(cost=0.25), Point("a", 0.9, 0.5, 1.9), Point("b", 0.9, 0.6, 2.1)]
-    said = advice(cheap, usual="plain")
-    assert "take a: " in said and said.endswith("cost 1.9x.")
+def test_advice_counts_cost_from_the_reference_whatever_the_baseline_costs():
+    cheap = [PLAIN._replace(cost=0.25), Point("a", 0.9, 0.5, 1.9), Point("b", 0.9, 0.6, 2.1)]
+    sentence = advice(cheap, baseline="plain")
+    assert "take a. " in sentence and sentence.endswith("cost 1.9x.")
 
 
 def test_advice_says_where_a_gain_may_be_chance():
-    few = [USUAL._replace(images=100), Point("a", 0.9, 0.15, 1.0, images=100)]
-    assert advice(few, usual="plain").endswith("On so few images that gain may be chance.")
+    few = [PLAIN._replace(images=100), Point("a", 0.9, 0.15, 1.0, images=100)]
+    assert advice(few, baseline="plain").endswith("On so few images that gain may be chance.")
     many = [point._replace(images=10_000) for point in few]
-    assert "chance" not in advice(many, usual="plain")
-    assert "chance" not in advice([USUAL, few[1]], usual="plain")  # not known
+    assert "chance" not in advice(many, baseline="plain")
+    assert "chance" not in advice([PLAIN, few[1]], baseline="plain")  # not known
 
 
-def test_what_is_not_trusted_has_no_part():
-    doubtful = Point("best", 1.0, 1.0, 1.0, trusted=False)
-    points = [USUAL, Point("fair", 0.89, 0.5, 1.0)]
+def test_what_is_not_believable_has_no_part():
+    doubtful = Point("best", 1.0, 1.0, 1.0, believable=False)
+    points = [PLAIN, Point("fair", 0.89, 0.5, 1.0)]
     for function in (front, area_under_front):
         assert function([*points, doubtful]) == function(points)
-    assert advice([*points, doubtful], usual="plain") == advice(points, usual="plain")
-    assert "none is more robust" in advice([USUAL, doubtful], usual="plain")
+    assert advice([*points, doubtful], baseline="plain") == advice(points, baseline="plain")
+    assert "nothing is more robust" in advice([PLAIN, doubtful], baseline="plain")
 
 
-def test_a_base_that_is_not_trusted_gives_its_clean_accuracy():
-    base = USUAL._replace(robust=0.8, trusted=False)
-    mark = " plain is NOT TRUSTED under attack: only its clean accuracy is used."
-    said = advice([base, Point("fair", 0.89, 0.5, 1.0), Point("far", 0.5, 0.6, 1.0)], usual="plain")
-    assert said.endswith(
-        "take fair: 50.0 % robust, clean 89.0 % (1.0 points less than plain), cost 1.0x." + mark
+def test_a_base_that_is_not_believable_gives_its_clean_accuracy():
+    base = PLAIN._replace(robust=0.8, believable=False)
+    mark = " The figures of plain under attack are NOT BELIEVABLE: only its clean one is used."
+    points = [base, Point("fair", 0.89, 0.5, 1.0), Point("far", 0.5, 0.6, 1.0)]
+    assert advice(points, baseline="plain").endswith(
+        "take fair. It keeps 50.0 % under attack and 89.0 % clean (-1.0), cost 1.0x." + mark
     )
-    assert advice([base], usual="plain").endswith("no point helps: none is trusted." + mark)
-    said = advice([base, Point("far", 0.5, 0.6, 1.0)], usual="plain")
-    assert "no point is trusted; the most robust at any price is far: 60.0 % robust, " in said
+    assert advice([base], baseline="plain").endswith(
+        "no recipe with a believable figure fits." + mark
+    )
+    sentence = advice([base, Point("far", 0.5, 0.6, 1.0)], baseline="plain")
+    assert "no recipe with a believable figure fits. " in sentence
+    assert "The most robust at any price is far. It keeps 60.0 % under attack and" in sentence
 
 
 def draw(directory, points, name="pareto"):
@@ -145,7 +147,7 @@ def draw(directory, points, name="pareto"):
 @pytest.mark.parametrize("long", [False, True])
 def test_figure_has_its_numbers_and_the_same_bytes(tmp_path, long):
     points = random_points(3)
-    points[4] = points[4]._replace(trusted=False)
+    points[4] = points[4]._replace(believable=False)
     if long:
         points = [
             p._replace(name=f"epsilon=0.03, num_steps={i}, m=2") for i, p in enumerate(points)
@@ -160,15 +162,16 @@ def test_figure_has_its_numbers_and_the_same_bytes(tmp_path, long):
         rows = list(csv.DictReader(file))
     numbers = ("clean", "robust", "cost")
     read = [
-        Point(r["name"], *(float(r[n]) for n in numbers), trusted=r["trusted"] == "1") for r in rows
+        Point(r["name"], *(float(r[n]) for n in numbers), believable=r["believable"] == "1")
+        for r in rows
     ]
     assert read == points
     assert {r["name"] for r in rows if r["on_front"] == "1"} == {p.name for p in front(points)}
 
 
 def test_figure_of_one_point_and_of_many(tmp_path):
-    assert draw(tmp_path, [USUAL], "one").exists()
-    assert draw(tmp_path, [USUAL._replace(trusted=False)], "none").exists()
+    assert draw(tmp_path, [PLAIN], "one").exists()
+    assert draw(tmp_path, [PLAIN._replace(believable=False)], "none").exists()
     assert draw(tmp_path, random_points(0, n=40, steps=50), "many").exists()
     with pytest.raises(ValueError, match="no point to draw"):
         draw(tmp_path, [])
@@ -180,8 +183,8 @@ def test_names_cover_neither_each_other_nor_marks():
     circles[1] = circles[0]  # one on the other
     sizes = np.tile([45.0, 9.0], (15, 1))
     frame = np.asarray([0.0, 0.0, 400.0, 300.0])
-    lines = np.asarray([[0.0, 150.0], [200.0, 150.0], [200.0, 0.0]])
-    boxes = _placed(sizes, circles, lines, frame)
+    boxes, fits = place(sizes, circles, frame)
+    assert fits and not place(5 * sizes, circles, frame)[1]
     np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], sizes)
     assert (boxes[:, :2] >= -1e-9).all() and (boxes[:, 2:] <= frame[2:] + 1e-9).all()
     for i, box in enumerate(boxes):

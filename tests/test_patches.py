@@ -166,7 +166,7 @@ def _fit(attack, *, threat=Patch, budgets=(0.25,), seeds=(0,), devices=1, method
         keys=keys,
         epsilons=budgets,
         image_shape=SHAPE,
-        parallel=Parallel.create(num_devices=devices, method=method),
+        parallel=Parallel.create(num_devices=devices, kind=method),
         threat=threat,
     )
 
@@ -248,14 +248,14 @@ def test_each_image_and_each_step_has_a_place_of_its_own_and_of_its_seed():
 
 
 def test_another_area_does_not_compile_again():
-    parallel = Parallel.create(num_devices=2, method="jit")
+    parallel = Parallel.create(num_devices=2, kind="jit")
     _fit(PGD_ON_FEATURE, devices=2, method="jit", steps=2)
     before = universal._fit_step(parallel)._cache_size()
     _fit(PGD_ON_FEATURE, budgets=(0.09,), devices=2, method="jit", steps=3)
     assert universal._fit_step(parallel)._cache_size() == before
 
 
-def test_a_foreign_threat_of_three_methods_goes_on_being_added():
+def test_a_foreign_threat_of_three_methods_goes_on_being_added(tmp_path):
     @struct.dataclass
     class Brighten:
         epsilon: jax.Array
@@ -274,8 +274,9 @@ def test_a_foreign_threat_of_three_methods_goes_on_being_added():
     np.testing.assert_allclose(fitted.member(0).delta, best, atol=1e-6)
     with pytest.raises(ValueError, match="epsilon must lie"):
         _fit(PGD_ON_FEATURE, threat=Brighten, budgets=(2.0,))
-    with pytest.raises(ValueError, match=r"can be saved, got Brighten"):
-        fitted.member(0).save("never_written.npz")
+    fitted.member(0).save(tmp_path / "brighter.npz")
+    loaded = UniversalPerturbation.load(tmp_path / "brighter.npz", threat=Brighten)
+    np.testing.assert_array_equal(loaded.apply(_images(2)), fitted.member(0).apply(_images(2)))
 
 
 @pytest.mark.parametrize("budget", [0.0, 1.5])

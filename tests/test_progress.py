@@ -1,8 +1,6 @@
-"""Progress shows what is known and never waits for a device; a signal is a request."""
+"""Progress shows what is known and never waits for a device."""
 
 import io
-import os
-import signal
 
 import jax.numpy as jnp
 import pytest
@@ -38,7 +36,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(progress, "time", clock)
     yield clock
     progress.set_mode("auto")
-    progress.clear_stop()
 
 
 def test_without_a_terminal_there_is_one_line_every_five_seconds(clock, capsys):
@@ -98,10 +95,11 @@ def test_a_terminal_gets_a_bar_and_a_last_line(clock, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     progress.set_mode("auto")
+    loss = jnp.float32(2.0).block_until_ready()  # on a busy machine it is late
     with progress.Progress().stage("stage1", total_steps=4, images_per_step=8) as bar:
         for step in range(4):
             clock.now += 1.0
-            bar.update(step + 1, loss=jnp.float32(2.0))
+            bar.update(step + 1, loss=loss)
     text = terminal.getvalue()
     assert "stage1" in text and "3/4" in text and "images/s" in text
     assert text.rstrip().endswith("stage1: 4/4 steps in 4 s, loss 2")
@@ -118,17 +116,50 @@ def test_quiet_says_nothing_and_an_error_passes_through(clock, capsys):
         progress.set_mode("loud")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_and_the_second_is_the_usual_one(number, capfd):
-    before = signal.getsignal(number)
-    with progress.stop_on_signals():
-        assert not progress.stop_requested()
-        os.kill(os.getpid(), number)
-        assert progress.stop_requested()
-        assert signal.getsignal(number) is before
-    assert "stopping after this step" in capfd.readouterr().err
-    progress.clear_stop()
-    assert not progress.stop_requested()
+def test_a_line_without_news_is_not_printed_but_for_a_sign_of_life_every_minute(clock, capsys):
+    progress.set_mode("log")
+    with progress.Progress().stage("evaluate", total_steps=3) as bar:
+        bar.update(0)
+        for second in range(1, 400):  # a step takes 100 s, and there is an update every second
+            clock.now += 1.0
+            bar.update(min(2, second // 100))
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate: step 0/3, 5 s so far",
+        "evaluate: step 0/3, 1:05 in this step",
+        "evaluate: step 1/3, 100 s/step, 3:20 left",
+        "evaluate: step 1/3, 1:00 in this step",
+        "evaluate: step 2/3, 100 s/step, 1:40 left",
+        "evaluate: step 2/3, 1:00 in this step",
+        "evaluate: step 2/3, 2:00 in this step",
+        "evaluate: step 2/3, 3:00 in this step",
+        "evaluate: 2/3 steps in 6:39",
+    ]
+
+
+def test_a_line_says_what_is_being_done(clock, capsys):
+    progress.set_mode("log")
+    with progress.Progress().stage("score", total_steps=12) as bar:
+        for step in range(12):
+            for model in ("usual", "gen_af"):
+                for _ in range(3):
+                    clock.now += 2.0
+                    bar.update(step, doing=f"{model} under AutoAttack")
+            bar.update(step + 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert "score: 4 of 12, gen_af under AutoAttack, 1:44 left" in lines
+    assert len(lines) == len(set(lines))
+    assert lines[-1] == "score: 12/12 steps in 2:24"
+
+
+def test_a_slow_rate_is_in_seconds_a_step(clock, capsys):
+    progress.set_mode("log")
+    for seconds, pace in ((40.0, "40 s/step"), (8.0, "0.125 steps/s")):
+        with progress.Progress().stage("sweep", total_steps=5) as bar:
+            for step in range(4):
+                clock.now += seconds
+                bar.update(step + 1)
+            assert bar.describe().startswith(pace)
+    assert "sweep: step 3/5, 40 s/step, 1:20 left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
-from robust_ssl import finetuning, settings, stages
+from robust_ssl import experiment, optimizers, settings
+from robust_ssl.experiment import fitting, train
+from robust_ssl.experiment.linking import entries_of
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
-from robust_ssl.stages import fitting, methods
 
 pytestmark = pytest.mark.slow  # three compilations for each of some thirty recipes
 STEPS, BATCH = 2, 8
@@ -29,33 +30,43 @@ def _compiled_in_half_the_time():
 
 
 @functools.cache
-def config():
+def plan():
     """The config with a tiny encoder: its taps have names, and no places among the blocks."""
-    made = settings.load_config(str(tiny.CONFIGS / "compare.py")).unlock()
-    made.encoder = {"builder": "tiny:encoder"}
-    made.surrogate = {"source": "tiny:unlabelled"}
-    made.downstream = {"source": "tiny:images", "validation": 0.25}
-    plain = settings.to_json(made)
-    for recipe in plain["methods"].values():
-        recipe.pop("encoder", None)  # a shipped encoder wants images of 32x32
-        recipe["batch_size"] = BATCH
-        if recipe.get("select"):
-            recipe["rates"] = {"**": "freeze", "encoder/conv2/**": recipe["select"]["rate"]}
-        attack = recipe.get("attack") or {}
-        if attack.get("num_steps", 1) > 2:
-            attack["num_steps"] = 2
-        if "layer" in attack:
-            attack["layer"] = "conv1"
-        for name, (function, weight, *options) in recipe.get("losses", {}).items():
-            if options and "layers" in options[0]:
-                recipe["losses"][name] = (function, weight, {"layers": ("conv1",)})
-    return plain
+    config = settings.load_config(str(tiny.CONFIGS / "compare.py")).unlock()
+    config.encoder = {"function": "tiny:encoder"}
+    config.surrogate = {"function": "tiny:unlabelled"}
+    config.downstream = {"function": "tiny:images", "validation": 0.25}
+    entries = settings.to_json(config)
+    entries["recipes"] = {name: small(value) for name, value in entries["recipes"].items()}
+    return experiment.plan(entries)
+
+
+def small(value):
+    """A recipe with few steps, on the tiny encoder's taps."""
+    recipe = dict(entries_of(value, {"epochs": 2}, "recipe"))
+    if recipe["members"]:  # which have all that it has
+        return recipe
+    recipe.update(batch_size=BATCH, encoder=None)  # a shipped encoder wants images of 32x32
+    attack = recipe["attack"] or {}
+    if attack.get("num_steps", 1) > 2:
+        attack["num_steps"] = 2
+    if "layer" in attack:
+        attack["layer"] = "conv1"
+    for loss in recipe["losses"].values():
+        if "layers" in loss:
+            loss["layers"] = ("conv1",)
+    return recipe
+
+
+def rates_of(recipe):
+    if recipe.select is None:
+        return recipe.rates
+    return {"**": "freeze", "encoder/conv2/**": recipe.select.rate}
 
 
 def trained():
     """The names of all recipes that take a step."""
-    recipes = {name: methods.complete(config(), name) for name in config()["methods"]}
-    return [n for n, recipe in recipes.items() if recipe["epochs"] and not recipe["members"]]
+    return [name for name, recipe in plan().recipes.items() if recipe.is_trained]
 
 
 def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch):
@@ -66,45 +77,42 @@ def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch):
     return optax.chain(optax.add_decayed_weights(weight_decay), clip, optax.sgd(100 * rate))
 
 
-def run(method, devices):
-    layout = Parallel.create(num_devices=devices, method=method)
-    return stages.Run(config(), pathlib.Path("nowhere"), layout, Progress("quiet"))
+def context(kind, devices):
+    layout = Parallel.create(num_devices=devices, kind=kind)
+    return experiment.Context(plan(), pathlib.Path("nowhere"), layout, Progress("quiet"))
 
 
-def build(of, name):
-    recipe = methods.complete(config(), name)
+def build(run, name):
+    recipe = run.plan.recipes[name]
     return fitting.build_step(
-        of,
-        name,
-        methods.untrained(of, name),
-        recipe,
-        fitting.build_losses(recipe["losses"]),
-        fitting.build_attack(of, recipe["attack"]),
+        *(run, name, recipe, train.untrained(run, recipe), train.public_encoder(run, recipe)),
+        rates=rates_of(recipe),
         steps_per_epoch=1,
+        seed=0,
     )
 
 
 @functools.cache
-def after_steps(name, method, devices):
+def after_steps(name, kind, devices):
     """Returns the variables by path, and the metrics of each step."""
-    of = run(method, devices)
+    run = context(kind, devices)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning, "adam_l2", gradient_descent)
-        state, step = build(of, name)
-    compiled = of.parallel.compile(step.function, constants=of.parallel.replicate(step.settings))
-    state, found = of.parallel.replicate(state), []
+        patch.setattr(optimizers.finetuning, "adam_l2", gradient_descent)
+        state, step = build(run, name)
+    compiled = run.parallel.compile(step.function, constants=run.parallel.replicate(step.settings))
+    state, history = run.parallel.replicate(state), []
     for number in range(STEPS):
         images, labels = tiny.images(n=STEPS * BATCH)
-        mine = slice(number * BATCH, (number + 1) * BATCH)
-        batch = {"images": images[mine], "labels": labels[mine].astype(np.int32)}
+        rows = slice(number * BATCH, (number + 1) * BATCH)
+        batch = {"images": images[rows], "labels": labels[rows].astype(np.int32)}
         batch["indices"] = np.arange(BATCH, dtype=np.int32)
-        state, metrics = compiled(state, of.parallel.put(batch))
-        found.append(jax.device_get(metrics))
-    return flatten_dict(jax.device_get(state.variables), sep="/"), found
+        state, metrics = compiled(state, run.parallel.put(batch))
+        history.append(jax.device_get(metrics))
+    return flatten_dict(jax.device_get(state.variables), sep="/"), history
 
 
-def assert_same(found, expected):
-    (variables, metrics), (wanted, wanted_metrics) = found, expected
+def assert_same(ours, expected):
+    (variables, metrics), (wanted, wanted_metrics) = ours, expected
     assert variables.keys() == wanted.keys()
     for path, leaf in wanted.items():
         np.testing.assert_allclose(variables[path], leaf, atol=2e-5, rtol=0, err_msg=path)
@@ -115,7 +123,7 @@ def assert_same(found, expected):
 
 
 def test_every_recipe_that_trains_is_looked_at():
-    left = set(config()["methods"]) - set(trained())
+    left = set(plan().recipes) - set(trained())
     assert left == {"jpeg", "quantized", "smoothed", "ensemble"} and len(trained()) >= 25
 
 
@@ -125,9 +133,9 @@ def test_a_recipe_is_the_same_on_one_device_and_on_four(name):
     assert_same(after_steps(name, "pmap", 4), one)
     # And something happened: what has a rate moved, what has none is bit by bit what it was.
     variables, metrics = one
-    of = run("jit", 1)
-    start = methods.untrained(of, name).variables
-    rates = finetuning.layer_rates(start["params"], methods.complete(config(), name)["rates"])
+    recipe = plan().recipes[name]
+    start = train.untrained(context("jit", 1), recipe).variables
+    rates = optimizers.layer_rates(start["params"], rates_of(recipe))
     for path, leaf in flatten_dict(start["params"], sep="/").items():
         same = np.asarray(leaf).tobytes() == variables[f"params/{path}"].tobytes()
         if rates[path] == "freeze":
@@ -145,7 +153,7 @@ def test_a_recipe_is_the_same_on_two_devices(name):
 # What differs between layouts: statistics of the batch and pairs of images (Gen-AF), perturbations
 # in the state (universal, FreeAT), what an optimizer holds or pulls to, bands.
 @pytest.mark.parametrize(
-    ("name", "method", "devices"),
+    ("name", "kind", "devices"),
     [
         ("gen_af_stage1", "pmap", 2),
         ("gen_af_stage1", "shard_map", 4),
@@ -157,5 +165,5 @@ def test_a_recipe_is_the_same_on_two_devices(name):
         ("warm_fgsm", "shard_map", 4),
     ],
 )
-def test_a_recipe_is_the_same_on_any_layout(name, method, devices):
-    assert_same(after_steps(name, method, devices), after_steps(name, "jit", 1))
+def test_a_recipe_is_the_same_on_any_layout(name, kind, devices):
+    assert_same(after_steps(name, kind, devices), after_steps(name, "jit", 1))

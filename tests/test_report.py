@@ -1,9 +1,12 @@
-"""The results contract, the tables, the sentences, the figures and the page."""
+"""The results contract, the first table, the sentences, the figures and the page."""
 
 import csv
 import io
 import json
 import math
+import os
+import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +14,20 @@ import pytest
 
 from robust_ssl import report
 from robust_ssl.evaluation import Counts
+from robust_ssl.report import results, sentences, tables
+from robust_ssl.report.comparison import FIELDS, summarize
+from robust_ssl.report.tables import headline, suite_cases
 
-COSTS = {
-    "usual": {"seconds": 12.34, "gradient_evaluations": 20},
-    "stage2": {"seconds": 1234.5, "gradient_evaluations": 2420.0},
+RUN = {
+    "encoder": {"name": "simclr", "fingerprint": "0123"},
+    "downstream": {"name": "digits", "train": 1000, "validation": 200, "test": 50},
+    "surrogate": {"name": "textures", "images": 500},
+    "suite": {"epsilon": 10 / 255, "attacks": ["pgd"], "seeds": [0]},
+    "seeds": [0],
 }
 
 
-def entry(model="usual", attack="pgd", crafted_against="public", robust=10, clean=40, **other):
+def entry(model="baseline-seed0", attack="pgd", crafted_against="public", robust=10, clean=40, **o):
     counts = Counts(
         n=50,
         clean_correct=clean,
@@ -26,7 +35,7 @@ def entry(model="usual", attack="pgd", crafted_against="public", robust=10, clea
         succeeded=max(clean - robust, 0),
         flipped=abs(clean - robust),
     )
-    made = {
+    whole = {
         "model": model,
         "attack": attack,
         "seed": None,
@@ -38,20 +47,66 @@ def entry(model="usual", attack="pgd", crafted_against="public", robust=10, clea
         "seconds": 1.5,
         "gradient_evaluations": 10,
     }
-    return {**made, **counts.as_dict(), **other}
+    return {**whole, **counts.as_dict(), **o}
 
 
 def three(**other):
-    return [entry("usual", **other), entry("stage1", robust=30), entry("stage2", robust=35)]
+    return [
+        entry(**other),
+        entry("gen_af_stage1-seed0", robust=30),
+        entry("gen_af-seed0", robust=35),
+    ]
+
+
+def models_of(entries):
+    """A model is a recipe with a seed where its name says so, else a saved classifier."""
+    models = {}
+    for name in dict.fromkeys(each["model"] for each in entries):
+        recipe, _, seed = name.partition("-seed")
+        models[name] = {"recipe": recipe if seed else None, "seed": int(seed) if seed else None}
+    return models
+
+
+def a_document(entries, **other):
+    parts = {"run": RUN, "models": models_of(entries), "verdicts": {}, "comparison": None}
+    return {"schema": 3, **parts, "results": entries, **other}
+
+
+def a_row(recipe, robust, cost=1.0, seed=0, clean=0.8, **other):
+    shares = {name: robust for name in ("robust_public", "robust_hardened", "robust_worst")}
+    row = dict.fromkeys(FIELDS)
+    row |= {"recipe": recipe, "seed": seed, "verdict": "not examined", "clean": clean, **shares}
+    row |= {"images": 50, "cost_factor": cost, "gradients": cost, "training_seconds": 9.0}
+    return {**row, **other}
+
+
+def a_comparison(**other):
+    rows = [
+        a_row("baseline", 0.2, 0.5),
+        a_row("gen_af_stage1", 0.6, 3.0),
+        a_row("gen_af", 0.7, 9.8),
+    ]
+    parts = {"baseline": "baseline", "reference": None, "failed": {}, "claims": []}
+    return {"rows": rows, "sentences": [], **parts, **other}
+
+
+def write(path, entries, **other):
+    document = a_document(entries, **other)
+    del document["schema"]
+    return results.write(path, **document)
 
 
 def test_results_come_back_as_they_were(tmp_path):
-    run = {"seed": np.int64(3), "config": {"lr": jnp.float32(0.5)}, "devices": ("cpu:0",)}
-    report.write_results(tmp_path / "results.json", run, three())
-    document = report.read_results(tmp_path / "results.json")
-    assert document["schema"] == 2
-    assert document["run"] == {"seed": 3, "config": {"lr": 0.5}, "devices": ["cpu:0"]}
+    run = {**RUN, "config": {"lr": jnp.float32(0.5)}, "devices": ("cpu:0",), "seed": np.int64(3)}
+    written = write(tmp_path / "results.json", three(), run=run, comparison=a_comparison())
+    document = results.read(tmp_path / "results.json")
+    assert document == written and document["schema"] == 3
+    parts = {name: part for name, part in document.items() if name != "schema"}
+    assert results.document(**parts) == document
+    assert document["run"] == {**RUN, "config": {"lr": 0.5}, "devices": ["cpu:0"], "seed": 3}
     assert document["results"] == json.loads(json.dumps(three()))
+    assert document["models"]["gen_af-seed0"] == {"recipe": "gen_af", "seed": 0}
+    assert document["comparison"] == a_comparison()
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -64,6 +119,7 @@ def test_results_come_back_as_they_were(tmp_path):
         ({"robust_accuracy": 1.5}, r"results\[0\]\.robust_accuracy: 1.5"),
         ({"fooling_rate": -0.1}, r"results\[0\]\.fooling_rate"),
         ({"model": ""}, r"results\[0\]\.model: ''"),
+        ({"model": "nobody"}, r"results\[0\]\.model: 'nobody' is none of the models"),
         ({"crafted_against": "both"}, r"results\[0\]\.crafted_against"),
         ({"epsilon": 10}, r"results\[0\]\.epsilon"),
         ({"n": 0}, r"results\[0\]\.n"),
@@ -78,104 +134,218 @@ def test_results_come_back_as_they_were(tmp_path):
 )
 def test_a_broken_entry_is_refused_by_name_and_nothing_is_written(tmp_path, change, field):
     with pytest.raises(ValueError, match=field):
-        report.write_results(tmp_path / "results.json", {}, [entry(**change)])
+        write(tmp_path / "results.json", [entry(**change)], models=models_of([entry()]))
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"run": {}}, "run: 'encoder' is a required property"),
+        ({"run": {**RUN, "suite": {"epsilon": -1}}}, r"run\.suite"),
+        ({"models": {"baseline-seed0": {"recipe": "baseline"}}}, r"models\.baseline-seed0.*'seed'"),
+        ({"models": {"a": {"recipe": "b", "seed": None}}}, r"models\.a: recipe and seed go tog"),
+        (
+            {
+                "models": {
+                    "a-seed0": {"recipe": "a", "seed": 0},
+                    "a": {"recipe": None, "seed": None},
+                }
+            },
+            r"models\.a: a classifier must not be called as a recipe",
+        ),
+        ({"verdicts": {"a": {"verdict": "not examined", "checks": []}}}, "no such model"),
+        ({"comparison": {**a_comparison(), "rows": []}}, "comparison.rows: there is nothing"),
+        ({"comparison": a_comparison(rows=[a_row("a", 1.5)])}, "robust_public is 1.5"),
+        ({"comparison": a_comparison(reference="full")}, "comparison.reference: 'full' has no row"),
+        ({"comparison": {"rows": []}}, "comparison: 'baseline' is a required property"),
+    ],
+)
+def test_a_document_that_does_not_hold_together_is_refused(change, field):
+    with pytest.raises(ValueError, match=field):
+        results.check(a_document(three(), **change))
+
+
 def test_nan_in_the_run_is_refused_too(tmp_path):
+    run = {**RUN, "config": {"rates": np.array([0.0, np.nan])}}
     with pytest.raises(ValueError, match=r"run\.config\.rates\[1\]: nan"):
-        report.write_results(
-            tmp_path / "r.json", {"config": {"rates": np.array([0.0, np.nan])}}, three()
-        )
+        write(tmp_path / "r.json", three(), run=run)
 
 
 def test_every_field_is_required():
     for name in entry():
-        whole = entry()
-        del whole[name]
+        part = entry()
+        del part[name]
         with pytest.raises(ValueError, match=name):
-            report.check_results({"schema": 2, "run": {}, "verdicts": {}, "results": [whole]})
-    with pytest.raises(ValueError, match="schema: 2 was expected"):
-        report.check_results({"schema": 1, "run": {}, "verdicts": {}, "results": three()})
+            results.check({**a_document([entry()]), "results": [part]})
     with pytest.raises(ValueError, match="results"):
-        report.check_results({"schema": 2, "run": {}, "verdicts": {}, "results": []})
+        results.check(a_document([]))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_an_older_version_are_refused_as_such(tmp_path, version):
+    old = {"schema": version, "run": {}, "verdicts": {}, "results": three()}
+    (tmp_path / "leaderboard.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=f"schema: {version}, which an older version .* wrote"):
+        results.read(tmp_path / "leaderboard.json")
 
 
 def test_the_schema_is_a_schema():
     import jsonschema
 
-    jsonschema.Draft202012Validator.check_schema(report.results_schema())
+    jsonschema.Draft202012Validator.check_schema(results.schema())
 
 
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_the_table_has_a_row_per_model_with_counts_intervals_and_costs():
-    lines = report.summary_table(three(), COSTS).splitlines()
-    assert lines[0] == "**pgd; crafted on the public encoder, epsilon 10/255**"
-    rows = [cells(line) for line in lines[4:]]
-    assert [row[0] for row in rows] == ["usual fine-tuning", "secure stage 1", "secure stage 2"]
-    assert rows[0][1:4] == [
-        "80.0 % (40/50; 67.0-88.8)",
-        "20.0 % (10/50; 11.2-33.0)",
-        "75.0 % (30/40; 59.8-85.8)",
+def test_the_first_table_has_a_line_for_each_recipe_the_most_robust_first():
+    entries = [*three(), entry("theirs", robust=40)]
+    document = a_document(entries)
+    results.check(document)
+    cells = tables.headline_cells(document)
+    assert [row["recipe"][0] for row in cells] == [
+        *("theirs", "gen_af", "gen_af_stage1"),
+        "baseline (frozen encoder)",
     ]
-    assert rows[0][5:] == ["12.3", "20"]
-    assert rows[1][5:] == ["n/a", "n/a"]
-    assert rows[2][5:] == ["1,234", "2,420"]
+    assert list(cells[0]) == ["recipe", "clean", "under attack", "verdict"]
+    assert cells[-1]["clean"] == ("80.0 %", "67-89")
+    assert cells[-1]["under attack"] == ("20.0 %", "11-33")
+    assert cells[-1]["verdict"] == ("not examined",)
 
 
-def test_worst_case_first_then_every_attack():
-    results = [
+def test_a_comparison_gives_the_worst_case_over_both_suites_and_the_cost():
+    rows = [a_row("baseline", 0.1, 0.5), a_row("gen_af", 0.5, 9.8)]
+    document = a_document(
+        [*three(), entry("gen_af-seed0", "worst", "hardened", robust=30)],
+        comparison=a_comparison(rows=rows),
+    )
+    lines = {line.name: line for line in headline(document)}
+    assert lines["gen_af"].attacked.mean == 0.5 and lines["gen_af"].cost == 9.8
+    assert lines["gen_af_stage1"].attacked.mean == 0.6 and lines["gen_af_stage1"].cost is None
+    cells = tables.headline_cells(document)
+    assert {row["recipe"][0]: row["cost"] for row in cells}["gen_af_stage1"] == ("n/a",)
+    alone = headline(a_document(document["results"]))  # then the lower of the two suites
+    assert {line.name: line.attacked.mean for line in alone}["gen_af"] == 0.6
+
+
+def test_seeds_of_a_recipe_share_a_line_and_do_not_narrow_the_interval():
+    seeds = [entry("a-seed0", robust=20), entry("a-seed1", robust=30)]
+    (line,) = headline(a_document(seeds))
+    (once,) = headline(a_document([entry("a-seed0", robust=25)]))
+    assert line.attacked[:3] == once.attacked[:3]
+    assert line.attacked.deviation == pytest.approx(0.1414, abs=1e-4)
+    assert once.attacked.deviation is None
+    assert tables.headline_cells(a_document(seeds))[0]["under attack"][0] == "50.0 ± 14.1 %"
+    assert list(report.names(a_document(seeds)["models"]).values()) == ["a, seed 0", "a, seed 1"]
+
+
+def test_the_strongest_attack_has_a_column_where_it_was_scored():
+    per_image = entry("a-seed0", "worst", "hardened", robust=5, family="per_image", epsilon=4 / 255)
+    auto = entry("a-seed0", "worst", "hardened", robust=2, family="autoattack", epsilon=8 / 255)
+    entries = [entry("a-seed0"), entry("b-seed0"), per_image]
+    cells = tables.headline_cells(a_document(entries))
+    assert [row["per image"][0] for row in cells] == ["10.0 %", "n/a"]
+    cells = tables.headline_cells(a_document([*entries, auto]))
+    assert cells[0]["AutoAttack"] == ("4.0 %", "1-13")
+    assert "AutoAttack: 8/255 on 50 images." in tables.headline_caption(
+        a_document([*entries, auto])
+    )
+
+
+def test_the_suite_is_judged_at_its_own_budget():
+    weak = entry(robust=39, epsilon=1 / 255)
+    assert [group.epsilon for group in suite_cases(a_document([weak, *three()]))] == [10 / 255]
+    assert [group.epsilon for group in suite_cases(a_document([weak]))] == [1 / 255]
+
+
+def test_the_worst_case_is_taken_where_there_is_one():
+    entries = [
         entry(attack="a", robust=20),
         entry(attack="b", robust=10),
         entry(attack="worst", robust=5),
         entry(attack="a", crafted_against="hardened", robust=8),
     ]
-    titles = [line for line in report.summary_table(results).splitlines() if line[:2] == "**"]
-    assert titles == [
-        "**Worst case per image over a, b; crafted on the public encoder, epsilon 10/255**",
-        "**a; crafted again on the fine-tuned model, epsilon 10/255**",
-        "**Every attack**",
+    public, hardened = suite_cases(a_document(entries)).values()
+    assert public["baseline-seed0"]["attack"] == "worst"
+    assert hardened["baseline-seed0"]["robust_accuracy"] == pytest.approx(0.16)
+    (case,) = suite_cases(a_document(entries[:2])).values()
+    assert case["baseline-seed0"]["attack"] == "b"
+    rows = tables.attack_rows(entries, report.names(models_of(entries)))
+    assert [(row["attack"], row["crafted on"]) for row in rows] == [
+        ("a", "public encoder"),
+        ("b", "public encoder"),
+        ("worst of universal", "public encoder"),
+        ("a", "itself"),
     ]
-    first = report.summary_table(results).splitlines()[4]
-    assert cells(first)[2].startswith("10.0 % (5/50;")
-    # Without a worst case per image, the lowest accuracy is shown and called what it is.
-    text = report.summary_table(results[:2])
-    assert text.startswith("**Lowest robust accuracy over a, b;")
-    assert cells(text.splitlines()[4])[2].startswith("20.0 % (10/50;")
 
 
-def test_the_terminal_table_fits_eighty_columns():
+def printed(document):
     import rich.console
 
     out = io.StringIO()
-    results = [*three(), entry("stage2", attack="worst", clean=50, robust=50)]
-    report.print_table(results, COSTS, console=rich.console.Console(file=out, width=80))
-    text = out.getvalue()
+    report.print_summary(document, rich.console.Console(file=out, width=80))
+    return out.getvalue()
+
+
+def test_the_terminal_table_fits_eighty_columns():
+    entries = [
+        *three(),
+        entry("interpolated_gen_af_of_its_own_seed-seed0", clean=50, robust=50),
+        entry("gen_af-seed0", "worst", "hardened", robust=5, family="autoattack"),
+    ]
+    text = printed(a_document(entries, comparison=a_comparison()))
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    for word in ("100.0 %", "50/50", "92.9-100.0", "11.2-33.0", "fine-tuning", "stage 2", "2,420"):
+    for word in ("100.0 %", "93-100", "11-33", "frozen", "9.8x", "AutoAttack", "not examined"):
         assert word in text
+    assert "cut the accuracy of baseline from 80.0 % to 20.0 %" in " ".join(text.split())
 
 
 def test_sentences_say_what_the_numbers_say():
-    results = [*three(), entry("stage2", crafted_against="hardened", robust=42)]
-    assert report.conclusions(results) == [
-        "With usual fine-tuning, the attack crafted on the public encoder (epsilon 10/255) takes "
-        "60.0 points of accuracy (80.0 % to 20.0 %).",
-        "With secure stage 2, the attack crafted on the public encoder (epsilon 10/255) takes "
-        "10.0 points of accuracy (80.0 % to 70.0 %).",
-        "Secure fine-tuning gains 50.0 points under attack and costs 0.0 points of clean accuracy.",
-        "Crafted again on the fine-tuned model (secure stage 2, epsilon 10/255), the attack adds "
-        "4.0 points of accuracy (80.0 % to 84.0 %).",
+    entries = [*three(), entry("gen_af-seed0", "worst", "hardened", robust=33)]
+    assert sentences.answer(a_document(entries)) == [
+        "Attacks crafted on the public encoder (10/255) cut the accuracy of baseline from 80.0 % "
+        "to 20.0 %.",
+        "The most robust, gen_af, keeps 66.0 % under the attacks of both suites, where baseline "
+        "keeps 20.0 %.",
+        "gen_af keeps the clean accuracy within overlapping 95 % intervals (80.0 % to 80.0 %).",
+        "No figure under attack was examined.",
     ]
-    close = report.conclusions([entry("usual", robust=30), entry("stage2", robust=29, clean=45)])
-    assert close[2] == (
-        "Secure fine-tuning loses 2.0 points under attack and gains 10.0 points of clean accuracy; "
-        "the two intervals of robust accuracy overlap, so the first may be chance."
+    rows = [a_row("baseline", 0.2, 0.5), a_row("gen_af", 0.7, 9.8, clean=0.5), a_row("full", 0.1)]
+    comparison = a_comparison(rows=rows, reference="full")
+    dear = [entry(), entry("gen_af-seed0", robust=20, clean=25), entry("full-seed0", robust=5)]
+    assert sentences.answer(a_document(dear, comparison=comparison))[2] == (
+        "gen_af takes 9.8x the training time of full and loses 30.0 points of clean accuracy "
+        "(80.0 % to 50.0 %)."
     )
+    close = sentences.answer(a_document([entry(), entry("gen_af-seed0", robust=12)]))
+    assert close[1].endswith("baseline keeps 20.0 %. The two 95 % intervals overlap.")
+    rows = [a_row("baseline", 0.2), a_row("gen_af", 0.24)]
+    shares = {"clean": np.arange(50) < 40, "robust_worst": np.arange(50) < 10}
+    helped = {**shares, "robust_worst": np.arange(50) < 12}  # two images more, and none less
+    summary = summarize(rows, {"baseline": shares, "gen_af": helped})
+    paired = sentences.answer(a_document([entry(), entry("gen_af-seed0", robust=12)]), summary)
+    assert paired[1].endswith("baseline keeps 20.0 %. The difference may be chance.")
+    assert paired[2] == "gen_af does not measurably change the clean accuracy (80.0 % to 80.0 %)."
+    worse = sentences.answer(a_document([entry(), entry("gen_af-seed0", robust=8)]))
+    assert worse[1].startswith("Nothing is more robust than baseline: gen_af keeps 16.0 %")
+    theirs = sentences.answer(a_document([entry("theirs")]))
+    assert theirs[1:] == [
+        "The most robust, theirs, keeps 20.0 % under the attacks of the suite.",
+        "No figure under attack was examined.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("robust", "words"),
+    [
+        (39, "change nothing measurable in the accuracy of a (80.0 % to 78.0 %)"),
+        (40, "change nothing measurable in the accuracy of a (80.0 % to 80.0 %)"),
+        (42, "change nothing measurable in the accuracy of a (80.0 % to 84.0 %)"),
+        (50, "do not lower the accuracy of a (80.0 % to 100.0 %)"),
+        (30, "cut the accuracy of a from 80.0 % to 60.0 %"),
+    ],
+)
+def test_a_change_within_chance_is_none(robust, words):
+    assert sentences.change([entry(robust=robust)], "a") == words
 
 
 def rows_of(path):
@@ -183,7 +353,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def assert_drawn(png):
+def assert_png(png):
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in png.with_suffix(".svg").read_text()
 
@@ -192,28 +362,45 @@ def test_figures_leave_png_svg_and_their_numbers(tmp_path):
     clean = np.full((10, 4, 4, 3), 0.5, np.float32)
     attacked = clean + np.float32(10 / 255)
     png = report.figure_examples(tmp_path, clean, attacked, predictions=[(3, 3), (4, 9)] * 5)
-    assert_drawn(png)
+    assert_png(png)
     _, second, *others = rows_of(png.with_suffix(".csv"))
     assert len(others) == 6  # the first eight are drawn
     assert (second["clean"], second["under_attack"]) == ("4", "9")
     assert float(second["largest_change_255"]) == pytest.approx(10, abs=1e-4)
 
-    curves = {"usual": [(0.0, 0.9, 0.8, 0.95), (8 / 255, 0.1, 0.05, 0.2)], "mine": [(0.0, 1, 0, 1)]}
-    png = report.figure_epsilon(tmp_path, curves)
-    assert_drawn(png)
-    assert [row["model"] for row in rows_of(png.with_suffix(".csv"))] == ["usual", "usual", "mine"]
+    png = report.figure_epsilon(tmp_path, CURVES)
+    assert_png(png)
+    models = [row["model"] for row in rows_of(png.with_suffix(".csv"))]
+    assert models == ["baseline", "baseline", "theirs"]
 
     png = report.figure_sensitivity(tmp_path, {"stem": 0.1, "head": 0.7}, {"stem"})
-    assert_drawn(png)
+    assert_png(png)
     assert rows_of(png.with_suffix(".csv")) == [
         {"layer": "head", "sensitivity": "0.7", "selected": "0"},
         {"layer": "stem", "sensitivity": "0.1", "selected": "1"},
     ]
 
     drift = {"stem": {"cosine": 1.0, "relative_drift": 0.2}}
-    png = report.figure_stability(tmp_path, {"usual": drift})
-    assert_drawn(png)
+    png = report.figure_stability(tmp_path, {"baseline": drift})
+    assert_png(png)
     assert rows_of(png.with_suffix(".csv"))[0]["relative_drift"] == "0.2"
+
+
+CURVES = {
+    "baseline": [(0.0, 0.9, 0.8, 0.95), (8 / 255, 0.1, 0.05, 0.2)],
+    "theirs": [(0.0, 1, 0, 1)],
+}
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 20])
+def test_figures_take_any_number_of_recipes(tmp_path, count):
+    recipes = ["baseline", *(f"recipe{i}" for i in range(1, count))]
+    curves = {name: CURVES["baseline"] for name in recipes}
+    png = report.figure_epsilon(tmp_path, curves)
+    assert_png(png)
+    assert len(rows_of(png.with_suffix(".csv"))) == 2 * count
+    drifts = {name: {"stem": {"cosine": 1.0, "relative_drift": 0.2}} for name in recipes}
+    assert len(rows_of(report.figure_stability(tmp_path, drifts).with_suffix(".csv"))) == count
 
 
 def test_the_same_numbers_draw_the_same_bytes(tmp_path):
@@ -231,28 +418,104 @@ def test_figures_refuse_what_does_not_belong_together(tmp_path):
         report.figure_sensitivity(tmp_path, {"stem": 0.1}, ["tail"])
     # An attack that changed nothing is drawn as plain gray, not as NaN.
     still = np.zeros((1, 4, 4, 3))
-    assert_drawn(report.figure_examples(tmp_path, still, still))
+    assert_png(report.figure_examples(tmp_path, still, still))
 
 
-def test_the_page_says_what_was_run_and_links_beside_itself(tmp_path):
-    run = {
-        "command": "robust-ssl run --config=a|b",
-        "seed": 0,
-        "data": {"downstream": "digits", "test images": 50},
-        "config": {"epsilon": 0.04},
-        "checkpoints": {"secure stage 2": "stage2/checkpoint"},
-    }
-    figures = [tmp_path / "figures" / "epsilon.png", "figures/sensitivity.png", "other.png"]
-    report.write_report(tmp_path / "report.md", run, three(), COSTS, figures, ["A shortfall."])
-    text = (tmp_path / "report.md").read_text()
-    assert "| command | robust-ssl run --config=a\\|b |" in text
-    assert "| data | downstream: digits, test images: 50 |" in text
-    assert '"epsilon": 0.04' in text
-    assert "![epsilon](figures/epsilon.png)" in text
-    assert "[CSV](figures/sensitivity.csv)" in text
-    assert "robust-redundant" in text
-    assert "![other](other.png)\n\n[SVG]" in text
-    assert "- A shortfall." in text
-    assert "- secure stage 2: `stage2/checkpoint`" in text
-    assert report.summary_table(three(), COSTS).strip() in text
+def a_page(workdir, **other):
+    comparison = a_comparison(
+        claims=[{"claim": {"better_than": "gen_af"}, "sentence": "Nothing is better."}],
+        sentences=["A shortfall."],
+        failed={"mart": "not finite"},
+    )
+    run = {**RUN, "devices": ["cpu:0"], "versions": {"jax": "1"}, "config": {"epsilon": 0.04}}
+    document = a_document(three(), run=run, comparison=comparison)
+    results.check(document)
+    report.write_report(workdir, document, **other)
+    return (workdir / "report.md").read_text()
+
+
+def test_the_page_answers_first_and_ends_with_how_it_was_run(tmp_path):
+    text = a_page(tmp_path)
+    places = [
+        "# Robustness of simclr on digits",
+        "- Attacks crafted on the public encoder (10/255) cut the accuracy of baseline",
+        "- Nothing is better.",
+        "| recipe | clean | under attack | cost | verdict |",
+        "| gen_af | 80.0 % (67-89) | 70.0 % (56-81) | 9.8x | not examined |",
+        "- A shortfall.",
+        "- mart failed: not finite",
+        "## Plots",
+        "## Can the figures under attack be believed?",
+        "## All tables",
+        "## How it was run",
+        "- Surrogate set, the attacker's: textures, images 500.",
+        "<details><summary>Versions and devices",
+        "- devices: cpu:0",
+        "<details><summary>Configuration",
+        '"epsilon": 0.04',
+    ]
+    assert [text.index(place) for place in places] == sorted(text.index(place) for place in places)
     assert str(tmp_path) not in text
+
+
+def test_a_picture_that_is_given_is_not_drawn_again(tmp_path):
+    text = a_page(tmp_path, figures=[tmp_path / "figures" / "pareto.png"])
+    assert text.count("![pareto]") == 1 and not (tmp_path / "figures").exists()
+
+
+def test_tables_of_the_page_have_at_most_six_columns(tmp_path):
+    for line in a_page(tmp_path).splitlines():
+        assert line.count("|") <= 7, line
+
+
+def spoken(text):
+    """The sentences of a page outside its tables, links and code."""
+    text = re.sub(r"```.*?```|\[[A-Z]+\]\([^)]*\)|!\[.*?\]\(.*?\)", "", text, flags=re.S)
+    lines = [line for line in text.splitlines() if line[:1] not in ("|", "#", "<")]
+    return [part for line in lines for part in re.split(r"(?<=[.:]) (?=[A-Z0-9*])", line)]
+
+
+def test_no_sentence_of_the_page_is_long(tmp_path):
+    text = a_page(tmp_path, curves={"baseline-seed0": CURVES["baseline"]})
+    captions = list(report.pages.CAPTIONS.values())
+    for sentence in [*spoken(text), *(part for c in captions for part in spoken(c))]:
+        words = re.findall(r"[^\s]*[A-Za-z][^\s]*", sentence)
+        assert len(words) <= 25, sentence
+    assert "safe" not in text and "adds" not in text
+
+
+def test_csv_files_have_every_number(tmp_path):
+    images = np.arange(50) < 35
+    outcomes = {
+        "gen_af": {"robust_worst": images},
+        "baseline": {"robust_worst": np.arange(50) < 10},
+    }
+    text = a_page(tmp_path, outcomes=outcomes)
+    assert [row["model"] for row in rows_of(tmp_path / "results.csv")] == [
+        *("baseline-seed0", "gen_af_stage1-seed0", "gen_af-seed0"),
+    ]
+    assert len(rows_of(tmp_path / "attacks.csv")) == 3
+    assert rows_of(tmp_path / "comparison.csv")[2]["robust_worst"] == "0.7"
+    (line,) = rows_of(tmp_path / "differences.csv")
+    assert (line["recipe"], line["decided"]) == ("baseline", "yes")
+    assert "### Against gen_af" in text and "**-50.0 ± 19.6**" in text
+
+
+def test_pictures_show_wherever_the_run_was_begun(tmp_path, monkeypatch):
+    """A relative workdir: links must hold from the page's folder, not from where it was begun."""
+    monkeypatch.chdir(tmp_path)
+    workdir = pathlib.Path("runs/quickstart")
+    examples = report.figure_examples(
+        workdir / "figures", np.zeros((1, 4, 4, 3)), np.zeros((1, 4, 4, 3))
+    )
+    assert not examples.is_absolute()
+    text = a_page(
+        workdir,
+        curves={"baseline-seed0": CURVES["baseline"]},
+        figures=[examples, (tmp_path / "runs" / "other.png").absolute()],
+    )
+    monkeypatch.chdir(os.sep)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert "figures/epsilon.png" in links and "../other.png" in links
+    for link in links:
+        assert (tmp_path / workdir / link).exists() or "other" in link, link

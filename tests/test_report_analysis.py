@@ -27,7 +27,7 @@ STABILITY = {
         tap: {"cosine": 0.9, "cka": 0.8, "relative_drift": drift}
         for tap, drift in (("stem", 0.1), ("block1", 0.2), ("features", 0.4))
     }
-    for model in ("usual", "another")
+    for model in ("baseline", "another")
 }
 
 
@@ -35,12 +35,12 @@ def test_layers_stand_with_their_sensitivity(tmp_path):
     path = analysis.figure_layers(tmp_path, STABILITY, {"block1": 0.5, "head": 0.25})
     found = rows(path)
     assert [(row["model"], row["tap"]) for row in found[:3]] == [
-        ("usual", "stem"),
-        ("usual", "block1"),
-        ("usual", "features"),
+        ("baseline", "stem"),
+        ("baseline", "block1"),
+        ("baseline", "features"),
     ]
     assert found[1] == {
-        "model": "usual",
+        "model": "baseline",
         "tap": "block1",
         "cosine": "0.9",
         "cka": "0.8",
@@ -70,7 +70,7 @@ def a_map(measure="error_rate", n=4):
 
 def test_a_map_keeps_its_places(tmp_path):
     band = HarmfulBand(0.2, 0.3, 0.5)
-    found = rows(analysis.figure_fourier(tmp_path, {"usual": a_map()}, {"usual": band}))
+    found = rows(analysis.figure_fourier(tmp_path, {"baseline": a_map()}, {"baseline": band}))
     assert len(found) == 16
     place = next(r for r in found if (r["vertical"], r["horizontal"]) == ("-0.25", "0.0"))
     assert float(place["error_rate"]) == pytest.approx(6 / 15)
@@ -103,7 +103,7 @@ def test_transfer_has_every_pair(tmp_path):
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path):
     for name in ("first", "second"):
-        analysis.figure_fourier(tmp_path / name, {"usual": a_map()})
+        analysis.figure_fourier(tmp_path / name, {"baseline": a_map()})
         analysis.figure_energy(tmp_path / name, {"one": np.arange(9.0)}, EDGES)
     for file in (tmp_path / "first").iterdir():
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes(), file.name
@@ -113,7 +113,7 @@ def test_the_page_says_what_was_found(tmp_path):
     figure = analysis.figure_layers(tmp_path, STABILITY)
     band = {"low": 0.1875, "high": 0.25, "harm": 0.612}
     fourier = {
-        "usual": {"measure": "error_rate", "clean": 0.1, "most_harmful_band": band},
+        "baseline": {"measure": "error_rate", "clean": 0.1, "most_harmful_band": band},
         "public encoder": {"measure": "feature_drift", "clean": 0.0, "most_harmful_band": band},
     }
     numbers = {"fourier": fourier, "edges": np.array([0.0, np.nan])}
@@ -121,9 +121,10 @@ def test_the_page_says_what_was_found(tmp_path):
     page = (tmp_path / "analysis.md").read_text()
     assert "| images | 8 of digits |" in page and "(layers.png)" in page
     assert (
-        "Usual fine-tuning: single frequencies hurt most from 0.188 to 0.25 cycles per pixel "
-        "(61.2 % errors, 10.0 % without noise)."
+        "Against baseline (frozen encoder), single frequencies harm most from 0.188 to 0.25 cycles "
+        "per pixel (61.2 % errors, 10.0 % without noise)."
     ) in page
-    assert "0.612 (mean relative drift of the features)" not in page.split("Public encoder")[0]
+    before = page.split("Against public encoder")[0]
+    assert "0.612 (mean relative drift of the features)" not in before
     document = json.loads((tmp_path / "analysis.json").read_text())
     assert document["edges"] == [0.0, None] and document["about"] == {"images": "8 of digits"}

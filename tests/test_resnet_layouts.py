@@ -75,11 +75,11 @@ def largest_error(encoder, size, features, taps):
 
 @pytest.mark.parametrize("case", CASES)
 def test_in_and_out_again(tmp_path, case):
-    stem, padding, bottleneck, size, wrap, named = CASES[case]
+    stem, padding, bottleneck, size, wrap, facts = CASES[case]
     net = randomize(TorchResNet(DEPTHS[bottleneck], bottleneck, 8, stem, padding)).eval()
     file = tmp_path / "weights.pth"
     torch.save(wrap(net.state_dict()), file)
-    encoder = weights.import_encoder(file, mean=MEAN, std=STD, image_size=size, **named)
+    encoder = weights.import_encoder(file, mean=MEAN, std=STD, image_size=size, **facts)
     with torch.no_grad():
         features, taps = net(to_torch(pixels(size, 4)))
     error = largest_error(encoder, size, features, taps)

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from robust_ssl import models
-from robust_ssl.finetuning import layer_rates, layer_sensitivity, rates_for, select_redundant
+from robust_ssl.finetuning import layer_sensitivity, rates_for, select_redundant
+from robust_ssl.optimizers import layer_rates
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder
 

@@ -12,13 +12,8 @@ from flax.traverse_util import flatten_dict
 from tiny import encoder as tiny_encoder
 
 from robust_ssl import attacks, losses, models, struct, threats
-from robust_ssl.finetuning import (
-    init_state,
-    layer_rates,
-    layerwise_optimizer,
-    make_step,
-    mixed_losses,
-)
+from robust_ssl.finetuning import init_state, make_step, mixed_losses
+from robust_ssl.optimizers import layer_rates, layerwise_optimizer
 from robust_ssl.parallel import Parallel
 
 # --------------------------------------------------------- what losses see, and what nobody reads
@@ -155,15 +150,15 @@ def test_only_the_adaptive_half_moves_the_statistics_of_twins():
     net, (batch,) = tiny("linear"), batches(1)
     other = batch["images"].copy()
     other[1::2] = 255 - other[1::2]
-    found = [
+    variables = [
         run(net, optax.sgd(0.1), [{**batch, "images": images}], losses=mixed_losses(0.0),
             batch_statistics="twins")[0].variables
         for images in (batch["images"], other)
     ]  # fmt: skip
-    assert_same(found[0]["batch_stats"], found[1]["batch_stats"], 0)
+    assert_same(variables[0]["batch_stats"], variables[1]["batch_stats"], 0)
     kernel = "encoder", "conv2", "kernel"
     assert (
-        flatten_dict(found[0]["params"])[kernel] != flatten_dict(found[1]["params"])[kernel]
+        flatten_dict(variables[0]["params"])[kernel] != flatten_dict(variables[1]["params"])[kernel]
     ).any()
 
 

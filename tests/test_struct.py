@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from robust_ssl import attacks, models, objectives, struct, threats
-from robust_ssl.parallel import METHODS, Parallel
+from robust_ssl.parallel import KINDS, Parallel
+from robust_ssl.types import Outputs, TrainState
 
 
 @struct.dataclass
@@ -34,7 +35,7 @@ def test_two_classes_with_the_same_fields_are_two_structures():
 
 def test_no_two_public_classes_are_one_structure():
     leaf = object()
-    made = []
+    structures = []
     for room in (threats, attacks, models, objectives):
         for kind in vars(room).values():
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -44,9 +45,9 @@ def test_no_two_public_classes_are_one_structure():
                     object.__setattr__(value, field.name, leaf if is_child else None)
                 structure = jax.tree.structure(value)
                 if not jax.tree_util.treedef_is_leaf(structure):  # a layer of flax is one
-                    made.append((kind.__name__, structure))
-    assert len(made) > 15
-    for (one, structure), (other, another) in itertools.combinations(made, 2):
+                    structures.append((kind.__name__, structure))
+    assert len(structures) > 15
+    for (one, structure), (other, another) in itertools.combinations(structures, 2):
         assert structure != another, f"jax.jit may run {one} as {other}"
 
 
@@ -63,15 +64,71 @@ def test_its_values_are_pytrees_with_named_children_and_frozen():
     assert jax.tree.structure(VALUE) != jax.tree.structure(VALUE.replace(axis=0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KINDS)
 def test_what_is_mapped_over_a_batch_tells_even_classes_of_flax_apart(method):
     # Enough of them that JAX itself would take one for another: about one pair in 128.
     def kind(number):
         cls = type("Plus", (), {"__annotations__": {"by": float}, "number": number})
         return flax.struct.dataclass(cls)
 
-    layout = Parallel.create(num_devices=1, method=method)
+    layout = Parallel.create(num_devices=1, kind=method)
     mapped = layout.map(lambda plus, batch: batch + plus.number + plus.by)
     for number in range(40):
         plus = kind(number)(0.5)
         np.testing.assert_array_equal(mapped(plus, np.zeros(1, np.float32)), [number + 0.5])
+
+
+def _short(text):
+    lines = text.splitlines()
+    assert len(lines) <= 6
+    assert all(len(line) <= 100 for line in lines)
+    assert "Array(" not in text and "dtype=" not in text  # no contents of arrays
+    return text
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return models.resnet18(jax.random.key(0), image_size=32)
+
+
+def test_the_repr_of_an_encoder_says_what_it_is_in_few_lines(encoder):
+    assert repr(encoder).splitlines()[0] == "Encoder 'resnet18': ResNet, 11,168,832 parameters"
+    assert "images 32x32x3 to 512 features" in _short(repr(encoder))
+    quantized = encoder.replace(preprocess=models.Quantize(levels=8))
+    assert "after Quantize(levels=8" in _short(repr(quantized))
+    _short(repr(encoder.replace(name="a name " * 40, preprocess=lambda images: images)))
+    classifier = models.classifier(jax.random.key(1), quantized, 10, head="linear")
+    assert "10 classes" in _short(repr(classifier)) and "5,130 parameters" in repr(classifier)
+
+
+def test_the_repr_of_outputs_and_of_a_state_has_shapes_only(encoder):
+    outputs = jax.eval_shape(encoder, jnp.zeros((2, 32, 32, 3)))
+    assert "features: float32[2, 512], logits: None" in _short(repr(outputs))
+    state = TrainState(jnp.int32(3), encoder.variables, (), {"skipped": jnp.int32(0)})
+    assert "step: int32[], counters: skipped" in _short(repr(state))
+
+
+def test_a_repr_works_for_shapes_tracers_and_placeholders(encoder):
+    shapes = jax.eval_shape(lambda: encoder)
+    assert repr(shapes) == repr(encoder)
+    seen = []
+
+    @jax.jit
+    def trace(value):
+        seen.append(repr(value))
+        seen.append(repr(Outputs(value.variables["params"]["stem"]["conv"]["kernel"])))
+        return 0
+
+    trace(encoder)
+    assert seen[0] == repr(encoder)
+    assert seen[1] == "Outputs(features: float32[3, 3, 3, 64], logits: None)"
+    leaves, structure = jax.tree.flatten(encoder)
+    _short(repr(jax.tree.unflatten(structure, [object()] * len(leaves))))
+    _short(repr(encoder.replace(variables=None)))
+
+
+def test_a_repr_changes_nothing_else(encoder):
+    again = jax.tree.unflatten(jax.tree.structure(encoder), jax.tree.leaves(encoder))
+    assert jax.tree.structure(again) == jax.tree.structure(encoder)
+    assert hash(jax.tree.structure(again)) == hash(jax.tree.structure(encoder))
+    assert "Encoder '" not in repr(jax.tree.structure(encoder))  # which names what was scored

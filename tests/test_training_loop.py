@@ -7,12 +7,14 @@ import optax
 import pytest
 import tiny
 
-from robust_ssl import checkpoints, data, trees
+from robust_ssl import data
+from robust_ssl.experiment import loop
+from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.parallel import Parallel, average
-from robust_ssl.progress import Progress, Stopped
-from robust_ssl.stages import training
+from robust_ssl.progress import Progress
+from robust_ssl.stopping import Stopped
 from robust_ssl.types import TrainState
-from robust_ssl.updates import no_skips, take_if_finite
+from robust_ssl.workdir import open_stage, read_tree
 
 STEPS = 3  # in an epoch
 LOOPS = pytest.mark.parametrize("loop_on_device", [False, True])
@@ -58,13 +60,13 @@ def go(workdir, step=None, *, epochs=8, scores=None, stop_after=None, **options)
             "at_epoch_end": lambda epoch, variables: {"accuracy": scores[epoch - 1]},
         }
     with (
-        checkpoints.open_stage(workdir, "loop", {}, {}, 0) as stage,
+        open_stage(workdir, "loop", {}, {}, 0) as stage,
         pytest.MonkeyPatch.context() as m,
     ):
         if stop_after is not None:
             asked = iter(range(1, 1000))
-            m.setattr(training, "stop_requested", lambda: next(asked) >= stop_after)
-        state, best = training.train(
+            m.setattr(loop, "stop_requested", lambda: next(asked) >= stop_after)
+        state, best = loop.train(
             stage,
             begin(),
             step or mean_of_images(),
@@ -166,7 +168,7 @@ def test_too_many_stop_the_run_and_the_last_good_state_is_kept(loop_on_device, t
         go(tmp_path / "bad", broken, **options)
     for part in ("the last 21 updates up to step 27", "lower the learning rate", str(kept)):
         assert part in str(caught.value)
-    state = trees.read(kept / "default" if (kept / "default").exists() else kept)["state"]
+    state = read_tree(kept / "default" if (kept / "default").exists() else kept)["state"]
     np.testing.assert_array_equal(state["variables"]["params"]["w"], good.variables["params"]["w"])
     assert state["counters"] == {"skipped": 21, "skipped_in_a_row": 0}
 

@@ -11,26 +11,31 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 from flax.traverse_util import flatten_dict
 
-from robust_ssl import trees
+from robust_ssl import weights
+from robust_ssl.workdir import read_tree
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
+STAGES = (
+    *("attack", "recipes/full-seed0", "recipes/gen_af_stage1-seed0"),
+    "attack_gen_af_stage1-seed0",
+)
 SECONDS = 170  # what a run may take before it counts as hanging
 
 CONFIG = """
 import tiny
 
 def get_config():
-    config = tiny.config("attack", "usual", "stage1", "evaluate")
-    config.usual.rates = {"encoder/**": 1e-2, "head/**": 1e-2}
-    config.usual.batch_statistics = "clean"
-    config.evaluate.models = ("stage1",)
-    del config.attack.methods.advencoder
-    config.attack.curve = ()
-    config.evaluate.per_image.attacks = ("pgd",)
+    config = tiny.config("attack", "train", "score")
+    everything = {"rates": {"encoder/**": 1e-2, "head/**": 1e-2}, "scored": False}
+    config.recipes = {"full": everything, "gen_af_stage1": config.recipes.gen_af_stage1.to_dict()}
+    del config.suite.attacks.advencoder, config.compare
+    config.suite.curve = ()
+    del config.scoring.per_image.attacks.embed
     return config
 """
 
@@ -40,7 +45,8 @@ def get_config():
 WORKER = """
 import functools, importlib, os, signal, sys, time
 import jax
-from robust_ssl import main, parallel
+from robust_ssl import xla
+from robust_ssl.cli import main
 
 def wrap(place, make):
     module, _, path = place.partition(":")
@@ -66,7 +72,7 @@ def accident(act, place, count):
     wrap(place, make)
 
 devices = int(sys.argv[1])
-parallel.use_every_core = lambda: jax.config.update("jax_num_cpu_devices", devices)
+xla.use_every_core = lambda: jax.config.update("jax_num_cpu_devices", devices)
 jax.distributed.initialize = functools.partial(
     jax.distributed.initialize,
     initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=20,
@@ -109,13 +115,13 @@ def start(folder, workdir, *, devices, accident="", flags=(), config=CONFIG):
 
 
 def finish(processes):
-    """Waits for all; returns exit codes.  What hangs is killed and fails with what all said."""
+    """Waits for all; returns exit codes.  What hangs is killed and fails with what all wrote."""
     end = time.monotonic() + SECONDS
     try:
         for process in processes:
             process.wait(max(0.1, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        pytest.fail(f"a process still ran after {SECONDS} s\n{said(processes)}")
+        pytest.fail(f"a process still ran after {SECONDS} s\n{outputs(processes)}")
     finally:
         for process in processes:
             process.kill()
@@ -123,14 +129,14 @@ def finish(processes):
     return [process.returncode for process in processes]
 
 
-def said(processes):
+def outputs(processes):
     return "\n".join(
         f"--- process {number}, exit code {one.returncode}:\n{one.output.read_text()[-6000:]}"
         for number, one in enumerate(processes)
     )
 
 
-def run_pair(folder, workdir, *, accidents=("", ""), devices=1, method="pmap", config=CONFIG):
+def run_pair(folder, workdir, *, accidents=("", ""), devices=1, kind="pmap", config=CONFIG):
     """Runs two processes of `devices` devices each; returns them, ended."""
     address = f"127.0.0.1:{free_port()}"
     processes = [
@@ -144,7 +150,7 @@ def run_pair(folder, workdir, *, accidents=("", ""), devices=1, method="pmap", c
                 f"--coordinator={address}",
                 "--num-processes=2",
                 f"--process-id={number}",
-                f"--method={method}",
+                f"--parallel={kind}",
             ),
         )
         for number in range(2)
@@ -159,11 +165,16 @@ def codes(processes):
 
 def run_one(folder, workdir, *, devices):
     process = start(folder, workdir, devices=devices)
-    assert finish([process]) == [0], said([process])
+    assert finish([process]) == [0], outputs([process])
 
 
 def final(workdir, stage):
-    return flatten_dict(trees.read(workdir / stage / "final"), sep="/")
+    """What a stage left, by path."""
+    if not stage.startswith("recipes"):
+        files = (workdir / stage / "fitted").glob("*.npz")
+        return {f"{file.stem}/delta": np.load(file)["delta"] for file in files}
+    classifier = weights.load_classifier(workdir / stage, builder=tiny.encoder)
+    return flatten_dict(dict(classifier.variables), sep="/")
 
 
 def results(workdir):
@@ -173,7 +184,7 @@ def results(workdir):
     def timeless(entry):
         return {key: value for key, value in entry.items() if key != "seconds"}
 
-    verdicts = {model: timeless(found) for model, found in document["verdicts"].items()}
+    verdicts = {model: timeless(verdict) for model, verdict in document["verdicts"].items()}
     return [timeless(entry) for entry in document["results"]], verdicts
 
 
@@ -187,7 +198,7 @@ def one(tmp_path_factory):
 
 def assert_same(expected, ours):
     """Exact: a sum of two devices has only one order, so not even the last bit may differ."""
-    for stage in ("attack", "usual", "stage1", "attack_stage1"):
+    for stage in STAGES:
         left, right = final(expected, stage), final(ours, stage)
         assert left.keys() == right.keys()
         for path, leaf in left.items():
@@ -197,9 +208,9 @@ def assert_same(expected, ours):
 
 def test_two_processes_and_one_agree(one, tmp_path):
     pair = run_pair(tmp_path, tmp_path / "run")
-    assert codes(pair) == [0, 0], said(pair)
+    assert codes(pair) == [0, 0], outputs(pair)
     assert_same(one, tmp_path / "run")
-    lines = (tmp_path / "run" / "stage1" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / STAGES[2] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(6))  # one process writes
 
 
@@ -208,18 +219,18 @@ def test_a_run_survives_what_happens_to_its_processes(one, tmp_path):
     workdir = tmp_path / "run"
     accidents = (
         # Process 1 dies in the first fine-tuning, at its checkpoint: process 0 must not wait on.
-        ("", "SIGKILL robust_ssl.checkpoints:StageDirectory.save 1"),
+        ("", "SIGKILL robust_ssl.workdir:StageDirectory.save 1"),
         # A SIGTERM to process 1 only, after its second step: both stop, at the same later step.
-        ("", "SIGTERM robust_ssl.stages.training:stop_requested 2"),
+        ("", "SIGTERM robust_ssl.experiment.loop:stop_requested 2"),
         # Process 0, which writes, dies before it keeps the second group of attacks.
-        ("SIGKILL robust_ssl.stages.scoring:_keep 2", ""),
+        ("SIGKILL robust_ssl.experiment.groups:_keep 2", ""),
         # Process 1 does not see the group that was kept: both score it again.
-        ("", "blind robust_ssl.trees:_read_arrays 1"),
+        ("", "blind robust_ssl.workdir.arrays:_read_arrays 1"),
     )
     expected = ("lost", "stopped", "lost", "done")
     for accident, outcome in zip(accidents, expected, strict=True):
         pair = run_pair(tmp_path, workdir, accidents=accident)
-        text = f"{accident}\n{said(pair)}"
+        text = f"{accident}\n{outputs(pair)}"
         if outcome == "lost":
             assert -signal.SIGKILL in codes(pair), text
             assert 0 not in codes(pair), text
@@ -231,10 +242,10 @@ def test_a_run_survives_what_happens_to_its_processes(one, tmp_path):
 # --- A recipe whose perturbations are a part of the training state ------------------------------
 
 POOL_CONFIG = """
-import tiny_methods
+import tiny_recipes
 
 def get_config():
-    return tiny_methods.config({"universal": tiny_methods.UNIVERSAL})
+    return tiny_recipes.config({"universal": tiny_recipes.UNIVERSAL})
 """
 
 
@@ -242,10 +253,10 @@ def test_two_processes_train_against_the_pool_of_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     process = start(tmp_path / "one", tmp_path / "one" / "run", devices=2, config=POOL_CONFIG)
-    assert finish([process]) == [0], said([process])
+    assert finish([process]) == [0], outputs([process])
     pair = run_pair(tmp_path / "two", tmp_path / "two" / "run", config=POOL_CONFIG)
-    assert codes(pair) == [0, 0], said(pair)
-    stage = "methods/universal-seed0"
+    assert codes(pair) == [0, 0], outputs(pair)
+    stage = "recipes/universal-seed0"
     ours, expected = (tmp_path / name / "run" for name in ("two", "one"))
     left, right = final(expected, stage), final(ours, stage)
     assert left.keys() == right.keys()
@@ -259,7 +270,7 @@ def test_two_processes_train_against_the_pool_of_one(tmp_path):
     assert logged(ours) == logged(expected)  # with the accuracy under the pool's members
     assert [line["step"] for line in logged(ours)] == list(range(6))
     deltas = [
-        trees.read(sorted((workdir / stage / "checkpoints").iterdir())[-1])
+        read_tree(sorted((workdir / stage / "checkpoints").iterdir())[-1])
         for workdir in (ours, expected)
     ]
     ours, theirs = (np.asarray(tree["state"]["variables"]["attack"]["deltas"]) for tree in deltas)

@@ -11,6 +11,7 @@ import pytest
 from robust_ssl import conformance, struct, threats
 from robust_ssl.attacks import accumulated, universal
 from robust_ssl.attacks.accumulated import UAP
+from robust_ssl.attacks.fit_batch import FitBatch
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import AttackInputs, Encoder, Outputs
 
@@ -129,7 +130,7 @@ def test_a_step_is_the_accumulation_in_numpy(at_once):
         expected = np.clip(expected + 1.02 * total, -0.05, 0.05)
     attack, model = UAP(num_clusters=3, images_at_once=at_once), Linear(jnp.asarray(weights))
     state = attack.init(KEY, shape, budget)
-    state, value = attack.step(state, budget, model, model(jnp.asarray(images)), images)
+    state, value = attack.step(state, budget, FitBatch.on(model, budget, jnp.asarray(images)))
     np.testing.assert_allclose(attack.delta(state, budget), expected, atol=2e-5)
     assert np.abs(expected).max() > 0.01 and float(value) == 0.0  # the curve begins unperturbed
 
@@ -168,7 +169,7 @@ def _fit(attack, *, devices=1, method="jit", epsilons=(0.0, 0.05), steps=2, **mo
         keys=keys,
         epsilons=budgets,
         image_shape=SHAPE,
-        parallel=Parallel.create(num_devices=devices, method=method),
+        parallel=Parallel.create(num_devices=devices, kind=method),
         **more,
     )
 
@@ -202,7 +203,7 @@ def test_a_fit_does_not_depend_on_the_devices(at_once, method):
 def test_members_at_once_equal_those_fitted_alone_and_nothing_compiles_again():
     attack = UAP(num_clusters=4)
     together = _fit(attack, epsilons=(0.02, 0.05))
-    compiled = universal._fit_step(Parallel.create(num_devices=1, method="jit"))
+    compiled = universal._fit_step(Parallel.create(num_devices=1, kind="jit"))
     for index, epsilon in enumerate((0.02, 0.05)):
         alone = _fit(attack, epsilons=(epsilon,))
         np.testing.assert_allclose(alone.member(0).delta, together.member(index).delta, atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 
 from robust_ssl import attacks, struct, threats
 from robust_ssl.attacks import accumulated, perturbation, universal
+from robust_ssl.attacks.fit_batch import FitBatch
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import AttackInputs, Outputs
 
@@ -53,7 +54,7 @@ def _fit(attack, threat, budgets, *, steps=6, model=None, parallel=None):
         keys=keys,
         epsilons=budgets,
         image_shape=SHAPE,
-        parallel=parallel or Parallel.create(num_devices=1, method="jit"),
+        parallel=parallel or Parallel.create(num_devices=1, kind="jit"),
         threat=threat,
     )
 
@@ -99,23 +100,13 @@ def _quick(name):
 
 def _check_rises(attack, fitted):
     """The objective, on the images and at the places of the first step, is above the start's."""
-    clean = _model()(_images())
     for index in range(len(fitted)):
         member = fitted.member(index)
         threat = perturbation.at_step(member.threat, KEY, jnp.int32(0))
         start = attack.delta(attack.init(KEY, SHAPE, threat), threat)
+        batch = FitBatch.on(_model(), threat, _images())
         before, after = (
-            float(
-                universal.objective_of_delta(
-                    delta,
-                    objective=attack.objective,
-                    threat=threat,
-                    model=_model(),
-                    clean=clean,
-                    images=_images(),
-                )
-            )
-            for delta in (start, member.delta)
+            float(batch.value(attack.objective, delta)) for delta in (start, member.delta)
         )
         if attack.name == "random_noise":
             np.testing.assert_array_equal(member.delta, start)
@@ -171,7 +162,8 @@ def test_fast_feature_fool_in_a_band_beats_noise_of_the_same_band():
 def test_fast_feature_fool_halves_only_where_the_budget_is_each_entrys(threat):
     attack = attacks.FFF(learning_rate=0.5)  # every step reaches far beyond the budget
     state, sizes = attack.init(KEY, SHAPE, threat), []
-    step = jax.jit(lambda state: attack.step(state, threat, _model(), None, _images())[0])
+    batch = FitBatch.on(_model(), threat, _images())
+    step = jax.jit(lambda state: attack.step(state, threat, batch)[0])
     for _ in range(6):
         state = step(state)
         sizes.append(float(jnp.linalg.norm(state.current)))
@@ -217,7 +209,8 @@ def test_a_deepfool_step_in_a_band_needs_no_frequency_outside_it():
     centers = accumulated.cluster_directions(_model()(images).features, 3)
     labels = jnp.argmax(_model()(images).features @ centers.T, axis=1)
     example = {"image": images[0], "label": labels[0], "place": jnp.int32(0)}
-    change = attack._change(jnp.zeros(SHAPE), example, _low_pass(0.1), _model(), centers)
+    batch = FitBatch.on(_model(), _low_pass(0.1), images)
+    change = attack._change(jnp.zeros(SHAPE), example, batch, centers)
     size = float(jnp.abs(change).max())
     assert size > 0 and _outside(change) < 1e-4 * size
 
@@ -258,7 +251,7 @@ def test_uap_sees_the_patch_at_the_place_of_each_image():
 
     changes = jax.vmap(accumulated.deepfool_step)(scores(start), jax.jacrev(scores)(start), labels)
     expected = threat.project_delta(start + 1.02 * jnp.sum(changes, axis=0))
-    found, _ = attack.step(start, threat, _model(), clean, images)
+    found, _ = attack.step(start, threat, FitBatch.on(_model(), threat, images))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(expected - start).max() > 1e-3
 

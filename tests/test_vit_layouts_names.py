@@ -86,9 +86,9 @@ def foreign(layout, encoder):
 def test_the_network_and_its_weights_come_back(layout, options, beside):
     encoder = skeleton(**options)
     arrays, tensors = foreign(layout, encoder)
-    builder, found = LAYOUTS[layout].network(tensors, beside)
+    builder, rebuilt = LAYOUTS[layout].network(tensors, beside)
     assert builder == "vision_transformer"
-    assert skeleton(**found).module == encoder.module
+    assert skeleton(**rebuilt).module == encoder.module
     back = mapping.join(LAYOUTS[layout].entries(encoder), tensors, encoder_shapes(encoder), "it")
     assert back.keys() == arrays.keys()
     for path, array in arrays.items():
@@ -142,8 +142,8 @@ def test_what_is_lost_is_missing_and_not_an_option():
             # fc_norm and norm_pre tell by their names what they are: the bias is left over then
             message = f"missing {lost}|unexpected {lost.removesuffix('weight')}bias"
             with pytest.raises(ValueError, match=message):
-                _, found = LAYOUTS[layout].network(rest, beside)
-                network = skeleton(**found)
+                _, rebuilt = LAYOUTS[layout].network(rest, beside)
+                network = skeleton(**rebuilt)
                 entries, shapes = LAYOUTS[layout].entries(network), encoder_shapes(network)
                 mapping.join(entries, rest, shapes, "it")
 

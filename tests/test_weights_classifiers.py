@@ -1,12 +1,14 @@
 """A classifier on disk comes back bit-equal or not at all."""
 
 import json
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from robust_ssl import models, weights
 from robust_ssl.models import JPEG, Quantize, Smooth
@@ -66,6 +68,38 @@ def test_ones_own_head_needs_its_maker(tmp_path):
     with pytest.raises(ValueError, match=r"OwnHead.*head="):
         weights.load_classifier(tmp_path)
     assert weights.load_classifier(tmp_path, head=OwnHead).head == OwnHead(3)
+
+
+def tiny_head(num_classes):
+    """What a user would keep in a module, and name in a config."""
+    return OwnHead(num_classes)
+
+
+def test_an_encoder_and_a_head_of_ones_own_are_named_by_strings(tmp_path):
+    classifier = models.classifier(jax.random.key(0), tiny.encoder(), 3, head=OwnHead(3))
+    weights.save_classifier(classifier, tmp_path, builder=tiny.encoder)
+    card = weights.encoder_card(tmp_path)
+    assert card["builder"] == "tiny:encoder"
+    hint = rf'builder=, or in a config write {{"path": "{tmp_path}", "builder": "tiny:encoder"}}'
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        weights.load_classifier(tmp_path)
+    with pytest.raises(
+        ValueError, match=r'head=, or .* write \{"path": ".*", "head": "module:func'
+    ):
+        weights.load_classifier(tmp_path, builder=card["builder"])
+    names = {"builder": card["builder"], "head": f"{__name__}:tiny_head"}
+    assert_bit_equal(weights.load_classifier(tmp_path, **names), classifier)
+    assert_bit_equal(weights.load_encoder(tmp_path, builder="tiny:encoder"), classifier.encoder)
+    with pytest.raises(ValueError, match=r"tiny has no function 'encode'.*did you mean encoder"):
+        weights.load_encoder(tmp_path, builder="tiny:encode")
+
+
+def test_strings_reach_every_member_of_an_ensemble(tmp_path):
+    net = models.classifier(jax.random.key(0), tiny.encoder(), 3, head=OwnHead(3))
+    both = models.confidence_ensemble([net, net])
+    weights.save_classifier(both, tmp_path, builder=tiny.encoder)
+    names = {"builder": "tiny:encoder", "head": f"{__name__}:tiny_head"}
+    assert_bit_equal(weights.load_classifier(tmp_path, **names), both)
 
 
 def test_a_flipped_bit_is_seen(tmp_path):
@@ -128,15 +162,22 @@ def test_an_input_transformation_is_kept(tmp_path, step):
 
 
 def test_an_unknown_transformation_is_not_lost_in_silence(tmp_path):
-    for step in (jnp.sqrt, lambda images: images, type("JPEG", (JPEG,), {})()):
+    for step in (jnp.sqrt, lambda images: images):
         classifier = with_step(small("linear"), step)
-        with pytest.raises(ValueError, match=r"only one of robust_ssl\.models\.preprocessing"):
+        with pytest.raises(ValueError, match="cannot name the input transformation"):
             weights.save_classifier(classifier, tmp_path / "net")
     with pytest.raises(ValueError, match="know no input transformation"):
         weights.export_safetensors(
             with_step(small("linear"), JPEG()).encoder, tmp_path / "out.safetensors"
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_transformation_of_the_same_name_is_another_one(tmp_path):
+    own = type("JPEG", (JPEG,), {})()
+    weights.save_classifier(with_step(small("linear"), own), tmp_path)
+    with pytest.raises(ValueError, match="which is not one of"):
+        weights.load_classifier(tmp_path)
 
 
 def test_a_builder_may_bring_its_own_transformation(tmp_path):
@@ -152,19 +193,19 @@ def test_a_builder_may_bring_its_own_transformation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "said, says",
+    "entry, says",
     [
         ("JPEG", '"preprocess" must be'),
-        ({"name": "eval", "options": {}}, '"preprocess" must be'),
+        ({"name": "eval", "options": {}}, "transformation 'eval', which is not one of"),
         ({"name": ["JPEG"], "options": {}}, '"preprocess" must be'),
         ({"name": "JPEG", "options": {"quality": 0}}, "cannot make JPEG: quality must be"),
         ({"name": "JPEG", "options": {"speed": 1}}, "cannot make JPEG: .*speed"),
     ],
 )
-def test_a_transformation_that_is_none(tmp_path, said, says):
+def test_a_transformation_that_is_none(tmp_path, entry, says):
     weights.save_encoder(small("linear").encoder, tmp_path)
     card = json.loads((tmp_path / native.CARD_FILE).read_text())
-    (tmp_path / native.CARD_FILE).write_text(json.dumps({**card, "preprocess": said}))
+    (tmp_path / native.CARD_FILE).write_text(json.dumps({**card, "preprocess": entry}))
     with pytest.raises(ValueError, match=says):
         weights.load_encoder(tmp_path)
 

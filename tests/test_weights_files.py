@@ -49,13 +49,13 @@ def refused(tmp_path):
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_state_dict_is_read_bit_by_bit(read, container):
     content = CONTAINERS[container](PLAIN)
-    found = read(content)
-    assert found.format == f"torch {container}" and found.found_under == ""
-    assert found.sha256 == hashlib.sha256(content).hexdigest()
-    assert list(found.tensors) == ["weight"]
-    np.testing.assert_array_equal(found.tensors["weight"], NUMBERS.reshape(2, 3))
-    assert found.tensors["weight"].dtype == np.float32
-    assert any("checksum" in note for note in found.notes) == (container == "legacy")
+    weights = read(content)
+    assert weights.format == f"torch {container}" and weights.found_under == ""
+    assert weights.sha256 == hashlib.sha256(content).hexdigest()
+    assert list(weights.tensors) == ["weight"]
+    np.testing.assert_array_equal(weights.tensors["weight"], NUMBERS.reshape(2, 3))
+    assert weights.tensors["weight"].dtype == np.float32
+    assert any("checksum" in note for note in weights.notes) == (container == "legacy")
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_a_state_dict_is_read_bit_by_bit(read, container):
 )
 def test_every_number_type_keeps_its_bits(read, kind, dtype):
     numbers = np.array([1, 0, 1, 1, 0, 1]).astype(dtype)
-    found = read(zipped(pickled(table(w=tensor(kind))), {"0": numbers.tobytes()})).tensors["w"]
-    assert found.dtype == dtype and found.tobytes() == numbers.tobytes()
+    weights = read(zipped(pickled(table(w=tensor(kind))), {"0": numbers.tobytes()})).tensors["w"]
+    assert weights.dtype == dtype and weights.tobytes() == numbers.tobytes()
 
 
 def test_nan_and_infinity_are_read_as_they_are(read):
     numbers = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-45, 1], np.float32)
-    found = read(zipped(PLAIN, {"0": numbers.tobytes()}))
-    assert found.tensors["weight"].tobytes() == numbers.tobytes()
+    weights = read(zipped(PLAIN, {"0": numbers.tobytes()}))
+    assert weights.tensors["weight"].tobytes() == numbers.tobytes()
 
 
 def test_strided_views_and_scalars_and_empty_tensors(read):
@@ -88,20 +88,20 @@ def test_strided_views_and_scalars_and_empty_tensors(read):
         "scalar": tensor(offset=5, shape=(), strides=()),
         "empty": tensor(offset=6, shape=(0, 4), strides=(4, 1)),
     }
-    found = read(zipped(pickled(table(**views)))).tensors
+    weights = read(zipped(pickled(table(**views)))).tensors
     whole = NUMBERS.reshape(2, 3)
-    np.testing.assert_array_equal(found["turned"], whole.T)
-    np.testing.assert_array_equal(found["column"], whole[:, 1])
-    assert found["scalar"].shape == () and found["scalar"] == NUMBERS[5]
-    assert found["empty"].shape == (0, 4) and found["empty"].dtype == np.float32
-    assert all(array.flags.c_contiguous for array in found.values())
+    np.testing.assert_array_equal(weights["turned"], whole.T)
+    np.testing.assert_array_equal(weights["column"], whole[:, 1])
+    assert weights["scalar"].shape == () and weights["scalar"] == NUMBERS[5]
+    assert weights["empty"].shape == (0, 4) and weights["empty"].dtype == np.float32
+    assert all(array.flags.c_contiguous for array in weights.values())
 
 
 def test_shared_storages_are_noted(read):
-    found = read(zipped(pickled(table(a=tensor(), b=tensor(), c=tensor(key="1"))), {
+    weights = read(zipped(pickled(table(a=tensor(), b=tensor(), c=tensor(key="1"))), {
         "0": NUMBERS.tobytes(), "1": NUMBERS.tobytes(),
     }))  # fmt: skip
-    assert [note for note in found.notes if "shared" in note] == ["one storage is shared by a, b"]
+    assert [note for note in weights.notes if "shared" in note] == ["one storage is shared by a, b"]
 
 
 def test_only_the_state_dict_is_read_and_the_rest_is_named(read):
@@ -116,18 +116,18 @@ def test_only_the_state_dict_is_read_and_the_rest_is_named(read):
         config=called("omegaconf.dictconfig.DictConfig") + table(a=number(1)) + b"b",
         callbacks=b"}(" + callback + table(best=number(1)) + b"u",
     )
-    found = read(zipped(pickled(body)))
-    assert found.found_under == "state_dict" and list(found.tensors) == ["weight"]
-    assert "left out, not weights: args, best, callbacks, config, optimizer" in found.notes
-    assert "left out, not tensors: steps" in found.notes
+    weights = read(zipped(pickled(body)))
+    assert weights.found_under == "state_dict" and list(weights.tensors) == ["weight"]
+    assert "left out, not weights: args, best, callbacks, config, optimizer" in weights.notes
+    assert "left out, not tensors: steps" in weights.notes
     assert not {"omegaconf", "pytorch_lightning"} & set(sys.modules)  # named, never imported
 
 
 def test_the_teacher_comes_before_the_student_unless_asked(read):
     both = table(student=table(s=tensor()), teacher=table(t=tensor()), epoch=number(3))
-    found = read(zipped(pickled(both)))
-    assert found.found_under == "teacher" and list(found.tensors) == ["t"]
-    assert any("['student']" in note for note in found.notes)
+    weights = read(zipped(pickled(both)))
+    assert weights.found_under == "teacher" and list(weights.tensors) == ["t"]
+    assert any("['student']" in note for note in weights.notes)
     assert list(read(zipped(pickled(both)), under="student").tensors) == ["s"]
 
 
@@ -139,11 +139,14 @@ def test_what_python_2_wrote_is_read(read):
 
 def test_safetensors_with_every_type_and_its_metadata(read):
     arrays = {"w": NUMBERS.reshape(2, 3), "h": NUMBERS.astype(np.float16), "n": np.array(3)}
-    found = read(save(arrays, metadata={"format": "pt"}), "weights.bin")
-    assert found.format == "safetensors" and found.configs == {"__metadata__": {"format": "pt"}}
+    weights = read(save(arrays, metadata={"format": "pt"}), "weights.bin")
+    assert weights.format == "safetensors" and weights.configs == {"__metadata__": {"format": "pt"}}
     for name, array in arrays.items():
-        assert found.tensors[name].dtype == array.dtype and found.tensors[name].shape == array.shape
-        assert found.tensors[name].tobytes() == array.tobytes()
+        assert (
+            weights.tensors[name].dtype == array.dtype
+            and weights.tensors[name].shape == array.shape
+        )
+        assert weights.tensors[name].tobytes() == array.tobytes()
     header = json.dumps({"b": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
     half = read(struct.pack("<Q", len(header)) + header + b"\x80\x3f").tensors["b"]
     assert half.dtype == ml_dtypes.bfloat16 and float(half[0]) == 1.0
@@ -162,8 +165,8 @@ def test_a_folder_brings_its_json_files(tmp_path):
         "preprocessor_config.json": {"image_mean": [0.5]},
     }
     for path in (tmp_path, str(tmp_path / "model.safetensors")):
-        found = read_weights(path)
-        assert found.configs == expected and found.path == str(tmp_path / "model.safetensors")
+        weights = read_weights(path)
+        assert weights.configs == expected and weights.path == str(tmp_path / "model.safetensors")
     (tmp_path / "lonely.pth").write_bytes(zipped(PLAIN))
     assert read_weights(tmp_path / "lonely.pth").configs == {}  # it has no part in them
     (tmp_path / "config.json").write_text("{")
@@ -195,10 +198,10 @@ def test_shards_are_one_file(tmp_path):
     places = {"a": "1.safetensors", "b": "2.safetensors"}
     index = shards(tmp_path, places, **{"1": {"a": NUMBERS}, "2": {"b": NUMBERS * 2}})
     for path in (tmp_path, index):
-        found = read_weights(path)
-        np.testing.assert_array_equal(found.tensors["b"], NUMBERS * 2)
-        assert sorted(found.tensors) == ["a", "b"] and "2 shards" in found.notes[0]
-    before = found.sha256
+        weights = read_weights(path)
+        np.testing.assert_array_equal(weights.tensors["b"], NUMBERS * 2)
+        assert sorted(weights.tensors) == ["a", "b"] and "2 shards" in weights.notes[0]
+    before = weights.sha256
     save_file({"b": NUMBERS * 3}, tmp_path / "2.safetensors")
     assert read_weights(index).sha256 != before
 
@@ -281,11 +284,11 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(read):
         damaged = bytearray(content)
         damaged[place] ^= 1 << (place % 8)
         try:
-            found = read(bytes(damaged))
+            weights = read(bytes(damaged))
         except ValueError:
             refusals += 1
         else:
-            assert found.tensors["weight"].tobytes() == expected, place
+            assert weights.tensors["weight"].tobytes() == expected, place
     data = content.index(NUMBERS.tobytes())
     damaged = bytearray(content)
     damaged[data + 5] ^= 1

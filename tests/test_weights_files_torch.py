@@ -42,12 +42,12 @@ def as_bytes(value):
     return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def assert_same(found, expected):
-    assert list(found) == list(expected)
+def assert_same(stored, expected):
+    assert list(stored) == list(expected)
     for name, value in expected.items():
-        assert found[name].shape == tuple(value.shape), name
-        assert found[name].dtype.name == str(value.dtype).removeprefix("torch."), name
-        assert found[name].tobytes() == as_bytes(value), name
+        assert stored[name].shape == tuple(value.shape), name
+        assert stored[name].dtype.name == str(value.dtype).removeprefix("torch."), name
+        assert stored[name].tobytes() == as_bytes(value), name
 
 
 def network():
@@ -66,9 +66,9 @@ TYPES = (
 def test_a_network_is_read_as_torch_reads_it(save, reader):
     module = network()
     path = save(module.state_dict())
-    found = read_weights(path, reader=reader)
-    assert found.format == save.format
-    assert_same(found.tensors, torch.load(path, weights_only=True))
+    stored = read_weights(path, reader=reader)
+    assert stored.format == save.format
+    assert_same(stored.tensors, torch.load(path, weights_only=True))
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -85,9 +85,9 @@ def test_every_number_type(save, reader):
     for name in TYPES[:-8] if unreadable else TYPES:
         bits = torch.arange(48, dtype=torch.uint8) % (2 if name == "bool" else 48)
         state[name] = bits.view(getattr(torch, name)).reshape(-1, 3)
-    found = read_weights(save(state), reader=reader).tensors
-    assert_same(found, state)
-    assert found["bfloat16"].dtype == ml_dtypes.bfloat16
+    stored = read_weights(save(state), reader=reader).tensors
+    assert_same(stored, state)
+    assert stored["bfloat16"].dtype == ml_dtypes.bfloat16
 
 
 def test_views_parameters_and_shared_storages(save):
@@ -104,9 +104,9 @@ def test_views_parameters_and_shared_storages(save):
         "again": tied,
         "frozen": torch.nn.Parameter(torch.ones(2), requires_grad=False),
     }
-    found = read_weights(save(state))
-    assert_same(found.tensors, state)
-    shared = [note for note in found.notes if "shared" in note]
+    stored = read_weights(save(state))
+    assert_same(stored.tensors, state)
+    shared = [note for note in stored.notes if "shared" in note]
     assert shared == [
         "one storage is shared by turned, sliced, one",
         "one storage is shared by tied, again",
@@ -163,11 +163,11 @@ def test_metadata_of_lightning_omegaconf_argparse_and_numpy(save, monkeypatch, t
             }
         )
     assert "omegaconf" not in sys.modules
-    found = read_weights(path)
+    stored = read_weights(path)
     assert "omegaconf" not in sys.modules and "pytorch_lightning" not in sys.modules
-    assert found.found_under == "state_dict"
-    assert_same(found.tensors, module.state_dict())
-    assert any("hyper_parameters" in note and "optimizer_states" in note for note in found.notes)
+    assert stored.found_under == "state_dict"
+    assert_same(stored.tensors, module.state_dict())
+    assert any("hyper_parameters" in note and "optimizer_states" in note for note in stored.notes)
     with pytest.raises(ValueError, match="torch does not load it"):
         read_weights(path, reader="torch")
 
@@ -268,9 +268,9 @@ def test_the_benchmark_of_importing_runs(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "f").read_text())
-    assert set(found) == {"zip", "legacy", "safetensors"}
-    for row in found.values():
+    stored = json.loads((tmp_path / "f").read_text())
+    assert set(stored) == {"zip", "legacy", "safetensors"}
+    for row in stored.values():
         assert 95e6 < row["file_bytes"] < 110e6
         for side in ("robust_ssl", "torch"):  # the file is held once, not twice
             assert row[side]["seconds"] > 0

@@ -149,8 +149,8 @@ def test_a_forged_pickle_is_refused(refused, body, match):
 def test_attributes_of_allowed_names_are_not_set(read):
     slots = table(__class__=number(1), path=text("os.system"), append=number(2))
     for target in (named("argparse.Namespace"), called("argparse.Namespace"), tensor()):
-        found = read(zipped(pickled(table(weight=tensor(), x=target + b"}" + slots + b"\x86b"))))
-        np.testing.assert_array_equal(found.tensors["weight"].ravel(), NUMBERS)
+        weights = read(zipped(pickled(table(weight=tensor(), x=target + b"}" + slots + b"\x86b"))))
+        np.testing.assert_array_equal(weights.tensors["weight"].ravel(), NUMBERS)
     assert torch_pickle.Name("a").path == "a" and torch_pickle.Stub().append(1) is None
 
 
@@ -158,8 +158,8 @@ def test_keys_that_hash_for_ever_are_inert(read):
     bomb = b")" + b"2\x86" * 60  # a tuple of two of itself, sixty times
     bombs = b"}(" + bomb + number(1) + b"u", b"}" + bomb + number(1) + b"s", b"(" + bomb + b"\x91"
     for body in (*bombs, b"(" + bomb + number(1) + b"d", b"\x8f(" + bomb + b"\x90"):
-        found = read(zipped(pickled(table(weight=tensor(), x=body), 4)))
-        assert list(found.tensors) == ["weight"]
+        weights = read(zipped(pickled(table(weight=tensor(), x=body), 4)))
+        assert list(weights.tensors) == ["weight"]
 
 
 def test_whole_keys_that_were_chosen_to_collide_are_inert(read):
@@ -167,8 +167,8 @@ def test_whole_keys_that_were_chosen_to_collide_are_inert(read):
     many = b"".join(
         b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(1, 20_000)
     )
-    found = read(zipped(pickled(b"}(" + text("w") + tensor() + many + b"u")))
-    assert list(found.tensors) == ["w"]
+    weights = read(zipped(pickled(b"}(" + text("w") + tensor() + many + b"u")))
+    assert list(weights.tensors) == ["w"]
 
 
 def test_one_tensor_under_a_thousand_names_is_not_copied_a_thousand_times(refused):

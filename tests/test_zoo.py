@@ -8,16 +8,16 @@ import pytest
 import tiny
 from test_pretraining import pretrain_config
 
-from robust_ssl import load_encoder, stages
+from robust_ssl import experiment, load_encoder
+from robust_ssl.cli import zoo
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
-from robust_ssl.stages import zoo
 
 
 def named(name, **changes):
     config = pretrain_config(epochs=1, warmup_epochs=0, **changes)
     config["pretrain"]["encoder"] = {
-        "builder": "robust_ssl.models.resnet:resnet18", "width": 8, "image_size": 8, "name": name,
+        "function": "robust_ssl.models.resnet:resnet18", "width": 8, "image_size": 8, "name": name,
     }  # fmt: skip
     return config
 
@@ -47,11 +47,11 @@ def test_a_config_leaves_all_one_needs_to_trust_and_remake_it(built):
     assert json.loads((folder / "config.json").read_text()) == card["card"]["config"]
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [1]
-    told = (folder / "README.md").read_text()
-    for said in (card["weights"]["sha256"], "SimCLR", "tiny:images", "64 images, no labels"):
-        assert said in told
+    page = (folder / "README.md").read_text()
+    for words in (card["weights"]["sha256"], "SimCLR", "tiny:images", "64 images, no labels"):
+        assert words in page
     for name in ("knn_accuracy", "random_knn_accuracy", "linear_accuracy"):
-        assert f"| {100 * card['card'][name]:.1f} |" in told
+        assert f"| {100 * card['card'][name]:.1f} |" in page
 
 
 def test_a_config_that_fails_does_not_stop_the_others(built):
@@ -70,7 +70,9 @@ def test_the_table_has_a_row_for_each_encoder(built):
 def test_what_is_made_is_not_made_again(built, monkeypatch):
     out, _ = built
     before = (out / "one" / "encoder.safetensors").stat().st_mtime_ns, load_encoder(out / "one")
-    monkeypatch.setattr("robust_ssl.stages.pretrain.train", None)  # would raise if it were called
+    monkeypatch.setattr(
+        "robust_ssl.experiment.pretrain.train", None
+    )  # would raise if it were called
     assert build([named("one")], out) == {}
     np.testing.assert_array_equal(
         load_encoder(out / "one").variables["params"]["stem"]["conv"]["kernel"],
@@ -80,6 +82,6 @@ def test_what_is_made_is_not_made_again(built, monkeypatch):
 
 @pytest.mark.parametrize("names", [("one", "one"), ("a/b",), ("runs",), ("",)])
 def test_names_that_cannot_be_folders_are_refused_before_anything_runs(names, tmp_path):
-    with pytest.raises(stages.UsageError, match="name"):
+    with pytest.raises(experiment.UsageError, match="name"):
         build([named(name) for name in names], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from robust_ssl.types import Encoder, Outputs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SIZE = 8
+STEP = {"step_size": 2 / 255}
 
 
 class TwoConvolutions(nn.Module):
@@ -90,21 +91,29 @@ def unlabelled(split="train", *, n=32, size=SIZE):
 def config(*stages):
     """The quickstart's config with everything small; locked, but values may be set."""
     tiny = settings.load_config(str(CONFIGS / "quickstart.py")).unlock()
-    tiny.encoder = {"builder": "tiny:encoder"}
-    tiny.surrogate = {"source": "tiny:unlabelled"}
-    tiny.downstream = {"source": "tiny:images", "validation": 0.25}
-    tiny.downstream_head = "linear"
+    tiny.encoder = {"function": "tiny:encoder"}
+    tiny.surrogate = {"function": "tiny:unlabelled"}
+    tiny.downstream = {"function": "tiny:images", "validation": 0.25}
     tiny.stages = stages or tiny.stages
-    tiny.attack.num_steps = 2
-    tiny.attack.batch_size = 16
-    tiny.attack.methods.advencoder.width = 4
-    for stage in ("usual", "finetune", "stage2"):
-        tiny[stage].batch_size = 16
-        tiny[stage].epochs = 2
-    tiny.finetune.attack.num_steps = 2
-    tiny.sensitivity.images = 16
-    tiny.sensitivity.num_steps = 1
-    tiny.sensitivity.top_k_fraction = 0.4
-    tiny.evaluate.batch_size = 16
-    tiny.evaluate.per_image.num_steps = 2
+    tiny.suite.update(num_steps=2, batch_size=16)
+    tiny.suite.attacks.advencoder.width = 4
+    tiny.common = {"epochs": 2, "batch_size": 16, "head": "linear"}
+    validation = {**tiny.training.validation, "num_steps": 2, "keep_best": False}
+    tiny.training = {"validation": validation, "batch_size": 16}
+    tiny.recipes.gen_af_stage1.num_steps = 2
+    tiny.recipes.gen_af = {
+        "function": "robust_ssl.recipes:gen_af",
+        "select": {"images": 16, "num_steps": 1, "layers": 0.4},
+        "tolerance": 0.02,
+    }
+    tiny.scoring = {
+        "batch_size": 16,
+        "per_image": {
+            "attacks": {
+                name: {"function": f"robust_ssl.attacks:{attack}", "num_steps": 2, **STEP}
+                for name, attack in (("embed", "EmbedAttack"), ("pgd", "PGD"))
+            }
+        },
+    }
+    tiny.compare = {**tiny.compare, "rounds": 1, "steps_per_round": 1, "memory": False}
     return tiny

@@ -19,12 +19,12 @@ SIZE, CLASSES, HELD_OUT, COPIES = 8, 10, 500, 5
 
 # The check that must flag it, of all that do.
 EXPECTED = {
-    "rounded input": 5,
-    "logits x 1000": 4,
-    "straight through": 6,
-    "randomized": 2,
-    "probabilities": 3,
-    "gradient partly cut": 16,
+    "rounded input": "margin_gradient_not_zero",
+    "logits x 1000": "gradient_not_zero",
+    "straight through": "gradient_matches_differences",
+    "randomized": "deterministic",
+    "probabilities": "gives_logits",
+    "gradient partly cut": "black_box_not_stronger",
 }
 
 
@@ -41,7 +41,7 @@ class Net(nn.Module):
 def digits():
     """Returns (train, test), each images and labels; the digits moved by a pixel, with noise.
 
-    2,500 test images, five copies of each of 500 digits: what check 20 asks for.
+    2,500 test images, five copies of each of 500 digits: what `enough_images` asks for.
     """
     from sklearn import datasets
 

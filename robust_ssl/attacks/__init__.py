@@ -5,10 +5,11 @@ from robust_ssl.attacks.accumulated import UAP, cluster_change_rate
 from robust_ssl.attacks.apgd import APGD
 from robust_ssl.attacks.drift import DriftPGD
 from robust_ssl.attacks.fab import FABT
+from robust_ssl.attacks.fit_batch import FitBatch
 from robust_ssl.attacks.generative import AdvEncoderPAT, AdvEncoderPER
 from robust_ssl.attacks.layers import FFF, L4AUGS, SSP, STD, UAPPGD, L4ABase, L4AFuse
 from robust_ssl.attacks.per_image import FGSM, PGD, EmbedAttack, attack_batch
-from robust_ssl.attacks.perturbation import UniversalPerturbation
+from robust_ssl.attacks.perturbation import UniversalPerturbation, random_delta
 from robust_ssl.attacks.square import Square
 from robust_ssl.attacks.targeted import TDAA, towards_target
 from robust_ssl.attacks.universal import (
@@ -36,6 +37,7 @@ __all__ = [
     "AdvEncoderPER",
     "DriftPGD",
     "EmbedAttack",
+    "FitBatch",
     "FittedUniversal",
     "L4ABase",
     "L4AFuse",
@@ -49,5 +51,6 @@ __all__ = [
     "cluster_change_rate",
     "fit",
     "members",
+    "random_delta",
     "towards_target",
 ]

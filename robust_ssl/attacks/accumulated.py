@@ -12,11 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import struct
-from robust_ssl.attacks.perturbation import attacked_images, within_budget
-from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.objectives.vectors import unit_vectors
-from robust_ssl.parallel import gather
-from robust_ssl.types import AttackInputs, Model, Objective, Threat
+from robust_ssl.types import AttackInputs, Objective
 
 _ROUNDS = 10  # of k-means; it has settled by then at the sizes of a batch
 
@@ -70,17 +67,14 @@ def cluster_directions(features: jax.Array, num_clusters: int) -> jax.Array:
 def cluster_change_rate(inputs: AttackInputs, *, num_clusters: int = 10) -> jax.Array:
     """Measures for which share of the images the nearest cluster has changed.
 
-    For watching, not for ascending: its gradient is zero.
-
-    Args:
-      inputs: Reads features; the clusters are those of the clean ones.
-      num_clusters: As in `cluster_directions`.
+    The clusters are those of the clean features (`cluster_directions`).  For watching, not for
+    ascending: its gradient is zero.
 
     Returns:
       Share in [0, 1]; NaN if a feature is.
 
     Raises:
-      ValueError: If there are fewer than two clusters or images.
+      ValueError: As `cluster_directions`.
 
     Example:
       >>> from robust_ssl.types import Outputs
@@ -152,9 +146,8 @@ class UAP:
       ValueError: If `images_at_once` is below 1 or `num_clusters` below 2.
 
     Example:
-      >>> from robust_ssl import threats
-      >>> UAP().init(jax.random.key(0), (8, 8, 3), threats.Linf(0.05)).shape
-      (8, 8, 3)
+      >>> UAP(num_clusters=5).gradients_per_batch(64)
+      320
 
     References:
       Moosavi-Dezfooli et al., "Universal Adversarial Perturbations", CVPR 2017, Algorithm 1.
@@ -184,63 +177,39 @@ class UAP:
 
     def init(self, key, image_shape, threat) -> jax.Array:
         """Starts at zero, as published."""
-        del key, threat
         return jnp.zeros(image_shape)
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Goes through the batch once; returns the perturbation and the objective before it."""
-        value = objective_of_delta(
-            state,
-            objective=self.objective,
-            threat=threat,
-            model=model,
-            clean=clean,
-            images=images,
-            axis_name=axis_name,
-        )
-        features, everything = gather((clean.features, images), axis_name)
+        value = batch.value(self.objective, state)
+        features, images = batch.clean.features, batch.images
         centers = cluster_directions(features, self.num_clusters)
         labels = jnp.argmax(features @ centers.T, axis=1)
-        size = max(n for n in range(1, self.images_at_once + 1) if len(everything) % n == 0)
+        size = max(n for n in range(1, self.images_at_once + 1) if len(images) % n == 0)
         groups = jax.tree.map(
             lambda x: x.reshape(-1, size, *x.shape[1:]),
-            {"image": everything, "label": labels, "place": jnp.arange(len(everything))},
+            {"image": images, "label": labels, "place": jnp.arange(len(images))},
         )
 
         def visit(delta, group):
-            def change(image):
-                return self._change(delta, image, threat, model, centers)
-
-            total = jnp.sum(_shared_map(change, group, axis_name), axis=0)
-            return within_budget(delta + (1 + self.overshoot) * total, threat), None
+            changes = batch.map(lambda example: self._change(delta, example, batch, centers), group)
+            total = jnp.sum(changes, axis=0)
+            return batch.project(delta + (1 + self.overshoot) * total), None
 
         return lax.scan(visit, state, groups)[0], value
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``."""
-        del threat
         return state
 
-    def _change(self, delta, example, threat: Threat, model: Model, centers) -> jax.Array:
+    def _change(self, delta, example, batch, centers) -> jax.Array:
         """Returns the DeepFool step of one image from where the perturbation has brought it."""
         image = example["image"][None]
 
         def scores(delta):
-            attacked = attacked_images(delta, image, threat, first=example["place"])
-            found = unit_vectors(model(attacked).features)[0] @ centers.T
-            return found, found
+            attacked = batch.attacked(delta, image, first=example["place"])
+            cosines = unit_vectors(batch.model(attacked).features)[0] @ centers.T
+            return cosines, cosines
 
-        jacobian, found = jax.jacrev(scores, has_aux=True)(delta)
-        return deepfool_step(found, jacobian, example["label"])
-
-
-def _shared_map(function, group, axis_name):
-    """Maps over a group that every device holds; each computes its part where that divides."""
-    size = len(jax.tree.leaves(group)[0])
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    if devices == 1 or size % devices:
-        return jax.vmap(function)(group)
-    part = size // devices
-    first = part * lax.axis_index(axis_name)
-    mine = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, part), group)
-    return gather(jax.vmap(function)(mine), axis_name)
+        jacobian, cosines = jax.jacrev(scores, has_aux=True)(delta)
+        return deepfool_step(cosines, jacobian, example["label"])

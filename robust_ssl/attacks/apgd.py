@@ -30,13 +30,6 @@ def draw(model: Model, key: jax.Array) -> Model:
     A model is randomized if it has a method ``with_key(key)`` that returns the deterministic model
     of that key, for example a frozen dataclass that holds a key and replaces it.
 
-    Args:
-      model: What is attacked or asked.
-      key: Random key of the draw.
-
-    Returns:
-      A deterministic model.
-
     Example:
       >>> draw(jnp.sin, jax.random.key(0)) is jnp.sin
       True
@@ -45,10 +38,7 @@ def draw(model: Model, key: jax.Array) -> Model:
 
 
 def budget(threat: Threat, name: str) -> jax.Array | float:
-    """Returns the budget of a threat, or says that the attack `name` needs one.
-
-    Raises:
-      ValueError: If the threat has no `epsilon`.
+    """Returns the budget of a threat, or raises ValueError: the attack `name` needs one.
 
     Example:
       >>> from robust_ssl import threats
@@ -61,6 +51,23 @@ def budget(threat: Threat, name: str) -> jax.Array | float:
             f"or one with such a budget, got {type(threat).__name__}; PGD takes any"
         )
     return threat.epsilon
+
+
+class Tries:
+    """The bounds and the cost of an attack of `restarts` tries with `num_steps` gradients each."""
+
+    def __post_init__(self):
+        """Checks the static fields."""
+        if self.num_steps < 1 or self.restarts < 1:
+            raise ValueError(
+                f"num_steps and restarts must be at least 1, got num_steps={self.num_steps} and "
+                f"restarts={self.restarts}"
+            )
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients per image."""
+        return self.num_steps * self.restarts
 
 
 def _with_rank(objective: Objective, rank: jax.Array | int | None) -> Objective:
@@ -82,9 +89,6 @@ def checkpoints(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
     The first window is 22 % of the steps; each one is 3 % of them shorter, but none below 6 %.
     The first step of the first window is compared with the start, as in the paper; their code
     (``check_oscillation``) reads a zero there, an entry of its list of losses not yet filled.
-
-    Args:
-      num_steps: Number of gradient steps, at least 1.
 
     Returns:
       Whether there is a checkpoint after step i, bool ``[num_steps]``, and the length of the
@@ -108,7 +112,7 @@ def checkpoints(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @struct.dataclass
-class _Found:
+class _Candidate:
     """A point to be returned."""
 
     point: jax.Array
@@ -116,7 +120,7 @@ class _Found:
     value: jax.Array
 
 
-def _better(one: _Found, other: _Found) -> _Found:
+def _better(one: _Candidate, other: _Candidate) -> _Candidate:
     """Takes a misclassified point before any other, then the higher value; the first on a tie."""
     wins = (other.wrong & ~one.wrong) | ((other.wrong == one.wrong) & (other.value > one.value))
     return jax.tree.map(lambda a, b: jnp.where(wins, b, a), one, other)
@@ -170,12 +174,9 @@ class APGD:
         but the objective takes none.
 
     Example:
-      >>> from robust_ssl import models, threats
-      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
-      >>> net = models.classifier(jax.random.key(1), encoder, 4, head="linear")
-      >>> attack = APGD(threats.Linf(8 / 255), num_steps=2)
-      >>> attack(jax.random.key(2), net, jnp.full((8, 8, 3), 0.5), jnp.array(1)).shape
-      (8, 8, 3)
+      >>> from robust_ssl import threats
+      >>> APGD(threats.Linf(8 / 255), num_steps=100, restarts=5).gradient_evaluations
+      505
 
     References:
       Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
@@ -211,10 +212,10 @@ class APGD:
         """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]."""
         look = self._look(key, model, image, label)
 
-        def attempt(index, found):
-            return _better(found, self._climb(jax.random.fold_in(key, index), look, image))
+        def attempt(index, best):
+            return _better(best, self._climb(jax.random.fold_in(key, index), look, image))
 
-        none = _Found(image, jnp.asarray(False), jnp.asarray(-jnp.inf, image.dtype))
+        none = _Candidate(image, jnp.asarray(False), jnp.asarray(-jnp.inf, image.dtype))
         if self.restarts == 1:
             return attempt(0, none).point
         return lax.fori_loop(0, self.restarts, attempt, none).point
@@ -236,20 +237,20 @@ class APGD:
             return objective(inputs), outputs.logits
 
         def several(point: jax.Array, key: jax.Array):
-            found = jax.vmap(once, in_axes=(None, 0))(point, jax.random.split(key, self.eot))
-            return jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
+            draws = jax.vmap(once, in_axes=(None, 0))(point, jax.random.split(key, self.eot))
+            return jax.tree.map(lambda x: jnp.mean(x, axis=0), draws)
 
         ascend = jax.value_and_grad(once if self.eot == 1 else several, has_aux=True)
 
         def look(point: jax.Array, key: jax.Array):
             (value, logits), gradient = ascend(point, key)
-            judged = label is not None and logits is not None
-            wrong = jnp.argmax(logits[0]) != label if judged else jnp.asarray(False)
+            has_answer = label is not None and logits is not None
+            wrong = jnp.argmax(logits[0]) != label if has_answer else jnp.asarray(False)
             return (value, wrong), gradient
 
         return look
 
-    def _climb(self, key: jax.Array, look: Callable, image: jax.Array) -> _Found:
+    def _climb(self, key: jax.Array, look: Callable, image: jax.Array) -> _Candidate:
         """Makes one try."""
         start_key, draw_key = jax.random.split(key)
         start = self.threat.sample(start_key, image)
@@ -270,18 +271,18 @@ class APGD:
         is_checkpoint, windows = map(jnp.asarray, checkpoints(self.num_steps))
 
         def step(index, carry):
-            path, found = carry
+            path, best = carry
             moved = self._move(path, image, jnp.where(index == 0, 1.0, MOMENTUM))
             (value, wrong), gradient = look(moved, jax.random.fold_in(draw_key, index + 1))
-            found = _better(found, _Found(moved, wrong, value))
+            best = _better(best, _Candidate(moved, wrong, value))
             path = _advance(path, moved, value, gradient)
             checked = self._check(path, windows[index])
             return jax.tree.map(
                 lambda a, b: jnp.where(is_checkpoint[index], b, a), path, checked
-            ), found
+            ), best
 
-        found = _Found(start, wrong, value)
-        return lax.fori_loop(0, self.num_steps, step, (path, found))[1]
+        best = _Candidate(start, wrong, value)
+        return lax.fori_loop(0, self.num_steps, step, (path, best))[1]
 
     def _move(self, path: _Path, image: jax.Array, weight: jax.Array) -> jax.Array:
         ahead = path.step_size * self.threat.steepest(path.gradient)

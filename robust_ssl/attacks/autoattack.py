@@ -60,15 +60,7 @@ def rand(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
     The model must have a method ``with_key`` (see `robust_ssl.attacks.apgd.draw`).  With two
     classes there is no DLR objective; the margin takes its place, named ``"apgd-margin"``.
 
-    Args:
-      threat: `Linf` or `L2`.
-      num_classes: Number of logits of the model, at least 2.
-
-    Returns:
-      ``{"apgd-ce": [..], "apgd-dlr": [..]}``.
-
-    Raises:
-      ValueError: If there are fewer than 2 classes.
+    Arguments and errors are those of `standard`.
 
     Example:
       >>> from robust_ssl import threats
@@ -79,10 +71,7 @@ def rand(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
     name, objective = "apgd-dlr", labelled.dlr
     if num_classes < 3:
         name, objective = "apgd-margin", labelled.margin
-    return {
-        "apgd-ce": [APGD(threat, eot=DRAWS)],
-        name: [APGD(threat, objective, eot=DRAWS)],
-    }
+    return {"apgd-ce": [APGD(threat, eot=DRAWS)], name: [APGD(threat, objective, eot=DRAWS)]}
 
 
 def _ranks(num_classes: int) -> list[int]:

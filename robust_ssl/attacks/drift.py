@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import struct
-from robust_ssl.attacks.per_image import PGD
+from robust_ssl.attacks.per_image import FeaturePGD
 from robust_ssl.objectives.layers import activation
-from robust_ssl.types import AttackInputs, Model, Outputs
+from robust_ssl.types import AttackInputs, Model, Objective, Outputs
 
 
 @struct.dataclass
-class DriftPGD:
+class DriftPGD(FeaturePGD):
     r"""PGD away from the public encoder's clean features, or from one of its layers.
 
     .. math:: \max_{x'} \|a(x') - a^0(x)\|_2^2
@@ -59,23 +59,12 @@ class DriftPGD:
     layer: int | str | None = struct.field(pytree_node=False, default=None)
     num_steps: int = struct.field(pytree_node=False, default=10)
 
-    label_free = True  # so it can be crafted on an encoder alone
-
     def __post_init__(self):
         """Checks the static fields."""
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
-    @property
-    def gradient_evaluations(self) -> int:
-        """Input gradients per image."""
-        return self.num_steps
-
-    def __call__(
-        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]; `label` is not looked at."""
-        del label
+    def _aim(self, model: Model, image: jax.Array) -> Objective:
         anchor = lax.stop_gradient(self._seen(self.source(image[None])))
 
         def drift(inputs: AttackInputs) -> jax.Array:
@@ -83,15 +72,7 @@ class DriftPGD:
             chex.assert_equal_shape([seen, anchor])
             return jnp.sum(jnp.square(seen - anchor))
 
-        attack = PGD(
-            threat=self.threat,
-            step_size=self.step_size,
-            objective=drift,
-            num_steps=self.num_steps,
-            random_start=True,
-            keep_best=False,
-        )
-        return attack(key, model, image)
+        return drift
 
     def _seen(self, outputs: Outputs) -> jax.Array:
         """What is compared, with its batch axis of one."""

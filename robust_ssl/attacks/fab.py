@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import struct, threats
-from robust_ssl.attacks.apgd import draw
+from robust_ssl.attacks.apgd import Tries, draw
 from robust_ssl.types import Model, Threat
 
 
@@ -32,13 +32,6 @@ def labelled_logits(model: Model, image: jax.Array, label: jax.Array | None, nam
 
 def length(threat: Threat, change: jax.Array) -> jax.Array:
     """Measures a change in the norm of a threat: the largest entry (Linf) or Euclidean (L2).
-
-    Args:
-      threat: `threats.Linf` or `threats.L2`.
-      change: Float, any shape, pixel units.
-
-    Returns:
-      A scalar, at least 0.
 
     Raises:
       TypeError: If the threat is neither of the two.
@@ -117,7 +110,7 @@ def step_to_plane(
 
 
 @struct.dataclass
-class FABT:
+class FABT(Tries):
     """The targeted fast adaptive boundary attack: the nearest adversarial image, if allowed.
 
     Each step goes from the current point to the plane where the target class overtakes the true
@@ -148,18 +141,13 @@ class FABT:
       TypeError: When called with another threat.
 
     Example:
-      >>> from robust_ssl import models
-      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
-      >>> net = models.classifier(jax.random.key(1), encoder, 3, head="linear")
-      >>> attack = FABT(threats.Linf(8 / 255), num_steps=2)
-      >>> attack(jax.random.key(2), net, jnp.full((8, 8, 3), 0.5), jnp.array(1)).shape
-      (8, 8, 3)
+      >>> attack = FABT(threats.Linf(8 / 255), num_steps=100)
+      >>> attack.gradient_evaluations, attack.queries
+      (100, 201)
 
     References:
       Croce and Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary
-      Attack", ICML 2020, Algorithm 1; Croce and Hein, "Reliable Evaluation of Adversarial
-      Robustness with an Ensemble of Diverse Parameter-free Attacks", ICML 2020, Section 5
-      (the targeted form).
+      Attack", ICML 2020, Algorithm 1; for the targeted form Section 5 of the paper of `APGD`.
     """
 
     threat: Any
@@ -170,23 +158,10 @@ class FABT:
     beta: jax.Array | float = 0.9
     rank: jax.Array | int = 1
 
-    def __post_init__(self):
-        """Checks the static fields."""
-        if self.num_steps < 1 or self.restarts < 1:
-            raise ValueError(
-                f"num_steps and restarts must be at least 1, got num_steps={self.num_steps} and "
-                f"restarts={self.restarts}"
-            )
-
-    @property
-    def gradient_evaluations(self) -> int:
-        """Input gradients per image."""
-        return self.num_steps * self.restarts
-
     @property
     def queries(self) -> int:
         """Forward passes per image, those of the gradients included."""
-        return 2 * self.num_steps * self.restarts + 1
+        return 2 * self.gradient_evaluations + 1
 
     def __call__(
         self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
@@ -209,9 +184,9 @@ class FABT:
         best = self._walk(first_key, model, image, label, target, image, nothing)
         if self.restarts > 1:
             best = lax.fori_loop(1, self.restarts, attempt, best)
-        found, distance = best
+        nearest, distance = best
         success = (jnp.argmax(clean) == label) & (distance <= self.threat.epsilon)
-        return jnp.where(success, found, image)
+        return jnp.where(success, nearest, image)
 
     def _target(self, clean: jax.Array, label: jax.Array) -> jax.Array:
         classes = clean.shape[-1]
@@ -229,17 +204,17 @@ class FABT:
     def _walk(self, key: jax.Array, model: Model, image, label, target, start, best):
         """Returns the nearest misclassified image of the path and its distance, or `best`."""
 
-        def lead(point, drawn):  # of the target over the true class
-            logits = drawn(point[None]).logits[0]
+        def lead(point, sampled):  # of the target over the true class
+            logits = sampled(point[None]).logits[0]
             classes = jnp.arange(logits.shape[-1])
             signs = (classes == target).astype(logits.dtype) - (classes == label)
             return jnp.sum(signs * logits)
 
         def step(number, carry):
             current, (nearest, distance) = carry
-            drawn = draw(model, jax.random.fold_in(key, number))
-            moved = self._move(current, image, *jax.value_and_grad(lead)(current, drawn))
-            fooled = jnp.argmax(drawn(moved[None]).logits[0]) != label
+            sampled = draw(model, jax.random.fold_in(key, number))
+            moved = self._move(current, image, *jax.value_and_grad(lead)(current, sampled))
+            fooled = jnp.argmax(sampled(moved[None]).logits[0]) != label
             reached = length(self.threat, moved - image)
             wins = fooled & (reached < distance)
             best = (jnp.where(wins, moved, nearest), jnp.where(wins, reached, distance))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
 from robust_ssl import objectives, struct
 from robust_ssl.attacks.perturbation import delta_of_pattern
-from robust_ssl.attacks.universal import objective_of_delta
 from robust_ssl.models.generator import Generator
-from robust_ssl.parallel import average
+from robust_ssl.types import Objective
 
 FORMS = {"paper": objectives.advencoder_paper, "released": objectives.advencoder_released}
 _ADAM = optax.scale_by_adam(b1=0.5, b2=0.999)  # DCGAN, and AdvEncoder's released code
@@ -19,18 +18,11 @@ _ADAM = optax.scale_by_adam(b1=0.5, b2=0.999)  # DCGAN, and AdvEncoder's release
 
 @struct.dataclass
 class GeneratorState:
-    """State of `AdvEncoderPER` and `AdvEncoderPAT`.
+    """State of `AdvEncoderPER` and `AdvEncoderPAT`."""
 
-    Attributes:
-      params: Of the generator.
-      opt_state: Of Adam.
-      noise: The generator's fixed input, float ``[noise_vectors, 100]``.
-      image_shape: (height, width, 3) of the perturbation.
-    """
-
-    params: Any
-    opt_state: Any
-    noise: jax.Array
+    params: Any  # of the generator
+    opt_state: Any  # of Adam
+    noise: jax.Array  # the generator's fixed input, [noise_vectors, 100]
     image_shape: tuple[int, int, int] = struct.field(pytree_node=False)
 
 
@@ -67,7 +59,9 @@ class AdvEncoderPER:
     """
 
     learning_rate: jax.Array | float = 2e-4  # the released code
-    form: Any = struct.field(pytree_node=False, default="released")
+    form: Literal["released", "paper"] | Objective = struct.field(
+        pytree_node=False, default="released"
+    )
     width: int = struct.field(pytree_node=False, default=128)
     noise_vectors: int = struct.field(pytree_node=False, default=16)
     name: str = struct.field(pytree_node=False, default="advencoder")
@@ -84,28 +78,19 @@ class AdvEncoderPER:
 
     def init(self, key, image_shape, threat) -> GeneratorState:
         """Draws the noise and the generator's weights."""
-        del threat
         noise_key, params_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, (self.noise_vectors, 100))
         params = self._module(image_shape).init(params_key, noise)["params"]
         return GeneratorState(params, _ADAM.init(params), noise, tuple(image_shape))
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Updates the generator once; returns the new state and the objective before it."""
 
-        def value_of(params):
-            return objective_of_delta(
-                self.delta(state.replace(params=params), threat),
-                objective=self.objective,
-                threat=threat,
-                model=model,
-                clean=clean,
-                images=images,
-                axis_name=axis_name,
-            )
+        def delta_of(params):
+            return self.delta(state.replace(params=params), threat)
 
-        value, gradient = jax.value_and_grad(value_of)(state.params)
-        direction, opt_state = _ADAM.update(average(gradient, axis_name), state.opt_state)
+        value, gradient = batch.value_and_grad(self.objective, state.params, delta_of)
+        direction, opt_state = _ADAM.update(gradient, state.opt_state)
         params = jax.tree.map(
             lambda weight, change: weight + self.learning_rate * change, state.params, direction
         )
@@ -142,8 +127,7 @@ class AdvEncoderPAT(AdvEncoderPER):
       (16, True)
 
     References:
-      Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, AdvEncoder-PAT; the
-      authors' code, github.com/CGCL-codes/AdvEncoder, commit 3dd1c4e, ``gan_pat_attack.py``.
+      As `AdvEncoderPER`: AdvEncoder-PAT, and ``gan_pat_attack.py`` of the authors' code.
     """
 
     name: str = struct.field(pytree_node=False, default="advencoder_pat")

@@ -15,38 +15,35 @@ import optax
 from jax import lax
 
 from robust_ssl import objectives, struct
-from robust_ssl.attacks.perturbation import GRAY, random_delta, share_at_budget, within_budget
-from robust_ssl.attacks.universal import (
-    UniversalPGD,
-    UniversalPGDState,
-    objective_of_delta,
-)
+from robust_ssl.attacks.perturbation import GRAY, random_delta, share_at_budget
+from robust_ssl.attacks.universal import UniversalPGD, UniversalPGDState
 from robust_ssl.objectives import layers
 from robust_ssl.types import Objective
 
 
-class _SignAscent:
-    """What the attacks share that are `UniversalPGD` without momentum on their `objective`."""
+class _Ascent:
+    """What the attacks share that are `UniversalPGD` on an `objective` of their own."""
 
-    @property
-    def _pgd(self) -> UniversalPGD:
-        return UniversalPGD(step_size=self.step_size, momentum=0.0, objective=self.objective)
+    momentum = 0.0
 
     def init(self, key, image_shape, threat) -> UniversalPGDState:
-        """Starts at a random allowed perturbation."""
-        return self._pgd.init(key, image_shape, threat)
+        """Starts at a random allowed perturbation: zero is stationary for distances."""
+        return self._pgd(self.step_size).init(key, image_shape, threat)
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Moves the perturbation once; returns the new state and the objective before it."""
-        return self._pgd.step(state, threat, model, clean, images, axis_name=axis_name)
+        return self._pgd(self.step_size).step(state, threat, batch)
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``."""
-        return self._pgd.delta(state, threat)
+        return self._pgd(self.step_size).delta(state, threat)
+
+    def _pgd(self, step_size) -> UniversalPGD:
+        return UniversalPGD(step_size, momentum=self.momentum, objective=self.objective)
 
 
 @struct.dataclass
-class L4ABase(_SignAscent):
+class L4ABase(_Ascent):
     """Low-level layer lifting: sign ascent on the energy of a shallow block.
 
     Published with a budget of 0.05 and batches of 16.  Its short step needs some thousands of
@@ -71,15 +68,17 @@ class L4ABase(_SignAscent):
     layer: int | str = struct.field(pytree_node=False, default=0)
     name: str = struct.field(pytree_node=False, default="l4a_base")
 
+    measure = staticmethod(layers.activation_energy)
+
     @property
     def objective(self) -> Objective:
         """What is maximized."""
-        return functools.partial(layers.activation_energy, layer=self.layer)
+        return functools.partial(self.measure, layer=self.layer)
 
 
 @struct.dataclass
-class L4AFuse(_SignAscent):
-    """L4A that lifts the next block as well.
+class L4AFuse(_Ascent):
+    """L4A that lifts the next block as well: `L4ABase` with a second layer (L4A-fuse).
 
     Attributes:
       step_size: Length of a step, pixel units.
@@ -89,9 +88,6 @@ class L4AFuse(_SignAscent):
     Example:
       >>> L4AFuse().objective.keywords
       {'layer': 0, 'weight': 1.0}
-
-    References:
-      Ban and Dong, NeurIPS 2022 (L4A-fuse).
     """
 
     step_size: jax.Array | float = 2e-4  # PAP's released settings
@@ -107,30 +103,21 @@ class L4AFuse(_SignAscent):
 
 @struct.dataclass
 class L4AUGSState:
-    """State of `L4AUGS`.
-
-    Attributes:
-      ascent: Of the sign ascent.
-      key: The member's random key.
-      count: Steps so far, int32 scalar.
-    """
+    """State of `L4AUGS`."""
 
     ascent: UniversalPGDState
-    key: jax.Array
-    count: jax.Array
+    key: jax.Array  # the member's
+    count: jax.Array  # steps so far, int32 scalar
 
 
 @struct.dataclass
-class L4AUGS:
+class L4AUGS(L4AFuse):
     """L4A on Gaussian images, so that the perturbation does not lean on the surrogate images.
 
-    Each image of the batch is replaced by noise around a brightness of its own; only the number
-    and size of the images matter.
+    `L4AFuse`, but each image of the batch is replaced by noise around a brightness of its own; only
+    the number and size of the images matter (uniform Gaussian sampling, L4A-ugs).
 
     Attributes:
-      step_size: Length of a step, pixel units.
-      layer: The first of the two blocks.
-      weight: Of the second one.
       means: Smallest and largest mean of an image, pixel units.
       stds: Smallest and largest standard deviation of an image, pixel units.
 
@@ -138,46 +125,29 @@ class L4AUGS:
       >>> images = L4AUGS().gaussian_images(jax.random.key(0), jnp.arange(2), (8, 8, 3))
       >>> images.shape, bool(0.3 < images.mean() < 0.7)
       ((2, 8, 8, 3), True)
-
-    References:
-      Ban and Dong, NeurIPS 2022 (uniform Gaussian sampling, L4A-ugs).
     """
 
-    step_size: jax.Array | float = 2e-4  # PAP's released settings
-    layer: int | str = struct.field(pytree_node=False, default=0)
     weight: float = struct.field(pytree_node=False, default=0.01)  # PAP
     means: tuple[float, float] = struct.field(pytree_node=False, default=(0.4, 0.6))
     stds: tuple[float, float] = struct.field(pytree_node=False, default=(0.05, 0.10))
     name: str = struct.field(pytree_node=False, default="l4a_ugs")
 
-    @property
-    def _fuse(self) -> L4AFuse:
-        return L4AFuse(step_size=self.step_size, layer=self.layer, weight=self.weight)
-
-    @property
-    def objective(self) -> Objective:
-        """What is maximized."""
-        return self._fuse.objective
-
     def init(self, key, image_shape, threat) -> L4AUGSState:
         """Starts at a random allowed perturbation and keeps a key for the images."""
         start_key, images_key = jax.random.split(key)
-        start = self._fuse.init(start_key, image_shape, threat)
+        start = super().init(start_key, image_shape, threat)
         return L4AUGSState(start, images_key, jnp.zeros((), jnp.int32))
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Moves the perturbation once; returns the new state and the objective before it."""
-        first = 0 if axis_name is None else len(images) * lax.axis_index(axis_name)
         key = jax.random.fold_in(state.key, state.count)
-        drawn = self.gaussian_images(key, first + jnp.arange(len(images)), images.shape[1:])
-        ascent, value = self._fuse.step(
-            state.ascent, threat, model, clean, drawn, axis_name=axis_name
-        )
+        draw = functools.partial(self.gaussian_images, key, image_shape=batch.image_shape)
+        ascent, value = super().step(state.ascent, threat, batch.with_images(draw))
         return state.replace(ascent=ascent, count=state.count + 1), value
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``."""
-        return self._fuse.delta(state.ascent, threat)
+        return super().delta(state.ascent, threat)
 
     def gaussian_images(self, key, indices, image_shape) -> jax.Array:
         """Draws an image for each *global* index, ``[len(indices), H, W, 3]``, cut to [0, 1]."""
@@ -192,15 +162,12 @@ class L4AUGS:
 
 
 @struct.dataclass
-class SSP(_SignAscent):
+class SSP(L4ABase):
     """Self-supervised perturbation: drives a middle layer away from its clean activation.
 
-    Published for single images; here one perturbation raises the mean over the batch.
-
-    Attributes:
-      step_size: Length of a step, pixel units; the universal form has no published one, this is
-        L4A's.
-      layer: The default is the end of a ResNet-18's second stage; a ViT of 12 blocks takes 4.
+    Published for single images; here one perturbation raises the mean over the batch, with the step
+    of L4A, since the universal form has no published one.  `layer` is by default the end of a
+    ResNet-18's second stage; a ViT of 12 blocks takes 4.
 
     Example:
       >>> SSP(layer="stage2/block2").objective.keywords
@@ -211,63 +178,38 @@ class SSP(_SignAscent):
       (self-supervised perturbation).
     """
 
-    step_size: jax.Array | float = 2e-4
     layer: int | str = struct.field(pytree_node=False, default=3)
     name: str = struct.field(pytree_node=False, default="ssp")
 
-    @property
-    def objective(self) -> Objective:
-        """What is maximized."""
-        return functools.partial(layers.activation_distance, layer=self.layer)
+    measure = staticmethod(layers.activation_distance)
 
 
 @struct.dataclass
-class STD(_SignAscent):
-    """Dispersion reduction: flattens a middle layer.
+class STD(L4ABase):
+    """Dispersion reduction: flattens a middle layer, in the mean over the batch.
 
-    Published for single images; here one perturbation flattens the mean over the batch.
-
-    Attributes:
-      step_size: Length of a step, pixel units; the universal form has no published one, this is
-        L4A's.
-      layer: The default is the end of a ResNet-18's second stage.
-
-    Example:
-      >>> STD(layer=-1).objective.keywords
-      {'layer': -1}
+    Published for single images; step and layer are those of `SSP`.
 
     References:
       Lu et al., "Enhancing Cross-Task Black-Box Transferability of Adversarial Examples with
       Dispersion Reduction", CVPR 2020, Algorithm 1.
     """
 
-    step_size: jax.Array | float = 2e-4
     layer: int | str = struct.field(pytree_node=False, default=3)
     name: str = struct.field(pytree_node=False, default="std")
 
-    @property
-    def objective(self) -> Objective:
-        """What is maximized."""
-        return functools.partial(layers.negative_dispersion, layer=self.layer)
+    measure = staticmethod(layers.negative_dispersion)
 
 
 @struct.dataclass
 class FFFState:
-    """State of `FFF`.
+    """State of `FFF`."""
 
-    Attributes:
-      current: The perturbation, float ``[H, W, 3]``.
-      opt_state: Of Adam.
-      saturation: Share of the entries at the budget after the last step, before any halving.
-      best: The perturbation of the highest objective so far, float ``[H, W, 3]``.
-      best_value: Its objective.
-    """
-
-    current: jax.Array
-    opt_state: Any
-    saturation: jax.Array
-    best: jax.Array
-    best_value: jax.Array
+    current: jax.Array  # the perturbation, [H, W, 3]
+    opt_state: Any  # of Adam
+    saturation: jax.Array  # share of the entries at the budget after the last step, before halving
+    best: jax.Array  # the perturbation of the highest objective so far, [H, W, 3]
+    best_value: jax.Array  # its objective
 
 
 _ADAM = optax.scale_by_adam()
@@ -289,10 +231,8 @@ class FFF:
       layers: What is summed; None is every block.
 
     Example:
-      >>> from robust_ssl import threats
-      >>> state = FFF().init(jax.random.key(0), (8, 8, 3), threats.Linf(0.05))
-      >>> FFF().delta(state, threats.Linf(0.05)).shape
-      (8, 8, 3)
+      >>> FFF().gradients_per_batch(16)
+      1
 
     References:
       Mopuri et al., "Fast Feature Fool", BMVC 2017 (the attack); Mopuri et al.,
@@ -312,7 +252,6 @@ class FFF:
 
     def gradients_per_batch(self, images: int) -> int:
         """Returns the input gradients of one step of the fit: it looks at no image."""
-        del images
         return 1
 
     def init(self, key, image_shape, threat) -> FFFState:
@@ -321,20 +260,13 @@ class FFF:
         nothing = jnp.zeros((), jnp.float32)
         return FFFState(start, _ADAM.init(start), nothing, start, jnp.full((), -jnp.inf))
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Moves the perturbation once; returns the new state and the objective before it."""
-        del axis_name  # the gray image is the same on every device: nothing to gather
-        value, gradient = jax.value_and_grad(objective_of_delta)(
-            state.current,
-            objective=self.objective,
-            threat=threat,
-            model=model,
-            clean=clean,
-            images=jnp.full((1, *images.shape[1:]), GRAY, images.dtype),
-        )
+        gray = batch.only(jnp.full((1, *batch.image_shape), GRAY))
+        value, gradient = gray.value_and_grad(self.objective, state.current)
         direction, opt_state = _ADAM.update(gradient, state.opt_state)
         moved = state.current + self.learning_rate * direction
-        allowed = within_budget(moved, threat)
+        allowed = batch.project(moved)
         saturation = share_at_budget(allowed, threat)
         # 1e-5 is the published limit for "stays there".
         stuck = (saturation > self.full) & (jnp.abs(saturation - state.saturation) < 1e-5)
@@ -349,12 +281,11 @@ class FFF:
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the best perturbation seen, ``[H, W, 3]``."""
-        del threat
         return state.best
 
 
 @struct.dataclass
-class UAPPGD:
+class UAPPGD(_Ascent):
     """UAP-PGD: on every batch, momentum steps of one length and then shorter ones.
 
     A batch costs ``2 * num_steps`` gradients.  Features have no loss to raise, so their distance
@@ -371,10 +302,8 @@ class UAPPGD:
       ValueError: If `num_steps` is below 1.
 
     Example:
-      >>> from robust_ssl import threats
-      >>> state = UAPPGD().init(jax.random.key(0), (8, 8, 3), threats.Linf(0.05))
-      >>> UAPPGD().delta(state, threats.Linf(0.05)).shape
-      (8, 8, 3)
+      >>> UAPPGD(num_steps=5).gradients_per_batch(16)
+      160
 
     References:
       Deng and Karam, "Universal Adversarial Attack via Enhanced Projected Gradient Descent",
@@ -397,23 +326,12 @@ class UAPPGD:
         """Returns the input gradients of one step of the fit."""
         return 2 * self.num_steps * images
 
-    def init(self, key, image_shape, threat) -> UniversalPGDState:
-        """Starts at a random allowed perturbation: zero is stationary for feature distances."""
-        return self._pgd(self.step_size).init(key, image_shape, threat)
-
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Makes all steps on one batch; returns the new state and the objective before them."""
         lengths = jnp.stack([jnp.asarray(self.step_size), jnp.asarray(self.fine_step_size)])
 
         def move(state, length):
-            return self._pgd(length).step(state, threat, model, clean, images, axis_name=axis_name)
+            return self._pgd(length).step(state, threat, batch)
 
         state, values = lax.scan(move, state, jnp.repeat(lengths, self.num_steps))
         return state, values[0]
-
-    def delta(self, state, threat) -> jax.Array:
-        """Returns the perturbation, ``[H, W, 3]``."""
-        return self._pgd(self.step_size).delta(state, threat)
-
-    def _pgd(self, step_size) -> UniversalPGD:
-        return UniversalPGD(step_size, momentum=self.momentum, objective=self.objective)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import objectives, struct, threats
-from robust_ssl.attacks.apgd import budget, draw
+from robust_ssl.attacks.apgd import Tries, budget, draw
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 
 _DRAWS = 2**31 - 1  # key number of the draws of a randomized model; no try has it
@@ -67,19 +67,13 @@ def usual_step_size(threat: Threat, num_steps: int) -> jax.Array | float:
     `num_steps` equal steps, so that every point of the ball can be reached from every other; for
     one without, as `Patch`, whose pixels may take any value, a tenth of the range of a pixel.
 
-    Args:
-      threat: What the attacker may do.
-      num_steps: Gradient steps.
-
-    Returns:
-      Pixel units, a scalar.
-
     Example:
       >>> usual_step_size(threats.L2(0.5), 10)
       0.125
 
     References:
-      Madry et al., ICLR 2018: Section 5 (2/255 for CIFAR-10), and 2.5 epsilon / num_steps for L2.
+      Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018:
+      Section 5 (2/255 for CIFAR-10), and 2.5 epsilon / num_steps for L2.
     """
     if isinstance(threat, threats.Linf):
         return 2 / 255
@@ -89,10 +83,7 @@ def usual_step_size(threat: Threat, num_steps: int) -> jax.Array | float:
 def _objective_at(
     objective: Objective, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None
 ) -> Callable[[jax.Array, jax.Array | int], jax.Array]:
-    """Returns the objective of the adversarial image and the number of a randomized model's draw.
-
-    A deterministic model is the same whatever the number.
-    """
+    """Returns the objective of an adversarial image and the number of a randomized model's draw."""
     images = image[None]
     key = jax.random.fold_in(key, _DRAWS)
     # Objectives that never look at the clean outputs cost no clean pass: it is dead code then.
@@ -100,16 +91,8 @@ def _objective_at(
     labels = None if label is None else jnp.reshape(label, (1,))
 
     def value(adversarial: jax.Array, number: jax.Array | int) -> jax.Array:
-        drawn = draw(model, jax.random.fold_in(key, number))
-        return objective(
-            AttackInputs(
-                clean=clean,
-                adversarial=drawn(adversarial[None]),
-                clean_images=images,
-                adversarial_images=adversarial[None],
-                labels=labels,
-            )
-        )
+        moved = draw(model, jax.random.fold_in(key, number))(adversarial[None])
+        return objective(AttackInputs(clean, moved, images, adversarial[None], labels))
 
     return value
 
@@ -152,12 +135,11 @@ class FGSM:
         """Returns the adversarial image, ``[H, W, 3]``; `key` draws a randomized model only."""
         length = budget(self.threat, "FGSM")
         gradient = jax.grad(_objective_at(self.objective, key, model, image, label))(image, 0)
-        step = length * self.threat.steepest(gradient)
-        return self.threat.project(image + step, image)
+        return self.threat.project(image + length * self.threat.steepest(gradient), image)
 
 
 @struct.dataclass
-class PGD:
+class PGD(Tries):
     """Projected gradient ascent on an objective, inside a threat.
 
     Only the image gets a gradient.  With `keep_best` the best point of the whole path is returned,
@@ -167,8 +149,7 @@ class PGD:
 
     Attributes:
       threat: What the attacker may do.
-      step_size: Length of a step, pixel units; None is `usual_step_size`.  A leaf: another number
-        does not compile again.
+      step_size: Length of a step, pixel units; None is `usual_step_size`.
       objective: What is raised.
       num_steps: Gradient steps, at least 1.
       random_start: Start at a random allowed image, not at the image itself.  Needed where the
@@ -189,8 +170,7 @@ class PGD:
       (8, 8, 3)
 
     References:
-      Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018,
-      Section 2.1.
+      Madry et al., as for `usual_step_size`, Section 2.1.
     """
 
     threat: Any
@@ -203,21 +183,12 @@ class PGD:
 
     def __post_init__(self):
         """Checks the static fields."""
-        if self.num_steps < 1 or self.restarts < 1:
-            raise ValueError(
-                f"num_steps and restarts must be at least 1, got num_steps={self.num_steps} and "
-                f"restarts={self.restarts}"
-            )
+        super().__post_init__()
         if self.restarts > 1 and not (self.random_start and self.keep_best):
             raise ValueError(
                 f"restarts={self.restarts} needs random_start=True and keep_best=True: otherwise "
                 "the tries are equal, or there is no best to return"
             )
-
-    @property
-    def gradient_evaluations(self) -> int:
-        """Input gradients per image."""
-        return self.num_steps * self.restarts
 
     def __call__(
         self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
@@ -267,21 +238,41 @@ class PGD:
         return better(best, last, value(last, self.num_steps))
 
 
+class FeaturePGD:
+    """What the attacks share that are `PGD` on features, from a random start, without a label.
+
+    Zero change is a stationary point of a distance of features, so the start is not an option.
+    """
+
+    label_free = True  # so it can be crafted on an encoder alone
+    restarts = 1
+    keep_best = False
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients per image."""
+        return self.num_steps * self.restarts
+
+    def __call__(
+        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]; `label` is not looked at."""
+        objective = self._aim(model, image)
+        tries = {"restarts": self.restarts, "keep_best": self.keep_best}
+        attack = PGD(self.threat, self.step_size, objective, self.num_steps, **tries)
+        return attack(key, model, image)
+
+    def _aim(self, model: Model, image: jax.Array) -> Objective:
+        """Returns what is raised for one image."""
+        return self.objective
+
+
 @struct.dataclass
-class EmbedAttack:
+class EmbedAttack(FeaturePGD):
     """PGD that drives an image's features away from its own clean features, without a label.
 
-    It needs the encoder only, so it is downstream-agnostic; zero change is a stationary point of
-    its objective, so its random start is not an option.
-
-    Attributes:
-      threat: What the attacker may do.
-      step_size: Length of a step, pixel units; None is `usual_step_size`.  A leaf: another number
-        does not compile again.
-      objective: A distance of features.
-      num_steps: Gradient steps, at least 1.
-      restarts: Independent tries, at least 1.
-      keep_best: Return the best point seen, not the last.
+    It needs the encoder only, so it is downstream-agnostic.  Its attributes are those of `PGD`, the
+    objective a distance of features.
 
     References:
       Kim et al., "Adversarial Self-Supervised Contrastive Learning", NeurIPS 2020
@@ -294,26 +285,3 @@ class EmbedAttack:
     num_steps: int = struct.field(pytree_node=False, default=20)
     restarts: int = struct.field(pytree_node=False, default=1)
     keep_best: bool = struct.field(pytree_node=False, default=True)
-
-    label_free = True  # so it can be crafted on an encoder alone
-
-    @property
-    def gradient_evaluations(self) -> int:
-        """Input gradients per image."""
-        return self.num_steps * self.restarts
-
-    def __call__(
-        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]; `label` is not looked at."""
-        del label
-        attack = PGD(
-            threat=self.threat,
-            step_size=self.step_size,
-            objective=self.objective,
-            num_steps=self.num_steps,
-            random_start=True,
-            restarts=self.restarts,
-            keep_best=self.keep_best,
-        )
-        return attack(key, model, image)

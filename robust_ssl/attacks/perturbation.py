@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,8 +89,8 @@ class UniversalPerturbation:
         """Writes one ``.npz`` file that NumPy alone can read.
 
         Raises:
-          ValueError: If this is a stack of perturbations, it is not finite, or its threat is not of
-            this package.
+          ValueError: If this is a stack of perturbations, it is not finite, or its threat cannot be
+            saved (`threats.check_saveable`).
         """
         if np.ndim(self.delta) != 3:
             raise ValueError(
@@ -103,19 +104,21 @@ class UniversalPerturbation:
             )
         entries = threats.to_entries(self.threat)
         with open(path, "wb") as file:  # np.savez on a name would append .npz to it
-            np.savez(
-                file,
-                delta=np.asarray(self.delta, np.float32),
-                name=np.asarray(self.name),
-                **entries,
-            )
+            np.savez(file, delta=np.asarray(self.delta, np.float32), name=self.name, **entries)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> UniversalPerturbation:
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        threat: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
+    ) -> UniversalPerturbation:
         """Reads what `save` wrote.
 
+        Nothing that a file names is imported: `threat` is the class of a threat that is not of this
+        package, as `threats.from_entries` takes it.
+
         Raises:
-          ValueError: If the file is not such a file; the message says what is wrong with it.
+          ValueError: If the file is not such a file, or the class is needed and not given.
         """
         entries = _read_entries(path)
         delta = entries.pop("delta")
@@ -125,11 +128,11 @@ class UniversalPerturbation:
                 f"{delta.shape}"
             )
         try:
-            threat = threats.from_entries(entries)
-            threats.check(threat, delta.shape)
+            budget = threats.from_entries(entries, threat)
+            threats.check(budget, delta.shape)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return cls(jnp.asarray(delta, jnp.float32), threat, name=str(entries["name"]))
+        return cls(jnp.asarray(delta, jnp.float32), budget, name=str(entries["name"]))
 
 
 _UNREADABLE = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
@@ -180,16 +183,9 @@ def attacked_images(
     """Returns a device's part of the attacked images, with the gradient fitting needs.
 
     An image's key is the threat's own (see `at_step`) folded with the image's place in the global
-    batch, so the result does not depend on the number of devices.  The gradient is that of the
-    pixels that `delta` may move, and lies in the threat's band if it has one.
-
-    Args:
-      delta: Float ``[H, W, 3]``.
-      images: This device's part, float ``[batch / devices, H, W, 3]``.
-      threat: Says how they meet.
-      axis_name: The device axis, or None.
-      first: Place of the first device's first image in the batch, int32 scalar; above 0 where the
-        images are a part of it.
+    batch, so the result does not depend on the number of devices; `first` is the place of the first
+    device's first image.  The gradient is that of the pixels that `delta` may move, and lies in the
+    threat's band if it has one.
     """
     if hasattr(threat, "apply"):
         if getattr(threat, "key", None) is None:

@@ -17,6 +17,7 @@ from jax import lax
 from robust_ssl import struct, threats
 from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.fab import labelled_logits
+from robust_ssl.threats.patch import square_mask
 from robust_ssl.types import Model
 
 # The share of pixels in a square is halved after each of these queries (of 10 000).
@@ -25,40 +26,21 @@ _HALVINGS = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])
 
 @struct.dataclass
 class SquareState:
-    """How far the search for one image has come.
+    """How far the search for one image has come."""
 
-    Attributes:
-      best: The image with the smallest margin so far, float ``[H, W, 3]``.
-      margin: Its true logit minus the best wrong one.
-      fooled: Whether it is misclassified, bool.
-      asked: Proposals tried so far, int32.
-    """
-
-    best: jax.Array
-    margin: jax.Array
-    fooled: jax.Array
-    asked: jax.Array
+    best: jax.Array  # the image with the smallest margin so far, [H, W, 3]
+    margin: jax.Array  # its true logit minus the best wrong one
+    fooled: jax.Array  # bool: the model misclassifies it
+    asked: jax.Array  # proposals tried so far, int32
 
 
 def side_lengths(
-    num_queries: int,
-    pixels: tuple[int, int],
-    p_init: float,
-    smallest: int,
-    rescale_schedule: bool = True,
+    num_queries: int, pixels: tuple[int, int], p_init: float, smallest: int, rescale_schedule=True
 ) -> np.ndarray:
-    """Returns the side of the square at every query.
+    """Returns the side of the square at every query, int ``[num_queries]``.
 
-    Args:
-      num_queries: How many.
-      pixels: Height and width of the images.
-      p_init: Share of the pixels in the first square.
-      smallest: Lower bound; from 3 on (the L2 form) sides are odd.
-      rescale_schedule: Whether the published schedule of 10 000 queries is stretched to
-        `num_queries`, or only its beginning is taken.
-
-    Returns:
-      int ``[num_queries]``, never above the shorter side of the image.
+    It is at least `smallest` (from 3 on, the L2 form, sides are odd) and at most the shorter side
+    of the image.  The other arguments are attributes of `Square`.
 
     Example:
       >>> side_lengths(10, (32, 32), 0.8, 1).tolist()
@@ -90,13 +72,9 @@ def _bump(height: int, width: int) -> np.ndarray:
 
 
 def window(side: int) -> np.ndarray:
-    """Returns the pattern of the L2 form: a bump above, its negative below, of length one.
+    """Returns the pattern of the L2 form, ``[side, side]``: a bump above, its negative below.
 
-    Args:
-      side: Height and width, pixels, at least 1.
-
-    Returns:
-      float64 ``[side, side]``.
+    Its Euclidean length is one.
 
     Example:
       >>> window(2).round(3).tolist()
@@ -120,19 +98,9 @@ def _signs(draws: jax.Array) -> jax.Array:
 
 
 def _corner(draws: jax.Array, pixels: tuple[int, int], side: jax.Array) -> jax.Array:
-    """Returns the first row and column of a square, int ``[2]``.
-
-    As in the published code the last possible place is never drawn.
-    """
-    places = jnp.array(pixels) - side
-    return jnp.floor(draws * places).astype(jnp.int32)
-
-
-def _inside(corner: jax.Array, side: jax.Array, pixels: tuple[int, int]) -> jax.Array:
-    """Returns the mask of a square, bool ``[H, W, 1]``."""
-    rows, columns = (jnp.arange(size) - corner[axis] for axis, size in enumerate(pixels))
-    rows, columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
-    return rows.reshape(-1, 1, 1) & columns.reshape(1, -1, 1)
+    """Returns the first row and column of a square, int ``[2]``."""
+    # As in the published code the last possible place is never drawn.
+    return jnp.floor(draws * (jnp.array(pixels) - side)).astype(jnp.int32)
 
 
 @struct.dataclass
@@ -159,12 +127,8 @@ class Square:
       TypeError: When called with another threat.
 
     Example:
-      >>> from robust_ssl import models
-      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
-      >>> net = models.classifier(jax.random.key(1), encoder, 3, head="linear")
-      >>> attack = Square(threats.Linf(8 / 255), num_queries=2)
-      >>> attack(jax.random.key(2), net, jnp.full((8, 8, 3), 0.5), jnp.array(1)).shape
-      (8, 8, 3)
+      >>> Square(threats.Linf(8 / 255), num_queries=1000).queries
+      1002
 
     References:
       Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via
@@ -210,9 +174,9 @@ class Square:
             restart_key = jax.random.fold_in(key, restart)
             fresh = self.start(restart_key, model, image, label)
             fresh = fresh.replace(fooled=fresh.fooled | best.fooled)  # nothing left to ask
-            found = self.search(restart_key, model, image, label, fresh, self.num_queries)
-            wins = ~best.fooled & (found.fooled | (found.margin < best.margin))
-            return jax.tree.map(lambda new, old: jnp.where(wins, new, old), found, best)
+            state = self.search(restart_key, model, image, label, fresh, self.num_queries)
+            wins = ~best.fooled & (state.fooled | (state.margin < best.margin))
+            return jax.tree.map(lambda new, old: jnp.where(wins, new, old), state, best)
 
         nothing = SquareState(image, jnp.full((), jnp.inf), jnp.array(False), jnp.zeros((), int))
         if self.restarts == 1:
@@ -235,9 +199,8 @@ class Square:
             change = self.threat.epsilon * _unit(_grid(key, image.shape))
             first = jnp.clip(image + change, 0.0, 1.0)
         else:
-            raise TypeError(
-                f"Square knows the threats Linf and L2, got {type(self.threat).__name__}"
-            )
+            kind = type(self.threat).__name__
+            raise TypeError(f"Square knows the threats Linf and L2, got {kind}")
         state = self._look(draw(model, first_key), first, label)
         return jax.tree.map(lambda new, old: jnp.where(clean.fooled, old, new), state, clean)
 
@@ -246,16 +209,8 @@ class Square:
     ) -> SquareState:
         """Goes on until the image is fooled or `until` proposals were tried in all.
 
-        Args:
-          key: The key given to `start`; proposal ``i`` draws from ``fold_in(key, i)``.
-          model: What is attacked.
-          image: The original, ``[H, W, 3]``.
-          label: int32 scalar.
-          state: From `start` or from an earlier call.
-          until: Number of proposals, at most `num_queries`; may be traced.
-
-        Returns:
-          The new state.
+        The key is the one given to `start`: proposal ``i`` draws from ``fold_in(key, i)``.  The
+        state comes from `start` or an earlier call; `until`, at most `num_queries`, may be traced.
         """
         smallest = 3 if isinstance(self.threat, threats.L2) else 1
         pixels = image.shape[:2]
@@ -268,11 +223,11 @@ class Square:
             draws = jax.random.uniform(jax.random.fold_in(key, state.asked), (8,))
             index = schedule[state.asked]
             candidate = propose(draws, image, state.best, distinct[index], index)
-            drawn = draw(model, jax.random.fold_in(self._draws(key), state.asked))
-            seen = self._look(drawn, candidate, label)
+            sampled = draw(model, jax.random.fold_in(self._draws(key), state.asked))
+            seen = self._look(sampled, candidate, label)
             wins = seen.fooled | (seen.margin < state.margin)
-            kept = jax.tree.map(lambda new, old: jnp.where(wins, new, old), seen, state)
-            return kept.replace(asked=state.asked + 1)
+            better = jax.tree.map(lambda new, old: jnp.where(wins, new, old), seen, state)
+            return better.replace(asked=state.asked + 1)
 
         return lax.while_loop(lambda s: ~s.fooled & (s.asked < until), ask, state)
 
@@ -289,9 +244,8 @@ class Square:
 
     def _propose_linf(self, draws, image, best, side, index):
         """Moves one square by twice the budget, up or down in each channel, and cuts."""
-        del index
         pixels = image.shape[:2]
-        square = _inside(_corner(draws[:2], pixels, side), side, pixels)
+        square = square_mask(pixels, side, _corner(draws[:2], pixels, side))
         change = 2 * self.threat.epsilon * _signs(draws[2:5]).reshape(1, 1, 3)
         return self.threat.project(best + jnp.where(square, change, 0.0), image)
 
@@ -302,9 +256,8 @@ class Square:
         def propose(draws, image, best, side, index):
             change, epsilon = best - image, self.threat.epsilon
             corner = _corner(draws[:2], pixels, side)
-            into, out_of = (
-                _inside(c, side, pixels) for c in (corner, _corner(draws[2:4], pixels, side))
-            )
+            into = square_mask(pixels, side, corner)
+            out_of = square_mask(pixels, side, _corner(draws[2:4], pixels, side))
             # Sliding the view instead of the pattern puts its corner where the square begins.
             begin = (2 * index + (draws[4] < 0.5), pixels[0] - corner[0], pixels[1] - corner[1])
             bump = lax.dynamic_slice(patterns, begin, (1, *pixels)).reshape(*pixels, 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import struct
-from robust_ssl.attacks.per_image import PGD
+from robust_ssl.attacks.per_image import FeaturePGD
 from robust_ssl.objectives.vectors import safe_norm
 from robust_ssl.types import AttackInputs, Model, Objective
 
@@ -40,21 +40,20 @@ def towards_target(inputs: AttackInputs) -> jax.Array:
 
 
 @struct.dataclass
-class TDAA:
+class TDAA(FeaturePGD):
     """Targeted downstream-agnostic attack: PGD towards the features of a chosen image.
 
     Whatever classifier stands on the encoder then says of the attacked image what it says of the
-    chosen one, the *threat image*.  It needs the encoder only and no label.
+    chosen one, the *threat image*.  It needs the encoder only and no label.  The attributes that
+    are not listed are those of `PGD`.
 
     Attributes:
       threat: What the attacker may do.
       target_image: The threat image, pixels in [0, 1], float ``[H, W, 3]``.
-      step_size: Length of a step, pixel units; None is the usual one, as for `PGD`.  A
-        leaf: another number does not compile again.
       objective: Nearness to ``AttackInputs.target``.
-      num_steps: Gradient steps, at least 1.
-      restarts: Independent tries, at least 1.
-      keep_best: Return the best point seen, not the last.
+
+    Raises:
+      ValueError: When called, if the image has another size than the target.
 
     Example:
       >>> from robust_ssl import models, threats
@@ -76,22 +75,7 @@ class TDAA:
     restarts: int = struct.field(pytree_node=False, default=1)
     keep_best: bool = struct.field(pytree_node=False, default=True)
 
-    label_free = True  # so it can be crafted on an encoder alone
-
-    @property
-    def gradient_evaluations(self) -> int:
-        """Input gradients per image."""
-        return self.num_steps * self.restarts
-
-    def __call__(
-        self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns the adversarial image, ``[H, W, 3]`` in [0, 1]; `label` is not looked at.
-
-        Raises:
-          ValueError: If the image has another size than the target.
-        """
-        del label
+    def _aim(self, model: Model, image: jax.Array) -> Objective:
         if image.shape != self.target_image.shape:
             raise ValueError(
                 f"the target image has size {self.target_image.shape}, but the image has size "
@@ -103,12 +87,4 @@ class TDAA:
         def nearness(inputs: AttackInputs) -> jax.Array:
             return self.objective(inputs.replace(target=target))
 
-        attack = PGD(
-            threat=self.threat,
-            step_size=self.step_size,
-            objective=nearness,
-            num_steps=self.num_steps,
-            restarts=self.restarts,
-            keep_best=self.keep_best,
-        )
-        return attack(key, model, image)
+        return nearness

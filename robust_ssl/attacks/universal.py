@@ -14,57 +14,18 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from robust_ssl import objectives, struct, threats
+from robust_ssl.attacks.fit_batch import FitBatch
 from robust_ssl.attacks.perturbation import (
     UniversalPerturbation,
     at_step,
-    attacked_images,
     check_fits_gray,
     delta_of_pattern,
     random_delta,
-    within_budget,
 )
-from robust_ssl.parallel import Parallel, average, gather
-from robust_ssl.types import AttackInputs, Model, Objective, Outputs, Threat
-
-
-def objective_of_delta(
-    delta: jax.Array,
-    *,
-    objective: Objective,
-    threat: Threat,
-    model: Model,
-    clean: Outputs,
-    images: jax.Array,
-    axis_name: str | None = None,
-) -> jax.Array:
-    """Evaluates an objective for one perturbation on the global batch, differentiably.
-
-    What every universal attack's `step` maximizes.
-
-    Args:
-      delta: Float ``[H, W, 3]``; the only thing that gets a gradient.
-      objective: What is maximized.
-      threat: Says how the perturbation meets an image, and makes the attacked images valid.
-      model: What is attacked.
-      clean: Its outputs for this device's part of the images.
-      images: This device's part, float ``[batch / devices, H, W, 3]``.
-      axis_name: The device axis, or None.
-
-    Returns:
-      The scalar of the global batch, the same on every device.  The mean over devices of its
-      gradients is the gradient for the global batch.
-    """
-    adversarial = attacked_images(delta, images, threat, axis_name=axis_name)
-    inputs = AttackInputs(
-        clean=lax.stop_gradient(clean),
-        adversarial=model(adversarial),
-        clean_images=images,
-        adversarial_images=adversarial,
-    )
-    return objective(gather(inputs, axis_name))
+from robust_ssl.parallel import Parallel
+from robust_ssl.types import Model, Objective, Threat
 
 
 class UniversalAttack(Protocol):
@@ -72,25 +33,32 @@ class UniversalAttack(Protocol):
 
     `state` is any pytree of arrays.  Randomness comes from the key of `init`; a step is a function
     of the state, the threat and the batch.  A threat that is random itself, as a patch of random
-    location, comes to `step` with a key for that step, which `objective_of_delta` reads.  An attack
-    whose step does not take one input gradient for each image says what it takes in a method
-    ``gradients_per_batch(images)``.
+    location, comes to `step` with a key for that step, which the batch reads.
+
+    Two more members are read where they are there: `name`, for tables and file names, and
+    ``gradients_per_batch(images)``, for an attack whose step does not take one input gradient for
+    each image.
+
+    Example:
+      >>> @struct.dataclass
+      ... class SteepestAscent:
+      ...     step_size: float = 2e-3
+      ...     def init(self, key, image_shape, threat):
+      ...         return random_delta(key, image_shape, threat)
+      ...     def step(self, state, threat, batch):
+      ...         value, gradient = batch.value_and_grad(objectives.feature_l2, state)
+      ...         return batch.project(state + self.step_size * batch.steepest(gradient)), value
+      ...     def delta(self, state, threat):
+      ...         return state
+      >>> SteepestAscent().init(jax.random.key(0), (8, 8, 3), threats.Linf(4 / 255)).shape
+      (8, 8, 3)
     """
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...], threat: Threat) -> Any:
         """Returns the state before the first step."""
 
-    def step(
-        self,
-        state: Any,
-        threat: Threat,
-        model: Model,
-        clean: Outputs,
-        images: jax.Array,
-        *,
-        axis_name: str | None = None,
-    ) -> tuple[Any, jax.Array]:
-        """Returns the next state and the objective before it, equal on all devices."""
+    def step(self, state: Any, threat: Threat, batch: FitBatch) -> tuple[Any, jax.Array]:
+        """Returns the next state and the objective before it."""
 
     def delta(self, state: Any, threat: Threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``, inside the budget."""
@@ -128,26 +96,16 @@ class UniversalPGD:
         start = random_delta(key, image_shape, threat)
         return UniversalPGDState(delta=start, velocity=jnp.zeros_like(start))
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Moves the perturbation once; returns the new state and the objective before it."""
-        value, gradient = jax.value_and_grad(objective_of_delta)(
-            state.delta,
-            objective=self.objective,
-            threat=threat,
-            model=model,
-            clean=clean,
-            images=images,
-            axis_name=axis_name,
-        )
-        gradient = average(gradient, axis_name)
+        value, gradient = batch.value_and_grad(self.objective, state.delta)
         scale = jnp.mean(jnp.abs(gradient))
         velocity = self.momentum * state.velocity + gradient / jnp.where(scale > 0, scale, 1.0)
-        moved = state.delta + self.step_size * threat.steepest(velocity)
-        return UniversalPGDState(delta=within_budget(moved, threat), velocity=velocity), value
+        moved = state.delta + self.step_size * batch.steepest(velocity)
+        return UniversalPGDState(delta=batch.project(moved), velocity=velocity), value
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``."""
-        del threat
         return state.delta
 
 
@@ -167,25 +125,14 @@ class RandomNoise:
 
     def init(self, key, image_shape, threat) -> jax.Array:
         """Draws the signs."""
-        signs = jax.random.rademacher(key, image_shape, jnp.float32)
-        return delta_of_pattern(signs, threat)
+        return delta_of_pattern(jax.random.rademacher(key, image_shape, jnp.float32), threat)
 
-    def step(self, state, threat, model, clean, images, *, axis_name=None):
+    def step(self, state, threat, batch):
         """Changes nothing; returns the state and the objective."""
-        value = objective_of_delta(
-            state,
-            objective=self.objective,
-            threat=threat,
-            model=model,
-            clean=clean,
-            images=images,
-            axis_name=axis_name,
-        )
-        return state, value
+        return state, batch.value(self.objective, state)
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the noise, ``[H, W, 3]``."""
-        del threat
         return state
 
 
@@ -302,9 +249,10 @@ def fit(
         raise ValueError("there is nothing to fit on: `batches` is empty")
     deltas = _deltas_of_members(attack, states[0], budgets)
     curve = np.stack([np.asarray(values) for values in curve])
-    _check_finite(attack.name, curve, np.asarray(deltas))
-    _check_budgets(attack.name, deltas, budgets)
-    return FittedUniversal(UniversalPerturbation(deltas, budgets, name=attack.name), curve)
+    name = getattr(attack, "name", type(attack).__name__)
+    _check_finite(name, curve, np.asarray(deltas))
+    _check_budgets(name, deltas, budgets)
+    return FittedUniversal(UniversalPerturbation(deltas, budgets, name=name), curve)
 
 
 def _check_finite(name: str, curve: np.ndarray, deltas: np.ndarray) -> None:
@@ -328,10 +276,10 @@ def _check_budgets(name: str, deltas: jax.Array, budgets: Threat) -> None:
     limits = np.broadcast_to(np.asarray(budgets.epsilon), sizes.shape)
     over = np.flatnonzero(sizes > limits * (1 + 1e-4) + 1e-6)
     if over.size:
-        found = ", ".join(f"{sizes[i]:.4g} where {limits[i]:.4g} is allowed" for i in over)
+        sizes_over = ", ".join(f"{sizes[i]:.4g} where {limits[i]:.4g} is allowed" for i in over)
         raise ValueError(
             f"{name}: the perturbation of member(s) {over.tolist()} is larger than its budget: "
-            f"{found}; its `delta` must return an allowed one, as `within_budget` does"
+            f"{sizes_over}; its `delta` must return an allowed one, as `within_budget` does"
         )
 
 
@@ -355,9 +303,8 @@ def _fit_step(parallel: Parallel) -> Callable:
 
         def one(member, budget, key):
             threat = at_step(budget, key, number)
-            return attack.step(
-                member, threat, model, clean, batch["images"], axis_name=parallel.axis_name
-            )
+            seen = FitBatch(model, threat, batch["images"], clean, parallel.axis_name)
+            return attack.step(member, threat, seen)
 
         states, values = jax.vmap(one)(states, budgets, keys)
         return (states, number + 1), values

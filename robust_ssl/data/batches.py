@@ -67,6 +67,7 @@ def batch_indices(n: int, batch_size: int, *, seed: int, stage: str, step: int) 
     return order[position * batch_size : (position + 1) * batch_size]
 
 
+# Sorted once an epoch instead of once a step.
 @functools.lru_cache(maxsize=4)
 def _epoch_order(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
     order = permutation(n, seed, stage, epoch)
@@ -136,10 +137,12 @@ class Batches:
         self.steps_per_epoch = steps_per_epoch(len(examples), batch_size) * replays
         parallel.check_batch(batch_size)
         self.batch_size = batch_size
+        # A replayed batch is the same function of an earlier step: still no state.
         self._order = lambda step: batch_indices(
             len(examples), batch_size, seed=seed, stage=stage, step=step // replays
         )
         self._parallel = parallel
+        # Put once; every batch has the same places.
         self._places = parallel.put(np.arange(batch_size, dtype=np.int32))
         self._examples, self._ahead = examples, ahead
         self.resident_set: dict[str, jax.Array] | None = None
@@ -155,6 +158,7 @@ class Batches:
             whole = {"images": examples.images}
             if examples.labels is not None:
                 whole["labels"] = examples.labels
+            # Whole on each device, so that a step's gather needs no communication.
             self.resident_set = parallel.replicate(whole)
 
     @property

@@ -38,10 +38,12 @@ def digits(split: str = "train", *, image_size: int = 32) -> Examples:
     if split not in ("train", "test"):
         raise ValueError(f"digits have no split {split!r}; they have 'train' and 'test'")
     scans = datasets.load_digits()
+    # Stable, so that the split is the same with every version of NumPy.
     order = np.argsort(scans.target, kind="stable")
     is_test = np.zeros(len(order), bool)
     is_test[order[::5]] = True
     rows = np.flatnonzero(is_test if split == "test" else ~is_test)
+    # Scans have the values 0 to 16.
     gray = np.rint(scans.images[rows] * (255 / 16)).astype(np.uint8)
     images = [pictures.resize(np.repeat(g[..., None], 3, axis=-1), image_size) for g in gray]
     names = tuple(str(name) for name in scans.target_names)
@@ -86,6 +88,7 @@ def photo_crops(
     images = np.empty((n, image_size, image_size, 3), np.uint8)
     for image, (which, scale, left, top, mirror) in zip(images, uniform, strict=True):
         photo = photos[int(which * len(photos))]
+        # Log-uniform: as many crops between 1x and 2x as between 2x and 4x.
         side = image_size * (shorter / image_size) ** scale
         left, top = left * (photo.width - side), top * (photo.height - side)
         box = (left, top, left + side, top + side)

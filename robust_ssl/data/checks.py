@@ -45,12 +45,14 @@ def as_pixels(images: Any, where: str) -> np.ndarray:
             f"images of {where} must be uint8 (0 to 255) or float (0 to 1), got {images.dtype}; "
             "if the values are 0 to 255: images.astype(np.uint8)"
         )
+    # float32 holds every multiple of 1/255 well enough to round back to it.
     _check_range(images, where)
     return np.rint(images.astype(np.float32, copy=False) * 255).astype(np.uint8)
 
 
 def _as_array(images: Any, where: str) -> np.ndarray:
     if isinstance(images, (list, tuple)):
+        # NumPy's own error for ragged lists names no image.
         shapes = [np.shape(image) for image in images]
         check_one_size(shapes, where)
     return np.asarray(images)
@@ -77,6 +79,7 @@ def _channel_hint(shape: tuple[int, ...]) -> str:
 
 
 def _check_range(images: np.ndarray, where: str) -> None:
+    # NaN first: it compares false with both ends of the range.
     finite = np.isfinite(images)
     if not finite.all():
         index = _first(~finite)

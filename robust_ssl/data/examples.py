@@ -33,6 +33,7 @@ def random_words(count: int, seed: int, purpose: str, epoch: int = 0) -> np.ndar
 
 def permutation(count: int, seed: int, purpose: str, epoch: int = 0) -> np.ndarray:
     """Returns the numbers 0 to ``count - 1`` in an order that (seed, purpose, epoch) fixes."""
+    # Stable: should two words be equal, their order is still the same everywhere.
     return np.argsort(random_words(count, seed, purpose, epoch), kind="stable")
 
 
@@ -94,6 +95,7 @@ class Examples(_Split):
             names, labels = (), None
         else:
             labels = checks.as_labels(self.labels, len(self.images), len(names), self.where)
+            # `as_labels` copies, so the caller's own array stays writable; so does the view below.
             labels.flags.writeable = False
         images = checks.as_pixels(self.images, self.where).view()
         images.flags.writeable = False
@@ -182,18 +184,19 @@ class StreamedExamples(_Split):
         """
         rows = self.rows[np.asarray(indices)]
         records = self.records(rows)
-        found = [picture for picture, _ in records]
-        if isinstance(found[0], np.ndarray) or _is_small(found[0]):
-            decoded = list(map(self._decode, rows, found))
+        encoded = [picture for picture, _ in records]
+        if isinstance(encoded[0], np.ndarray) or _is_small(encoded[0]):
+            decoded = list(map(self._decode, rows, encoded))
         else:  # Pillow lets other threads run while it decodes
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                decoded = list(pool.map(self._decode, rows, found))
+                decoded = list(pool.map(self._decode, rows, encoded))
         for row, image in zip(rows, decoded, strict=True):
             if image.shape != self.image_shape:
                 raise ValueError(
                     f"image {row} of {self.where} is {image.shape}, the first one "
                     f"{self.image_shape}; give image_size to bring all to one size"
                 )
+        # Each batch is checked, because nobody has read the whole source beforehand.
         batch = {"images": np.stack(decoded)}
         if self.class_names:
             labels = [label for _, label in records]
@@ -228,6 +231,7 @@ class StreamedExamples(_Split):
         unseen.
         """
         head = self.read(np.arange(min(64, len(self))))
+        # The same pixels in another order, or of other rows, are other data.
         rows = np.asarray(self.rows, np.int64).tobytes()
         return _sha256(_header(self), rows, *(head[key].tobytes() for key in sorted(head)))
 
@@ -243,6 +247,7 @@ def _as_indices(indices: Any, count: int, where: str) -> np.ndarray:
         raise ValueError(
             f"indices into {where} must be integers [k], got {indices.dtype} {indices.shape}"
         )
+    # Negative ones too: NumPy would count them from the end without a word.
     outside = (indices < 0) | (indices >= count)
     if outside.any():
         first = int(np.argmax(outside))
@@ -253,13 +258,8 @@ def _as_indices(indices: Any, count: int, where: str) -> np.ndarray:
 
 
 def _header(examples: Examples | StreamedExamples) -> bytes:
-    facts = (
-        examples.name,
-        examples.split,
-        len(examples),
-        tuple(int(n) for n in examples.image_shape),
-        examples.class_names,
-    )
+    shape = tuple(int(n) for n in examples.image_shape)  # NumPy 2 would print np.int64(8)
+    facts = (examples.name, examples.split, len(examples), shape, examples.class_names)
     return repr(facts).encode()
 
 
@@ -343,11 +343,12 @@ def carve(
             raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
         count = round(len(examples) * fraction)
     order = permutation(len(examples), seed, "carve")
+    # From the other end than validation is taken: what stays does not depend on the count.
     backwards = order[::-1]
-    kept = backwards[:1]
+    reserved = backwards[:1]
     if examples.labels is not None:  # the last of each class in this order stays
-        kept = backwards[np.unique(examples.labels[backwards], return_index=True)[1]]
-    free = order[~np.isin(order, kept)]
+        reserved = backwards[np.unique(examples.labels[backwards], return_index=True)[1]]
+    free = order[~np.isin(order, reserved)]
     if not 1 <= count <= len(free):
         raise ValueError(
             f"cannot carve {count} validation images out of the {len(examples)} of "

@@ -52,6 +52,7 @@ def resize(image: np.ndarray, image_size: int | None) -> np.ndarray:
 
     if image_size is None or image.shape[:2] == (image_size, image_size):
         return image
+    # Not by the longer side: encoders take squares, and bars at the edges are no pixels of the set.
     size = (image_size, image_size)
     fitted = ImageOps.fit(Image.fromarray(image), size, method=Image.Resampling.LANCZOS)
     return np.asarray(fitted)

@@ -90,8 +90,10 @@ def _fit(examples, image_size, limit, seed, memory_limit) -> Examples | Streamed
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
+        # Before pictures are decoded: the others are never read.
         if limit < len(examples):
             examples = examples.subset(limit, seed)
+    # Decoded at their size already; only arrays are resized below.
     if isinstance(examples, StreamedExamples):
         return examples.in_memory() if examples.nbytes <= memory_limit else examples
     if image_size is None or examples.image_shape[:2] == (image_size, image_size):
@@ -129,6 +131,7 @@ def _from_values(value: Any, split: str, name: str) -> Examples:
 def _names_function(source: str) -> bool:
     module, colon, function = source.partition(":")
     # "cifar10:3.0.2" is a TFDS name with a version; a function's file ends with ".py".
+    # A slash before the colon is a TFDS configuration.
     is_module = "/" not in module or module.endswith(".py")
     return bool(colon) and function.isidentifier() and is_module
 
@@ -141,6 +144,7 @@ def _from_function(function, split, seed, image_size, options) -> Examples | Str
         arguments["seed"] = seed
     if "image_size" in parameters and image_size is not None:
         arguments["image_size"] = image_size
+    # Bound first: a TypeError from inside the function must not look like wrong arguments.
     try:
         inspect.signature(function).bind(split, **arguments)
     except TypeError as error:
@@ -157,10 +161,9 @@ def _from_folder(folder: pathlib.Path, split: str, image_size: int | None) -> St
     root, class_names = _class_folders(folder, split)
     files, labels = [], []
     for label, class_name in enumerate(class_names):
-        if (root / class_name).is_dir():
-            found = sorted(p for p in (root / class_name).iterdir() if _is_picture(p))
-            files += found
-            labels += [label] * len(found)
+        pictures_of_class = _pictures(root / class_name)
+        files += pictures_of_class
+        labels += [label] * len(pictures_of_class)
     if not files:
         raise ValueError(
             f"data folder {str(root)!r} is empty: no {', '.join(PICTURE_SUFFIXES)} files in "
@@ -179,7 +182,7 @@ def _from_folder(folder: pathlib.Path, split: str, image_size: int | None) -> St
 def _class_folders(folder: pathlib.Path, split: str) -> tuple[pathlib.Path, list[str]]:
     """Returns the folder that holds the class folders, and the class names of all splits."""
     inside = _subfolders(folder)
-    if any(_is_picture(p) for name in inside for p in (folder / name).iterdir()):
+    if any(_pictures(folder / name) for name in inside):
         if split != "train":
             raise ValueError(
                 f"data folder {str(folder)!r} has class folders and no splits, so it is all "
@@ -190,12 +193,15 @@ def _class_folders(folder: pathlib.Path, split: str) -> tuple[pathlib.Path, list
     if split not in inside:
         raise ValueError(f"data folder {str(folder)!r} has no split {split!r}; it has {inside}")
     # The union, so that a class without test images does not shift the labels of the others.
-    return folder / split, sorted({name for part in inside for name in _subfolders(folder / part)})
+    class_names = set().union(*(_subfolders(folder / part) for part in inside))
+    return folder / split, sorted(class_names)
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _is_picture(path: pathlib.Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    # Hidden ones are no pictures: macOS leaves "._name.png" beside each file it copies.
+    return [f for f in files if f.suffix.lower() in PICTURE_SUFFIXES and not f.name.startswith(".")]

@@ -61,8 +61,8 @@ def open_split(
 
 def _reader(source: Any, image_key: str, label_key: str | None) -> Callable:
     def records(rows):
-        found = source.__getitems__([int(row) for row in rows])
-        return [(r[image_key], r[label_key] if label_key else None) for r in found]
+        examples = source.__getitems__([int(row) for row in rows])
+        return [(x[image_key], x[label_key] if label_key else None) for x in examples]
 
     return records
 
@@ -70,6 +70,7 @@ def _reader(source: Any, image_key: str, label_key: str | None) -> Callable:
 def _find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
     """Returns the folder of the newest (or the named) prepared version."""
     base, _, version = name.partition(":")
+    # An interrupted preparation leaves a folder whose name is no version.
     versions = [
         p.parent
         for p in (data_dir / base).glob("*/dataset_info.json")
@@ -77,6 +78,7 @@ def _find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
     ]
     if version:
         versions = [p for p in versions if p.name == version]
+    # By number: as text 9.0.0 comes after 10.0.0.
     return max(versions, key=lambda p: [int(n) for n in p.name.split(".")], default=None)
 
 
@@ -86,6 +88,7 @@ def _feature_keys(features: Any, name: str) -> tuple[str, str | None]:
 
     images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
     labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    # The usual name first; else a lone feature of the type cannot be mistaken.
     image_key = "image" if "image" in images else images[0] if len(images) == 1 else None
     label_key = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
     if image_key is None:
@@ -93,6 +96,7 @@ def _feature_keys(features: Any, name: str) -> tuple[str, str | None]:
             f"data set {name!r} has no feature 'image', nor exactly one image: its features are "
             f"{sorted(features)}; read it with a function of your own"
         )
+    # 16-bit images are PNGs too, and would be cut to 8 bits where they are decoded.
     dtype = np.dtype(features[image_key].np_dtype)
     if dtype != np.uint8:
         raise ValueError(
@@ -114,8 +118,8 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
             f"data set {base!r} is prepared under {str(data_dir)!r} in versions {prepared}, "
             f"not {version!r}; to prepare it:\n  {_command(name, data_dir)}"
         )
-    known = tfds.list_builders(with_community_datasets=False)
-    if dataset in known:
+    builders = tfds.list_builders(with_community_datasets=False)
+    if dataset in builders:
         configs = _configs(dataset)
         if configs and config not in configs:
             return ValueError(
@@ -127,7 +131,10 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
             f"brings TensorFlow for the purpose):\n  {_command(name, data_dir)}"
         )
     local = _prepared_names(data_dir)
-    near = _near(base, [*local, *known, *(f"{d}/{c}" for d in known for c in _configs(d))])
+    candidates = [*local, *builders]
+    for builder in builders:
+        candidates += [f"{builder}/{config}" for config in _configs(builder)]
+    near = _near(base, candidates)
     folder = (
         f"; for the folder of that name write './{name}'" if pathlib.Path(name).is_dir() else ""
     )
@@ -138,8 +145,9 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
 
 
 def _prepared_names(data_dir: pathlib.Path) -> list[str]:
-    found = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
-    return sorted({p.parent.parent.relative_to(data_dir).as_posix() for p in found})
+    # name/version/ of sets without configurations, name/config/version/ of those with
+    files = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
+    return sorted({file.parent.parent.relative_to(data_dir).as_posix() for file in files})
 
 
 def _configs(dataset: str) -> list[str]:

@@ -12,7 +12,6 @@ from robust_ssl.evaluation.counts import (
 from robust_ssl.evaluation.in_turn import clean_correct, gathered, score_in_turn, strike
 from robust_ssl.evaluation.metrics import (
     WORST,
-    accuracy_against_epsilon,
     predictions,
     quantize,
     score,
@@ -23,7 +22,6 @@ __all__ = [
     "WORST",
     "Counts",
     "PerImage",
-    "accuracy_against_epsilon",
     "analysis",
     "checks",
     "clean_correct",

@@ -104,6 +104,7 @@ class Counts:
 
     def _share(self, metric: str) -> float:
         part, whole = self._ratios[metric]
+        # No NaN, which JSON cannot hold; that nothing is known stands in the interval.
         return part / whole if whole else 0.0
 
     @property
@@ -216,5 +217,6 @@ def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     References:
       McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions", 1947.
     """
+    # Of the same images, so an image that is hard for both says nothing and adds no noise.
     each = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     return float(each.mean()), 1.96 * math.sqrt(float(np.square(each).sum())) / len(each)

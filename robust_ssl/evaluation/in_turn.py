@@ -19,7 +19,7 @@ import numpy as np
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.evaluation import metrics
 from robust_ssl.evaluation.counts import PerImage
-from robust_ssl.evaluation.metrics import check_attacks, check_threats, compiled, padded
+from robust_ssl.evaluation.metrics import check_attacks, check_threats, compiled, on_some, padded
 from robust_ssl.types import Attack, Classifier
 
 SHARES = (0.02, 0.1, 0.3, 1.0)  # of a search's queries; then images that are broken drop out
@@ -27,13 +27,7 @@ TOGETHER = 16  # batches whose searches are held in host memory at once
 
 
 def gathered(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Puts the batches of a split into one, in host memory.
-
-    Args:
-      batches: As for `robust_ssl.evaluation.score`.
-
-    Returns:
-      ``{"images": [n, H, W, 3], "labels": int32 [n], "indices": int32 [n]}``.
+    """Puts the batches of a split, as for `robust_ssl.evaluation.score`, into one in host memory.
 
     Raises:
       ValueError: If a batch is malformed or there is no image.
@@ -54,7 +48,7 @@ def _is_right(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
     return metrics.answers(key, model, batch["images"], batch["indices"]) == batch["labels"]
 
 
-def _verdict(key, model, adversarial: jax.Array, batch: Mapping[str, jax.Array], eight_bit: bool):
+def _outcome(key, model, adversarial: jax.Array, batch: Mapping[str, jax.Array], eight_bit: bool):
     """Returns which images stay right, and which have finite pixels only, bool ``[batch]``."""
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
     scored = metrics.quantize(adversarial) if eight_bit else adversarial
@@ -66,7 +60,7 @@ def _attacked(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
     images, labels, indices = (batch[name] for name in ("images", "labels", "indices"))
     pixels = metrics.to_pixels(images)
     adversarial = attack_batch(attack, attack_key, model, pixels, labels, indices)
-    return _verdict(key, model, adversarial, batch, eight_bit)
+    return _outcome(key, model, adversarial, batch, eight_bit)
 
 
 def _first_try(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -94,24 +88,14 @@ def _searched(constants, batch: Mapping[str, jax.Array]):
     return jax.vmap(search)(batch["indices"], images, batch["labels"], batch["state"])
 
 
-def _judged(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
+def _after_search(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
     (key, _), model, _ = constants
-    return _verdict(key, model, batch["state"].best, batch, eight_bit)
+    return _outcome(key, model, batch["state"].best, batch, eight_bit)
 
 
 # Made once: two equal partials are two different functions to `compiled`.
 _ATTACKED = {bits: functools.partial(_attacked, eight_bit=bits) for bits in (True, False)}
-_JUDGED = {bits: functools.partial(_judged, eight_bit=bits) for bits in (True, False)}
-
-
-def _on_some(function, constants, examples: Mapping[str, Any], rows: np.ndarray, batch_size: int):
-    """Calls a compiled function on some rows, in batches of one shape; yields (rows, results)."""
-    for start in range(0, len(rows), batch_size):
-        some = rows[start : start + batch_size]
-        whole = np.concatenate([some, np.repeat(some[:1], batch_size - len(some))])
-        results = function(constants, jax.tree.map(lambda x, whole=whole: x[whole], examples))
-        count = len(some)
-        yield some, jax.tree.map(lambda x, count=count: x[:count], results)
+_AFTER_SEARCH = {bits: functools.partial(_after_search, eight_bit=bits) for bits in (True, False)}
 
 
 def _members(attack: Attack | Sequence[Attack]) -> Sequence[Attack]:
@@ -129,43 +113,41 @@ def clean_correct(
     parallel: Any,
     batch_size: int = 128,
 ) -> np.ndarray:
-    """Returns which images are classified correctly when nobody attacks, bool ``[n]``.
+    """Returns which images of a `gathered` split are right when nobody attacks, bool ``[n]``.
 
-    Args:
-      classifier: The model; if it is randomized (`robust_ssl.attacks.apgd.draw`), one draw for
-        each image.
-      examples: A whole split, as `gathered` returns it.
-      key: Random key, for a randomized model.
-      parallel: A `robust_ssl.parallel.Parallel`.
-      batch_size: Images of a batch; it changes nothing but speed and memory.
+    Of a randomized model (`robust_ssl.attacks.apgd.draw`) the key gives one draw for each image.
+    The batch size changes nothing but speed and memory.
     """
     constants = parallel.replicate((key, classifier))
     right = np.zeros(len(examples["labels"]), bool)
     function = compiled(parallel, _is_right)
-    for rows, found in _on_some(function, constants, examples, np.arange(len(right)), batch_size):
-        right[rows] = found
+    everything = np.arange(len(right))
+    for rows, answers in on_some(function, constants, examples, everything, batch_size):
+        right[rows] = answers
     return right
 
 
 def _by_shares(constants, examples, rows: np.ndarray, parallel, batch_size: int, eight_bit: bool):
-    """As `_on_some` for a search that can be interrupted: who is broken is not asked again."""
+    """As `on_some` for a search that can be interrupted: who is broken is not asked again."""
     attack = constants[2]
     start, search = compiled(parallel, _started), compiled(parallel, _searched)
-    judge = compiled(parallel, _JUDGED[eight_bit])
+    score = compiled(parallel, _AFTER_SEARCH[eight_bit])
     for first in range(0, len(rows), TOGETHER * batch_size):
         some = rows[first : first + TOGETHER * batch_size]
         part = {name: values[some] for name, values in examples.items()}
-        everyone = np.arange(len(some))
-        states = [state for _, state in _on_some(start, constants, part, everyone, batch_size)]
+        whole = np.arange(len(some))
+        states = [state for _, state in on_some(start, constants, part, whole, batch_size)]
         part["state"] = state = jax.tree.map(lambda *x: np.concatenate(x), *states)
         for share in SHARES:
             until = parallel.replicate(np.int32(np.ceil(share * attack.num_queries)))
             searching = np.flatnonzero(~state.fooled)
-            for rows_, found in _on_some(search, (*constants, until), part, searching, batch_size):
-                for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
-                    old[rows_] = new
-        for rows_, verdict in _on_some(judge, constants, part, everyone, batch_size):
-            yield some[rows_], verdict
+            shared = (*constants, until)
+            for places, reached in on_some(search, shared, part, searching, batch_size):
+                # In place, in host memory: who dropped out keeps the state in which that happened.
+                for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(reached), strict=True):
+                    old[places] = new
+        for places, outcome in on_some(score, constants, part, whole, batch_size):
+            yield some[places], outcome
 
 
 def strike(
@@ -206,7 +188,7 @@ def strike(
       ValueError: If `alive` is not a bool for each image, a threat makes no sense for the images,
         or an attack makes pixels that are not numbers.
     """
-    alive = np.array(alive)
+    alive = np.array(alive)  # a copy: the caller's stays as it is
     if alive.shape != examples["labels"].shape or alive.dtype != bool:
         raise ValueError(
             f"alive must be bool {examples['labels'].shape}, one for each image, got "
@@ -215,21 +197,18 @@ def strike(
     check_threats(_members(attack), examples["images"].shape[1:])
     function = compiled(parallel, _ATTACKED[eight_bit])
     for number, member in enumerate(_members(attack)):
+        # The first gets the key of a single attack, so that a list of one is that attack.
         member_key = key if number == 0 else jax.random.fold_in(key, number)
         constants = ((key, member_key), classifier, metrics.settled(member))
         constants = parallel.replicate(constants)
         rows = np.flatnonzero(alive)
+        # Shares follow the first try only; one with restarts is run as a whole.
         if hasattr(member, "search") and member.restarts == 1:
-            verdicts = _by_shares(constants, examples, rows, parallel, batch_size, eight_bit)
+            outcomes = _by_shares(constants, examples, rows, parallel, batch_size, eight_bit)
         else:
-            verdicts = _on_some(function, constants, examples, rows, batch_size)
-        for some, (right, finite) in verdicts:
-            if not finite.all():
-                raise ValueError(
-                    f"attack {type(member).__name__} made pixels that are not finite, in images "
-                    f"{examples['indices'][some[~finite]][:5].tolist()} of the split; a perturbed "
-                    "image may hold neither NaN nor infinity"
-                )
+            outcomes = on_some(function, constants, examples, rows, batch_size)
+        for some, (right, finite) in outcomes:
+            metrics.check_finite(type(member).__name__, examples["indices"][some[~finite]])
             alive[some] = right
     return alive
 
@@ -250,16 +229,9 @@ def score_in_turn(
     The result of a single attack is therefore *after it and all earlier ones*; for the accuracy
     under one attack alone, name only that one.
 
-    Args:
-      classifier: The model under attack.
-      batches: As for `robust_ssl.evaluation.score`; held in memory as they are.
-      attacks: By name, in the order they are run, the cheapest first; a list is one attack in
-        several parts, for example one for each target.  `robust_ssl.attacks.autoattack` makes such
-        a mapping.
-      key: Random key, the same for each attack; see `strike`.
-      parallel: A `robust_ssl.parallel.Parallel`.
-      batch_size: Images of a batch.
-      eight_bit: Round adversarial images to 8 bits before they are classified.
+    The batches are those of `robust_ssl.evaluation.score`, held in memory as they are; the options
+    those of `strike`.  Attacks are run in their order, so the cheapest goes first; a list is one
+    attack in several parts.  `robust_ssl.attacks.autoattack` makes such a mapping.
 
     Returns:
       One `PerImage` per attack: `robust_correct` is right without an attack, under it and under

@@ -45,12 +45,6 @@ def quantize(images: jax.Array) -> jax.Array:
     0.76 at 224x224).  If the clean image is 8-bit and epsilon a multiple of 1/255, it does not
     leave the `Linf` ball at all.
 
-    Args:
-      images: Pixels, float, any shape.
-
-    Returns:
-      Multiples of 1/255 in [0, 1], same shape and type.
-
     Example:
       >>> np.asarray(quantize(jnp.array([-0.2, 0.303, 1.7])) * 255).round(3).tolist()
       [0.0, 77.0, 255.0]
@@ -59,14 +53,10 @@ def quantize(images: jax.Array) -> jax.Array:
 
 
 def predictions(classifier: Classifier, images: jax.Array) -> jax.Array:
-    """Returns the most likely class of each image.
+    """Returns the most likely class of each image, int32 ``[batch]``.
 
-    Args:
-      classifier: Gives logits; called in evaluation mode.
-      images: uint8, or float pixels in [0, 1], ``[batch, H, W, 3]``.
-
-    Returns:
-      int32 ``[batch]``; -1 where a logit is NaN, so that no broken model scores by chance.
+    Images are uint8, or float pixels in [0, 1].  Where a logit is NaN the class is -1, so that no
+    broken model scores by chance.
     """
     logits = classifier(to_pixels(images)).logits
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -80,16 +70,7 @@ def answers(
 
     A randomized model (`robust_ssl.attacks.apgd.draw`) is drawn once for each image, from the key
     of the evaluation and the image's place: whoever attacks, and with what else in the batch, an
-    image that did not change keeps its answer.
-
-    Args:
-      key: Random key of the whole evaluation.
-      classifier: Gives logits.
-      images: As for `predictions`.
-      indices: int32 ``[batch]``.
-
-    Returns:
-      As `predictions`, int32 ``[batch]``.
+    image that did not change keeps its answer.  Images and answers are as for `predictions`.
     """
     if not hasattr(classifier, "with_key"):
         return predictions(classifier, images)
@@ -112,13 +93,15 @@ def _attacked_answers(constants, batch: Mapping[str, jax.Array]):
     adversarial = attack_batch(
         attack, key, model, to_pixels(batch["images"]), batch["labels"], batch["indices"]
     )
+    # Asked here, since a NaN pixel gives no answer, which would count as a success of the attack.
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
     return answers(key, model, quantize(adversarial), batch["indices"]), finite
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(parallel, function):
-    """Returns ``parallel.map(function)``, kept: a second call compiles nothing."""
+    """Returns ``parallel.map(function)``, cached: a second call compiles nothing."""
+    # By the function itself, so two equal partials or lambdas are compiled twice: make them once.
     return parallel.map(function)
 
 
@@ -139,12 +122,32 @@ def padded(batches: Iterable[Mapping[str, np.ndarray]]):
         indices = np.asarray(batch.get("indices", np.arange(start, start + n)))
         size = max(size, n)
         start += n
-        if n == 0:
+        if n == 0:  # no first image to pad with
             continue
         take = np.concatenate([np.arange(n), np.zeros(size - n, int)])
         whole = {"images": images, "labels": labels.astype(np.int32)}
         whole["indices"] = indices.astype(np.int32)
         yield n, {name: values[take] for name, values in whole.items()}
+
+
+def on_some(function, constants, examples: Mapping[str, Any], rows: np.ndarray, batch_size: int):
+    """Calls a compiled function on some rows, in batches of one shape; yields (rows, results)."""
+    for start in range(0, len(rows), batch_size):
+        # Filled up with its first row: the images get fewer with every attack, the shape must not.
+        some = rows[start : start + batch_size]
+        whole = np.concatenate([some, np.repeat(some[:1], batch_size - len(some))])
+        results = function(constants, jax.tree.map(lambda x, whole=whole: x[whole], examples))
+        count = len(some)
+        yield some, jax.tree.map(lambda x, count=count: x[:count], results)
+
+
+def check_finite(attack: str, broken: np.ndarray) -> None:
+    """Raises ValueError if an attack has made pixels that are no numbers, in images of a split."""
+    if len(broken):
+        raise ValueError(
+            f"attack {attack} made pixels that are not finite, in images {broken[:5].tolist()} of "
+            "the split; a perturbed image may hold neither NaN nor infinity"
+        )
 
 
 def check_attacks(attacks: Mapping[str, Attack]) -> None:
@@ -169,13 +172,10 @@ def check_threats(attacks: Iterable[Attack], image_shape: tuple[int, ...]) -> No
     """Raises ValueError where an attack carries a threat that no such image can meet.
 
     For the host: a threat inside a compiled function is passed over, as its values are unknown.
-
-    Args:
-      attacks: Those with a field `threat` are looked at (see `robust_ssl.threats.check`).
-      image_shape: (height, width, 3).
     """
     for attack in attacks:
         threat = getattr(attack, "threat", None)
+        # Inside a compiled function a budget has no value yet.
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(threat)):
             threats.check(threat, image_shape)
 
@@ -197,6 +197,7 @@ def settled(attack: Attack) -> Attack:
         if jnp.ndim(leaf):
             return leaf
         leaf = jnp.asarray(leaf)
+        # Of a threat whole numbers are budgets, which are float32 wherever they are not whole.
         of_threat = any(getattr(step, "name", None) == "threat" for step in path)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf.astype(jnp.float32)
@@ -249,21 +250,16 @@ def score(
     labels, clean, seconds = [], [], dict.fromkeys(attacks, 0.0)
     adversarial: dict[str, list[np.ndarray]] = {name: [] for name in attacks}
     for n, batch in padded(batches):
-        if not labels:
+        if not labels:  # the first batch, before it costs anything
             check_threats(attacks.values(), batch["images"].shape[1:])
         labels.append(batch["labels"][:n])
         clean.append(classify(unattacked, batch)[:n])
         for name in attacks:
             begun = time.perf_counter()
-            said, finite = strike(constants[name], batch)
+            answered, finite = strike(constants[name], batch)
             seconds[name] += time.perf_counter() - begun
-            if not finite.all():
-                broken = batch["indices"][~finite][:5].tolist()
-                raise ValueError(
-                    f"attack {name!r} made pixels that are not finite, in images {broken} of the "
-                    "split; a perturbed image may hold neither NaN nor infinity"
-                )
-            adversarial[name].append(said[:n])
+            check_finite(repr(name), batch["indices"][~finite])
+            adversarial[name].append(answered[:n])
     if not labels:
         raise ValueError("no images to score: the split is empty")
     truth, before = np.concatenate(labels), np.concatenate(clean)
@@ -272,34 +268,3 @@ def score(
         after = np.concatenate(adversarial[name])
         results[name] = PerImage(before == truth, after == truth, after != before, seconds[name])
     return {**results, WORST: worst_case(results.values())}
-
-
-def accuracy_against_epsilon(
-    classifier: Classifier,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    attacks: Mapping[float, Attack],
-    *,
-    key: jax.Array,
-    parallel: Any,
-) -> list[tuple[float, float, float, float]]:
-    """Returns the accuracy curve over the attacker's budget, with its 95 % interval.
-
-    Args:
-      classifier: The model under attack.
-      batches: As for `score`.
-      attacks: One attack per epsilon (pixel units); of one structure, they compile once.
-      key: Random key.
-      parallel: A `robust_ssl.parallel.Parallel`.
-
-    Returns:
-      ``(epsilon, accuracy, low, high)`` by rising epsilon, from the clean accuracy at 0.
-    """
-    results = score(
-        classifier, batches, {str(e): a for e, a in attacks.items()}, key=key, parallel=parallel
-    )
-    counts = results[WORST].counts
-    points = {0.0: (counts.clean_accuracy, *counts.ci95["clean_accuracy"])}
-    for epsilon in attacks:
-        counts = results[str(epsilon)].counts
-        points[float(epsilon)] = (counts.robust_accuracy, *counts.ci95["robust_accuracy"])
-    return [(epsilon, *points[epsilon]) for epsilon in sorted(points)]

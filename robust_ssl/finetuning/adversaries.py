@@ -95,7 +95,7 @@ class UniversalPool:
                 f"a pool needs size >= 1 and renew_every >= 1 or None, got {self.size} and "
                 f"{self.renew_every}"
             )
-        # Inside a compiled function it is an array whose value nobody can look at.
+        # Inside a compiled function it is an array without a value.
         if isinstance(self.clean_share, int | float) and not 0 <= self.clean_share <= 1:
             raise ValueError(f"clean_share must be in [0, 1], got {self.clean_share}")
 
@@ -115,6 +115,7 @@ class UniversalPool:
     ) -> jax.Array:
         """Returns the attacked images ``[n, H, W, 3]``; see `Adversary.apply`."""
 
+        # Keyed by the place in the global batch: the same on any number of devices.
         def one(image, index):
             choice, coin, place = jax.random.split(jax.random.fold_in(key, index), 3)
             delta = deltas[jax.random.randint(choice, (), 0, self.size)]
@@ -127,13 +128,14 @@ class UniversalPool:
         self, deltas: jax.Array, gradient: jax.Array, key: jax.Array, step: jax.Array
     ) -> jax.Array:
         """Returns the perturbations after a step uphill, ``[size, H, W, 3]``."""
-        moved = _uphill(deltas, gradient, self.threat, _step_size(self, 1 / 5))
+        pool = _uphill(deltas, gradient, self.threat, _step_size(self, 1 / 5))
         if self.renew_every is None:
-            return moved
+            return pool
         fresh = random_delta(key, deltas.shape[1:], self.threat)
+        # Members take turns, so each of them lives for size * renew_every steps.
         turn, rest = jnp.divmod(step + 1, self.renew_every)
         oldest = (jnp.arange(self.size) == turn % self.size) & (rest == 0)
-        return jnp.where(oldest.reshape(-1, 1, 1, 1), fresh[None], moved)
+        return jnp.where(oldest.reshape(-1, 1, 1, 1), fresh[None], pool)
 
     def members(self, deltas: jax.Array) -> list[Any]:
         """Returns the perturbations as attacks, for scoring."""
@@ -181,6 +183,7 @@ class FreeReplays:
     def init(self, key: jax.Array, image_shape: tuple[int, ...], batch_size: int) -> jax.Array:
         """Returns zeros, float ``[batch_size, H, W, 3]``."""
         del key
+        # Algorithm 1 starts at zero, unlike one-step training with a random start.
         return jnp.zeros((batch_size, *image_shape))
 
     def apply(
@@ -213,6 +216,7 @@ def _attacked(delta: jax.Array, image: jax.Array, threat: Any, key: jax.Array) -
 
 
 def _uphill(deltas: jax.Array, gradient: jax.Array, threat: Any, step_size: Any) -> jax.Array:
+    # One by one: each perturbation has the whole budget for itself.
     directions = jax.vmap(threat.steepest)(gradient)
     return jax.vmap(lambda delta: within_budget(delta, threat))(deltas + step_size * directions)
 

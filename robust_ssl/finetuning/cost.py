@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from robust_ssl.parallel import MOST_MEMORY_MAPS, release_programs
+from robust_ssl.xla import MOST_MEMORY_MAPS, release_programs
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -69,28 +69,30 @@ def measure(
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    planned = {}
+    peak_bytes = {}
     for name, step in steps.items():
-        planned[name] = planned_bytes(step, states[name], batch) if memory else None
+        peak_bytes[name] = planned_bytes(step, states[name], batch) if memory else None
         release_programs(MOST_MEMORY_MAPS // 4)  # all steps are alive at once from here on
     states = dict(states)
 
     def timed(name: str, count: int) -> float:
+        # What is still under way on the device would be counted as this step's.
         state = jax.block_until_ready(states[name])
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(count):
             state, info = steps[name](state, batch)
         jax.block_until_ready((state, info))
         states[name] = state
-        return (time.perf_counter() - begun) / count
+        return (time.perf_counter() - start) / count
 
+    # All compile here, before a round counts.
     for name in steps:
         timed(name, warmup)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name in steps:
             seconds[name].append(timed(name, steps_per_round))
-    return {name: Cost(statistics.median(seconds[name]), planned[name]) for name in steps}
+    return {name: Cost(statistics.median(seconds[name]), peak_bytes[name]) for name in steps}
 
 
 def planned_bytes(step: Step, state: Any, batch: Any) -> int | None:
@@ -127,30 +129,10 @@ def planned_bytes(step: Step, state: Any, batch: Any) -> int | None:
     plan = step.memory_analysis()
     if plan is None:
         return None
+    # A donated argument and the result in its place are one piece of memory.
     return (
         plan.argument_size_in_bytes
         + plan.output_size_in_bytes
         + plan.temp_size_in_bytes
         - plan.alias_size_in_bytes
     )
-
-
-def relative(costs: Mapping[str, Cost], to: str) -> dict[str, float]:
-    """Returns how many times as long as one of them each step takes.
-
-    Args:
-      costs: As `measure` returns; all of one run, for other machines have other ratios.
-      to: The name whose factor is 1.
-
-    Raises:
-      ValueError: If `to` was not measured.
-
-    Example:
-      >>> relative({"usual": Cost(0.5, None), "pgd": Cost(2.0, None)}, to="usual")
-      {'usual': 1.0, 'pgd': 4.0}
-    """
-    if to not in costs:
-        raise ValueError(f"{to!r} was not measured; there are {', '.join(costs)}")
-    return {
-        name: cost.seconds_per_step / costs[to].seconds_per_step for name, cost in costs.items()
-    }

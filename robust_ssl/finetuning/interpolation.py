@@ -54,6 +54,7 @@ def interpolate(a: Variables, b: Variables, alpha: jax.Array | float) -> Variabl
         raise ValueError("cannot interpolate: the two trees differ in structure or shapes")
 
     def mix(x, y):
+        # (1 - alpha) x + alpha x is not x in floats: frozen layers would drift.
         return jnp.where(x == y, x, ((1 - alpha) * x + alpha * y).astype(x.dtype))
 
     return jax.tree.map(mix, a, b)
@@ -101,6 +102,7 @@ def guard(
         CurvePoint(float(alpha), *map(float, evaluate(interpolate(stage1, stage2, alpha))))
         for alpha in sorted({*alphas, 0.0}, reverse=True)
     ]
-    needed = curve[-1].robust_accuracy - tolerance
-    chosen = next(point for point in curve if point.robust_accuracy >= needed)
-    return Guarded(chosen.alpha, interpolate(stage1, stage2, chosen.alpha), curve)
+    # The curve ends at alpha 0, which is stage 1 itself: some point always qualifies.
+    lowest = curve[-1].robust_accuracy - tolerance
+    point = next(point for point in curve if point.robust_accuracy >= lowest)
+    return Guarded(point.alpha, interpolate(stage1, stage2, point.alpha), curve)

@@ -43,9 +43,11 @@ def overfitting_epoch(history: History, *, images: int, margin: float = 2.0) -> 
       accuracy fall to about zero within an epoch.
     """
     _check(history, images, margin)
+    # The first epoch has nothing to fall from.
     for epoch in range(2, len(history) + 1):
         one_step, pgd = history[epoch - 1]
         best_one_step, best_pgd = history[_best_epoch(history[: epoch - 1]) - 1]
+        # Of a difference: variances add, and half of an accuracy has a quarter of its variance.
         room = margin * math.sqrt(_variance(pgd, images) + _variance(best_pgd, images) / 4)
         slack = margin * math.sqrt(_variance(one_step, images) + _variance(best_one_step, images))
         if pgd < best_pgd / 2 - room and one_step >= best_one_step - slack:

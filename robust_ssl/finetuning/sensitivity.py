@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robust_ssl.finetuning.layerwise import FREEZE, Rate, match_paths
 from robust_ssl.losses import clean_cross_entropy
+from robust_ssl.optimizers.layerwise import FREEZE, Rate, match_paths
 from robust_ssl.parallel import Parallel, average
 from robust_ssl.types import Classifier, LossInputs
 
@@ -69,28 +69,31 @@ def layer_sensitivity(
     """
     if num_steps < 1 or radius <= 0:
         raise ValueError(f"num_steps and radius must be positive, got {num_steps} and {radius}")
-    parallel = Parallel.create(num_devices=1, method="jit") if parallel is None else parallel
+    parallel = Parallel.create(num_devices=1, kind="jit") if parallel is None else parallel
     original = classifier.variables["params"]
     paths = list(flatten_dict(original, sep="/"))
-    chosen = kernels(original, layers)
+    selected = kernels(original, layers)
     measure, ascend = _compile(classifier, parallel, learning_rate, radius)
     batch = parallel.put({"images": adversarial_images, "labels": labels})
 
     def state(mask, params, gradient):
         return {"mask": mask, "original": original, "params": params, "gradient": gradient}
 
+    # With no layer chosen nothing moves: the base loss, and the first gradient of every layer.
     nothing = dict.fromkeys(paths, jnp.zeros(()))
     zero = jax.tree.map(jnp.zeros_like, original)
     start, base = ascend(state(nothing, original, zero), batch)
     curves = {}
-    for path in chosen:
-        now, losses = start | {"mask": nothing | {path: jnp.ones(())}}, []
+    for path in selected:
+        ascent, losses = start | {"mask": nothing | {path: jnp.ones(())}}, []
         for _ in range(num_steps - 1):
-            now, loss = ascend(now, batch)
+            ascent, loss = ascend(ascent, batch)
             losses.append(loss)
-        curves[path] = [*losses, measure(now, batch)[1]]
+        # After the last step nobody needs a gradient.
+        curves[path] = [*losses, measure(ascent, batch)[1]]
     # One transfer at the end: the devices do not wait for the host between layers.
     curves, base = jax.device_get((curves, base))
+    # The best point of the ascent: a step may overshoot, and the unmoved kernel is in the ball.
     return {path: max(0.0, float(max(losses) - base)) for path, losses in curves.items()}
 
 
@@ -120,8 +123,8 @@ def select_redundant(
         )
     count = int(top_k_fraction * len(scores)) if top_k is None else top_k
     if not 1 <= count <= len(scores):
-        asked = f"top_k={top_k}" if top_k is not None else f"top_k_fraction={top_k_fraction}"
-        raise ValueError(f"{asked} selects {count} of {len(scores)} layers; at least one must move")
+        given = f"top_k={top_k}" if top_k is not None else f"top_k_fraction={top_k_fraction}"
+        raise ValueError(f"{given} selects {count} of {len(scores)} layers; at least one must move")
     return sorted(scores, key=scores.get)[:count]
 
 
@@ -146,8 +149,10 @@ def kernels(params: Mapping[str, Any], patterns: Iterable[str] | None = None) ->
     kernels = [path for path, x in flat.items() if path.endswith("kernel") and x.ndim >= 2]
     if patterns is None:
         return kernels
-    wanted = {path for pattern in patterns for path in match_paths(kernels, pattern)}
-    return [path for path in kernels if path in wanted]
+    matches: set[str] = set()
+    for pattern in patterns:
+        matches.update(match_paths(kernels, pattern))
+    return [path for path in kernels if path in matches]
 
 
 def _compile(classifier: Classifier, parallel: Parallel, learning_rate: float, radius: float):
@@ -165,13 +170,10 @@ def _compile(classifier: Classifier, parallel: Parallel, learning_rate: float, r
         params, gradient, original = (
             flatten_dict(state[name], sep="/") for name in ("params", "gradient", "original")
         )
-        moved = {
-            path: _into_ball(
-                x + learning_rate * state["mask"][path] * gradient[path], original[path], radius
-            )
-            for path, x in params.items()
-        }
-        return unflatten_dict(moved, sep="/")
+        for path, mask in state["mask"].items():
+            ascended = params[path] + learning_rate * mask * gradient[path]
+            params[path] = _into_ball(ascended, original[path], radius)
+        return unflatten_dict(params, sep="/")
 
     def measure(state, batch):
         params = move(state)

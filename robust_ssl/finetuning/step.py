@@ -1,4 +1,4 @@
-"""One update of fine-tuning: craft, look, compare, move; the same for every method.
+"""One update of fine-tuning: attack, forward, losses, update; the same for every recipe.
 
 Usual fine-tuning is clean cross-entropy; Gen-AF's first stage is `mixed_losses` with an attack and
 two learning rates; its second stage is clean cross-entropy with most parameters frozen.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Set
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +17,44 @@ import numpy as np
 import optax
 
 from robust_ssl import losses as losses_lib
+from robust_ssl import struct
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.build import resolve
 from robust_ssl.finetuning.adversaries import COLLECTION, Adversary
-from robust_ssl.finetuning.layerwise import keep_frozen, stop_frozen
-from robust_ssl.finetuning.looking import (
+from robust_ssl.finetuning.outputs import (
     BATCH_STATISTICS,
     accuracies,
-    follow,
-    gathered,
-    look,
-    per_image,
-    read_by,
+    gather_outputs,
+    loss_per_image,
+    outputs_read,
+    running_statistics,
+    training_outputs,
 )
+from robust_ssl.optimizers.finite import no_skips, take_if_finite
+from robust_ssl.optimizers.layerwise import keep_frozen, stop_frozen
 from robust_ssl.parallel import average, gather
-from robust_ssl.types import (
-    Attack,
-    Classifier,
-    Encoder,
-    Loss,
-    LossInputs,
-    TrainState,
-)
-from robust_ssl.updates import no_skips, take_if_finite
+from robust_ssl.types import Attack, Classifier, Encoder, Loss, LossInputs, TrainState, Variables
 
 Batch = Mapping[str, jax.Array]
+
+
+@struct.dataclass
+class Settings:
+    """What differs between runs that share a compiled program: arguments of the step, not of XLA.
+
+    Attributes:
+      weights: Of the losses, by name.
+      attack: The attack with its budget, or None.
+      pretrained: The public encoder, or None.
+      statistics: The batch statistics that training starts from, for ``"twins"``, or None.
+      key: Base key.
+    """
+
+    weights: Mapping[str, Any]
+    attack: Attack | Adversary | None
+    pretrained: Encoder | None
+    statistics: Variables | None
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,15 +63,14 @@ class Step:
 
     Attributes:
       function: ``(state, batch, settings) -> (state, metrics)``.
-      settings: What differs between runs that share a compiled program: the weights of the losses,
-        the attack with its budget, the random key, the pre-trained encoder.  A pytree of NumPy
-        arrays and keys, for `Parallel.compile(function, constants=settings)`.
+      settings: A pytree of NumPy arrays and keys, for
+        ``Parallel.compile(function, constants=settings)``.
       passes: How often an image goes through the network and back for the update itself: once for
-        clean and once for adversarial outputs, where a loss looks at them.
+        clean and once for adversarial outputs, where a loss reads them.
     """
 
-    function: Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]
-    settings: Any
+    function: Callable[[TrainState, Batch, Settings], tuple[TrainState, dict[str, jax.Array]]]
+    settings: Settings
     passes: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -96,6 +108,7 @@ def init_state(
       >>> int(init_state(net, optax.sgd(0.1)).step)
       0
     """
+    # Copies: a donated state must not take the classifier's arrays with it.
     variables = jax.tree.map(jnp.array, classifier.variables)
     if isinstance(attack, Adversary):
         if key is None or batch_size is None:
@@ -180,7 +193,7 @@ def make_step(
 
     Adversarial images are crafted against the very weights that are being trained, in evaluation
     mode, and are constants; those of an `Adversary` have a gradient, by which it moves.  Losses see
-    the gathered global batch.  What no loss looks at is not computed.  A step whose loss, gradient
+    the gathered global batch.  What no loss reads is not computed.  A step whose loss, gradient
     or new state is not finite changes nothing but the counters.
 
     Args:
@@ -206,7 +219,7 @@ def make_step(
       A `Step`, ``step(state, batch) -> (state, metrics)``.  The batch has ``images``, float32 in
       [0, 1] or uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; and ``indices``, int32 ``[n]``,
       each image's position in the global batch.  Metrics are scalars: each loss by name,
-      unweighted, and ``loss``, ``clean_accuracy`` and ``robust_accuracy`` (where a loss looks at
+      unweighted, and ``loss``, ``clean_accuracy`` and ``robust_accuracy`` (where a loss reads
       those logits; shares of this batch in training mode), ``gradient_norm`` (of what is trained)
       and ``skipped`` (0 or 1).
 
@@ -243,124 +256,133 @@ def make_step(
         raise ValueError(
             'batch_statistics="twins" is about batch norm, and this encoder has none; take "clean"'
         )
-    # As floats: with 6 among the weights of a sweep the program of 6.5 would be another one.
-    weights = {name: float(weight) for name, (_, weight) in losses.items()}
-    losses = {name: resolve(loss) for name, (loss, _) in losses.items()}
-    twins = batch_statistics == "twins"
-    settings = {
-        # Read once, as NumPy: constants must not sit on one device or in one process.
-        **_on_host({"weights": weights, "attack": attack, "pretrained": pretrained}),
-        "statistics": _on_host(template.variables["batch_stats"]) if twins else None,
-        "key": key,
-    }
-    read = read_by(losses, template, attack is not None, pretrained)
-    plan = _Plan(
-        template=template,
-        tx=tx,
-        losses=losses,
-        read=read,
-        batch_statistics=batch_statistics,
-        frozen=frozen,
-        augment=augment,
-        axis_name=axis_name,
-    )
+    losses, weights = _functions_and_weights(losses)
+    # As NumPy: constants must not sit on one device or in one process.
+    weights, attack, pretrained = jax.tree.map(np.asarray, (weights, attack, pretrained))
+    statistics = None
+    if batch_statistics == "twins":
+        statistics = jax.tree.map(np.asarray, template.variables["batch_stats"])
+    read = outputs_read(losses, template, attack is not None, pretrained)
+    plan = _Plan(template, tx, losses, read, batch_statistics, frozen, augment, axis_name)
     passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
+    settings = Settings(weights, attack, pretrained, statistics, key)
     return Step(functools.partial(_update, plan), settings, passes)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """What of a step is settled when it is compiled."""
+def _functions_and_weights(losses: Mapping[str, tuple[Loss | str, float]]):
+    functions, weights = {}, {}
+    for name, (loss, weight) in losses.items():
+        functions[name] = resolve(loss)
+        # As a float: with 6 among the weights of a sweep the program of 6.5 would be another one.
+        weights[name] = float(weight)
+    return functions, weights
+
+
+class _Plan(NamedTuple):
+    """What is fixed when the step is compiled."""
 
     template: Classifier
     tx: optax.GradientTransformation
     losses: Mapping[str, Loss]
-    read: Mapping[str, Collection[str]]
+    read: Mapping[str, Set[str]]
     batch_statistics: str
     frozen: Collection[str]
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None
     axis_name: str | None
 
 
+class _Keys(NamedTuple):
+    """The random keys of one step, one for each use."""
+
+    augmentation: jax.Array
+    attack: jax.Array
+    network: jax.Array
+    renewal: jax.Array
+
+
+def _keys(key: jax.Array, step: jax.Array) -> _Keys:
+    step_key, network = jax.random.split(jax.random.fold_in(key, step))
+    augmentation, attack = jax.random.split(step_key)
+    renewal = jax.random.fold_in(step_key, 2)  # 0 and 1 are taken: the split above
+    return _Keys(augmentation, attack, network, renewal)
+
+
 def _update(
-    plan: _Plan, state: TrainState, batch: Batch, settings: Mapping[str, Any]
+    plan: _Plan, state: TrainState, batch: Batch, settings: Settings
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Crafts, looks, compares, moves."""
-    attack, params = settings["attack"], state.variables["params"]
-    step_key, train_key = jax.random.split(jax.random.fold_in(settings["key"], state.step))
-    attack_key = jax.random.split(step_key)[1]
+    """Attacks the images, takes the gradient of the losses and moves the weights."""
+    attack, params = settings.attack, state.variables["params"]
+    keys = _keys(settings.key, state.step)
     images = _clean_images(plan, state, batch, settings)
-    craft = _crafter(plan, state, attack_key, images, batch, attack)
+    attacked_images = _attacked_images(plan, state, keys.attack, images, batch, attack)
     labels = gather(batch["labels"], plan.axis_name)
-    anchor = None
-    if settings["pretrained"] is not None:
-        outputs = settings["pretrained"](images)
-        anchor = gathered(outputs, plan.read["pretrained"], plan.axis_name)
+    pretrained = None
+    if settings.pretrained is not None:
+        outputs = settings.pretrained(images)
+        pretrained = gather_outputs(outputs, plan.read["pretrained"], plan.axis_name)
 
     def total_loss(params, deltas):
         variables = {**state.variables, "params": stop_frozen(params, plan.frozen)}
-        look_at = functools.partial(
-            look,
+        outputs_of = functools.partial(
+            training_outputs,
             plan.template.with_variables(variables),
-            train_key,
+            keys.network,
             plan.batch_statistics,
-            settings["statistics"],
+            settings.statistics,
             plan.axis_name,
         )
-        clean, clean_statistics = look_at(images, plan.read["clean"])
-        attacked, statistics = None, None
+        clean, statistics = outputs_of(images, plan.read["clean"])
+        adversarial, adversarial_statistics = None, None
         if attack is not None:
-            attacked, statistics = look_at(craft(deltas), plan.read["adversarial"])
-        inputs = LossInputs(labels=labels, clean=clean, adversarial=attacked, pretrained=anchor)
-        loss, metrics = _weighted_sum(plan.losses, settings["weights"], inputs)
-        return loss, (metrics | accuracies(inputs, plan.read), (clean_statistics, statistics))
+            adversarial, adversarial_statistics = outputs_of(
+                attacked_images(deltas), plan.read["adversarial"]
+            )
+        inputs = LossInputs(
+            labels=labels, clean=clean, adversarial=adversarial, pretrained=pretrained
+        )
+        loss, metrics = _weighted_sum(plan.losses, settings.weights, inputs)
+        running = running_statistics(plan.batch_statistics, statistics, adversarial_statistics)
+        return loss, (metrics | accuracies(inputs, plan.read), running)
 
+    # One backward pass for weights and perturbations is what makes an adversary free.
+    # Without an adversary the tree is empty, and so is its gradient.
     deltas = state.variables.get(COLLECTION, {})
-    (gradient, uphill), (metrics, statistics) = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(
+    gradients, (metrics, running) = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(
         params, deltas
     )
-    gradient, uphill = average((gradient, uphill), plan.axis_name)
+    gradient, uphill = average(gradients, plan.axis_name)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = plan.tx.update(gradient, state.opt_state, params)
-    variables = {
-        **state.variables,
-        **follow(plan.batch_statistics, *statistics),
-        "params": optax.apply_updates(params, updates),
-    }
-    variables = keep_frozen(variables, state.variables, plan.frozen)
+    new = {**state.variables, **running, "params": optax.apply_updates(params, updates)}
+    variables = keep_frozen(new, state.variables, plan.frozen)
     if isinstance(attack, Adversary):
-        renewal_key = jax.random.fold_in(step_key, 2)  # 0 and 1 are taken: the split above
-        moved = attack.update(deltas["deltas"], uphill["deltas"], renewal_key, state.step)
+        moved = attack.update(deltas["deltas"], uphill["deltas"], keys.renewal, state.step)
         variables[COLLECTION] = {"deltas": moved}
     return take_if_finite(state, variables, opt_state, metrics)
 
 
-def _crafter(plan: _Plan, state: TrainState, key: jax.Array, images, batch: Batch, attack):
+def _attacked_images(plan: _Plan, state: TrainState, key: jax.Array, images, batch: Batch, attack):
     """Returns ``deltas -> adversarial images``; a per-image attack's do not depend on them."""
     if isinstance(attack, Adversary):
         return lambda deltas: attack.apply(deltas["deltas"], key, images, batch["indices"])
     if attack is None:
         return None
+    # Against the weights before this step, outside of the loss: no gradient goes back through it.
     model = plan.template.with_variables(state.variables)
     crafted = attack_batch(attack, key, model, images, batch["labels"], batch["indices"])
     return lambda deltas: jax.lax.stop_gradient(crafted)
 
 
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
-
-
-def _clean_images(plan: _Plan, state: TrainState, batch: Batch, settings) -> jax.Array:
+def _clean_images(plan: _Plan, state: TrainState, batch: Batch, settings: Settings) -> jax.Array:
     """Returns the step's clean images, augmented; each is keyed by its index."""
     images = batch["images"]
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255.0
     if plan.augment is None:
         return images
-    # Every replay of a batch has the same augmentation.
-    shown = state.step // getattr(settings["attack"], "replays", 1)
-    step_key, _ = jax.random.split(jax.random.fold_in(settings["key"], shown))
-    key = jax.random.split(step_key)[0]
+    # Every replay of a batch has the same augmentation: its perturbations belong to these pixels.
+    replays = getattr(settings.attack, "replays", 1)
+    key = _keys(settings.key, state.step // replays).augmentation
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["indices"])
     return jax.vmap(plan.augment)(keys, images)
 
@@ -369,6 +391,6 @@ def _weighted_sum(losses, weights, inputs: LossInputs) -> tuple[jax.Array, dict[
     metrics = {}
     total = jnp.zeros(())
     for name, loss in losses.items():
-        metrics[name] = jnp.mean(per_image(name, loss, inputs))
+        metrics[name] = jnp.mean(loss_per_image(name, loss, inputs))
         total = total + weights[name] * metrics[name]
     return total, metrics | {"loss": total}

@@ -65,21 +65,15 @@ def conv_general_dilated(
     undilated = set(lhs_dilation or (1,)) == {1} and set(rhs_dilation or (1,)) == {1}
     plain = undilated and feature_group_count == 1
     plain = plain and precision is None and preferred_element_type is None
+    # Asked when traced: one process runs on one backend.
     if jax.default_backend() != "cpu" or not plain:
         return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            _DIMENSIONS,
-            feature_group_count=feature_group_count,
-            precision=precision,
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, _DIMENSIONS,
+            feature_group_count=feature_group_count, precision=precision,
             preferred_element_type=preferred_element_type,
-        )
+        )  # fmt: skip
     strides = tuple(window_strides)
-    if isinstance(padding, str):
+    if isinstance(padding, str):  # as numbers, which the gradient below computes with
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     padding = tuple(map(tuple, padding))
     if _smaller_than_kernel(lhs, rhs, strides, padding):
@@ -104,13 +98,11 @@ def _as_matrix_product(lhs, rhs, strides, padding):
     """The convolution as patches times kernel; JAX's own derivatives of it hold no convolution."""
     height, width = _output_size(lhs, rhs, strides, padding)
     padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    patches = [
-        padded[:, i : i + (height - 1) * strides[0] + 1 : strides[0]][
-            :, :, j : j + (width - 1) * strides[1] + 1 : strides[1]
-        ]
-        for i in range(rhs.shape[0])
-        for j in range(rhs.shape[1])
-    ]
+    patches = []
+    for i in range(rhs.shape[0]):
+        rows = padded[:, i : i + (height - 1) * strides[0] + 1 : strides[0]]
+        for j in range(rhs.shape[1]):
+            patches.append(rows[:, :, j : j + (width - 1) * strides[1] + 1 : strides[1]])
     flat = jnp.concatenate(patches, axis=-1).reshape(lhs.shape[0] * height * width, -1)
     product = flat @ rhs.reshape(flat.shape[1], rhs.shape[3])
     return product.reshape(lhs.shape[0], height, width, rhs.shape[3])
@@ -128,10 +120,12 @@ def _forward(lhs, rhs, strides, padding):
 def _backward(strides, padding, residuals, cotangent):
     lhs, rhs = residuals
     if lhs.shape[-1] <= _FEW_CHANNELS:
+        # Third case of the module's text.
         _, pull_lhs = jax.vjp(lambda x: _as_matrix_product(x, rhs, strides, padding), lhs)
         (lhs_gradient,) = pull_lhs(cotangent)
     else:
         lhs_gradient = _input_gradient(lhs.shape, rhs, strides, padding, cotangent)
+    # The kernel's gradient is JAX's own: on two devices nothing measured was faster.
     _, pull_rhs = jax.vjp(
         lambda kernel: lax.conv_general_dilated(
             lhs, kernel, strides, padding, dimension_numbers=_DIMENSIONS
@@ -145,10 +139,12 @@ def _input_gradient(shape, rhs, strides, padding, cotangent):
     """The transposed convolution in canonical form: kernel flipped, channels swapped."""
     pads = []
     for axis, ((low, _), stride) in enumerate(zip(padding, strides, strict=True)):
+        # With these pads the result has the image's size, whatever the stride left over.
         kernel = rhs.shape[axis]
         before = kernel - 1 - low
         dilated = (cotangent.shape[1 + axis] - 1) * stride + 1
         pads.append((before, shape[1 + axis] - before - dilated + kernel - 1))
+    # First case of the module's text.  Outside loops the result is that of `lax`, bit for bit.
     flipped = jnp.swapaxes(rhs[::-1, ::-1], 2, 3)
     return lax.conv_general_dilated(
         cotangent, flipped, (1, 1), pads, lhs_dilation=strides, dimension_numbers=_DIMENSIONS

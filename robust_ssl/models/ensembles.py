@@ -31,6 +31,7 @@ class MemberEncoders(nn.Module):
         features, taps = [], {}
         for index, member in enumerate(self.members):
             name = f"member{index}"
+            # A copy without parent: the member's own module belongs to nobody and has no name.
             module = member.module.copy(name=name, **axis)
             outputs, inside = module(member.normalize(images), train=train)
             features.append(outputs)
@@ -52,6 +53,7 @@ class ConfidenceFusion(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the logarithm of the fused probabilities, float32 ``[batch, num_classes]``."""
+        # NumPy, because the places to split at must be known when the model is traced.
         ends = np.cumsum([member.encoder.dim for member in self.members])
         parts = jnp.split(features, ends[:-1].tolist(), axis=-1)
         logits = [
@@ -83,6 +85,7 @@ def fuse(logits: jax.Array, *, temperature: float = 1.0) -> jax.Array:
       >>> [round(p, 3) for p in jnp.exp(fused)[0].tolist()]  # weights 0.6 and 0.4
       [0.7, 0.3]
     """
+    # float32 whatever the heads compute in: the weights are differences of logarithms.
     log_probabilities = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32) / temperature)
     confidence = jnp.max(log_probabilities, axis=-1, keepdims=True)
     weights = confidence - jax.nn.logsumexp(confidence, axis=0, keepdims=True)
@@ -132,6 +135,7 @@ def confidence_ensemble(
         values = [getattr(member, what) for member in classifiers]
         if len(set(values)) > 1:
             raise ValueError(f"the members of an ensemble must have one {what}, got {values}")
+    # A module's attributes are hashed by jit, and arrays do not hash: the members go in bare.
     encoders = tuple(member.encoder.replace(variables=None) for member in classifiers)
     bare = tuple(
         member.replace(encoder=encoder, head_variables=None)
@@ -164,6 +168,7 @@ def ensemble_members(classifier: Classifier) -> tuple[Classifier, ...]:
       >>> ensemble_members(net), len(ensemble_members(confidence_ensemble([net, net])))
       ((), 2)
     """
+    # The head tells, not the encoder: `replace` may have given that another name or preprocess.
     if not isinstance(classifier.head, ConfidenceFusion):
         return ()
     return tuple(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _DCGAN = nn.initializers.normal(0.02)  # Radford et al., ICLR 2016, Section 4
 
@@ -75,7 +76,10 @@ def mix(images: jax.Array, kernel: jax.Array) -> jax.Array:
     _, height, width, _ = images.shape
     shares = jnp.einsum("nhwc,abn->abhwc", images, kernel)
     padded = jnp.pad(shares, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(padded[a, b, a : a + height, b : b + width, :] for a in range(3) for b in range(3))
+    total = 0
+    for a, b in np.ndindex(3, 3):
+        total += padded[a, b, a : a + height, b : b + width, :]
+    return total
 
 
 class Generator(nn.Module):

@@ -43,12 +43,11 @@ class MLPHead(nn.Module):
         return nn.Dense(self.num_classes, name="output")(x)
 
 
+HEADS = {"linear": LinearHead, "mlp": MLPHead}
+
+
 def classifier(
-    key: jax.Array,
-    encoder: Encoder,
-    num_classes: int,
-    *,
-    head: str | nn.Module = "mlp",
+    key: jax.Array, encoder: Encoder, num_classes: int, *, head: str | nn.Module = "mlp"
 ) -> Classifier:
     """Puts a fresh head on an encoder.
 
@@ -75,9 +74,9 @@ def classifier(
     if num_classes < 2:
         raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
     if isinstance(head, str):
-        heads = {"linear": LinearHead, "mlp": MLPHead}
-        if head not in heads:
-            raise ValueError(f"head must be one of {sorted(heads)} or a module, got {head!r}")
-        head = heads[head](num_classes)
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {sorted(HEADS)} or a module, got {head!r}")
+        head = HEADS[head](num_classes)
+    # The features' number is all that a head needs of its encoder, which is therefore not run.
     variables = head.init(key, jnp.zeros((1, encoder.dim)))
     return Classifier(encoder=encoder, head_variables=variables, head=head, num_classes=num_classes)

@@ -44,8 +44,10 @@ def resize_positions(encoder: Encoder, image_size: int) -> Encoder:
     if old == new:
         return encoder
     params = dict(encoder.variables["params"])
+    # On the host in float64, rounded once: the resized positions are stored like trained ones.
     position = np.asarray(params["embed"]["position"])
     first = int(module.class_token)
+    # Without the class token, which has no place in the image.
     grid = position[0, first:].reshape(old, old, module.width)
     weights = _bicubic(old, new)
     grid = np.einsum("yi,xj,ijc->yxc", weights, weights, grid.astype(np.float64))
@@ -60,7 +62,7 @@ def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
     """Weights ``[new, old]`` of cubic convolution (Keys, 1981); beyond the edge is the edge."""
     weights = np.zeros((new, old))
     for i in range(new):
-        center = (i + 0.5) * old / new - 0.5
+        center = (i + 0.5) * old / new - 0.5  # corners not aligned: pixels are areas
         for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
             x = abs(center - j)
             near = (a + 2) * x**3 - (a + 3) * x**2 + 1

@@ -142,6 +142,7 @@ class JPEG:
         chroma = _quantize_blocks(chroma, _table(_CHROMINANCE, self.quality))
         coded = _to_8_bits(self._decode(luma, chroma))
         if self.straight_through:
+            # Without rounding the transform and its inverse cancel; averaged colors remain so.
             smooth = padded
             if self.subsample:
                 smooth = self._decode(*self._encode(padded, lambda planes: planes))
@@ -178,6 +179,7 @@ def _blur(images, sigma: float, axis: int):
     radius = math.ceil(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     kernel /= kernel.sum()
+    # The edge goes on: zeros outside would darken the border.
     padding = [(0, 0)] * images.ndim
     padding[axis] = (radius, radius)
     padded = jnp.pad(images, padding, mode="edge")
@@ -213,6 +215,7 @@ def _cosines() -> np.ndarray:
     """The orthonormal cosine transform of 8 samples, one frequency a row; float32 ``[8, 8]``."""
     frequency, place = np.mgrid[:_BLOCK, :_BLOCK]
     matrix = np.cos(np.pi * (2 * place + 1) * frequency / (2 * _BLOCK)) * np.sqrt(2 / _BLOCK)
+    # Orthonormal, so that the way back is the transpose.
     matrix[0] /= np.sqrt(2)
     return matrix.astype(np.float32)
 
@@ -223,8 +226,11 @@ def _quantize_blocks(planes, steps: np.ndarray):
     blocks = planes.reshape(*batch, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK, count)
     cosines, steps = _cosines(), steps.reshape(_BLOCK, 1, _BLOCK, 1)
     steps = np.broadcast_to(steps, blocks.shape[len(batch) + 1 :])
+    # Highest precision: accelerators multiply with fewer bits, and roundings would differ.
     transform = "ui,vj,...aibjc->...aubvc"
+    # 128: the level shift of T.81, A.3.1.
     blocks = jnp.einsum(transform, cosines, cosines, blocks - 128.0, precision="highest")
+    # Ranks are spelled out, here and below: the tests make rank promotion an error.
     steps = jnp.asarray(steps).reshape((1,) * (blocks.ndim - steps.ndim) + steps.shape)
     blocks = jnp.round(blocks / steps) * steps
     back = jnp.einsum(transform, cosines.T, cosines.T, blocks, precision="highest") + 128.0

@@ -7,7 +7,8 @@ Parameter paths are what layer-wise rules are written against: ``stem/conv``, ``
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -34,7 +35,6 @@ class ConvNorm(nn.Module):
     padding: int = 0
     dtype: Any = jnp.float32
     axis_name: str | None = None
-    zero_scale: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -43,11 +43,15 @@ class ConvNorm(nn.Module):
             self.width,
             (self.kernel, self.kernel),
             (self.stride, self.stride),
+            # Not "SAME", which pads a strided convolution at the end only; torch pads both sides.
             [(self.padding, self.padding)] * 2,
             use_bias=False,
             dtype=self.dtype,
+            # He et al., ICCV 2015, as torchvision starts its ResNets.
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            conv_general_dilated_cls=lambda: conv_general_dilated,
+            conv_general_dilated_cls=lambda: (
+                conv_general_dilated
+            ),  # linen calls it for the function
             name="conv",
         )(x)
         return nn.BatchNorm(
@@ -55,8 +59,8 @@ class ConvNorm(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             dtype=self.dtype,
+            # Evaluation reads running statistics, so there need be no device axis.
             axis_name=self.axis_name if train else None,
-            scale_init=nn.initializers.zeros if self.zero_scale else nn.initializers.ones,
             name="norm",
         )(x)
 
@@ -153,7 +157,7 @@ class ResNet(nn.Module):
             x.astype(self.dtype), train
         )
         x = nn.relu(x)
-        if pool:
+        if pool:  # padded on both sides, as torchvision's
             x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
         taps = {"stem": x}
         for index, depth in enumerate(self.depths):
@@ -163,122 +167,84 @@ class ResNet(nn.Module):
             )
             x, blocks = stage(x, train)
             taps |= {f"{name}/{block}": activation for block, activation in blocks.items()}
+        # float32 for heads, losses and attacks, whatever the network computes in.
         return jnp.mean(x, axis=(1, 2)).astype(jnp.float32), taps
 
 
-def _resnet(
-    key, block, depths, *, width, stem, stem_padding, image_size, mean, std, dtype, name
-) -> Encoder:
-    if stem not in STEMS:
-        raise ValueError(f"stem must be one of {sorted(STEMS)}, got {stem!r}")
-    module = ResNet(
-        block=block,
-        depths=depths,
-        width=width,
-        stem=stem,
-        stem_padding=STEMS[stem][3] if stem_padding is None else stem_padding,
-        dtype=jnp.dtype(dtype),
-    )
-    variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
-    return Encoder(
-        variables=variables,
-        module=module,
-        mean=tuple(mean),
-        std=tuple(std),
-        image_size=image_size,
-        dim=width * 2 ** (len(depths) - 1) * block.expansion,
-        name=name,
-    )
+# Blocks and how many of them each stage has: He et al., Table 1.
+VARIANTS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
 
 
-def resnet18(
-    key: jax.Array,
-    *,
-    width: int = 64,
-    stem: str = "cifar",
-    stem_padding: int | None = None,
-    image_size: int = 32,
-    mean: tuple[float, float, float] = CIFAR10_MEAN,
-    std: tuple[float, float, float] = CIFAR10_STD,
-    dtype: Any = "float32",
-    name: str = "resnet18",
-) -> Encoder:
-    """Builds a ResNet-18 encoder with random weights.
+def _builder(variant: str) -> Callable[..., Encoder]:
+    """Makes the public function of a variant; they differ in blocks, names and features only."""
+    block, depths = VARIANTS[variant]
+    expansion = 2 ** (len(depths) - 1) * block.expansion
 
-    Args:
-      key: Random key of the initialization.
-      width: Channels of the first stage; the encoder has ``8 * width`` features.
-      stem: ``"cifar"``, ``"cifar_half"`` or ``"imagenet"``.
-      stem_padding: Zeros around the image; None is the stem's usual value (1 for CIFAR, 3 for
-        ImageNet).  solo-learn's CIFAR checkpoints were trained with 2.
-      image_size: Height and width, pixels.
-      mean: Per-channel mean of the training pixels, in [0, 1].
-      std: Per-channel standard deviation of the training pixels.
-      dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
-      name: For tables and manifests.
+    def build(
+        key: jax.Array,
+        *,
+        width: int = 64,
+        stem: Literal["cifar", "cifar_half", "imagenet"] = "cifar",
+        stem_padding: int | None = None,
+        image_size: int = 32,
+        mean: tuple[float, float, float] = CIFAR10_MEAN,
+        std: tuple[float, float, float] = CIFAR10_STD,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        name: str = variant,
+    ) -> Encoder:
+        """Builds a RESNET encoder with random weights.
 
-    Returns:
-      An `Encoder` of ``8 * width`` features.
+        Args:
+          key: Random key of the initialization.
+          width: Channels of the first stage; the encoder has ``EXPANSION * width`` features.
+          stem: ``"cifar"``, ``"cifar_half"`` or ``"imagenet"``.
+          stem_padding: Zeros around the image; None is the stem's usual value (1 for CIFAR, 3 for
+            ImageNet).  solo-learn's CIFAR checkpoints were trained with 2.
+          image_size: Height and width, pixels.
+          mean: Per-channel mean of the training pixels, in [0, 1].
+          std: Per-channel standard deviation of the training pixels.
+          dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
+          name: For tables and manifests.
 
-    Raises:
-      ValueError: If `stem` is not known.
+        Returns:
+          An `Encoder` of ``EXPANSION * width`` features.
 
-    Example:
-      >>> resnet18(jax.random.key(0), width=8).dim
-      64
+        Raises:
+          ValueError: If `stem` is not known.
 
-    References:
-      He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1.
-    """
-    return _resnet(
-        key, BasicBlock, (2, 2, 2, 2), width=width, stem=stem, stem_padding=stem_padding,
-        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
+        Example:
+          >>> shapes = jax.eval_shape(lambda key: VARIANT(key, width=1), jax.random.key(0))
+          >>> shapes.dim
+          EXPANSION
 
+        References:
+          He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1.
+        """
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {sorted(STEMS)}, got {stem!r}")
+        padding = STEMS[stem][3] if stem_padding is None else stem_padding
+        module = ResNet(block, depths, width, stem, padding, jnp.dtype(dtype))
+        # One program for the whole tree; unjitted, every operation would be compiled by itself.
+        variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
+        dim = width * expansion
+        return Encoder(variables, module, tuple(mean), tuple(std), image_size, dim, name)
 
-def resnet34(key: jax.Array, *, width: int = 64, stem: str = "cifar",
-             stem_padding: int | None = None, image_size: int = 32,
-             mean: tuple[float, float, float] = CIFAR10_MEAN,
-             std: tuple[float, float, float] = CIFAR10_STD,
-             dtype: Any = "float32", name: str = "resnet34") -> Encoder:  # fmt: skip
-    """Builds a ResNet-34 encoder; arguments as `resnet18`, ``8 * width`` features."""
-    return _resnet(
-        key, BasicBlock, (3, 4, 6, 3), width=width, stem=stem, stem_padding=stem_padding,
-        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
-
-
-def resnet50(key: jax.Array, *, width: int = 64, stem: str = "cifar",
-             stem_padding: int | None = None, image_size: int = 32,
-             mean: tuple[float, float, float] = CIFAR10_MEAN,
-             std: tuple[float, float, float] = CIFAR10_STD,
-             dtype: Any = "float32", name: str = "resnet50") -> Encoder:  # fmt: skip
-    """Builds a ResNet-50 encoder; arguments as `resnet18`, ``32 * width`` features."""
-    return _resnet(
-        key, Bottleneck, (3, 4, 6, 3), width=width, stem=stem, stem_padding=stem_padding,
-        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
+    build.__name__ = build.__qualname__ = variant  # a saved encoder's card names its builder so
+    # One text, so that the five functions cannot come to say different things.
+    title = variant.replace("resnet", "ResNet-")
+    for placeholder, value in (("RESNET", title), ("VARIANT", variant), ("EXPANSION", expansion)):
+        build.__doc__ = build.__doc__.replace(placeholder, str(value))
+    return build
 
 
-def resnet101(key: jax.Array, *, width: int = 64, stem: str = "cifar",
-              stem_padding: int | None = None, image_size: int = 32,
-              mean: tuple[float, float, float] = CIFAR10_MEAN,
-              std: tuple[float, float, float] = CIFAR10_STD,
-              dtype: Any = "float32", name: str = "resnet101") -> Encoder:  # fmt: skip
-    """Builds a ResNet-101 encoder; arguments as `resnet18`, ``32 * width`` features."""
-    return _resnet(
-        key, Bottleneck, (3, 4, 23, 3), width=width, stem=stem, stem_padding=stem_padding,
-        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
-
-
-def resnet152(key: jax.Array, *, width: int = 64, stem: str = "cifar",
-              stem_padding: int | None = None, image_size: int = 32,
-              mean: tuple[float, float, float] = CIFAR10_MEAN,
-              std: tuple[float, float, float] = CIFAR10_STD,
-              dtype: Any = "float32", name: str = "resnet152") -> Encoder:  # fmt: skip
-    """Builds a ResNet-152 encoder; arguments as `resnet18`, ``32 * width`` features."""
-    return _resnet(
-        key, Bottleneck, (3, 8, 36, 3), width=width, stem=stem, stem_padding=stem_padding,
-        image_size=image_size, mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
+resnet18 = _builder("resnet18")
+resnet34 = _builder("resnet34")
+resnet50 = _builder("resnet50")
+resnet101 = _builder("resnet101")
+resnet152 = _builder("resnet152")

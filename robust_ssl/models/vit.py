@@ -8,7 +8,8 @@ what layer-wise rules are written against: ``embed/patch``, ``embed/position``,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -35,13 +36,8 @@ def _norm(module: nn.Module, name: str) -> nn.LayerNorm:
 
 
 def _dense(width: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(
-        width,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.initializers.xavier_uniform(),
-        name=name,
-    )
+    initializer = nn.initializers.xavier_uniform()
+    return nn.Dense(width, use_bias=use_bias, dtype=dtype, kernel_init=initializer, name=name)
 
 
 class Embedding(nn.Module):
@@ -71,9 +67,11 @@ class Embedding(nn.Module):
                 f"resize them, or build it with image_size={x.shape[1]}"
             )
         side = size // patch
+        # Pixels in a convolution kernel's order, row, column, color; `mapping.patches` needs it.
         x = x.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(batch, side * side, patch**2 * 3)
         x = _dense(self.width, self.dtype, "patch", self.patch_bias)(x)
+        # DINOv2's order: positions for class token and patches, then registers between them.
         if self.class_token:
             x = self._prepend("token", 1, x)
         position = self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
@@ -85,6 +83,7 @@ class Embedding(nn.Module):
         return _norm(self, "norm")(x) if self.pre_norm else x
 
     def _prepend(self, name: str, count: int, x: jax.Array) -> jax.Array:
+        # timm's and DINOv2's start.
         tokens = self.param(name, nn.initializers.normal(1e-6), (1, count, self.width))
         tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], count, self.width))
         return jnp.concatenate([tokens, x], axis=1)
@@ -102,6 +101,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = _dense(3 * width, self.dtype, "qkv")(x)
         qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        # Scaled by the root of a head's width, which is this function's default.
         mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return _dense(width, self.dtype, "output")(mixed.reshape(batch, tokens, width))
 
@@ -206,11 +206,13 @@ class ViT(nn.Module):
             )(x)  # fmt: skip
             taps[name] = x
         norm = _norm(self, "norm")
+        # One norm, one name: only its place differs, so parameter paths are the same.
         if self.norm_after_pooling:
             return norm(self._pool(x)).astype(jnp.float32), taps
         return self._pool(norm(x)), taps
 
     def _pool(self, x: jax.Array) -> jax.Array:
+        # Before the mean: a mean of many tokens in bfloat16 would keep two or three digits.
         x = x.astype(jnp.float32)
         if self.pooling == "token":
             return x[:, 0]
@@ -237,7 +239,7 @@ def vision_transformer(
     norm_epsilon: float = 1e-6,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
-    dtype: Any = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     name: str = "vision_transformer",
 ) -> Encoder:
     """Builds a vision transformer of any shape, with random weights.
@@ -295,17 +297,10 @@ def vision_transformer(
         pre_norm=pre_norm, patch_bias=patch_bias, layer_scale=layer_scale, activation=activation,
         norm_epsilon=norm_epsilon, dtype=jnp.dtype(dtype),
     )  # fmt: skip
+    # Before any tracing, so that a wrong option is named instead of a shape deep inside.
     check(module)
     variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
-    return Encoder(
-        variables=variables,
-        module=module,
-        mean=tuple(mean),
-        std=tuple(std),
-        image_size=image_size,
-        dim=width,
-        name=name,
-    )
+    return Encoder(variables, module, tuple(mean), tuple(std), image_size, width, name)
 
 
 def check(module: ViT) -> None:
@@ -320,7 +315,7 @@ def check(module: ViT) -> None:
         raise ValueError("pooling='token' needs class_token=True; or take pooling='mean'")
     if module.heads < 1 or module.width % module.heads:
         raise ValueError(
-            f"{module.heads} heads do not divide a width of {module.width}; heads must"
+            f"{module.heads} heads do not divide a width of {module.width}; take a number that does"
         )
     if module.patch_size < 1 or module.image_size % module.patch_size:
         raise ValueError(
@@ -329,81 +324,67 @@ def check(module: ViT) -> None:
         )
 
 
-def _vit(key: jax.Array, size: str, *, pooling: str, depth: int | None, **options: Any) -> Encoder:
+def _builder(size: str) -> Callable[..., Encoder]:
+    """Makes the public function of a published size; they differ in width and heads only."""
     width, heads = SIZES[size]
-    return vision_transformer(
-        key, width=width, heads=heads, depth=DEPTH if depth is None else depth,
-        pooling=pooling, class_token=pooling == "token", **options,
-    )  # fmt: skip
+
+    def build(
+        key: jax.Array,
+        *,
+        patch_size: int = 4,
+        image_size: int = 32,
+        pooling: str = "token",
+        depth: int | None = None,
+        mean: tuple[float, float, float] = CIFAR10_MEAN,
+        std: tuple[float, float, float] = CIFAR10_STD,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        name: str = f"vit_{size}",
+    ) -> Encoder:
+        """Builds a ViT-TITLE encoder (WIDTH features, HEADS heads) with random weights.
+
+        Args:
+          key: Random key of the initialization.
+          patch_size: Height and width of a patch, pixels; must divide `image_size`.  4 for CIFAR,
+            16 for ImageNet.
+          image_size: Height and width, pixels; positions are learned for this size only.
+          pooling: ``"token"``: the features are the class token.  ``"mean"``: there is no class
+            token and the features are the mean over patches (timm's ``gap`` models).
+          depth: Number of blocks; None is 12.
+          mean: Per-channel mean of the training pixels, in [0, 1].
+          std: Per-channel standard deviation of the training pixels.
+          dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
+          name: For tables and manifests.
+
+        Returns:
+          An `Encoder` of WIDTH features with the taps ``embed``, ``block1``, ``block2``, ...
+
+        Raises:
+          ValueError: If `pooling` is not known or the patches do not tile the image.
+
+        Example:
+          >>> shapes = jax.eval_shape(lambda key: vit_SIZE(key, depth=1), jax.random.key(0))
+          >>> shapes.dim
+          WIDTH
+
+        References:
+          Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, Section 3.1.
+          Touvron et al., "Training data-efficient image transformers", ICML 2021, Table 1 (sizes).
+        """
+        return vision_transformer(
+            key, width=width, heads=heads, depth=DEPTH if depth is None else depth,
+            patch_size=patch_size, image_size=image_size, pooling=pooling,
+            class_token=pooling == "token", mean=mean, std=std, dtype=dtype, name=name,
+        )  # fmt: skip
+
+    build.__name__ = build.__qualname__ = f"vit_{size}"  # a saved encoder's card names its builder
+    # One text, so that the three functions cannot come to say different things.
+    title = size.capitalize()
+    values = {"TITLE": title, "SIZE": size, "WIDTH": str(width), "HEADS": str(heads)}
+    for placeholder, value in values.items():
+        build.__doc__ = build.__doc__.replace(placeholder, value)
+    return build
 
 
-def vit_tiny(
-    key: jax.Array,
-    *,
-    patch_size: int = 4,
-    image_size: int = 32,
-    pooling: str = "token",
-    depth: int | None = None,
-    mean: tuple[float, float, float] = CIFAR10_MEAN,
-    std: tuple[float, float, float] = CIFAR10_STD,
-    dtype: Any = "float32",
-    name: str = "vit_tiny",
-) -> Encoder:
-    """Builds a ViT-Tiny encoder (192 features, 3 heads) with random weights.
-
-    Args:
-      key: Random key of the initialization.
-      patch_size: Height and width of a patch, pixels; must divide `image_size`.  4 for CIFAR, 16
-        for ImageNet.
-      image_size: Height and width, pixels; positions are learned for this size only.
-      pooling: ``"token"``: the features are the class token.  ``"mean"``: there is no class token
-        and the features are the mean over patches (timm's ``gap`` models).
-      depth: Number of blocks; None is 12.
-      mean: Per-channel mean of the training pixels, in [0, 1].
-      std: Per-channel standard deviation of the training pixels.
-      dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
-      name: For tables and manifests.
-
-    Returns:
-      An `Encoder` of 192 features with the taps ``embed``, ``block1``, ``block2``, ...
-
-    Raises:
-      ValueError: If `pooling` is not known or the patches do not tile the image.
-
-    Example:
-      >>> encoder = vit_tiny(jax.random.key(0), image_size=16, depth=1)
-      >>> encoder(jnp.zeros((2, 16, 16, 3))).features.shape
-      (2, 192)
-
-    References:
-      Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, Section 3.1.
-      Touvron et al., "Training data-efficient image transformers", ICML 2021, Table 1 (sizes).
-    """
-    return _vit(
-        key, "tiny", patch_size=patch_size, image_size=image_size, pooling=pooling, depth=depth,
-        mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
-
-
-def vit_small(key: jax.Array, *, patch_size: int = 4, image_size: int = 32,
-              pooling: str = "token", depth: int | None = None,
-              mean: tuple[float, float, float] = CIFAR10_MEAN,
-              std: tuple[float, float, float] = CIFAR10_STD,
-              dtype: Any = "float32", name: str = "vit_small") -> Encoder:  # fmt: skip
-    """Builds a ViT-Small encoder (6 heads); arguments as `vit_tiny`, 384 features."""
-    return _vit(
-        key, "small", patch_size=patch_size, image_size=image_size, pooling=pooling, depth=depth,
-        mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
-
-
-def vit_base(key: jax.Array, *, patch_size: int = 4, image_size: int = 32,
-             pooling: str = "token", depth: int | None = None,
-             mean: tuple[float, float, float] = CIFAR10_MEAN,
-             std: tuple[float, float, float] = CIFAR10_STD,
-             dtype: Any = "float32", name: str = "vit_base") -> Encoder:  # fmt: skip
-    """Builds a ViT-Base encoder (12 heads); arguments as `vit_tiny`, 768 features."""
-    return _vit(
-        key, "base", patch_size=patch_size, image_size=image_size, pooling=pooling, depth=depth,
-        mean=mean, std=std, dtype=dtype, name=name,
-    )  # fmt: skip
+vit_tiny = _builder("tiny")
+vit_small = _builder("small")
+vit_base = _builder("base")

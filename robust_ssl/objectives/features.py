@@ -96,5 +96,5 @@ def info_nce(
             "a per-image attack take feature_cosine_distance or feature_l2"
         )
     cosines = unit_vectors(clean) @ unit_vectors(adversarial).T
-    own = jnp.arange(clean.shape[0])
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(cosines / temperature, own))
+    places = jnp.arange(clean.shape[0])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(cosines / temperature, places))

@@ -7,17 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import SYMMETRIC, View, random_views
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
     PretrainInputs,
-    apply_network,
-    encode,
     enqueue,
-    init_networks,
     normalize,
+    option,
 )
+from robust_ssl.pretraining.two_views import MultiCrop, TwoViews, frozen_at_first
 from robust_ssl.types import Encoder, Variables
 
 
@@ -101,15 +99,14 @@ def cross_view_entropy(targets: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class SwAV:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class SwAV(MultiCrop):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `MultiCrop`.
 
-    Its own variables: a projector, the prototypes (columns of length 1) and a queue of earlier
-    projections, which `sinkhorn` sees beside the batch.
+    Its variables: a projector, the prototypes (columns of length 1) and a queue of earlier
+    projections, which `sinkhorn` sees beside the batch.  Small views are compared, never assigned.
 
     Attributes:
       temperature: Of the views' softmax over prototypes.
-      hidden: Width of the projector's hidden layer.
       projection_dim: Size of the projections.
       num_prototypes: Number of prototypes.
       sinkhorn_steps: See `sinkhorn`.
@@ -117,76 +114,50 @@ class SwAV:
       queue_size: Images in the queue; 0 is no queue.
       queue_start: Share of the training after which the queue is used, once it is full.
       freeze: Share of the training in which the prototypes have no gradient.
-      min_scale: Smallest share of the area that a view's crop keeps.
-      local_crops: Small views beside the two (multi-crop); they are compared, never assigned.
-      local_size: Their height and width, pixels.
-      local_scale: Smallest and largest share of the area that they keep.
 
     References:
       Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments",
       NeurIPS 2020.
     """
 
-    # Defaults are those of solo-learn's CIFAR recipe (shares are its epochs of 1000) unless said.
-    temperature: float = struct.field(pytree_node=False, default=0.1)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=128)
-    num_prototypes: int = struct.field(pytree_node=False, default=3000)
-    sinkhorn_steps: int = struct.field(pytree_node=False, default=3)
-    smoothness: float = struct.field(pytree_node=False, default=0.05)
-    queue_size: int = struct.field(pytree_node=False, default=3840)
-    queue_start: float = struct.field(pytree_node=False, default=0.05)
-    freeze: float = struct.field(pytree_node=False, default=0.002)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
-    local_crops: int = struct.field(pytree_node=False, default=0)
-    local_size: int = struct.field(pytree_node=False, default=16)
-    local_scale: tuple[float, float] = struct.field(
-        pytree_node=False,
-        default=(0.05, 0.14),  # Caron et al. 2020, App. A.1
-    )
+    # Defaults are those of solo-learn's CIFAR recipe (shares are its epochs of 1000).
+    temperature: float = option(0.1)
+    projection_dim: int = option(128)
+    num_prototypes: int = option(3000)
+    sinkhorn_steps: int = option(3)
+    smoothness: float = option(0.05)
+    queue_size: int = option(3840)
+    queue_start: float = option(0.05)
+    freeze: float = option(0.002)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim))
+    projector = MLP(())
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns projector, prototypes ``[dim, prototypes]`` and queue ``[2, size, dim]``."""
         projector_key, prototypes_key = jax.random.split(key)
-        variables = init_networks(projector_key, {"projector": (self._projector, encoder.dim)})
+        variables = super().init(projector_key, encoder, num_images)
         shape = (self.num_prototypes, self.projection_dim)
         variables["params"]["prototypes"] = normalize(jax.random.normal(prototypes_key, shape)).T
         queue = jnp.zeros((2, self.queue_size, self.projection_dim))
         return {**variables, "state": {"queue": queue} if self.queue_size else {}}
 
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, then the small ones."""
-        views = tuple(view.replace(min_scale=self.min_scale) for view in SYMMETRIC)
-        return random_views(key, image, views + (self._local_view(views[0]),) * self.local_crops)
-
-    def _local_view(self, view: View) -> View:
-        smallest, largest = self.local_scale
-        return view.replace(min_scale=smallest, max_scale=largest, size=self.local_size)
-
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `cross_view_entropy` of the assignments per image of the global batch."""
-        features, statistics = encode(encoder, inputs.views, inputs.axis_name)
-        out, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
-        )
-        views = tuple(jnp.split(normalize(out), len(features)))
+        (out,), update = self.forward(variables, encoder, inputs)
+        views = tuple(jnp.split(normalize(out), len(inputs.views)))
+        # `sinkhorn` shares out the images of the whole batch, so all devices need all of them.
         projections = jnp.stack(parallel.gather(views, inputs.axis_name))
         prototypes = variables["params"]["prototypes"]
-        frozen = inputs.progress < self.freeze
-        prototypes = jnp.where(frozen, jax.lax.stop_gradient(prototypes), prototypes)
+        prototypes = frozen_at_first(prototypes, inputs.progress, self.freeze)
         scores = projections @ prototypes
         state = variables["state"]
         assignments = self._assign(scores[:2], prototypes, state, inputs.progress)
         losses = cross_view_entropy(assignments, scores / self.temperature)
         if self.queue_size:
             state = {"queue": jax.vmap(enqueue)(state["queue"], _constant(projections[:2]))}
-        return losses, MethodUpdate(statistics, variables["batch_stats"], state)
+        return losses, update.replace(state=state)
 
     def _assign(
         self, scores: jax.Array, prototypes: jax.Array, state: Variables, progress: jax.Array
@@ -203,6 +174,7 @@ class SwAV:
 
         if not self.queue_size:
             return jax.vmap(assign)(scores)
+        # It starts as zeros, which no projection is: the oldest row tells whether it is full.
         full = jnp.any(state["queue"][:, -1] != 0)
         use = full & (progress >= self.queue_start)
         return jax.lax.cond(use, with_queue, jax.vmap(assign), scores)
@@ -259,6 +231,7 @@ def spherical_kmeans(
     if num_clusters > len(points):
         raise ValueError(f"{num_clusters} clusters need as many points, there are {len(points)}")
     seen = jnp.any(points != 0, axis=1)
+    # Unknown points sort behind all others, so the start takes them only where points are short.
     order = jnp.argsort(jnp.where(seen, jax.random.uniform(key, seen.shape), 2.0))
 
     def nearest(centroids):
@@ -300,8 +273,8 @@ def deepcluster_loss(
       AssertionError: If a rank is wrong.
 
     Example:
-      >>> z, assigned = jnp.ones((2, 1, 3)), jnp.array([[0]])
-      >>> round(float(deepcluster_loss(z, jnp.ones((1, 4, 3)), assigned)[0]), 4)  # log 4
+      >>> z, clusters = jnp.ones((2, 1, 3)), jnp.array([[0]])
+      >>> round(float(deepcluster_loss(z, jnp.ones((1, 4, 3)), clusters)[0]), 4)  # log 4
       1.3863
 
     References:
@@ -309,15 +282,16 @@ def deepcluster_loss(
     """
     chex.assert_rank([projections, prototypes, assignments], [3, 3, 2])
     logits = jnp.einsum("vbd,hkd->hvbk", projections, prototypes) / temperature
-    chosen = jnp.maximum(assignments, 0)[:, None, :, None]
-    logs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), chosen, axis=-1)[..., 0]
+    # -1 would take the last cluster; its loss is set to 0 below.
+    clusters = jnp.maximum(assignments, 0)[:, None, :, None]
+    logs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), clusters, axis=-1)[..., 0]
     losses = jnp.where((assignments >= 0)[:, None], -logs, 0.0)
     return jnp.mean(losses, axis=(0, 1))
 
 
 @struct.dataclass
-class DeepClusterV2:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class DeepClusterV2(TwoViews):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `TwoViews`.
 
     It remembers the projections of every image and clusters them before each epoch; the centroids
     are the classifier of that epoch.  In the first epoch nothing is known, so it only fills the
@@ -325,12 +299,10 @@ class DeepClusterV2:
 
     Attributes:
       temperature: Of `deepcluster_loss`.
-      hidden: Width of the projector's hidden layer.
       projection_dim: Size of the projections.
       num_prototypes: Clusters of each clustering.
       num_clusterings: Clusterings from different starts; by turns of the first and second views.
       kmeans_steps: Of `spherical_kmeans`.
-      min_scale: Smallest share of the area that a view's crop keeps.
 
     References:
       Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments",
@@ -338,17 +310,13 @@ class DeepClusterV2:
     """
 
     # Defaults are those of solo-learn's CIFAR recipe.
-    temperature: float = struct.field(pytree_node=False, default=0.1)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=128)
-    num_prototypes: int = struct.field(pytree_node=False, default=3000)
-    num_clusterings: int = struct.field(pytree_node=False, default=3)
-    kmeans_steps: int = struct.field(pytree_node=False, default=10)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    temperature: float = option(0.1)
+    projection_dim: int = option(128)
+    num_prototypes: int = option(3000)
+    num_clusterings: int = option(3)
+    kmeans_steps: int = option(10)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim))
+    projector = MLP(())
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the projector, an empty memory ``[2, num_images, dim]`` and no clusters.
@@ -361,7 +329,7 @@ class DeepClusterV2:
                 f"DeepClusterV2 has num_prototypes={self.num_prototypes} but only {num_images} "
                 "images to cluster; set fewer prototypes"
             )
-        variables = init_networks(key, {"projector": (self._projector, encoder.dim)})
+        variables = super().init(key, encoder, num_images)
         clusters = (self.num_clusterings, self.num_prototypes, self.projection_dim)
         state = {
             "memory": jnp.zeros((2, num_images, self.projection_dim)),
@@ -369,10 +337,6 @@ class DeepClusterV2:
             "assignments": jnp.full((self.num_clusterings, num_images), -1, jnp.int32),
         }
         return {**variables, "state": state}
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, SYMMETRIC, min_scale=self.min_scale)
 
     def epoch_start(self, key: jax.Array, variables: Variables) -> Variables:
         """Clusters the memory anew."""
@@ -397,11 +361,9 @@ class DeepClusterV2:
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `deepcluster_loss` per image of the global batch; remembers the projections."""
-        features, statistics = encode(encoder, inputs.views, inputs.axis_name)
-        out, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
-        )
+        (out,), update = self.forward(variables, encoder, inputs)
         views = tuple(jnp.split(normalize(out), 2))
+        # The memory is the same on all devices, so each one writes the images of all.
         views, rows = parallel.gather((views, inputs.rows), inputs.axis_name)
         projections = jnp.stack(views)
         state = variables["state"]
@@ -412,5 +374,4 @@ class DeepClusterV2:
             temperature=self.temperature,
         )
         memory = state["memory"].at[:, rows].set(_constant(projections))
-        update = MethodUpdate(statistics, variables["batch_stats"], {**state, "memory": memory})
-        return losses, update
+        return losses, update.replace(state={**state, "memory": memory})

@@ -5,22 +5,24 @@ Also the queues of rows of earlier batches, which NNCLR, MoCo v2+ and ReSSL look
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import ASYMMETRIC, SYMMETRIC, random_views
+from robust_ssl.pretraining.augmentation import ASYMMETRIC
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
     PretrainInputs,
-    apply_network,
-    encode,
+    check_pair,
     enqueue,
-    init_networks,
     normalize,
+    option,
 )
+from robust_ssl.pretraining.two_views import TwoViews, crossed
 from robust_ssl.types import Encoder, Variables
 
 # --- Losses -----------------------------------------------------------------------------------
@@ -103,8 +105,7 @@ def nnclr_loss(
     References:
       Dwibedi et al., "With a Little Help from My Friends", ICCV 2021, Eq. 3.
     """
-    chex.assert_rank([neighbours, predictions], 2)
-    chex.assert_equal_shape([neighbours, predictions])
+    check_pair(neighbours, predictions)
     logits = normalize(neighbours) @ normalize(predictions).T / temperature
     return jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits)
 
@@ -151,117 +152,68 @@ def nearest(projections: jax.Array, queue: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class SupCon:
-    """SimCLR with labels: see `supcon_loss` and `robust_ssl.pretraining.method.Method`.
+class SupCon(TwoViews):
+    """SimCLR with labels: see `supcon_loss`, `robust_ssl.pretraining.method.Method`, `TwoViews`.
 
     Attributes:
       temperature: Of `supcon_loss`.
-      hidden: Width of the projector's hidden layer.
-      projection_dim: Size of the projections.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
-    # Defaults: solo-learn, scripts/pretrain/cifar/supcon.yaml.
-    temperature: float = struct.field(pytree_node=False, default=0.2)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    # Defaults, those of `TwoViews` too: solo-learn, scripts/pretrain/cifar/supcon.yaml.
+    temperature: float = option(0.2)
 
     needs_labels = True
-
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim), batch_norm=False)
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the method's own variables, ``{"params": {"projector": ...}, ...}``."""
-        return init_networks(key, {"projector": (self._projector, encoder.dim)})
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, SYMMETRIC, min_scale=self.min_scale)
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `supcon_loss` per image of the global batch."""
-        features, statistics = encode(encoder, inputs.views, inputs.axis_name)
-        both, _ = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
-        )
-        first, second, labels = parallel.gather(
-            (*jnp.split(both, 2), inputs.labels), inputs.axis_name
-        )
-        losses = supcon_loss(first, second, labels, temperature=self.temperature)
-        return losses, MethodUpdate(statistics)
+        first, second, update = self.projections(variables, encoder, inputs)
+        labels = parallel.gather(inputs.labels, inputs.axis_name)
+        return supcon_loss(first, second, labels, temperature=self.temperature), update
 
 
 @struct.dataclass
-class NNCLR:
+class NNCLR(TwoViews):
     """Nearest neighbours as positives: see `nnclr_loss` and `pretraining.method.Method`.
 
     The neighbours come from a queue of the first view's projections of earlier batches.  The loss
-    is the mean of both directions.
+    is the mean of both directions.  Further attributes: those of `TwoViews`.
 
     Attributes:
       temperature: Of `nnclr_loss`.
-      hidden: Width of the projector's two hidden layers.
       predictor_hidden: Width of the predictor's hidden layer.
-      projection_dim: Size of the projections and predictions.
       queue_size: Rows among which a neighbour is looked for; at least one batch.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
     # Defaults: solo-learn, scripts/pretrain/cifar/nnclr.yaml.
-    temperature: float = struct.field(pytree_node=False, default=0.2)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    predictor_hidden: int = struct.field(pytree_node=False, default=4096)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    queue_size: int = struct.field(pytree_node=False, default=65536)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    temperature: float = option(0.2)
+    predictor_hidden: int = option(4096)
+    queue_size: int = option(65536)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.hidden, self.projection_dim), output_norm="affine")
-
-    @property
-    def _predictor(self) -> MLP:
-        return MLP((self.predictor_hidden, self.projection_dim))
+    augmentations = ASYMMETRIC
+    hidden_layers = 2
+    projector = MLP((), output_norm="affine")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns projector and predictor, and ``state["queue"]`` of random directions."""
         network_key, queue_key = jax.random.split(key)
-        networks = {
-            "projector": (self._projector, encoder.dim),
-            "predictor": (self._predictor, self.projection_dim),
-        }
         queue = random_queue(queue_key, self.queue_size, self.projection_dim)
-        return {**init_networks(network_key, networks), "state": {"queue": queue}}
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
+        networks = super().init(network_key, encoder, num_images)
+        return {**networks, "state": {"queue": queue}}
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `nnclr_loss` per image of the global batch."""
-        axis_name, queue = inputs.axis_name, variables["state"]["queue"]
-        features, statistics = encode(encoder, inputs.views, axis_name)
-        projections, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), axis_name
-        )
-        predictions, variables = apply_network(
-            self._predictor, variables, "predictor", projections, axis_name
-        )
+        queue = variables["state"]["queue"]
+        (projections, predictions), update = self.forward(variables, encoder, inputs)
         # Looked up before gathering: each device searches the queue for its own images only.
-        neighbours = nearest(projections, queue)
-        parts = [*jnp.split(neighbours, 2), *jnp.split(predictions, 2)]
+        neighbours = jnp.split(nearest(projections, queue), 2)
         newest = normalize(jnp.split(projections, 2)[0])
-        *parts, newest = parallel.gather((*parts, newest), axis_name)
-        losses = (
-            nnclr_loss(parts[0], parts[3], temperature=self.temperature)
-            + nnclr_loss(parts[1], parts[2], temperature=self.temperature)
-        ) / 2
-        state = {"queue": enqueue(queue, newest)}
-        return losses, MethodUpdate(statistics, variables["batch_stats"], state)
+        neighbours, predictions, newest = parallel.gather(
+            (neighbours, jnp.split(predictions, 2), newest), inputs.axis_name
+        )
+        loss = functools.partial(nnclr_loss, temperature=self.temperature)
+        losses = crossed(loss, neighbours, predictions) / 2
+        return losses, update.replace(state={"queue": enqueue(queue, newest)})

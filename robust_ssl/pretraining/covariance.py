@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.pretraining.method import normalize
-
-
-def check_pair(first: jax.Array, second: jax.Array) -> None:
-    """Raises AssertionError unless both are ``[batch, dim]`` of one shape."""
-    chex.assert_rank([first, second], 2)
-    chex.assert_equal_shape([first, second])
+from robust_ssl.pretraining.method import check_pair, normalize
 
 
 def _off_diagonal(matrix: jax.Array) -> jax.Array:
@@ -175,10 +168,7 @@ def vicreg_loss(
     References:
       Bardes et al., ICLR 2022, Eq. 6.
     """
-    check_pair(first, second)
-    losses = invariance * jnp.mean((first - second) ** 2, axis=1)
-    losses += variance * (variance_hinge(first) + variance_hinge(second))
-    return losses + covariance * (covariance_penalty(first) + covariance_penalty(second))
+    return _three_terms(first, second, covariance_penalty, (invariance, variance, covariance))
 
 
 def vibcreg_loss(
@@ -211,7 +201,12 @@ def vibcreg_loss(
     References:
       Lee and Aune, 2021, Sec. 3.
     """
+    return _three_terms(first, second, correlation_penalty, (invariance, variance, covariance))
+
+
+def _three_terms(first, second, penalty, weights) -> jax.Array:
     check_pair(first, second)
+    invariance, variance, covariance = weights
     losses = invariance * jnp.mean((first - second) ** 2, axis=1)
     losses += variance * (variance_hinge(first) + variance_hinge(second))
-    return losses + covariance * (correlation_penalty(first) + correlation_penalty(second))
+    return losses + covariance * (penalty(first) + penalty(second))

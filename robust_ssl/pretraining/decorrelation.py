@@ -9,23 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import ASYMMETRIC, View, random_views
-from robust_ssl.pretraining.covariance import (
-    barlow_twins_loss,
-    check_pair,
-    vibcreg_loss,
-    vicreg_loss,
-)
+from robust_ssl import struct
+from robust_ssl.pretraining.augmentation import ASYMMETRIC, View
+from robust_ssl.pretraining.covariance import barlow_twins_loss, vibcreg_loss, vicreg_loss
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
     PretrainInputs,
-    apply_network,
-    encode,
-    init_networks,
+    check_pair,
     normalize,
+    option,
 )
+from robust_ssl.pretraining.two_views import TwoViews
 from robust_ssl.types import Encoder, Variables
 
 # --- Whitening --------------------------------------------------------------------------------
@@ -151,74 +146,45 @@ def wmse_loss(first: jax.Array, second: jax.Array) -> jax.Array:
 # --- Methods ----------------------------------------------------------------------------------
 
 
-def _project(
-    projector: MLP, variables: Variables, encoder: Encoder, inputs: PretrainInputs
-) -> tuple[jax.Array, jax.Array, MethodUpdate]:
-    """Projections of the two views of the global batch, and the new statistics."""
-    features, statistics = encode(encoder, inputs.views, inputs.axis_name)
-    both, variables = apply_network(
-        projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
-    )
-    first, second = parallel.gather(tuple(jnp.split(both, 2)), inputs.axis_name)
-    return first, second, MethodUpdate(statistics, variables["batch_stats"])
-
-
 @struct.dataclass
-class BarlowTwins:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class BarlowTwins(TwoViews):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `TwoViews`.
 
     Attributes:
       redundancy: Of `barlow_twins_loss`.
       scale: Of `barlow_twins_loss`.
-      hidden: Width of the projector's two hidden layers.
       projection_dim: Size of the projections.
-      min_scale: Smallest share of the area that a view's crop keeps.
 
     References:
       Zbontar et al., "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", ICML 2021.
     """
 
     # Defaults are those of solo-learn's CIFAR recipe.
-    redundancy: float = struct.field(pytree_node=False, default=0.0051)
-    scale: float = struct.field(pytree_node=False, default=0.1)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=2048)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    redundancy: float = option(0.0051)
+    scale: float = option(0.1)
+    projection_dim: int = option(2048)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.hidden, self.projection_dim))
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the method's own variables, ``{"params": {"projector": ...}, ...}``."""
-        return init_networks(key, {"projector": (self._projector, encoder.dim)})
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
+    augmentations = ASYMMETRIC
+    hidden_layers = 2
+    projector = MLP(())
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `barlow_twins_loss` of the global batch."""
-        first, second, update = _project(self._projector, variables, encoder, inputs)
+        first, second, update = self.projections(variables, encoder, inputs)
         losses = barlow_twins_loss(first, second, redundancy=self.redundancy, scale=self.scale)
         return losses, update
 
 
-# solo-learn's CIFAR recipes of VICReg and VIbCReg.
-_VICREG_VIEW = View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, solarise=0.1)
-
-
 @struct.dataclass
-class VICReg:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class VICReg(TwoViews):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `TwoViews`.
 
     Attributes:
       invariance: Of `vicreg_loss`.
       variance: Of `vicreg_loss`.
       covariance: Of `vicreg_loss`.
-      hidden: Width of the projector's two hidden layers.
       projection_dim: Size of the projections.
       min_scale: Smallest share of the area that a view's crop keeps.
 
@@ -227,30 +193,22 @@ class VICReg:
     """
 
     # Defaults are those of solo-learn's CIFAR recipe.
-    invariance: float = struct.field(pytree_node=False, default=25.0)
-    variance: float = struct.field(pytree_node=False, default=25.0)
-    covariance: float = struct.field(pytree_node=False, default=1.0)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=2048)
-    min_scale: float = struct.field(pytree_node=False, default=0.2)
+    invariance: float = option(25.0)
+    variance: float = option(25.0)
+    covariance: float = option(1.0)
+    projection_dim: int = option(2048)
+    min_scale: float = option(0.2)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.hidden, self.projection_dim))
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the method's own variables, ``{"params": {"projector": ...}, ...}``."""
-        return init_networks(key, {"projector": (self._projector, encoder.dim)})
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, (_VICREG_VIEW.replace(min_scale=self.min_scale),) * 2)
+    # solo-learn's CIFAR recipes of VICReg and VIbCReg.
+    augmentations = (View(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, solarise=0.1),) * 2
+    hidden_layers = 2
+    projector = MLP(())
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `vicreg_loss` per image of the global batch."""
-        first, second, update = _project(self._projector, variables, encoder, inputs)
+        first, second, update = self.projections(variables, encoder, inputs)
         losses = vicreg_loss(
             first,
             second,
@@ -262,20 +220,15 @@ class VICReg:
 
 
 @struct.dataclass
-class VIbCReg:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class VIbCReg(VICReg):
+    """`VICReg` on whitened projections, with correlations in the place of covariances.
 
     The projector ends in `iterative_normalization`, of each view by itself over the global batch,
-    and a scale and shift per axis.
+    and a scale and shift per axis.  Further attributes: those of `VICReg`, of `vibcreg_loss` here.
 
     Attributes:
-      invariance: Of `vibcreg_loss`.
-      variance: Of `vibcreg_loss`.
       covariance: Of `vibcreg_loss`.
-      hidden: Width of the projector's two hidden layers.
-      projection_dim: Size of the projections.
       group_size: Of `iterative_normalization`.
-      min_scale: Smallest share of the area that a view's crop keeps.
 
     References:
       Lee and Aune, "VIbCReg: Variance-Invariance-better-Covariance Regularization for
@@ -283,36 +236,25 @@ class VIbCReg:
     """
 
     # Defaults are those of solo-learn's CIFAR recipe.
-    invariance: float = struct.field(pytree_node=False, default=25.0)
-    variance: float = struct.field(pytree_node=False, default=25.0)
-    covariance: float = struct.field(pytree_node=False, default=200.0)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=2048)
-    group_size: int = struct.field(pytree_node=False, default=32)
-    min_scale: float = struct.field(pytree_node=False, default=0.2)
+    covariance: float = option(200.0)
+    group_size: int = option(32)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.hidden, self.projection_dim), activation="gelu")
+    projector = MLP((), activation="gelu")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the projector, and the scale and bias that follow the normalization."""
-        variables = init_networks(key, {"projector": (self._projector, encoder.dim)})
+        variables = super().init(key, encoder, num_images)
         variables["params"]["normalization"] = {
             "scale": jnp.ones(self.projection_dim),
             "bias": jnp.zeros(self.projection_dim),
         }
         return variables
 
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, (_VICREG_VIEW.replace(min_scale=self.min_scale),) * 2)
-
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `vibcreg_loss` per image of the global batch."""
-        first, second, update = _project(self._projector, variables, encoder, inputs)
+        first, second, update = self.projections(variables, encoder, inputs)
         affine = variables["params"]["normalization"]
         scale, bias = affine["scale"].reshape(1, -1), affine["bias"].reshape(1, -1)
         first, second = (
@@ -330,8 +272,8 @@ class VIbCReg:
 
 
 @struct.dataclass
-class WMSE:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class WMSE(TwoViews):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `TwoViews`.
 
     Attributes:
       hidden: Width of the projector's hidden layer.
@@ -345,24 +287,15 @@ class WMSE:
       Ermolov et al., "Whitening for Self-Supervised Representation Learning", ICML 2021.
     """
 
-    # Defaults are those of solo-learn's CIFAR recipe unless said.
-    hidden: int = struct.field(pytree_node=False, default=1024)
-    projection_dim: int = struct.field(pytree_node=False, default=64)
-    whitening_size: int = struct.field(pytree_node=False, default=128)
-    stabilizer: float = struct.field(pytree_node=False, default=1e-6)  # solo-learn: 0, can be NaN
-    min_scale: float = struct.field(pytree_node=False, default=0.2)
+    # Defaults are those of solo-learn's CIFAR recipe unless another source is named.
+    hidden: int = option(1024)
+    projection_dim: int = option(64)
+    whitening_size: int = option(128)
+    stabilizer: float = option(1e-6)  # solo-learn: 0, can be NaN
+    min_scale: float = option(0.2)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim))
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the method's own variables, ``{"params": {"projector": ...}, ...}``."""
-        return init_networks(key, {"projector": (self._projector, encoder.dim)})
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, (View(min_scale=self.min_scale),) * 2)
+    augmentations = (View(),) * 2
+    projector = MLP(())
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
@@ -372,7 +305,8 @@ class WMSE:
         Raises:
           ValueError: If the global batch is no multiple of `whitening_size`.
         """
-        first, second, update = _project(self._projector, variables, encoder, inputs)
+        first, second, update = self.projections(variables, encoder, inputs)
+        # Other images are whitened together in every step, the same for both views.
         order = jax.random.permutation(inputs.key, len(first))
         losses = wmse_loss(self._whiten(first[order]), self._whiten(second[order]))
         return jnp.zeros_like(losses).at[order].set(losses), update

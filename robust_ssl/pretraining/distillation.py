@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import ASYMMETRIC, random_views
+from robust_ssl.pretraining.augmentation import ASYMMETRIC
 from robust_ssl.pretraining.clustering import cross_view_entropy
 from robust_ssl.pretraining.method import (
     MLP,
@@ -15,11 +15,12 @@ from robust_ssl.pretraining.method import (
     PretrainInputs,
     apply_network,
     encode,
-    init_networks,
     momentum_average,
     momentum_schedule,
     normalize,
+    option,
 )
+from robust_ssl.pretraining.two_views import MultiCrop, frozen_at_first
 from robust_ssl.types import Encoder, Variables
 
 
@@ -68,63 +69,49 @@ def dino_loss(
 
 
 @struct.dataclass
-class DINO:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class DINO(MultiCrop):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `MultiCrop`.
 
-    Its own variables: projector and prototypes of the student, and as state the teacher (encoder,
+    Its variables: projector and prototypes of the student, and as state the teacher (encoder,
     projector and prototypes) and its center.  Logits are cosines: projections and prototypes are
-    normalized.
+    normalized.  Only the student sees the small views.
 
     Attributes:
       temperature: Of the student.
       teacher_temperature: Of the teacher.
       first_teacher_temperature: The same at the start of its warm-up.
       warmup: Share of the training in which the teacher's temperature rises linearly.
-      hidden: Width of the projector's two hidden layers.
-      projection_dim: Size of the projections.
       num_prototypes: Number of prototypes.
       momentum: Of the teacher, at the start.
       final_momentum: Of the teacher, at the end.
       center_momentum: Of the center.
       freeze: Share of the training in which the prototypes have no gradient.
-      min_scale: Smallest share of the area that a view's crop keeps.
-      local_crops: Small views beside the two (multi-crop); only the student sees them.
-      local_size: Their height and width, pixels.
-      local_scale: Smallest and largest share of the area that they keep.
+      local_scale: Smallest and largest share of the area that small views keep.
 
     References:
       Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021.
     """
 
-    # Defaults are those of solo-learn's CIFAR recipe (shares are its epochs of 1000) unless said.
-    temperature: float = struct.field(pytree_node=False, default=0.1)
-    teacher_temperature: float = struct.field(pytree_node=False, default=0.07)
-    first_teacher_temperature: float = struct.field(pytree_node=False, default=0.04)
-    warmup: float = struct.field(pytree_node=False, default=0.0)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    num_prototypes: int = struct.field(pytree_node=False, default=4096)
-    momentum: float = struct.field(pytree_node=False, default=0.9995)
-    final_momentum: float = struct.field(pytree_node=False, default=1.0)
-    center_momentum: float = struct.field(pytree_node=False, default=0.9)
-    freeze: float = struct.field(pytree_node=False, default=0.001)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
-    local_crops: int = struct.field(pytree_node=False, default=0)
-    local_size: int = struct.field(pytree_node=False, default=16)
-    local_scale: tuple[float, float] = struct.field(
-        pytree_node=False,
-        default=(0.05, 0.4),  # the authors' code
-    )
+    # Defaults are those of solo-learn's CIFAR recipe (shares are its epochs of 1000).
+    temperature: float = option(0.1)
+    teacher_temperature: float = option(0.07)
+    first_teacher_temperature: float = option(0.04)
+    warmup: float = option(0.0)
+    num_prototypes: int = option(4096)
+    momentum: float = option(0.9995)
+    final_momentum: float = option(1.0)
+    center_momentum: float = option(0.9)
+    freeze: float = option(0.001)
+    local_scale: tuple[float, float] = option((0.05, 0.4))  # the authors' code
 
-    @property
-    def _projector(self) -> MLP:
-        widths = (self.hidden, self.hidden, self.projection_dim)
-        return MLP(widths, batch_norm=False, activation="gelu")
+    augmentations = ASYMMETRIC
+    hidden_layers = 2
+    projector = MLP((), batch_norm=False, activation="gelu")
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the student's projector and prototypes, an equal teacher and a center of 0."""
         projector_key, prototypes_key = jax.random.split(key)
-        variables = init_networks(projector_key, {"projector": (self._projector, encoder.dim)})
+        variables = super().init(projector_key, encoder, num_images)
         shape = (self.projection_dim, self.num_prototypes)
         # Of length 1: only directions count, and a step turns a longer one less.
         random = jax.random.normal(prototypes_key, shape)
@@ -135,55 +122,45 @@ class DINO:
         center = jnp.zeros(self.num_prototypes)
         return {**variables, "state": {"teacher": teacher, "center": center}}
 
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, then the small ones."""
-        views = tuple(view.replace(min_scale=self.min_scale) for view in ASYMMETRIC)
-        smallest, largest = self.local_scale
-        local = views[0].replace(min_scale=smallest, max_scale=largest, size=self.local_size)
-        return random_views(key, image, views + (local,) * self.local_crops)
-
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `dino_loss` per image of the global batch; moves the center."""
         state = variables["state"]
-        teacher, said = self._ask_teacher(state["teacher"], encoder, inputs)
+        teacher, teacher_logits = self._run_teacher(state["teacher"], encoder, inputs)
         features, statistics = encode(encoder, inputs.views, inputs.axis_name)
         params = variables["params"]
-        frozen = inputs.progress < self.freeze
-        prototypes = params["prototypes"]
-        prototypes = jnp.where(frozen, jax.lax.stop_gradient(prototypes), prototypes)
+        prototypes = frozen_at_first(params["prototypes"], inputs.progress, self.freeze)
         losses = dino_loss(
             self._logits({**params, "prototypes": prototypes}, features),
-            said,
+            teacher_logits,
             state["center"],
             temperature=self.temperature,
             teacher_temperature=self._teacher_temperature(inputs.progress),
         )
         # The losses of the images are independent given the center, so they are gathered and not
         # the logits, which are thousands per image.
-        mean = parallel.average(jnp.mean(said, axis=(0, 1)), inputs.axis_name)
+        mean = parallel.average(jnp.mean(teacher_logits, axis=(0, 1)), inputs.axis_name)
         center = momentum_average(state["center"], mean, self.center_momentum)
         state = {"teacher": teacher, "center": center}
         update = MethodUpdate(statistics, variables["batch_stats"], state)
         return parallel.gather(losses, inputs.axis_name), update
 
-    def _ask_teacher(
+    def _run_teacher(
         self, teacher: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[Variables, jax.Array]:
         """Runs the teacher on the first two views; returns it with new statistics, and logits."""
         network = encoder.replace(variables=teacher["encoder"])
         features, statistics = encode(network, inputs.views[:2], inputs.axis_name)
-        said = self._logits(teacher["params"], features)
+        logits = self._logits(teacher["params"], features)
         if statistics:
             teacher = {**teacher, "encoder": {**teacher["encoder"], "batch_stats": statistics}}
-        return jax.lax.stop_gradient((teacher, said))
+        return jax.lax.stop_gradient((teacher, logits))
 
     def _logits(self, params: Variables, features: list[jax.Array]) -> jax.Array:
         """Cosines with the prototypes, ``[views, batch, prototypes]``."""
-        out, _ = apply_network(
-            self._projector, {"params": params}, "projector", jnp.concatenate(features), None
-        )
+        projector, x = self.networks["projector"], jnp.concatenate(features)
+        out, _ = apply_network(projector, {"params": params}, "projector", x, None)
         logits = normalize(out) @ normalize(params["prototypes"].T).T
         return jnp.stack(jnp.split(logits, len(features)))
 

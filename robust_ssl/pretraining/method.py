@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,11 +54,11 @@ class MethodUpdate:
 
 
 class Method(Protocol):
-    """What a self-supervised method brings; a frozen value, in a file of the user's own if need be.
+    """What a self-supervised method brings; a frozen value, in your own file if need be.
 
-    ``variables`` are its own: ``params`` (projector, predictor, prototypes) are trained beside the
-    encoder's, ``batch_stats`` belong to the same networks, ``state`` is anything else that lives
-    from step to step (momentum encoder, queue, center): arrays only, no gradient.
+    ``variables`` are the method's: ``params`` (projector, predictor, prototypes) are trained beside
+    the encoder's, ``batch_stats`` belong to the same networks, ``state`` is anything else that
+    lives from step to step (momentum encoder, queue, center): arrays only, no gradient.
 
     It may also have, each called where it is there:
 
@@ -124,6 +125,17 @@ class MLP(nn.Module):
         )
 
 
+def option(default: Any) -> Any:
+    """A field of a method that is static: another value is another program."""
+    return struct.field(pytree_node=False, default=default)
+
+
+def check_pair(first: jax.Array, second: jax.Array) -> None:
+    """Raises AssertionError unless both are ``[batch, dim]`` of one shape."""
+    chex.assert_rank([first, second], 2)
+    chex.assert_equal_shape([first, second])
+
+
 def init_networks(
     key: jax.Array, networks: Mapping[str, tuple[nn.Module, int]]
 ) -> dict[str, dict[str, Any]]:
@@ -140,8 +152,8 @@ def init_networks(
     """
     variables: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for index, (name, (module, dim)) in enumerate(networks.items()):
-        made = module.init(jax.random.fold_in(key, index), jnp.zeros((1, dim)))
-        for collection, leaves in made.items():
+        network = module.init(jax.random.fold_in(key, index), jnp.zeros((1, dim)))
+        for collection, leaves in network.items():
             variables[collection][name] = leaves
     return variables
 
@@ -162,11 +174,12 @@ def apply_network(
       The output and the variables with this network's new batch statistics, so that calls can
       follow one another.
     """
-    own = {c: variables[c][name] for c in ("params", "batch_stats") if name in variables.get(c, {})}
+    collections = [c for c in ("params", "batch_stats") if name in variables.get(c, {})]
+    network = {collection: variables[collection][name] for collection in collections}
     out, updated = module.clone(axis_name=axis_name).apply(
-        own, x, train=True, mutable=["batch_stats"]
+        network, x, train=True, mutable=["batch_stats"]
     )
-    if not updated:
+    if not updated:  # without batch norm
         return out, variables
     statistics = {**variables["batch_stats"], name: updated["batch_stats"]}
     return out, {**variables, "batch_stats": statistics}

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import (
-    ASYMMETRIC,
-    STRONG_AND_WEAK,
-    SYMMETRIC_WEAK,
-    random_views,
-)
+from robust_ssl.pretraining.augmentation import ASYMMETRIC, STRONG_AND_WEAK, SYMMETRIC_WEAK
 from robust_ssl.pretraining.contrastive import random_queue
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
     PretrainInputs,
-    apply_network,
-    encode,
+    check_pair,
     enqueue,
-    init_networks,
-    momentum_schedule,
     normalize,
+    option,
 )
-from robust_ssl.pretraining.momentum_copy import apply_copy, init_copy, move_copy
+from robust_ssl.pretraining.momentum_copy import WithCopy
+from robust_ssl.pretraining.two_views import crossed
 from robust_ssl.types import Encoder, Variables
 
 # --- Losses -----------------------------------------------------------------------------------
@@ -103,8 +99,7 @@ def moco_v3_loss(queries: jax.Array, keys: jax.Array, *, temperature: float = 0.
       Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV
       2021, Eq. 1 and Algorithm 1.
     """
-    chex.assert_rank([queries, keys], 2)
-    chex.assert_equal_shape([queries, keys])
+    check_pair(queries, keys)
     logits = normalize(queries) @ normalize(jax.lax.stop_gradient(keys)).T / temperature
     return 2 * temperature * (jax.nn.logsumexp(logits, axis=1) - jnp.diagonal(logits))
 
@@ -161,218 +156,127 @@ def ressl_loss(
 
 
 @struct.dataclass
-class MoCoV2Plus:
+class MoCoV2Plus(WithCopy):
     """Momentum contrast with a queue for each view: see `moco_v2_loss` and `method.Method`.
 
     The loss is the mean of both directions.  Batch statistics are those of the global batch, so
-    keys need not be shuffled over the devices.
+    keys need not be shuffled over the devices.  Further attributes: those of `WithCopy`.
 
     Attributes:
       temperature: Of `moco_v2_loss`.
-      hidden: Width of the projector's hidden layer.
-      projection_dim: Size of the projections.
       queue_size: Keys that each view is compared with; at least one batch.
-      momentum: Of the copy, at the start.
-      final_momentum: At the end.
-      min_scale: Smallest share of the area that a view's crop keeps.
+      final_momentum: Of the copy, at the end.
     """
 
     # Defaults: solo-learn, scripts/pretrain/cifar/mocov2plus.yaml.
-    temperature: float = struct.field(pytree_node=False, default=0.2)
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    queue_size: int = struct.field(pytree_node=False, default=32768)
-    momentum: float = struct.field(pytree_node=False, default=0.99)
-    final_momentum: float = struct.field(pytree_node=False, default=0.999)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    temperature: float = option(0.2)
+    queue_size: int = option(32768)
+    final_momentum: float = option(0.999)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim), batch_norm=False)
+    augmentations = SYMMETRIC_WEAK
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the projector, and in ``state`` the copy and a queue for each view."""
         network_key, *queue_keys = jax.random.split(key, 3)
-        own = init_networks(network_key, {"projector": (self._projector, encoder.dim)})
+        variables = super().init(network_key, encoder, num_images)
         queues = [random_queue(key, self.queue_size, self.projection_dim) for key in queue_keys]
-        return {
-            **own,
-            "state": {
-                "momentum": init_copy(encoder, own),
-                "queues": {"first": queues[0], "second": queues[1]},
-            },
-        }
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, SYMMETRIC_WEAK, min_scale=self.min_scale)
+        queues = dict(zip(("first", "second"), queues, strict=True))
+        return {**variables, "state": {**variables["state"], "queues": queues}}
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `moco_v2_loss` per image of the global batch."""
-        axis_name, queues = inputs.axis_name, variables["state"]["queues"]
-        features, statistics = encode(encoder, inputs.views, axis_name)
-        queries, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), axis_name
-        )
+        queues = variables["state"]["queues"]
+        (queries,), update = self.forward(variables, encoder, inputs)
         first, second = jnp.split(queries, 2)
-        keys, copy = apply_copy(
-            self._projector, variables["state"]["momentum"], encoder, inputs.views, axis_name
-        )
+        keys, copy = self.targets(variables, encoder, inputs)
         # Each device compares its own images with the queues; only losses and keys travel.
         losses = (
             moco_v2_loss(first, keys[1], queues["second"], temperature=self.temperature)
             + moco_v2_loss(second, keys[0], queues["first"], temperature=self.temperature)
         ) / 2
-        losses, keys = parallel.gather((losses, [normalize(k) for k in keys]), axis_name)
+        keys = [normalize(view) for view in keys]
+        losses, keys = parallel.gather((losses, keys), inputs.axis_name)
         queues = {
             "first": enqueue(queues["first"], keys[0]),
             "second": enqueue(queues["second"], keys[1]),
         }
-        state = {"momentum": copy, "queues": queues}
-        return losses, MethodUpdate(statistics, variables["batch_stats"], state)
-
-    def after_update(
-        self, variables: Variables, encoder: Encoder, progress: jax.Array
-    ) -> Variables:
-        """Returns the variables with the copy moved."""
-        momentum = momentum_schedule(self.momentum, progress, self.final_momentum)
-        return move_copy(variables, encoder, momentum)
+        return losses, update.replace(state={"momentum": copy, "queues": queues})
 
 
 @struct.dataclass
-class MoCoV3:
+class MoCoV3(WithCopy):
     """Momentum contrast within the batch, with a predictor: see `moco_v3_loss`, `method.Method`.
 
     The loss is the sum of both directions.  Projector and predictor are those for residual
     networks; the paper's frozen patch embedding of vision transformers is left to the optimizer.
+    Further attributes: those of `WithCopy`.
 
     Attributes:
       temperature: Of `moco_v3_loss`.
       hidden: Width of the projector's hidden layer.
       predictor_hidden: Width of the predictor's hidden layer.
-      projection_dim: Size of the projections and predictions.
-      momentum: Of the copy, at the start.
-      final_momentum: At the end.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
     # Defaults: solo-learn, scripts/pretrain/cifar/mocov3.yaml.
-    temperature: float = struct.field(pytree_node=False, default=0.2)
-    hidden: int = struct.field(pytree_node=False, default=4096)
-    predictor_hidden: int = struct.field(pytree_node=False, default=4096)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    momentum: float = struct.field(pytree_node=False, default=0.99)
-    final_momentum: float = struct.field(pytree_node=False, default=1.0)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    temperature: float = option(0.2)
+    hidden: int = option(4096)
+    predictor_hidden: int = option(4096)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim), output_norm="plain")
-
-    @property
-    def _predictor(self) -> MLP:
-        return MLP((self.predictor_hidden, self.projection_dim))
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns projector and predictor, and ``state["momentum"]``, the copy."""
-        networks = {
-            "projector": (self._projector, encoder.dim),
-            "predictor": (self._predictor, self.projection_dim),
-        }
-        own = init_networks(key, networks)
-        return {**own, "state": {"momentum": init_copy(encoder, own)}}
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
+    augmentations = ASYMMETRIC
+    projector = MLP((), output_norm="plain")
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `moco_v3_loss` per image of the global batch."""
-        axis_name = inputs.axis_name
-        features, statistics = encode(encoder, inputs.views, axis_name)
-        projections, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), axis_name
-        )
-        queries, variables = apply_network(
-            self._predictor, variables, "predictor", projections, axis_name
-        )
-        keys, copy = apply_copy(
-            self._projector, variables["state"]["momentum"], encoder, inputs.views, axis_name
-        )
-        (first, second), keys = parallel.gather((jnp.split(queries, 2), keys), axis_name)
-        losses = moco_v3_loss(first, keys[1], temperature=self.temperature) + moco_v3_loss(
-            second, keys[0], temperature=self.temperature
-        )
-        return losses, MethodUpdate(statistics, variables["batch_stats"], {"momentum": copy})
-
-    def after_update(
-        self, variables: Variables, encoder: Encoder, progress: jax.Array
-    ) -> Variables:
-        """Returns the variables with the copy moved."""
-        momentum = momentum_schedule(self.momentum, progress, self.final_momentum)
-        return move_copy(variables, encoder, momentum)
+        (_, queries), update = self.forward(variables, encoder, inputs)
+        keys, copy = self.targets(variables, encoder, inputs)
+        # The keys of all images are negatives, so both travel before they are compared.
+        queries, keys = parallel.gather((jnp.split(queries, 2), keys), inputs.axis_name)
+        loss = functools.partial(moco_v3_loss, temperature=self.temperature)
+        return crossed(loss, queries, keys), update.replace(state={"momentum": copy})
 
 
 @struct.dataclass
-class ReSSL:
+class ReSSL(WithCopy):
     """A strong view learns a weak view's relations: see `ressl_loss` and `method.Method`.
 
-    The trained encoder sees the strong view only, its momentum copy the weak one only.
+    The trained encoder sees the strong view only, its momentum copy the weak one only.  Further
+    attributes: those of `WithCopy`.
 
     Attributes:
       temperature: Of the strong view's relations.
       key_temperature: Of the weak view's.
       hidden: Width of the projector's hidden layer.
-      projection_dim: Size of the projections.
       queue_size: Earlier keys that relations are to; at least one batch.
-      momentum: Of the copy, at the start.
-      final_momentum: At the end.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
     # Defaults: solo-learn, scripts/pretrain/cifar/ressl.yaml; it takes queue_size from
     # solo/methods/ressl.py.
-    temperature: float = struct.field(pytree_node=False, default=0.1)
-    key_temperature: float = struct.field(pytree_node=False, default=0.04)
-    hidden: int = struct.field(pytree_node=False, default=4096)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    queue_size: int = struct.field(pytree_node=False, default=65536)
-    momentum: float = struct.field(pytree_node=False, default=0.99)
-    final_momentum: float = struct.field(pytree_node=False, default=1.0)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    temperature: float = option(0.1)
+    key_temperature: float = option(0.04)
+    hidden: int = option(4096)
+    queue_size: int = option(65536)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim), batch_norm=False)
+    augmentations = STRONG_AND_WEAK
 
     def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
         """Returns the projector, and in ``state`` the copy and the queue."""
         network_key, queue_key = jax.random.split(key)
-        own = init_networks(network_key, {"projector": (self._projector, encoder.dim)})
+        variables = super().init(network_key, encoder, num_images)
         queue = random_queue(queue_key, self.queue_size, self.projection_dim)
-        return {**own, "state": {"momentum": init_copy(encoder, own), "queue": queue}}
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns a strong and a weak random view of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, STRONG_AND_WEAK, min_scale=self.min_scale)
+        return {**variables, "state": {**variables["state"], "queue": queue}}
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `ressl_loss` per image of the global batch."""
-        axis_name, queue = inputs.axis_name, variables["state"]["queue"]
         strong, weak = inputs.views
-        (features,), statistics = encode(encoder, [strong], axis_name)
-        queries, variables = apply_network(
-            self._projector, variables, "projector", features, axis_name
-        )
-        (keys,), copy = apply_copy(
-            self._projector, variables["state"]["momentum"], encoder, [weak], axis_name
-        )
+        queue = variables["state"]["queue"]
+        (queries,), update = self.forward(variables, encoder, inputs, (strong,))
+        (keys,), copy = self.targets(variables, encoder, inputs, (weak,))
         # Each device compares its own images with the queue; only losses and keys travel.
         losses = ressl_loss(
             queries,
@@ -381,13 +285,5 @@ class ReSSL:
             temperature=self.temperature,
             key_temperature=self.key_temperature,
         )
-        losses, keys = parallel.gather((losses, normalize(keys)), axis_name)
-        state = {"momentum": copy, "queue": enqueue(queue, keys)}
-        return losses, MethodUpdate(statistics, variables["batch_stats"], state)
-
-    def after_update(
-        self, variables: Variables, encoder: Encoder, progress: jax.Array
-    ) -> Variables:
-        """Returns the variables with the copy moved."""
-        momentum = momentum_schedule(self.momentum, progress, self.final_momentum)
-        return move_copy(variables, encoder, momentum)
+        losses, keys = parallel.gather((losses, normalize(keys)), inputs.axis_name)
+        return losses, update.replace(state={"momentum": copy, "queue": enqueue(queue, keys)})

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import ASYMMETRIC, SYMMETRIC_WEAK, random_views
+from robust_ssl.pretraining.augmentation import ASYMMETRIC, SYMMETRIC_WEAK
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
     PretrainInputs,
-    apply_network,
-    encode,
-    init_networks,
-    momentum_schedule,
+    check_pair,
     normalize,
+    option,
 )
-from robust_ssl.pretraining.momentum_copy import apply_copy, init_copy, move_copy
+from robust_ssl.pretraining.momentum_copy import WithCopy
+from robust_ssl.pretraining.two_views import TwoViews, crossed
 from robust_ssl.types import Encoder, Variables
 
 
@@ -49,8 +47,7 @@ def byol_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     References:
       Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, Eq. 2.
     """
-    chex.assert_rank([predictions, targets], 2)
-    chex.assert_equal_shape([predictions, targets])
+    check_pair(predictions, targets)
     targets = normalize(jax.lax.stop_gradient(targets))
     return 2 - 2 * jnp.sum(normalize(predictions) * targets, axis=1)
 
@@ -81,136 +78,64 @@ def simsiam_loss(predictions: jax.Array, targets: jax.Array) -> jax.Array:
     References:
       Chen and He, "Exploring Simple Siamese Representation Learning", CVPR 2021, Eqs. 1 and 3.
     """
-    chex.assert_rank([predictions, targets], 2)
-    chex.assert_equal_shape([predictions, targets])
+    check_pair(predictions, targets)
     targets = normalize(jax.lax.stop_gradient(targets))
     return -jnp.sum(normalize(predictions) * targets, axis=1)
 
 
 @struct.dataclass
-class BYOL:
+class BYOL(WithCopy):
     """A prediction of the momentum copy's projections: see `byol_loss` and `method.Method`.
 
-    The loss is the sum of both directions.
+    The loss is the sum of both directions.  Further attributes: those of `WithCopy`.
 
     Attributes:
       hidden: Width of the projector's hidden layer.
       predictor_hidden: Width of the predictor's hidden layer.
-      projection_dim: Size of the projections and predictions.
-      momentum: Of the copy, at the start.
-      final_momentum: At the end.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
     # Defaults: solo-learn, scripts/pretrain/cifar/byol.yaml.
-    hidden: int = struct.field(pytree_node=False, default=4096)
-    predictor_hidden: int = struct.field(pytree_node=False, default=4096)
-    projection_dim: int = struct.field(pytree_node=False, default=256)
-    momentum: float = struct.field(pytree_node=False, default=0.99)
-    final_momentum: float = struct.field(pytree_node=False, default=1.0)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    hidden: int = option(4096)
+    predictor_hidden: int = option(4096)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim))
-
-    @property
-    def _predictor(self) -> MLP:
-        return MLP((self.predictor_hidden, self.projection_dim))
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns projector and predictor, and ``state["momentum"]``, the copy."""
-        networks = {
-            "projector": (self._projector, encoder.dim),
-            "predictor": (self._predictor, self.projection_dim),
-        }
-        own = init_networks(key, networks)
-        return {**own, "state": {"momentum": init_copy(encoder, own)}}
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, ASYMMETRIC, min_scale=self.min_scale)
+    augmentations = ASYMMETRIC
+    projector = MLP(())
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `byol_loss` per image of the global batch."""
-        axis_name = inputs.axis_name
-        features, statistics = encode(encoder, inputs.views, axis_name)
-        projections, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), axis_name
-        )
-        predictions, variables = apply_network(
-            self._predictor, variables, "predictor", projections, axis_name
-        )
-        first, second = jnp.split(predictions, 2)
-        targets, copy = apply_copy(
-            self._projector, variables["state"]["momentum"], encoder, inputs.views, axis_name
-        )
-        losses = byol_loss(first, targets[1]) + byol_loss(second, targets[0])
-        losses = parallel.gather(losses, axis_name)
-        return losses, MethodUpdate(statistics, variables["batch_stats"], {"momentum": copy})
-
-    def after_update(
-        self, variables: Variables, encoder: Encoder, progress: jax.Array
-    ) -> Variables:
-        """Returns the variables with the copy moved."""
-        momentum = momentum_schedule(self.momentum, progress, self.final_momentum)
-        return move_copy(variables, encoder, momentum)
+        (_, predictions), update = self.forward(variables, encoder, inputs)
+        targets, copy = self.targets(variables, encoder, inputs)
+        losses = crossed(byol_loss, jnp.split(predictions, 2), targets)
+        losses = parallel.gather(losses, inputs.axis_name)
+        return losses, update.replace(state={"momentum": copy})
 
 
 @struct.dataclass
-class SimSiam:
-    """A prediction of one's own projections, held constant: see `simsiam_loss`, `method.Method`.
+class SimSiam(TwoViews):
+    """A prediction of the other view's projection, held constant: see `simsiam_loss`.
 
-    The loss is the mean of both directions.
+    The loss is the mean of both directions.  Further attributes: those of `TwoViews`.
 
     Attributes:
-      hidden: Width of the projector's two hidden layers.
       predictor_hidden: Width of the predictor's hidden layer, a bottleneck.
       projection_dim: Size of the projections and predictions.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
     # Defaults: solo-learn, scripts/pretrain/cifar/simsiam.yaml.
-    hidden: int = struct.field(pytree_node=False, default=2048)
-    predictor_hidden: int = struct.field(pytree_node=False, default=512)
-    projection_dim: int = struct.field(pytree_node=False, default=2048)
-    min_scale: float = struct.field(pytree_node=False, default=0.08)
+    predictor_hidden: int = option(512)
+    projection_dim: int = option(2048)
 
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.hidden, self.projection_dim), output_norm="plain")
-
-    @property
-    def _predictor(self) -> MLP:
-        return MLP((self.predictor_hidden, self.projection_dim))
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the method's own variables, those of projector and predictor."""
-        networks = {
-            "projector": (self._projector, encoder.dim),
-            "predictor": (self._predictor, self.projection_dim),
-        }
-        return init_networks(key, networks)
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, SYMMETRIC_WEAK, min_scale=self.min_scale)
+    augmentations = SYMMETRIC_WEAK
+    hidden_layers = 2
+    projector = MLP((), output_norm="plain")
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `simsiam_loss` per image of the global batch."""
-        axis_name = inputs.axis_name
-        features, statistics = encode(encoder, inputs.views, axis_name)
-        projections, variables = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), axis_name
-        )
-        predictions, variables = apply_network(
-            self._predictor, variables, "predictor", projections, axis_name
-        )
-        targets, (first, second) = jnp.split(projections, 2), jnp.split(predictions, 2)
-        losses = (simsiam_loss(first, targets[1]) + simsiam_loss(second, targets[0])) / 2
-        losses = parallel.gather(losses, axis_name)
-        return losses, MethodUpdate(statistics, variables["batch_stats"])
+        (projections, predictions), update = self.forward(variables, encoder, inputs)
+        targets = jnp.split(projections, 2)
+        losses = crossed(simsiam_loss, jnp.split(predictions, 2), targets) / 2
+        return parallel.gather(losses, inputs.axis_name), update

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from robust_ssl import parallel, struct
-from robust_ssl.pretraining.augmentation import SYMMETRIC, random_views
-from robust_ssl.pretraining.method import (
-    MLP,
-    MethodUpdate,
-    PretrainInputs,
-    apply_network,
-    encode,
-    init_networks,
-)
+from robust_ssl import struct
+from robust_ssl.pretraining.method import MethodUpdate, PretrainInputs, check_pair, option
+from robust_ssl.pretraining.two_views import TwoViews
 from robust_ssl.types import Encoder, Variables
 
 
@@ -47,8 +39,7 @@ def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.2) ->
     References:
       Chen et al., ICML 2020, Eq. 1.
     """
-    chex.assert_rank([first, second], 2)
-    chex.assert_equal_shape([first, second])
+    check_pair(first, second)
     n = first.shape[0]
     both = jnp.concatenate([first, second])
     norms = jnp.sqrt(jnp.maximum(jnp.sum(both**2, axis=1, keepdims=True), 1e-12))
@@ -61,40 +52,18 @@ def nt_xent(first: jax.Array, second: jax.Array, *, temperature: float = 0.2) ->
 
 
 @struct.dataclass
-class SimCLR:
-    """The method as a value: see `robust_ssl.pretraining.method.Method`.
+class SimCLR(TwoViews):
+    """The method as a value: see `robust_ssl.pretraining.method.Method` and `TwoViews`.
 
     Attributes:
       temperature: Of `nt_xent`.
-      hidden: Width of the projector's hidden layer.
-      projection_dim: Size of the projections.
-      min_scale: Smallest share of the area that a view's crop keeps.
     """
 
-    temperature: float = struct.field(pytree_node=False, default=0.2)  # solo-learn, CIFAR
-    hidden: int = struct.field(pytree_node=False, default=2048)  # solo-learn, CIFAR
-    projection_dim: int = struct.field(pytree_node=False, default=256)  # solo-learn, CIFAR
-    min_scale: float = struct.field(pytree_node=False, default=0.08)  # solo-learn, CIFAR
-
-    @property
-    def _projector(self) -> MLP:
-        return MLP((self.hidden, self.projection_dim), batch_norm=False)
-
-    def init(self, key: jax.Array, encoder: Encoder, num_images: int) -> Variables:
-        """Returns the method's own variables, ``{"params": {"projector": ...}, ...}``."""
-        return init_networks(key, {"projector": (self._projector, encoder.dim)})
-
-    def views(self, key: jax.Array, image: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns two random views of one image, ``[H, W, 3]`` each."""
-        return random_views(key, image, SYMMETRIC, min_scale=self.min_scale)
+    temperature: float = option(0.2)  # solo-learn, CIFAR; as the defaults of `TwoViews`
 
     def loss(
         self, variables: Variables, encoder: Encoder, inputs: PretrainInputs
     ) -> tuple[jax.Array, MethodUpdate]:
         """Returns `nt_xent` per image of the global batch."""
-        features, statistics = encode(encoder, inputs.views, inputs.axis_name)
-        both, _ = apply_network(
-            self._projector, variables, "projector", jnp.concatenate(features), inputs.axis_name
-        )
-        first, second = parallel.gather(tuple(jnp.split(both, 2)), inputs.axis_name)
-        return nt_xent(first, second, temperature=self.temperature), MethodUpdate(statistics)
+        first, second, update = self.projections(variables, encoder, inputs)
+        return nt_xent(first, second, temperature=self.temperature), update

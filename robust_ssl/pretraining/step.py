@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from robust_ssl import parallel
+from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.pretraining.method import Method, MethodUpdate, PretrainInputs
 from robust_ssl.types import Encoder, TrainState, Variables
-from robust_ssl.updates import no_skips, take_if_finite
 
 
 def init_state(
@@ -26,17 +26,18 @@ def init_state(
     """Returns the state before the first step.
 
     Its variables are ``params`` and ``batch_stats``, each ``{"encoder": ..., "method": ...}``, and
-    ``state``, the method's own.
+    ``state``, the method's.
     """
-    own = method.init(key, encoder, num_images)
-    params = {"encoder": encoder.variables["params"], "method": own.get("params", {})}
+    variables = method.init(key, encoder, num_images)
+    params = {"encoder": encoder.variables["params"], "method": variables.get("params", {})}
     batch_stats = {
         "encoder": encoder.variables.get("batch_stats", {}),
-        "method": own.get("batch_stats", {}),
+        "method": variables.get("batch_stats", {}),
     }
+    state = variables.get("state", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        variables={"params": params, "batch_stats": batch_stats, "state": own.get("state", {})},
+        variables={"params": params, "batch_stats": batch_stats, "state": state},
         opt_state=tx.init(params),
         counters=no_skips(),
     )
@@ -50,7 +51,7 @@ def trained_encoder(encoder: Encoder, variables: Variables) -> Encoder:
     return encoder.replace(variables=new)
 
 
-def _own(variables: Variables) -> Variables:
+def _of_method(variables: Variables) -> Variables:
     """The method's part of a training state's variables."""
     return {
         "params": variables["params"]["method"],
@@ -59,11 +60,11 @@ def _own(variables: Variables) -> Variables:
     }
 
 
-def _with_own(variables: Variables, own: Variables) -> Variables:
+def _with_method(variables: Variables, new: Variables) -> Variables:
     return {
-        "params": {**variables["params"], "method": own["params"]},
-        "batch_stats": {**variables["batch_stats"], "method": own["batch_stats"]},
-        "state": own["state"],
+        "params": {**variables["params"], "method": new["params"]},
+        "batch_stats": {**variables["batch_stats"], "method": new["batch_stats"]},
+        "state": new["state"],
     }
 
 
@@ -127,7 +128,7 @@ def make_step(
             axis_name=axis_name,
         )
         online = trained_encoder(encoder, variables)
-        losses, update = method.loss(_own(variables), online, inputs)
+        losses, update = method.loss(_of_method(variables), online, inputs)
         return jnp.mean(losses), update
 
     def gradients_of(variables, batch, step_key, progress):
@@ -150,10 +151,10 @@ def make_step(
         params = optax.apply_updates(variables["params"], updates)
         variables = {**variables, "params": params}
         if hasattr(method, "after_update"):
-            own = method.after_update(
-                _own(variables), trained_encoder(encoder, variables), progress
+            moved = method.after_update(
+                _of_method(variables), trained_encoder(encoder, variables), progress
             )
-            variables = _with_own(variables, own)
+            variables = _with_method(variables, moved)
         metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
         return take_if_finite(state, variables, opt_state, metrics)
 
@@ -168,7 +169,7 @@ def _at_epoch_start(
         return variables
     return jax.lax.cond(
         epoch_starts,
-        lambda v: _with_own(v, method.epoch_start(key, _own(v))),
+        lambda v: _with_method(v, method.epoch_start(key, _of_method(v))),
         lambda v: v,
         variables,
     )

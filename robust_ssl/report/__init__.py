@@ -1,46 +1,39 @@
-"""What a run leaves for people and for programs: tables, figures, `report.md`, `results.json`."""
+"""What a run leaves for people and for programs: `results.json`, `report.md`, tables, figures."""
 
-from robust_ssl.report.advice import advice
-from robust_ssl.report.comparison import ordering, summarize, write_comparison
+from robust_ssl.report import claims, results
+from robust_ssl.report.comparison import summarize
 from robust_ssl.report.figures import (
     figure_epsilon,
     figure_examples,
     figure_sensitivity,
     figure_stability,
 )
-from robust_ssl.report.leaderboard import write_leaderboard
-from robust_ssl.report.page import write_report
-from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front
-from robust_ssl.report.results import (
-    check_results,
-    read_results,
-    results_schema,
-    write_results,
-)
-from robust_ssl.report.tables import conclusions, print_table, summary_table
-from robust_ssl.report.verdicts import verdict_lines
+from robust_ssl.report.pages import print_summary, write_report
+from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front, points_of
+from robust_ssl.report.sentences import advice, answer, verdict_lines
+from robust_ssl.report.tables import budget, csv_text, label, markdown_table, names
 
 __all__ = [
     "Point",
     "advice",
+    "answer",
     "area_under_front",
-    "check_results",
-    "conclusions",
+    "budget",
+    "claims",
+    "csv_text",
     "figure_epsilon",
     "figure_examples",
     "figure_pareto",
     "figure_sensitivity",
     "figure_stability",
     "front",
-    "ordering",
-    "print_table",
-    "read_results",
-    "results_schema",
+    "label",
+    "markdown_table",
+    "names",
+    "points_of",
+    "print_summary",
+    "results",
     "summarize",
-    "summary_table",
     "verdict_lines",
-    "write_comparison",
-    "write_leaderboard",
     "write_report",
-    "write_results",
 ]

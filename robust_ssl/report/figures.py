@@ -1,6 +1,8 @@
 """The figures of a run: each as PNG and SVG, with the numbers beside it as CSV.
 
-The same numbers give the same bytes: no date, no random identifier.
+A `figure_*` writes ``name.png``, ``.svg`` and ``.csv`` into its directory and returns the path of
+the PNG.  The same numbers give the same bytes: no date, no random identifier.  Where it takes
+numbers by model, the names are those of recipes.
 """
 
 from __future__ import annotations
@@ -9,25 +11,27 @@ import csv
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from robust_ssl.report.results import NOT_TRUSTED
-from robust_ssl.report.tables import MODELS
+from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report.tables import MARK, label
 
+Folder = str | os.PathLike
+Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]  # by model, tap and measure
 # Okabe and Ito's colors, which the color-blind tell apart; line and marker differ too.
 STYLES = {
-    "usual": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
-    "stage1": {"color": "#009E73", "marker": "s", "linestyle": "--"},
-    "stage2": {"color": "#0072B2", "marker": "^", "linestyle": "-"},
+    "baseline": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
+    "gen_af_stage1": {"color": "#009E73", "marker": "s", "linestyle": "--"},
+    "gen_af": {"color": "#0072B2", "marker": "^", "linestyle": "-"},
 }
-OTHERS = (
-    {"color": "#CC79A7", "marker": "D", "linestyle": "-."},
-    {"color": "#000000", "marker": "v", "linestyle": ":"},
-    {"color": "#56B4E9", "marker": "P", "linestyle": "-"},
-)
+# Lengths without a common factor: the three together repeat only after sixty models.
+COLORS = ("#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7A5195")
+MARKERS = ("D", "v", "P", "X")
+LINES = ("-.", ":", "--")
+MOST_CURVES = 7  # of one panel; with more, nobody follows a curve to its name
 QUIET = "#B5B5B5"
 SETTINGS = {
     "font.size": 10,
@@ -38,8 +42,8 @@ SETTINGS = {
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "robust_ssl",
+    "svg.fonttype": "path",  # outlines: a reader need not have the font
+    "svg.hashsalt": "robust_ssl",  # else the names of clip paths are random
 }
 
 
@@ -47,37 +51,24 @@ def styled(draw: Callable[..., pathlib.Path]) -> Callable[..., pathlib.Path]:
     """Draws under `SETTINGS`, which matplotlib reads when axes are made and when they are saved."""
 
     @functools.wraps(draw)
-    def drawn(*args, **kwargs):
+    def draw_styled(*args, **kwargs):
         import matplotlib
 
         with matplotlib.rc_context(SETTINGS):
             return draw(*args, **kwargs)
 
-    return drawn
+    return draw_styled
 
 
 @styled
 def figure_examples(
-    directory: str | os.PathLike,
-    clean: np.ndarray,
-    adversarial: np.ndarray,
-    *,
-    predictions: Sequence[tuple[Any, Any]] | None = None,
-    name: str = "examples",
+    directory: Folder, clean, adversarial, *, predictions=None, name: str = "examples"
 ) -> pathlib.Path:
     """Draws images, the same images under attack, and the perturbation made visible.
 
     The perturbation is amplified until its largest change fills the range around middle gray.
-
-    Args:
-      directory: Where to write ``name.png``, ``.svg`` and ``.csv``.
-      clean: Pixels in [0, 1], float ``[n, H, W, 3]``; the first eight are drawn.
-      adversarial: The same images under attack, same shape.
-      predictions: What the model says of each image, (clean, under attack); a change is bold.
-      name: File name without suffix.
-
-    Returns:
-      Path of the PNG.
+    Images are pixels in [0, 1], ``[n, H, W, 3]``, of which the first eight are drawn.
+    `predictions` is what the model says of each, (clean, under attack); a change is bold.
 
     Raises:
       ValueError: If the shapes differ or there is no image.
@@ -88,102 +79,80 @@ def figure_examples(
             "clean and adversarial must be the same images [n, H, W, 3], got "
             f"{clean.shape} and {adversarial.shape}"
         )
-    delta = adversarial.astype(np.float64) - clean
+    delta = adversarial.astype(np.float64) - clean  # exact, where float32 would round
     largest = np.abs(delta).max()
-    gain = 0.5 / largest if largest > 0 else 1.0
+    gain = 0.5 / largest if largest > 0 else 1.0  # no change is plain gray, not NaN
     texts = [("", "")] * len(clean) if predictions is None else list(predictions)[: len(clean)]
     rows = (
         ("clean", clean, [(str(before), False) for before, _ in texts]),
         ("under attack", adversarial, [(str(after), after != before) for before, after in texts]),
         (f"change\n(x {gain:.0f})", np.clip(0.5 + gain * delta, 0, 1), [("", False)] * len(clean)),
     )
-    drawn = _draw_images(rows, len(clean), has_text=predictions is not None)
+    figure = _draw_images(rows, len(clean), has_text=predictions is not None)
     numbers = [
         (i, *texts[i], np.abs(d).max() * 255, np.abs(d).mean() * 255) for i, d in enumerate(delta)
     ]
     header = ("image", "clean", "under_attack", "largest_change_255", "mean_change_255")
-    return save_figure(drawn, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(figure, directory, name, header, numbers)
 
 
 def _draw_images(rows, columns: int, *, has_text: bool):
     figure = new_figure(1.15 * columns + 1.1, (1.4 if has_text else 1.2) * len(rows))
     axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (label, images, texts) in zip(axes, rows, strict=True):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
+    for row, (title, images, texts) in zip(axes, rows, strict=True):
+        row[0].set_ylabel(title, rotation=0, ha="right", va="center", labelpad=8)
         for axis, image, (text, changed) in zip(row, images, texts, strict=True):
+            # Smoothing would hide what an attack does to single pixels.
             axis.imshow(np.clip(image, 0, 1), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
-            emphasis = {"color": STYLES["usual"]["color"], "weight": "bold"} if changed else {}
+            emphasis = {"color": STYLES["baseline"]["color"], "weight": "bold"} if changed else {}
             axis.set_xlabel(text, fontsize=9, labelpad=2, **emphasis)
     return figure
 
 
 @styled
 def figure_epsilon(
-    directory: str | os.PathLike,
-    curves: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    *,
-    name: str = "epsilon",
-    verdicts: Mapping[str, Mapping[str, Any]] | None = None,
+    directory: Folder, curves: Mapping[str, Any], *, name: str = "epsilon", verdicts=None
 ) -> pathlib.Path:
     """Draws accuracy against the attacker's budget, with 95 % intervals as bands.
 
-    Args:
-      directory: Where to write ``name.png``, ``.svg`` and ``.csv``.
-      curves: For each model, ``(epsilon, accuracy, low, high)``, pixel units and shares, as
-        `robust_ssl.evaluation.accuracy_against_epsilon` returns them.
-      name: File name without suffix.
-      verdicts: By model, as in ``results.json``: a curve that is not trusted says so in the
-        legend, and each line of the numbers has its verdict.
-
-    Returns:
-      Path of the PNG.
+    `curves` are by model ``(epsilon, accuracy, low, high)``, pixel units and shares.  With
+    `verdicts`, by model as in ``results.json``, a curve that is not believable says so.
     """
-    words = {
-        model: (verdicts or {}).get(model, {}).get("verdict", "not examined") for model in curves
-    }
-    figure = new_figure(6.0, 3.7)
-    axis = figure.subplots()
-    for model, style in styles(curves).items():
+    unknown, verdicts = {"verdict": NOT_EXAMINED}, verdicts or {}
+    words = {model: verdicts.get(model, unknown)["verdict"] for model in curves}
+    marks = {NOT_BELIEVABLE: f"\n{MARK}"}
+    shown = {model: label(model) + marks.get(word, "") for model, word in words.items()}
+
+    def draw(axis, model, style):
         epsilon, accuracy, low, high = np.asarray(curves[model], float).T
-        x, color = 255 * epsilon, style["color"]
-        axis.fill_between(x, 100 * low, 100 * high, color=color, alpha=0.15, lw=0)
-        label = MODELS.get(model, model)
-        label += "\nNOT TRUSTED" if words[model] == NOT_TRUSTED else ""
-        axis.plot(x, 100 * accuracy, label=label, ms=5, clip_on=False, **style)
-    axis.set_xlabel("attack budget epsilon (/255)")
-    axis.set_ylabel("accuracy under attack (%)")
-    axis.set_ylim(0, 102)
-    axis.set_xlim(left=0)
-    axis.margins(x=0.02)
-    figure.legend(loc="outside upper center", ncols=3)
-    numbers = [
-        (model, *point, words[model]) for model, points in curves.items() for point in points
-    ]
+        x = 255 * epsilon
+        axis.fill_between(x, 100 * low, 100 * high, color=style["color"], alpha=0.15, lw=0)
+        # Unclipped: the marks at epsilon 0 and at 0 % would lose half of themselves.
+        axis.plot(x, 100 * accuracy, ms=5, clip_on=False, **style)
+
+    figure, axes = _draw_curves(shown, draw)
+    for axis in axes:
+        axis.set_ylim(0, 102)  # all of it: a cut axis makes small falls look large
+        axis.set_xlim(left=0)
+        axis.margins(x=0.02)
+    figure.supxlabel("attack budget epsilon (/255)", fontsize=10)
+    figure.supylabel("accuracy under attack (%)", fontsize=10)
+    numbers = [(model, *p, words[model]) for model, points in curves.items() for p in points]
     header = ("model", "epsilon", "accuracy", "ci95_low", "ci95_high", "verdict")
-    return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(figure, directory, name, header, numbers)
 
 
 @styled
 def figure_sensitivity(
-    directory: str | os.PathLike,
-    scores: Mapping[str, float],
-    selected: Collection[str],
-    *,
-    name: str = "sensitivity",
+    directory: Folder, scores: Mapping[str, float], selected, *, name: str = "sensitivity"
 ) -> pathlib.Path:
-    """Draws how much each layer matters for robustness, and which ones stage 2 may move.
+    """Draws how much each layer matters for robustness, and which are fine-tuned.
 
-    Args:
-      directory: Where to write ``name.png``, ``.svg`` and ``.csv``.
-      scores: Layer sensitivity by layer: rise of the robust loss when its weights are perturbed.
-      selected: The robust-redundant layers that stage 2 fine-tunes.
-      name: File name without suffix.
-
-    Returns:
-      Path of the PNG.
+    `scores` are the layer sensitivities: rise of the robust loss when a layer's weights are
+    perturbed.  `selected` are the robust-redundant layers, which are fine-tuned.
 
     Raises:
       ValueError: If a selected layer has no score.
@@ -194,72 +163,106 @@ def figure_sensitivity(
     from matplotlib.patches import Patch
 
     layers = sorted(scores, key=lambda layer: scores[layer])
-    chosen = STYLES["stage2"]["color"]
+    chosen = STYLES["gen_af"]["color"]
     figure = new_figure(6.4, 1.1 + 0.22 * len(layers))
     axis = figure.subplots()
-    axis.barh(
-        range(len(layers)),
-        [scores[layer] for layer in layers],
-        height=0.72,
-        color=[chosen if layer in selected else QUIET for layer in layers],
-    )
+    colors = [chosen if layer in selected else QUIET for layer in layers]
+    axis.barh(range(len(layers)), [scores[name] for name in layers], height=0.72, color=colors)
     axis.set_yticks(range(len(layers)), layers, fontsize=8)
     axis.set_ylim(-0.7, len(layers) - 0.3)
     axis.tick_params(axis="y", length=0)
     axis.grid(False, axis="y")
     axis.axvline(0, color="#606060", lw=0.8)
     axis.set_xlabel("rise of the robust loss when the layer is perturbed")
-    patches = [Patch(color=chosen), Patch(color=QUIET)]
-    figure.legend(patches, ["stage 2 moves it", "held fixed"], loc="outside upper right", ncols=2)
+    patches = {"robust-redundant: fine-tuned": chosen, "held fixed": QUIET}
+    patches = [Patch(color=color, label=text) for text, color in patches.items()]
+    figure.legend(handles=patches, loc="outside upper right", ncols=2)
     numbers = [(layer, scores[layer], int(layer in selected)) for layer in reversed(layers)]
     header = ("layer", "sensitivity", "selected")
-    return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
+    return save_figure(figure, directory, name, header, numbers)
 
 
 @styled
-def figure_stability(
-    directory: str | os.PathLike,
-    drifts: Mapping[str, Mapping[str, Mapping[str, float]]],
-    *,
-    name: str = "stability",
-) -> pathlib.Path:
+def figure_stability(directory: Folder, drifts: Numbers, *, name: str = "stability"):
     """Draws how far the attack moves each layer's output.
 
-    Args:
-      directory: Where to write ``name.png``, ``.svg`` and ``.csv``.
-      drifts: For each model what `robust_ssl.evaluation.per_layer_stability` returns.
-      name: File name without suffix.
-
-    Returns:
-      Path of the PNG.
+    `drifts` are by model what `robust_ssl.evaluation.per_layer_stability` returns.
     """
-    figure = new_figure(6.0, 3.7)
-    axis = figure.subplots()
-    for model, style in styles(drifts).items():
-        taps = list(drifts[model])
-        drift = [drifts[model][tap]["relative_drift"] for tap in taps]
-        axis.plot(taps, drift, label=MODELS.get(model, model), ms=5, **style)
-    axis.set_ylabel("change of the output (relative)")
-    axis.set_ylim(bottom=0)
-    axis.tick_params(axis="x", rotation=40)
-    for label in axis.get_xticklabels():
-        label.set(ha="right", rotation_mode="anchor")
-    figure.legend(loc="outside upper center", ncols=3)
+
+    def draw(axis, model, style):
+        drift = [values["relative_drift"] for values in drifts[model].values()]
+        axis.plot(list(drifts[model]), drift, ms=5, **style)
+
+    figure, axes = _draw_curves({model: label(model) for model in drifts}, draw)
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        slant(axis)
+    figure.supylabel("change of the output (relative)", fontsize=10)
+    measures = ("cosine", "relative_drift")
     numbers = [
-        (model, tap, values["cosine"], values["relative_drift"])
+        (model, tap, *(values[measure] for measure in measures))
         for model, taps in drifts.items()
         for tap, values in taps.items()
     ]
-    header = ("model", "tap", "cosine", "relative_drift")
-    return save_figure(figure, pathlib.Path(directory) / name, header, numbers)
+    header = ("model", "tap", *measures)
+    return save_figure(figure, directory, name, header, numbers)
+
+
+def _draw_curves(shown: Mapping[str, str], draw: Callable[..., None]):
+    """Draws one curve for each model, few in a panel; the baseline is in each.
+
+    `shown` is by model its text in the legend; `draw` is called with axis, model and style.
+    """
+    first = [model for model in shown if model == "baseline"]
+    rest = [model for model in shown if model not in first]
+    single = len(shown) <= MOST_CURVES
+    count = 1 if single else -(-len(rest) // (MOST_CURVES - len(first)))
+    size = max(1, -(-len(rest) // count))  # evenly: nine models in five and five, not seven and two
+    panels = [first + rest[start : start + size] for start in range(0, max(len(rest), 1), size)]
+    size = (6.0, 0.0, 3.7) if single else (10.5, 0.4, 2.7)
+    figure, axes = grid(len(panels), 2, *size)
+    look = styles(shown)
+    for axis, models in zip(axes, panels, strict=False):
+        for model in models:
+            draw(axis, model, {**look[model], "label": shown[model]})
+        if not single:
+            # Beside its panel: over the curves it would hide some.
+            axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    if single:
+        figure.legend(loc="outside upper center", ncols=3)
+    return figure, axes
+
+
+def grid(panels: int, columns: int, width: float, edge: float, height: float):
+    """Returns a figure and its panels of one height, which share their axes."""
+    columns = min(columns, panels)
+    lines = -(-panels // columns)
+    figure = new_figure(width, edge + height * lines)
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).reshape(-1)
+    for axis in axes:
+        axis.tick_params(labelbottom=True)  # a shared axis shows them in the last row only
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes[:panels]
+
+
+def slant(axis) -> None:
+    """Slants the names under an axis so that each ends at its tick."""
+    axis.tick_params(axis="x", rotation=40)
+    for text in axis.get_xticklabels():
+        text.set(ha="right", rotation_mode="anchor")
 
 
 def styles(models: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns how each model is drawn, the same in every figure."""
-    models = list(models)
-    strangers = [model for model in models if model not in STYLES]
-    spare = {model: OTHERS[index % len(OTHERS)] for index, model in enumerate(strangers)}
-    return {model: STYLES.get(model) or spare[model] for model in models}
+    """Returns how each model is drawn, the same in every figure of the same models."""
+    cycles = {"color": COLORS, "marker": MARKERS, "linestyle": LINES}
+    looks: dict[str, dict[str, Any]] = {}
+    place = 0
+    for model in models:
+        look = {name: values[place % len(values)] for name, values in cycles.items()}
+        looks[model] = STYLES.get(model, look)
+        place += model not in STYLES
+    return looks
 
 
 def new_figure(width: float, height: float):
@@ -269,9 +272,11 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
-def save_figure(figure, stem: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[Any]]):
+def save_figure(figure, directory: Folder, name: str, header: Sequence[str], rows: Iterable):
     """Writes a figure as PNG and SVG and its numbers as CSV; returns the PNG's path."""
+    stem = pathlib.Path(directory) / name
     stem.parent.mkdir(parents=True, exist_ok=True)
+    # Without the library's version and the date, equal numbers are equal bytes.
     figure.savefig(stem.with_suffix(".png"), metadata={"Software": None})
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
     with open(stem.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""`results.json`: written only if it keeps the contract in ``schemas/results.schema.json``."""
+"""`results.json`: written and read only if it keeps ``schemas/results.schema.json``."""
 
 from __future__ import annotations
 
@@ -10,106 +10,151 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robust_ssl import manifests
+from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report.comparison import check_rows
+from robust_ssl.workdir import json_ready, write_atomically
 
-SCHEMA = 2  # of results.json
-NOT_TRUSTED = "not trusted"  # the verdict of a figure that must not be shown without this mark
+SCHEMA = 3  # of results.json
+Part = Mapping[str, Any]
 METRICS = ("clean_accuracy", "robust_accuracy", "attack_success_rate", "fooling_rate")
 
 
-def results_schema() -> dict[str, Any]:
+def schema() -> dict[str, Any]:
     """Returns the JSON Schema (draft 2020-12) of ``results.json`` that the package ships."""
     file = importlib.resources.files("robust_ssl.schemas") / "results.schema.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def check_results(document: Any) -> None:
-    """Raises unless a document keeps the contract.
-
-    Args:
-      document: What ``results.json`` holds, plain Python values.
+def check(document: Any) -> None:
+    """Raises unless a document keeps the contract of ``results.json``.
 
     Raises:
       ValueError: Naming the offending field, such as ``results[2].robust_accuracy``.
     """
     import jsonschema
 
+    version = document.get("schema") if isinstance(document, Mapping) else None
+    if isinstance(version, int) and version < SCHEMA:
+        raise ValueError(
+            f"results.json, schema: {version}, which an older version of this package wrote; this "
+            f"one reads {SCHEMA}. Score again in a new --workdir"
+        )
     _refuse_nan(document, "")
-    validator = jsonschema.Draft202012Validator(results_schema())
+    validator = jsonschema.Draft202012Validator(schema())
     error = jsonschema.exceptions.best_match(validator.iter_errors(document))
     if error is not None:
-        raise ValueError(f"results.json, {_dotted(error.absolute_path)}: {error.message}")
-    for model, found in document["verdicts"].items():
-        if any(c["status"] == "failed" for c in found["checks"]) != (
-            found["verdict"] == NOT_TRUSTED
-        ):
-            raise ValueError(
-                f"results.json, verdicts.{model}: {found['verdict']!r} is not what its checks say"
-            )
+        raise _error(_dotted(error.absolute_path), error.message)
+    _check_models(document["models"])
+    _check_verdicts(document)
     for index, entry in enumerate(document["results"]):
-        if entry["epsilon"] > 1 and not entry["threat"].startswith("L2"):
-            raise ValueError(
-                f"results.json, results[{index}].epsilon: {entry['epsilon']} is greater than 1, "
-                f"the whole range of {entry['threat']}"
-            )
-        examined = document["verdicts"].get(entry["model"], {"verdict": "not examined"})
-        if entry["verdict"] != examined["verdict"]:
-            raise ValueError(
-                f"results.json, results[{index}].verdict: {entry['verdict']!r}, but the verdict "
-                f"on {entry['model']!r} is {examined['verdict']!r}"
-            )
-        for metric in METRICS:
-            low, high = entry["ci95"][metric]
-            if not low <= entry[metric] <= high:
-                raise ValueError(
-                    f"results.json, results[{index}].ci95.{metric}: [{low}, {high}] does not hold "
-                    f"the share {entry[metric]}"
-                )
+        _check_entry(document, entry, f"results[{index}]")
+    if document["comparison"] is not None:
+        _check_comparison(document)
 
 
-def write_results(
-    path: str | os.PathLike,
-    run: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    verdicts: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Writes ``results.json``; the file is there whole or not at all.
+def _check_models(models: Mapping[str, Mapping[str, Any]]) -> None:
+    recipes = {origin["recipe"] for origin in models.values()}
+    for model, origin in models.items():
+        if (origin["recipe"] is None) != (origin["seed"] is None):
+            raise _error(f"models.{model}", "recipe and seed go together")
+        if origin["recipe"] is None and model in recipes:
+            # Both would share one line of the first table.
+            raise _error(f"models.{model}", "a classifier must not be called as a recipe is")
+
+
+def _check_verdicts(document: Mapping[str, Any]) -> None:
+    for model, verdict in document["verdicts"].items():
+        if model not in document["models"]:
+            raise _error(f"verdicts.{model}", "there is no such model")
+        failed = any(check["status"] == "failed" for check in verdict["checks"])
+        # A forged word would carry a figure past every mark.
+        if failed != (verdict["verdict"] == NOT_BELIEVABLE):
+            raise _error(f"verdicts.{model}", f"{verdict['verdict']!r} is not what its checks say")
+
+
+def _check_entry(document: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> None:
+    if entry["model"] not in document["models"]:
+        raise _error(f"{where}.model", f"{entry['model']!r} is none of the models")
+    if entry["epsilon"] > 1 and not entry["threat"].startswith("L2"):
+        message = f"{entry['epsilon']} is greater than 1, the whole range of {entry['threat']}"
+        raise _error(f"{where}.epsilon", message)
+    verdict = document["verdicts"].get(entry["model"], {"verdict": NOT_EXAMINED})["verdict"]
+    if entry["verdict"] != verdict:
+        message = f"{entry['verdict']!r}, but the verdict on {entry['model']!r} is {verdict!r}"
+        raise _error(f"{where}.verdict", message)
+    for metric in METRICS:
+        low, high = entry["ci95"][metric]
+        if not low <= entry[metric] <= high:
+            message = f"[{low}, {high}] does not hold the share {entry[metric]}"
+            raise _error(f"{where}.ci95.{metric}", message)
+
+
+def _check_comparison(document: Mapping[str, Any]) -> None:
+    comparison = document["comparison"]
+    try:
+        check_rows(comparison["rows"])
+    except ValueError as error:
+        raise _error("comparison.rows", str(error)) from error
+    recipes = {row["recipe"] for row in comparison["rows"]}
+    for name in ("baseline", "reference"):
+        if comparison[name] not in (*recipes, None):
+            raise _error(f"comparison.{name}", f"{comparison[name]!r} has no row")
+
+
+def document(
+    *, run: Part, models: Part, results: Sequence[Part], verdicts=None, comparison=None
+) -> dict[str, Any]:
+    """Builds what ``results.json`` holds, plain values.
 
     Args:
-      path: Where to write.
-      run: What was run; any fields.  Arrays become lists.
+      run: What was run.  Arrays become lists.
+      models: Recipe and seed of each model; both None for a saved classifier.
       results: One entry per model and attack, for example
-        ``{"model": "usual", "attack": "pgd", ..., **counts.as_dict()}``.
+        ``{"model": "gen_af-seed0", "attack": "pgd", ..., **counts.as_dict()}``.
       verdicts: By model, `evaluation.checks.Verdict.as_dict`; its word is in each entry too.
+      comparison: Rows and claims of the compared recipes; None where nothing was compared.
 
     Raises:
-      ValueError: If an entry breaks the contract, naming the field; nothing is written.
+      ValueError: If the contract is broken, naming the field.
     """
-    verdicts = {name: dict(verdict) for name, verdict in (verdicts or {}).items()}
-    document = {"schema": SCHEMA, "run": run, "verdicts": verdicts, "results": list(results)}
-    _refuse_nan(document, "")  # before NaN becomes null
-    document = manifests.json_ready(document)
-    check_results(document)
-    text = json.dumps(document, indent=2, allow_nan=False)
-    manifests.write_atomically(pathlib.Path(path), text + "\n")
+    whole = {"schema": SCHEMA, "run": run, "models": models, "verdicts": verdicts or {}}
+    whole |= {"results": list(results), "comparison": comparison}
+    # Before `json_ready` makes it null, which a reader would take for not measured.
+    _refuse_nan(whole, "")
+    whole = json_ready(whole)
+    check(whole)
+    return whole
 
 
-def read_results(path: str | os.PathLike) -> dict[str, Any]:
+def write(path: str | os.PathLike, **parts: Any) -> dict[str, Any]:
+    """Writes the parts of a `document`, which it returns; the file is there whole or not at all.
+
+    Raises:
+      ValueError: If the contract is broken, naming the field; nothing is written.
+    """
+    whole = document(**parts)
+    text = json.dumps(whole, indent=2, allow_nan=False)
+    write_atomically(pathlib.Path(path), text + "\n")
+    return whole
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
     """Reads ``results.json``.
-
-    Returns:
-      ``{"schema": 2, "run": {...}, "verdicts": {model: ...}, "results": [...]}``.
 
     Raises:
       ValueError: If the file breaks the contract, naming the field.
     """
     document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    check_results(document)
+    check(document)
     return document
 
 
+def _error(where: str, message: str) -> ValueError:
+    return ValueError(f"results.json, {where}: {message}")
+
+
 def _dotted(parts: Sequence[str | int]) -> str:
-    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text.lstrip(".") or "the whole file"
 
 
@@ -124,4 +169,4 @@ def _refuse_nan(value: Any, where: str) -> None:
     elif hasattr(value, "tolist"):  # a NumPy or JAX array or number
         _refuse_nan(value.tolist(), where)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"results.json, {where.lstrip('.')}: {value} is not a finite number")
+        raise _error(where.lstrip("."), f"{value} is not a finite number")

@@ -1,41 +1,30 @@
-"""The tables of a run and the sentences they allow, for Markdown and for the terminal."""
+"""The tables of a report, for Markdown, CSV and the terminal; the first says what matters most."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from robust_ssl.evaluation import WORST
-from robust_ssl.report.results import METRICS, NOT_TRUSTED
+from robust_ssl.evaluation import WORST, wilson_interval
+from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report.comparison import COLUMNS, COSTS, SHARES, VERDICTS, Estimate, Summary
+from robust_ssl.report.results import METRICS
 
-MODELS = {
-    "usual": "usual fine-tuning",
-    "stage1": "secure stage 1",
-    "stage2": "secure stage 2",
+LABELS = {  # of recipes whose name alone says too little
+    "baseline": "baseline (frozen encoder)",
+    "full": "full (all layers fine-tuned)",
 }
-METHODS = {"usual": "usual (frozen encoder)"}  # the reference of a comparison trains all layers
 SOURCES = {
     "public": "crafted on the public encoder",
-    "hardened": "crafted again on the fine-tuned model",
+    "hardened": "crafted again on the model itself",
 }
-HEADINGS = ("clean accuracy", "robust accuracy", "attack success rate", "fooling rate")
+MARK = "NOT BELIEVABLE"
 
-Entry = Mapping[str, Any]
-Cell = tuple[str, ...]  # its lines: the value, then the count, then the interval
-
-
-class Table(NamedTuple):
-    """A table before it is drawn.
-
-    Attributes:
-      title: One line.
-      columns: Headings.
-      rows: Cells, each a tuple of lines.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
+Entry = Mapping[str, Any]  # of ``results``
+Document = Mapping[str, Any]  # ``results.json``
 
 
 class Group(NamedTuple):
@@ -47,9 +36,49 @@ class Group(NamedTuple):
     epsilon: float
 
 
-def group_of(entry: Entry) -> Group:
-    """Returns the group of an entry of ``results.json``."""
-    return Group(*(entry[field] for field in Group._fields))
+class Share(NamedTuple):
+    """A share over seeds, with the 95 % interval over its images."""
+
+    mean: float
+    low: float
+    high: float
+    deviation: float | None
+    n: int
+
+
+class Line(NamedTuple):
+    """A recipe, or a classifier that no recipe made, in the first table.
+
+    `attacked` is the worst over both sources of the suite; `strongest` is under AutoAttack, else
+    per image; the verdict is the worst over the seeds.  None is not measured.
+    """
+
+    name: str
+    clean: Share
+    attacked: Share
+    strongest: Share | None
+    cost: float | None
+    verdict: str
+
+
+def label(name: str) -> str:
+    """Returns what tables and figures call a recipe: its name, with words where that misleads."""
+    return LABELS.get(name, name)
+
+
+def names(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the name by which each model is shown: its recipe's, with the seed if several.
+
+    Example:
+      >>> names({"a-seed0": {"recipe": "a", "seed": 0}, "mine": {"recipe": None, "seed": None}})
+      {'a-seed0': 'a', 'mine': 'mine'}
+    """
+    recipes = [origin["recipe"] for origin in models.values()]
+    shown = {}
+    for model, origin in models.items():
+        name = origin["recipe"] or model
+        shown[model] = f"{name}, seed {origin['seed']}" if recipes.count(name) > 1 else name
+    return shown
 
 
 def budget(epsilon: float, threat: str = "Linf") -> str:
@@ -64,279 +93,300 @@ def budget(epsilon: float, threat: str = "Linf") -> str:
     kind, _, band = threat.partition(", ")
     if kind == "Patch":
         return f"{round(100 * epsilon, 2):g} % of the area"
-    words = [] if kind == "Linf" else [kind]
-    words += [band] if band else []
+    words = ", ".join(word for word in (kind, band) if word not in ("Linf", ""))
     text = f"{epsilon:g}" if kind == "L2" else f"{round(epsilon * 255, 2):g}/255"
-    return f"{text} ({', '.join(words)})" if words else text
+    return f"{text} ({words})" if words else text
 
 
-def model_name(name: str) -> str:
-    """Returns what a table calls a classifier: its own name, or words for the three of a run."""
-    return MODELS.get(name, name)
-
-
-def method_name(name: str) -> str:
-    """Returns what a comparison calls a method: its own name, or words where that misleads."""
-    return METHODS.get(name, name)
-
-
-def models_of(results: Sequence[Entry]) -> list[str]:
-    """Returns the classifiers: those of a run in their order, then others as they come."""
-    found = list(dict.fromkeys(entry["model"] for entry in results))
-    return [name for name in MODELS if name in found] + [n for n in found if n not in MODELS]
-
-
-def headline(results: Sequence[Entry]) -> dict[Group, dict[str, Entry]]:
-    """Returns the worst case of each model in each group of attacks.
-
-    Args:
-      results: Entries of ``results.json``.
-
-    Returns:
-      ``{group: {model: entry}}``, the public encoder first.  The entry is the one called
-      ``"worst"`` where there is one, else that of the lowest robust accuracy.
-    """
-    groups: dict[Group, dict[str, list[Entry]]] = {}
-    for entry in results:
-        models = groups.setdefault(group_of(entry), {})
-        models.setdefault(entry["model"], []).append(entry)
-
-    def worst(entries: list[Entry]) -> Entry:
-        named = [entry for entry in entries if entry["attack"] == WORST]
-        return named[0] if named else min(entries, key=lambda entry: entry["robust_accuracy"])
-
-    by_source = sorted(groups, key=lambda group: list(SOURCES).index(group.crafted_against))
-    order = models_of(results)
-    return {
-        group: {model: worst(groups[group][model]) for model in order if model in groups[group]}
-        for group in by_source
-    }
-
-
-def tables(results: Sequence[Entry], costs: Mapping[str, Mapping[str, float]]) -> list[Table]:
-    """Lays out the worst case of each model first, then, where there are several, every attack.
-
-    Args:
-      results: Entries of ``results.json``.
-      costs: What fine-tuning took, ``{model: {"seconds": ..., "gradient_evaluations": per
-        training image}}``; a model may be absent.
-
-    Returns:
-      One table per source and epsilon of the attacks, and one of all attacks.
-    """
-    drawn = _worst_cases(results, costs)
-    single = [entry for entry in results if entry["attack"] != WORST]
-    if len({entry["attack"] for entry in single}) > 1:
-        drawn.append(_every_attack(single))
-    return drawn
-
-
-def _worst_cases(results: Sequence[Entry], costs: Mapping[str, Mapping[str, float]]) -> list[Table]:
-    drawn = []
-    for group, models in headline(results).items():
-        rows = []
-        for model, entry in models.items():
-            cost = costs.get(model, {})
-            rows.append(
-                (
-                    (model_name(model),),
-                    *(share(entry, metric) for metric in METRICS),
-                    (_number(cost.get("seconds")),),
-                    (_number(cost.get("gradient_evaluations")),),
-                )
-            )
-        attacks = [entry["attack"] for entry in results if group_of(entry) == group]
-        columns = ("model", *HEADINGS, "seconds", "gradients per image")
-        drawn.append(Table(_title(group, models, attacks), columns, rows))
-    return drawn
-
-
-def _title(group: Group, models: Mapping[str, Entry], attacks: Sequence[str]) -> str:
-    names = list(dict.fromkeys(name for name in attacks if name != WORST))
-    over = f" over {', '.join(names)}" if names else ""
-    if len(names) == 1:
-        what = names[0]
-    elif all(entry["attack"] == WORST for entry in models.values()):
-        what = f"Worst case per image{over}"
-    else:
-        what = f"Lowest robust accuracy{over}"
-    return f"{what}; {SOURCES[group.crafted_against]}, {_at(group)}"
-
-
-def _at(group: Group | Entry) -> str:
-    threat, epsilon = (
-        (group.threat, group.epsilon)
-        if isinstance(group, Group)
-        else (group["threat"], group["epsilon"])
-    )
-    return f"{'patch of' if threat == 'Patch' else 'epsilon'} {budget(epsilon, threat)}"
-
-
-def _every_attack(results: Sequence[Entry]) -> Table:
-    places = models_of(results)
-    several = {entry["seed"] for entry in results} - {None, 0}
-    rows = [
-        (
-            (model_name(entry["model"]),),
-            (_attack_name(entry, bool(several)),),
-            (entry["crafted_against"],),
-            (budget(entry["epsilon"], entry["threat"]),),
-            *(share(entry, metric) for metric in METRICS[1:]),
-            (_number(entry["seconds"]),),
-            (_number(entry["gradient_evaluations"]),),
-        )
-        for entry in sorted(results, key=lambda entry: places.index(entry["model"]))
-    ]
-    columns = ("model", "attack", "crafted on", "epsilon", *HEADINGS[1:])
-    return Table("Every attack", (*columns, "seconds", "gradients per image"), rows)
-
-
-def _attack_name(entry: Entry, with_seed: bool) -> str:
-    seeded = with_seed and entry["seed"] is not None
-    return f"{entry['attack']}, seed {entry['seed']}" if seeded else entry["attack"]
-
-
-def summary_table(
-    results: Sequence[Entry], costs: Mapping[str, Mapping[str, float]] | None = None
-) -> str:
-    """Returns the tables of a run as Markdown.
-
-    A share reads ``93.1 % (335/360; 90.0-95.2)``: value, count, 95 % interval.
-
-    Args:
-      results: Entries of ``results.json``.
-      costs: As for `tables`.
-    """
-    parts = []
-    for table in tables(results, costs or {}):
-        lines = [f"**{table.title}**", "", _row(table.columns)]
-        lines.append("|" + "|".join([" --- "] + [" ---: "] * (len(table.columns) - 1)) + "|")
-        lines += [_row([_flat(cell) for cell in row]) for row in table.rows]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def print_table(
-    results: Sequence[Entry],
-    costs: Mapping[str, Mapping[str, float]] | None = None,
-    *,
-    console: Any = None,
-) -> None:
-    """Prints the worst case of each model to the terminal, 80 columns wide.
-
-    Below each share stand its count and its 95 % interval in per cent.
-
-    Args:
-      results: Entries of ``results.json``.
-      costs: As for `tables`.
-      console: A ``rich.console.Console``; None is standard output.
-    """
-    import rich.box
-    import rich.console
-    import rich.table
-
-    console = console or rich.console.Console()
-    for table in _worst_cases(results, costs or {}):
-        drawn = rich.table.Table(
-            title=table.title,
-            caption="share, count, 95 % interval; seconds and gradients: cost of fine-tuning",
-            box=rich.box.SIMPLE_HEAD,
-            padding=(0, 1, 1, 0),
-        )
-        drawn.add_column("model", no_wrap=True)
-        for column in table.columns[1:]:
-            drawn.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-        for row in table.rows:
-            name, *shares = row
-            cells = ("\n".join(cell).replace("NOT TRUSTED", "NOT\nTRUSTED") for cell in shares)
-            drawn.add_row(name[0].replace(" ", "\n", 1), *cells)
-        console.print(drawn)
-
-
-def conclusions(results: Sequence[Entry]) -> list[str]:
-    """Says in plain sentences what the first table shows; nothing that it does not show.
-
-    Args:
-      results: Entries of ``results.json``.
-
-    Returns:
-      One to four sentences.
-    """
-    groups = headline(results)
-    group, models = next(iter(groups.items()))
-    said = [
-        f"With {model_name(model)}, the attack {SOURCES[group.crafted_against]} ({_at(group)}) "
-        f"{_change(entry)}.{_mark(entry)}"
-        for model, entry in models.items()
-        if model != "stage1" or "stage2" not in models
-    ]
-    if "usual" in models and "stage2" in models:
-        said.append(_comparison(models["usual"], models["stage2"]))
-    adaptive = [models for g, models in groups.items() if g.crafted_against == "hardened"]
-    if group.crafted_against == "public" and adaptive and "stage2" in adaptive[0]:
-        entry = adaptive[0]["stage2"]
-        said.append(
-            f"{SOURCES['hardened'].capitalize()} (secure stage 2, {_at(entry)}), the attack "
-            f"{_change(entry)}.{_mark(entry)}"
-        )
-    return said
-
-
-def _mark(*entries: Entry) -> str:
-    """Returns the mark without which a figure that is not trusted must not be shown."""
-    if any(entry["verdict"] == NOT_TRUSTED for entry in entries):
-        return " NOT TRUSTED: see what did not pass."
-    return ""
-
-
-def _change(entry: Entry) -> str:
-    clean, robust = (_points(entry[name]) for name in ("clean_accuracy", "robust_accuracy"))
-    verb = "takes" if clean >= robust else "adds"
-    return f"{verb} {abs(clean - robust):.1f} points of accuracy ({clean} % to {robust} %)"
-
-
-def _comparison(usual: Entry, secure: Entry) -> str:
-    gain = _points(secure["robust_accuracy"]) - _points(usual["robust_accuracy"])
-    price = _points(usual["clean_accuracy"]) - _points(secure["clean_accuracy"])
-    text = (
-        f"Secure fine-tuning {'gains' if gain >= 0 else 'loses'} {abs(gain):.1f} points under "
-        f"attack and {'costs' if price >= 0 else 'gains'} {abs(price):.1f} points of clean accuracy"
-    )
-    first, second = (entry["ci95"]["robust_accuracy"] for entry in (usual, secure))
-    if first[0] <= second[1] and second[0] <= first[1]:
-        text += "; the two intervals of robust accuracy overlap, so the first may be chance"
-    return text + "." + _mark(usual, secure)
-
-
-def _points(share: float) -> float:
-    # Rounded as it is shown, so that differences in the text agree with the table.
+def percent(share: float) -> float:
+    """Returns per cent rounded as shown, so that differences in a text agree with the tables."""
     return round(100 * share, 1)
 
 
-def share(entry: Entry, metric: str) -> Cell:
-    """Returns a share as a cell: value with its mark, count, 95 % interval."""
-    correct = round(entry["clean_accuracy"] * entry["n"])
-    whole = correct if metric == "attack_success_rate" else entry["n"]
-    low, high = entry["ci95"][metric]
-    attacked = metric != "clean_accuracy"
-    mark = ("NOT TRUSTED",) if attacked and entry["verdict"] == NOT_TRUSTED else ()
-    return (
-        f"{_points(entry[metric])} %",
-        *mark,
-        f"{round(entry[metric] * whole)}/{whole}",
-        f"{100 * low:.1f}-{100 * high:.1f}",
+def group_of(entry: Entry) -> Group:
+    """Returns the group of attacks that an entry is of."""
+    return Group(*(entry[field] for field in Group._fields))
+
+
+def worst_cases(results: Sequence[Entry]) -> dict[Group, dict[str, Entry]]:
+    """Returns the worst case by group of attacks, the public encoder first, and by model.
+
+    It is the entry called ``"worst"`` where there is one, else that of the lowest robust accuracy.
+    """
+    groups: dict[Group, dict[str, list[Entry]]] = {}
+    for entry in results:
+        groups.setdefault(group_of(entry), {}).setdefault(entry["model"], []).append(entry)
+
+    # One called "worst" is so image by image, which is below the lowest single attack.
+    def severity(entry: Entry) -> tuple[bool, float]:
+        return entry["attack"] != WORST, entry["robust_accuracy"]
+
+    cases = {}
+    for group in sorted(groups, key=lambda group: list(SOURCES).index(group.crafted_against)):
+        cases[group] = {m: min(entries, key=severity) for m, entries in groups[group].items()}
+    return cases
+
+
+def suite_cases(document: Document) -> dict[Group, dict[str, Entry]]:
+    """Returns the worst cases that are compared: the suite at its main budget, by source."""
+    cases = worst_cases(document["results"])
+    main = ("universal", "Linf", document["run"]["suite"]["epsilon"])
+    # A suite of patches, or of budgets of its own, has none there: the first group stands for it.
+    main = main if any(group[1:] == main for group in cases) else next(iter(cases))[1:]
+    return {group: models for group, models in cases.items() if group[1:] == main}
+
+
+def strongest_cases(document: Document) -> dict[Group, dict[str, Entry]]:
+    """Returns the worst cases under AutoAttack, else per image, at the first of its budgets."""
+    cases = worst_cases(document["results"])
+    for family in ("autoattack", "per_image"):  # the first is an ensemble of the second
+        of_family = [group for group in cases if group.family == family]
+        if of_family:
+            return {group: cases[group] for group in of_family if group[1:] == of_family[0][1:]}
+    return {}
+
+
+def over_seeds(shares: Sequence[float], n: int) -> Share:
+    """Summarizes one share over seeds, which share their images.
+
+    Example:
+      >>> share = over_seeds([0.4, 0.6], n=50)
+      >>> share.mean, share[1:3] == over_seeds([0.5], n=50)[1:3]  # seeds do not narrow it
+      (0.5, True)
+    """
+    mean = statistics.fmean(shares)
+    low, high = wilson_interval(round(mean * n), n)  # of the mean: the images are the same
+    return Share(mean, low, high, statistics.stdev(shares) if len(shares) > 1 else None, n)
+
+
+def headline(document: Document) -> list[Line]:
+    """Returns the lines of the first table, the most robust first."""
+    members: dict[str, list[str]] = {}
+    scored = {entry["model"] for entry in document["results"]}
+    for model, origin in document["models"].items():
+        if model in scored:
+            members.setdefault(origin["recipe"] or model, []).append(model)
+    lines = [_line(document, name, models) for name, models in members.items()]
+    # What is not examined or not believable stands last: a rank among others would be a claim.
+    ranks = {NOT_EXAMINED: 1, NOT_BELIEVABLE: 2}
+    return sorted(lines, key=lambda line: (ranks.get(line.verdict, 0), -line.attacked.mean))
+
+
+def _line(document: Document, name: str, models: Sequence[str]) -> Line:
+    suite = _lowest(suite_cases(document), models)
+    suite = suite or _lowest(worst_cases(document["results"]), models)
+    strongest = _lowest(strongest_cases(document), models)
+    comparison = document["comparison"] or {"rows": []}
+    rows = [row for row in comparison["rows"] if row["recipe"] == name]
+    # A row has the worst case over both suites image by image, which is below either suite's.
+    attacked = [row["robust_worst"] for row in rows] or _robust(suite)
+    costs = [row["cost_factor"] for row in rows if row["cost_factor"]]
+    n = suite[0]["n"]
+    return Line(
+        name,
+        clean=over_seeds([entry["clean_accuracy"] for entry in suite], n),
+        attacked=over_seeds(attacked, n),
+        strongest=over_seeds(_robust(strongest), strongest[0]["n"]) if strongest else None,
+        cost=statistics.fmean(costs) if costs else None,
+        verdict=max((entry["verdict"] for entry in suite), key=VERDICTS.index),
     )
 
 
-def _number(value: float | None) -> str:
-    if value is None:
+def _robust(entries: Iterable[Entry]) -> list[float]:
+    return [entry["robust_accuracy"] for entry in entries]
+
+
+def _lowest(cases: Mapping[Group, Mapping[str, Entry]], models: Iterable[str]) -> list[Entry]:
+    """Returns each model's entry of the lowest robust accuracy; of one without an entry, none."""
+    lowest = []
+    for model in models:
+        entries = [by_model[model] for by_model in cases.values() if model in by_model]
+        if entries:
+            lowest.append(min(entries, key=lambda entry: entry["robust_accuracy"]))
+    return lowest
+
+
+Rows = list[dict[str, str]]  # heading to text
+
+FAMILIES = {"universal": "universal", "per_image": "per image", "autoattack": "AutoAttack"}
+COST_COLUMNS = [name for name in COSTS if name != "gradients_per_epoch"]  # six with the recipe
+
+
+def headline_cells(document: Document) -> list[dict[str, tuple[str, ...]]]:
+    """Returns the first table, at most six columns: by heading the pieces of text of a cell."""
+    lines = headline(document)
+    strongest = next(iter(strongest_cases(document)), None)
+    family = FAMILIES[strongest.family] if strongest else ""
+    rows = []
+    for line in lines:
+        # In each cell too: a figure is quoted without its row.
+        mark = (MARK,) if line.verdict == NOT_BELIEVABLE else ()
+        row = {
+            "recipe": (label(line.name),),
+            "clean": _share_cell(line.clean),
+            "under attack": _share_cell(line.attacked, mark),
+        }
+        if strongest:
+            row[family] = _share_cell(line.strongest, mark) if line.strongest else ("n/a",)
+        if any(each.cost for each in lines):
+            row["cost"] = (f"{line.cost:.1f}x" if line.cost else "n/a",)
+        rows.append({**row, "verdict": (MARK if mark else line.verdict,)})
+    return rows
+
+
+def _share_cell(share: Share, mark: Sequence[str] = ()) -> tuple[str, ...]:
+    spread = "" if share.deviation is None else f" ± {percent(share.deviation)}"
+    interval = f"{100 * share.low:.0f}-{100 * share.high:.0f}"
+    return (f"{percent(share.mean)}{spread} %", interval, *mark)
+
+
+def headline_caption(document: Document) -> str:
+    """Returns what the columns of the first table mean, in short sentences."""
+    group, *others = suite_cases(document)
+    over = "the lower of both suites" if others else SOURCES[group.crafted_against]
+    over = "the worst case over both suites" if document["comparison"] else over
+    parts = [
+        f"Accuracy with its 95 % interval, in per cent. Under attack: {over}, "
+        f"{FAMILIES[group.family]} attacks of {budget(group.epsilon, group.threat)}."
+    ]
+    for group, models in list(strongest_cases(document).items())[:1]:
+        limit, images = budget(group.epsilon, group.threat), next(iter(models.values()))["n"]
+        parts.append(f"{FAMILIES[group.family]}: {limit} on {images:,} images.")
+    reference = (document["comparison"] or {}).get("reference")
+    if reference:
+        parts.append(f"Cost: training time relative to {reference}.")
+    parts.append("Verdict: whether the figures under attack can be believed.")
+    return " ".join(parts)
+
+
+def print_headline(document: Document, console: Any) -> None:
+    """Prints the first table to a ``rich.console.Console``, 80 columns wide."""
+    import rich.box
+    import rich.table
+
+    rows = headline_cells(document)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in rows[0]:
+        words = heading in ("recipe", "verdict")
+        # Folded: two names that are cut short may look alike.
+        table.add_column(heading, justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        # In two lines each, so that six columns fit eighty characters.
+        cells = ["\n".join(cell).replace(MARK, "NOT\nBELIEVABLE") for cell in row.values()]
+        table.add_row(*(cell.replace(", with", ",\nwith") for cell in cells))
+    console.print(table)
+
+
+def attack_rows(results: Iterable[Entry], shown: Mapping[str, str]) -> Rows:
+    """Returns a table of attacks on models, each over its seeds; `shown` names the models."""
+    by_attack: dict[tuple, list[Entry]] = {}
+    for entry in results:
+        key = (entry["model"], group_of(entry), entry["attack"])
+        by_attack.setdefault(key, []).append(entry)
+    rows = []
+    for (model, group, attack), entries in by_attack.items():
+        mark = f" {MARK}" if entries[0]["verdict"] == NOT_BELIEVABLE else ""
+        robust = [entry["robust_accuracy"] for entry in entries]
+        value, interval = _share_cell(over_seeds(robust, entries[0]["n"]))
+        success = statistics.fmean(entry["attack_success_rate"] for entry in entries)
+        name = f"{attack} of {FAMILIES[group.family]}" if attack == WORST else attack
+        crafted_on = "public encoder" if group.crafted_against == "public" else "itself"
+        row = {"recipe": label(shown[model]), "attack": name, "crafted on": crafted_on}
+        row["budget"] = budget(group.epsilon, group.threat)
+        row["under attack"] = f"{value} ({interval}){mark}"
+        row["attack success"] = f"{percent(success)} %{mark}"
+        rows.append(row)
+    return rows
+
+
+def entry_rows(results: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Returns entries as rows that a program can sort and plot: shares, not per cent."""
+    names = ("model", "verdict", "family", "crafted_against", "threat", "epsilon", "attack", "seed")
+    names += ("n", *METRICS, "robust_low", "robust_high", "seconds", "gradient_evaluations")
+    rows = []
+    for entry in results:
+        low, high = entry["ci95"]["robust_accuracy"]
+        whole = {**entry, "robust_low": low, "robust_high": high}
+        rows.append({name: whole[name] for name in names})
+    return rows
+
+
+def summary_rows(summary: Summary, columns: Iterable[str]) -> Rows:
+    """Returns shares or costs, names in `COLUMNS`, of each recipe of a comparison."""
+    measured = _measured(summary, columns)
+    rows = []
+    for recipe, part in summary.items():
+        row = {"recipe": label(recipe)}
+        for name in measured:
+            attacked = name in SHARES and name != "clean" and part[name].n
+            mark = f" {MARK}" if attacked and part["verdict"] == NOT_BELIEVABLE else ""
+            row[COLUMNS[name].heading] = _estimate(part[name], name, part["seeds"]) + mark
+        rows.append(row)
+    return rows
+
+
+def _measured(summary: Summary, columns: Iterable[str]) -> list[str]:
+    # A column of "n/a" only says nothing and takes the place of one that does.
+    return [name for name in columns if any(part[name].n for part in summary.values())]
+
+
+def _estimate(estimate: Estimate, name: str, seeds: int) -> str:
+    column = COLUMNS[name]
+    if estimate.mean is None:
         return "n/a"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+    values = [value for value in estimate[:2] if value is not None]
+    text = " ± ".join(f"{column.scale * value:,.{column.decimals}f}" for value in values)
+    part = f" ({estimate.n} of {seeds} seeds)" if estimate.n < seeds else ""
+    return f"{text}{column.unit}{part}"
 
 
-def _flat(cell: Cell) -> str:
-    return cell[0] if len(cell) == 1 else f"{cell[0]} ({'; '.join(cell[1:])})"
+def legend(summary: Summary) -> str:
+    """Returns the meaning of the columns of a comparison, one line each."""
+    shown = _measured(summary, (*SHARES, *COST_COLUMNS))
+    lines = [f"- {COLUMNS[name].heading}: {COLUMNS[name].meaning}." for name in shown]
+    lines.append(f"- {_images(summary, 'images')}")
+    if "autoattack" in shown:
+        lines.append(f"- AutoAttack: {_images(summary, 'autoattack_images')}")
+    if any(part["seeds"] > 1 for part in summary.values()):
+        lines.append("- Several seeds: mean ± sample standard deviation over them.")
+    return "\n".join(lines)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _images(summary: Summary, name: str) -> str:
+    # Of the fewest images, at a share of one half, where an interval is widest.
+    counts = sorted({part[name] for part in summary.values()} - {None})
+    low, high = wilson_interval(counts[0] // 2, counts[0])
+    return (
+        f"{' or '.join(f'{count:,}' for count in counts)} test images: a share is known to "
+        f"± {50 * (high - low):.1f} points or better (95 % interval)."
+    )
+
+
+def difference_rows(lines: Sequence[Mapping[str, str]]) -> Rows:
+    """Returns what `robust_ssl.report.comparison.differences` found as a table, in points."""
+    rows: dict[str, dict[str, str]] = {}
+    blank = dict.fromkeys((column.heading for column in SHARES.values()), "n/a")
+    for line in lines:
+        row = rows.setdefault(line["recipe"], {"recipe": label(line["recipe"]), **blank})
+        value, half = (100 * float(line[name]) for name in ("difference", "half_width"))
+        text = f"{value:+.1f} ± {half:.1f}"
+        text = f"**{text}**" if line["decided"] == "yes" else text
+        row[SHARES[line["share"]].heading] = text + (f" {MARK}" if line["verdict"] else "")
+    return list(rows.values())
+
+
+def markdown_table(rows: Rows) -> str:
+    """Returns rows as a Markdown table."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row[column].replace("|", "\\|") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Returns rows as CSV, in the order of `columns`, else of the first row; None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

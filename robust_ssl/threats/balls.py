@@ -42,9 +42,8 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
     For the host, as `check_epsilon` is; `attacks.fit` and loading call it.
 
     Args:
-      threat: A threat of this package or one's own, which may bring a method
-        ``check(image_shape)``, as `L2` does; otherwise its `epsilon`, if it has one, must lie in
-        [0, 1].
+      threat: Its method ``check(image_shape)`` decides, as that of `L2` does.  Without one its
+        `epsilon`, if there is any, must lie in [0, 1].
       image_shape: (height, width, 3), or None to check what does not depend on it.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ class Patch:
     """
 
     area: jax.Array | float = 0.03  # AdvEncoder's released code
-    location: str = struct.field(pytree_node=False, default="fixed")
+    location: Literal["fixed", "random"] = struct.field(pytree_node=False, default="fixed")
     key: jax.Array | None = None
 
     def __post_init__(self):
@@ -81,7 +83,8 @@ class Patch:
 
     def mask(self, height: int, width: int) -> jax.Array:
         """Returns where the canonical place is, bool ``[H, W, 1]``."""
-        return _square(height, width, *self.place(height, width))
+        side, *corner = self.place(height, width)
+        return square_mask((height, width), side, corner)
 
     def sample(self, key: jax.Array, image: jax.Array) -> jax.Array:
         """Returns the image with a patch of uniformly random pixels at the canonical place."""
@@ -102,10 +105,8 @@ class Patch:
     def apply(self, delta: jax.Array, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Returns the image with the patch in it; all other pixels are the image's own, bit by bit.
 
-        Args:
-          delta: The canvas, float ``[H, W, 3]``; only the canonical place is looked at.
-          image: Pixels in [0, 1], float ``[H, W, 3]``.
-          key: Draws the place where `location` is ``"random"``; None is the canonical place.
+        Only the canonical place of the canvas `delta` is looked at.  The key draws another place
+        where `location` is ``"random"``.
         """
         height, width, _ = image.shape
         side, top, left = self.place(height, width)
@@ -118,7 +119,7 @@ class Patch:
             # The square lies inside before and after, so what wraps around is never looked at.
             delta = jnp.roll(delta, (row - top, column - left), (0, 1))
             top, left = row, column
-        return jnp.where(_square(height, width, side, top, left), delta, image)
+        return jnp.where(square_mask((height, width), side, (top, left)), delta, image)
 
     def sample_delta(self, key: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
         """Returns a canvas with uniformly random pixels in the patch, ``[H, W, 3]``."""
@@ -147,12 +148,11 @@ class Patch:
         )
 
 
-def _square(height: int, width: int, side, top, left) -> jax.Array:
+def square_mask(pixels: tuple[int, int], side, corner) -> jax.Array:
     """Returns where a square is, bool ``[H, W, 1]``; its side and corner may be traced."""
-    rows, columns = jnp.arange(height), jnp.arange(width)
-    in_rows = ((rows >= top) & (rows < top + side)).reshape(height, 1, 1)
-    in_columns = ((columns >= left) & (columns < left + side)).reshape(1, width, 1)
-    return in_rows & in_columns
+    rows, columns = (jnp.arange(size) - corner[axis] for axis, size in enumerate(pixels))
+    rows, columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
+    return rows.reshape(-1, 1, 1) & columns.reshape(1, -1, 1)
 
 
 def _check_patch_fits(area: float, height: int, width: int) -> None:

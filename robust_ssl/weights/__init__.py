@@ -1,6 +1,6 @@
 """Encoders and classifiers on disk: our own format, the shipped ones, foreign files in and out."""
 
-from robust_ssl.weights.classifiers import load_classifier, save_classifier
+from robust_ssl.weights.classifiers import classifier_card, load_classifier, save_classifier
 from robust_ssl.weights.convert import convert_encoder, import_encoder, inspect_file, is_foreign
 from robust_ssl.weights.export import export_safetensors, export_stablehlo, load_stablehlo
 from robust_ssl.weights.native import (
@@ -11,6 +11,7 @@ from robust_ssl.weights.native import (
 )
 
 __all__ = [
+    "classifier_card",
     "convert_encoder",
     "encoder_card",
     "export_safetensors",

@@ -5,7 +5,7 @@ An ensemble is a card and one such directory per member: ``members/0``, ``member
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -14,18 +14,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from robust_ssl.build import resolve
 from robust_ssl.models import ensembles, heads
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.weights import native
+from robust_ssl.weights import cards, native
 
-SCHEMA = 1
 HEAD_FILE = "head.safetensors"
 CARD_FILE = "classifier.json"
 
-# A card names its head; only these names are ever looked up, whatever the card says.
-_HEADS = {"linear": heads.LinearHead, "mlp": heads.MLPHead}
 _FUSION = "confidence"  # what the card of an ensemble has for a head
 
 
@@ -71,40 +68,48 @@ def save_classifier(
 
     if ensembles.ensemble_members(classifier):
         return _save_ensemble(classifier, pathlib.Path(directory), card, builder, options)
-    arrays = {p: np.asarray(leaf) for p, leaf in native.flat(classifier.head_variables).items()}
-    native.check_arrays(arrays, native.flat(classifier.head_variables), "the head to save")
-    known = [n for n, kind in _HEADS.items() if classifier.head == kind(classifier.num_classes)]
+    arrays = cards.to_arrays(classifier.head_variables)
+    cards.check_arrays(arrays, arrays, "the head to save")
     weights = save(arrays)
     record = {
-        "schema": SCHEMA,
-        "head": known[0] if known else type(classifier.head).__name__,
+        "schema": cards.SCHEMA,
+        "head": _head_name(classifier),
         "num_classes": classifier.num_classes,
-        "weights": native.describe_file(HEAD_FILE, weights),
+        "weights": cards.describe_file(HEAD_FILE, weights),
         "card": dict(card or {}),
     }
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    directory = native.save_encoder(
-        classifier.encoder, directory, card, builder=builder, options=options
-    )
-    native.replace_file(directory / HEAD_FILE, weights)
-    native.replace_file(directory / CARD_FILE, text.encode())
+    text = cards.encode(record)  # may fail, so before anything is written
+    native.save_encoder(classifier.encoder, directory, card, builder=builder, options=options)
+    directory = pathlib.Path(directory)
+    cards.replace_file(directory / HEAD_FILE, weights)
+    cards.replace_file(directory / CARD_FILE, text)
     return directory
+
+
+def _head_name(classifier: Classifier) -> str:
+    # Equal to a fresh one: an MLP of another width has the type, but not what the name rebuilds.
+    for name, head in heads.HEADS.items():
+        if classifier.head == head(classifier.num_classes):
+            return name
+    return type(classifier.head).__name__
 
 
 def load_classifier(
     directory: str | os.PathLike,
     *,
-    head: Callable[[int], nn.Module] | None = None,
-    builder: Callable[..., Encoder] | None = None,
+    head: str | Callable[[int], nn.Module] | None = None,
+    builder: str | Callable[..., Encoder] | None = None,
+    preprocess: str | Callable[..., Any] | None = None,
 ) -> Classifier:
     """Reads a classifier and checks all of it; nothing that the files say is executed.
 
     Args:
       directory: What `save_classifier` wrote, or a fine-tuning stage's directory that holds it
         in ``classifier/``.
-      head: ``head(num_classes) -> module``, for a head of your own; of an ensemble, of every
-        member.
-      builder: For an encoder of your own; see `load_encoder`; likewise.
+      head: ``head(num_classes) -> module``, for a head of your own, or its name,
+        ``"module:function"``; of an ensemble, of every member.
+      builder: For an encoder of your own, likewise; see `load_encoder`.
+      preprocess: For an input transformation of your own, likewise.
 
     Returns:
       The classifier, bit-equal to the one that was saved.
@@ -113,55 +118,55 @@ def load_classifier(
       ValueError: If a card is not valid, or weights differ from their card or their network.
       FileNotFoundError: If the directory or one of its files is not there.
     """
-    folder = pathlib.Path(directory).expanduser()
-    if not (folder / CARD_FILE).is_file() and (folder / "classifier" / CARD_FILE).is_file():
-        folder = folder / "classifier"
+    folder = _folder(directory)
     record = _read_card(folder)
     if record["head"] == _FUSION:
-        return _load_ensemble(folder, record, head, builder)
-    encoder = native.load_encoder(folder.absolute(), builder=builder)
-    module = (head or _known_head(record["head"], folder))(record["num_classes"])
+        return _load_ensemble(folder, record, head, builder, preprocess)
+    encoder = native.load_encoder(folder.absolute(), builder=builder, preprocess=preprocess)
+    make_head = _allowed_head(record["head"], folder) if head is None else resolve(head)
+    module = make_head(record["num_classes"])
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, encoder.dim)))
-    variables = native.read_variables(folder, HEAD_FILE, record["weights"], like)
+    variables = cards.read_variables(folder, record["weights"], HEAD_FILE, like)
     return Classifier(encoder, variables, module, record["num_classes"])
 
 
 def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) -> pathlib.Path:
     encoder, temperature = classifier.encoder, classifier.head.temperature
     members = ensembles.ensemble_members(classifier)
-    again = ensembles.confidence_ensemble(members, temperature=temperature)
-    kept = again.encoder.replace(name=encoder.name, preprocess=encoder.preprocess)
-    if jax.tree.structure(again.replace(encoder=kept)) != jax.tree.structure(classifier):
+    rebuilt = ensembles.confidence_ensemble(members, temperature=temperature)
+    # Name and input transformation are written beside the members; all else must come from them.
+    outer = rebuilt.encoder.replace(name=encoder.name, preprocess=encoder.preprocess)
+    if jax.tree.structure(rebuilt.replace(encoder=outer)) != jax.tree.structure(classifier):
         raise ValueError(
             "the ensemble is not one of its members any more (its encoder was replaced); save the "
             "members, or the ensemble as confidence_ensemble made it"
         )
     record = {
-        "schema": SCHEMA,
+        "schema": cards.SCHEMA,
         "head": _FUSION,
         "num_classes": classifier.num_classes,
         "name": encoder.name,
         "members": len(members),
         "temperature": temperature,
-        **native.describe_preprocess(encoder.preprocess),
+        **cards.describe_preprocess(encoder.preprocess),
         "card": dict(card or {}),
     }
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    text = cards.encode(record)
     # The card goes first and comes last: an interruption shows as a classifier that is not there.
     for name in (CARD_FILE, HEAD_FILE, native.CARD_FILE, native.WEIGHTS_FILE):
         (directory / name).unlink(missing_ok=True)
     for index, member in enumerate(members):
         folder = directory / "members" / str(index)
         save_classifier(member, folder, card, builder=builder, options=options)
-    native.replace_file(directory / CARD_FILE, text.encode())
+    cards.replace_file(directory / CARD_FILE, text)
     return directory
 
 
-def _load_ensemble(folder: pathlib.Path, record: Mapping[str, Any], head, builder) -> Classifier:
-    members = [
-        load_classifier(folder / "members" / str(index), head=head, builder=builder)
-        for index in range(record["members"])
-    ]
+def _load_ensemble(
+    folder: pathlib.Path, record: Mapping[str, Any], head, builder, preprocess
+) -> Classifier:
+    load = functools.partial(load_classifier, head=head, builder=builder, preprocess=preprocess)
+    members = [load(folder / "members" / str(index)) for index in range(record["members"])]
     where = folder / CARD_FILE
     try:
         ensemble = ensembles.confidence_ensemble(members, temperature=record["temperature"])
@@ -171,9 +176,28 @@ def _load_ensemble(folder: pathlib.Path, record: Mapping[str, Any], head, builde
         raise ValueError(
             f"{where} says {record['num_classes']} classes, its members have {ensemble.num_classes}"
         )
-    preprocess = native.read_preprocess(record, str(where))
-    encoder = ensemble.encoder.replace(name=record["name"], preprocess=preprocess)
+    outer = cards.read_preprocess(record, where, preprocess)
+    encoder = ensemble.encoder.replace(name=record["name"], preprocess=outer)
     return ensemble.replace(encoder=encoder)
+
+
+def classifier_card(directory: str | os.PathLike) -> dict[str, Any]:
+    """Returns what ``classifier.json`` says, without reading any weights.
+
+    Args:
+      directory: As in `load_classifier`.
+
+    Raises:
+      ValueError: If the card is not valid.
+      FileNotFoundError: If there is none.
+    """
+    return _read_card(_folder(directory))
+
+
+def _folder(directory: str | os.PathLike) -> pathlib.Path:
+    folder = pathlib.Path(directory).expanduser()
+    inner = folder / "classifier"
+    return inner if not (folder / CARD_FILE).is_file() and (inner / CARD_FILE).is_file() else folder
 
 
 def _read_card(folder: pathlib.Path) -> dict[str, Any]:
@@ -181,31 +205,24 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"no classifier in {folder} (there is no {CARD_FILE}); give a directory that "
-            "save_classifier wrote, or a finished fine-tuning stage such as runs/gtsrb/stage2"
+            "save_classifier wrote, or a finished recipe such as runs/gtsrb/recipes/gen_af-seed0"
         )
-    try:
-        record = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    fused = isinstance(record, dict) and record.get("head") == _FUSION
+    record = cards.decode(file.read_bytes(), file)
     kinds = {"schema": int, "head": str, "num_classes": int}
-    kinds |= {"name": str, "members": int, "temperature": float} if fused else {"weights": dict}
-    wrong = [
-        key
-        for key, kind in kinds.items()
-        if not isinstance(record, dict) or not isinstance(record.get(key), kind)
-    ]
-    if not wrong and not fused and not isinstance(record["weights"].get("sha256"), str):
-        wrong.append("weights/sha256")
-    if wrong:
-        raise ValueError(f"{file}: missing or of the wrong type: {', '.join(wrong)}")
+    if isinstance(record, dict) and record.get("head") == _FUSION:
+        kinds |= {"name": str, "members": int, "temperature": float}
+    else:
+        kinds["weights"] = dict
+    cards.check_card(record, kinds, file)
     return record
 
 
-def _known_head(name: str, folder: pathlib.Path) -> Callable[[int], nn.Module]:
-    if name not in _HEADS:
+def _allowed_head(name: str, folder: pathlib.Path) -> Callable[[int], nn.Module]:
+    # A card names its head; only these names are ever looked up, whatever the card says.
+    if name not in heads.HEADS:
         raise ValueError(
-            f"{folder}/{CARD_FILE} has the head {name!r}, which is not one of {sorted(_HEADS)}; "
-            "pass the function that makes it as head="
+            f"{folder}/{CARD_FILE} has the head {name!r}, which is not one of "
+            f"{sorted(heads.HEADS)}; pass the function that makes it as head=, or in a config "
+            f'write {{"path": "{folder}", "head": "module:function"}}'
         )
-    return _HEADS[name]
+    return heads.HEADS[name]

@@ -7,11 +7,10 @@ raises it.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,60 +20,16 @@ from flax import traverse_util
 from robust_ssl import models
 from robust_ssl.types import Encoder
 from robust_ssl.weights import mapping, native, normalization, resnet_layouts, vit_layouts
-from robust_ssl.weights.files import WeightsFile, read_weights
+from robust_ssl.weights.files import read_weights
+from robust_ssl.weights.inspection import Inspection, Report
 from robust_ssl.weights.normalization import Normalization
 
 LAYOUTS: tuple[mapping.Layout, ...] = (*resnet_layouts.LAYOUTS, *vit_layouts.LAYOUTS)
 
+# Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
-_WRAPPERS = ("module", "model")
+_WRAPPERS = ("module", "model")  # DataParallel's, and trainers' that hold the network
 _PLACEHOLDER_SIZE = 32  # of a ResNet whose image size is not known yet: no shape hangs on it
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspection:
-    """What a file of weights holds and what becomes of it.
-
-    Attributes:
-      file: The file as it was read.
-      layout: How its tensors are called; None where no layout fits.
-      builder: The network's builder in `robust_ssl.models`; None where it is not known.
-      options: The builder's options.
-      kept: Names in the file of the tensors that are used.
-      dropped: How many tensors are left out on purpose, by the part of a model they belong to.
-      normalization: What is named, or found beside the weights.
-      notes: What one should know and need not act on.
-      problems: Why it cannot be converted as it was asked; empty if it can.
-    """
-
-    file: WeightsFile
-    layout: mapping.Layout | None = None
-    builder: str | None = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    kept: tuple[str, ...] = ()
-    dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    normalization: Normalization = dataclasses.field(default_factory=Normalization)
-    notes: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        types = collections.Counter(self.file.tensors[name].dtype.name for name in self.kept)
-        numbers = sum(self.file.tensors[name].size for name in self.kept)
-        options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
-        under = f", under {self.file.found_under!r}" if self.file.found_under else ""
-        lines = [
-            ("file", f"{self.file.path} ({self.file.format}{under})"),
-            ("sha256", self.file.sha256),
-            ("layout", f"{self.layout.name}: {self.layout.source}" if self.layout else "unknown"),
-            ("network", f"{self.builder}({options})" if self.builder else "unknown"),
-            ("kept", f"{len(self.kept)} tensors, {numbers:,} numbers ({', '.join(types)})"),
-            ("dropped", ", ".join(f"{k} ({n})" for k, n in self.dropped.items()) or "nothing"),
-            ("normalization", str(self.normalization)),
-            *(("note", note) for note in self.notes),
-            *(("problem", problem) for problem in self.problems),
-        ]
-        verdict = "cannot be converted like this" if self.problems else "can be converted"
-        return "\n".join([*(f"{key:14} {text}" for key, text in lines), verdict])
 
 
 def is_foreign(path: str | os.PathLike) -> bool:
@@ -94,7 +49,11 @@ def _is_native(path: str | os.PathLike) -> bool:
 
 
 def inspect_file(
-    path: str | os.PathLike, *, layout: str | None = None, under: str | None = None, **named: Any
+    path: str | os.PathLike,
+    *,
+    layout: str | None = None,
+    under: str | None = None,
+    **arguments: Any,
 ) -> Inspection:
     """Finds out what a file of weights holds, and whether it can be converted.
 
@@ -102,7 +61,7 @@ def inspect_file(
       path: As in `import_encoder`, like all others.
       layout: The layout's name; None to find it.
       under: Where in the file the tensors are.
-      **named: What `import_encoder` would be given.
+      **arguments: What `import_encoder` would be given.
 
     Returns:
       The `Inspection`; what stands in the way of a conversion is in its `problems`.
@@ -111,7 +70,7 @@ def inspect_file(
       ValueError: If the file cannot be read at all.
       FileNotFoundError: If it is not there.
     """
-    inspection, _ = _examine(path, layout, under, named)
+    inspection, _ = _examine(path, layout, under, arguments)
     return inspection
 
 
@@ -156,11 +115,11 @@ def import_encoder(
       ValueError: With everything that is in the way and what to name.
       FileNotFoundError: If the file is not there.
     """
-    named = {
+    arguments = {
         "normalization": normalization, "mean": mean, "std": std, "image_size": image_size,
         "reader": reader, **options,
     }  # fmt: skip
-    return _imported(path, layout, under, name, named)[1]
+    return _imported(path, layout, under, name, arguments)[1]
 
 
 def convert_encoder(
@@ -170,7 +129,7 @@ def convert_encoder(
     layout: str | None = None,
     under: str | None = None,
     name: str | None = None,
-    **named: Any,
+    **arguments: Any,
 ) -> pathlib.Path:
     """Writes a foreign encoder in this package's own format; the card says where it came from.
 
@@ -180,7 +139,7 @@ def convert_encoder(
       layout: The layout's name; None to find it.
       under: Where in the file the tensors are.
       name: For tables and manifests.
-      **named: The other arguments of `import_encoder`.
+      **arguments: The other arguments of `import_encoder`.
 
     Returns:
       `out`.
@@ -188,237 +147,225 @@ def convert_encoder(
     Raises:
       ValueError: As `import_encoder`; nothing is written then.
     """
-    found, encoder = _imported(path, layout, under, name, named)
+    inspection, encoder = _imported(path, layout, under, name, arguments)
+    file = inspection.file
     origin = {
-        "file": pathlib.Path(found.file.path).name,
-        "format": found.file.format,
-        "sha256": found.file.sha256,
-        "found_under": found.file.found_under,
-        "layout": found.layout.name,
-        "dropped": dict(found.dropped),
-        "normalization": found.normalization.source,
-        "notes": list(found.notes),
+        "file": pathlib.Path(file.path).name,
+        "format": file.format,
+        "sha256": file.sha256,
+        "found_under": file.found_under,
+        "layout": inspection.layout.name,
+        "dropped": dict(inspection.dropped),
+        "normalization": inspection.normalization.source,
+        "notes": list(inspection.notes),
     }
     return native.save_encoder(encoder, out, {"imported_from": origin})
 
 
-def _imported(path, layout, under, name, named) -> tuple[Inspection, Encoder]:
-    found, encoder = _examine(path, layout, under, named)
-    if found.problems:
-        raise ValueError(f"{path} cannot be imported:\n  " + "\n  ".join(found.problems))
+def _imported(path, layout, under, name, arguments) -> tuple[Inspection, Encoder]:
+    inspection, encoder = _examine(path, layout, under, arguments)
+    if inspection.problems:
+        raise ValueError(f"{path} cannot be imported:\n  " + "\n  ".join(inspection.problems))
     place = pathlib.Path(path)
-    return found, encoder.replace(name=name or (place.name if place.is_dir() else place.stem))
+    return inspection, encoder.replace(name=name or (place.name if place.is_dir() else place.stem))
 
 
-def _examine(path, layout, under, named) -> tuple[Inspection, Encoder | None]:
+def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None]:
     """Collects all that can be said about a file; the encoder is None if there are problems."""
     if _is_native(path):
         raise ValueError(f"{path} is an encoder of this package already; load_encoder takes it")
-    named = {key: value for key, value in named.items() if value is not None}
-    file = read_weights(path, under=under, reader=named.pop("reader", "safe"))
-    problems: list[str] = []
-    found = Inspection(file, notes=tuple(file.notes))
-    with _collected(problems):
-        found = _with_normalization(found, named, problems)
-    with _collected(problems):
-        found = dataclasses.replace(found, layout=_choose_layout(file.tensors, layout))
-    if found.layout is None:
-        return dataclasses.replace(found, problems=tuple(problems)), None
-    found, tensors = _with_tensors(found, problems)
-    encoder = None
-    with _collected(problems):
-        wanted = named.get("image_size")
-        found, skeleton = _with_network(found, tensors, named, layout, problems)
-        encoder = _fill(skeleton, tensors, found)
-        found, encoder = _with_asked_size(found, encoder, wanted)
-    found = dataclasses.replace(found, problems=tuple(problems))
-    return found, None if problems else encoder
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    file = read_weights(path, under=under, reader=arguments.pop("reader", "safe"))
+    report = Report(list(file.notes))
+    inspection, encoder = Inspection(file), None
+    with report.collecting():
+        images = _normalization(file.configs, arguments, report)
+        inspection = dataclasses.replace(inspection, normalization=images)
+    with report.collecting():
+        scheme = _choose_layout(file.tensors, layout)
+        inspection = dataclasses.replace(inspection, layout=scheme)
+    # Without a layout no tensor means anything, so nothing more can be said.
+    if inspection.layout is not None:
+        inspection, tensors = _with_tensors(inspection, report)
+        with report.collecting():
+            size = arguments.get("image_size")
+            inspection, skeleton = _with_network(inspection, tensors, arguments, layout, report)
+            encoder = _fill(skeleton, tensors, inspection)
+            inspection, encoder = _resized(inspection, encoder, size, report)
+    notes, problems = tuple(report.notes), tuple(report.problems)
+    inspection = dataclasses.replace(inspection, notes=notes, problems=problems)
+    return inspection, None if problems else encoder
 
 
-@contextlib.contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    """Goes on after an error, which it notes; a list of errors becomes as many notes."""
+def _normalization(configs, arguments: dict[str, Any], report: Report) -> Normalization:
+    """Takes mean and standard deviation out of what is named, or reads them beside the weights."""
+    choice = {"image_size": arguments.get("image_size")}
+    choice |= {key: arguments.pop(key, None) for key in ("normalization", "mean", "std")}
     try:
-        yield
-    except ValueError as error:
-        first, *more = str(error).splitlines()
-        problems += [line.strip() for line in more] if first.endswith("problems:") else [str(error)]
-
-
-def _with_normalization(found: Inspection, named: dict[str, Any], problems) -> Inspection:
-    """Takes what belongs to the normalization out of what is named."""
-    keys = ("normalization", "mean", "std", "image_size")
-    mine = {key: named.pop(key) for key in keys if key in named}
-    if "image_size" in mine:
-        named["image_size"] = mine["image_size"]
-    try:
-        chosen = normalization.choose(found.file.configs, **mine)
+        images = normalization.choose(configs, **choice)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
+        # Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
         raise ValueError(
             "the JSON beside the weights says nothing sensible about images: "
             f"{type(error).__name__} {error}"
         ) from error
-    if chosen.mean is None:
-        problems.append(
+    if images.mean is None:
+        report.problems.append(
             "nothing beside the weights says how images were normalized; "
             + normalization.HOW_TO_NAME
         )
-    elif chosen.source == "named":
-        found = _with_contradiction(found, chosen, problems)
-    return dataclasses.replace(found, normalization=chosen)
+    elif images.source == "named":
+        _note_contradiction(configs, images, report)
+    return images
 
 
-def _with_contradiction(found: Inspection, chosen: Normalization, problems) -> Inspection:
-    """A name beside another encoder's own header is an error; beside other JSON it is noted."""
+def _note_contradiction(configs, images: Normalization, report: Report) -> None:
+    """A name against another encoder's own header is an error; against other JSON it is noted."""
     try:
-        said = normalization.read(found.file.configs)
+        stored = normalization.read(configs)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        return found  # naming is the remedy for a file that cannot be understood
-    if said.mean is None or (said.mean, said.std) == (chosen.mean, chosen.std):
-        return found
+        return  # naming is the remedy for a file that cannot be understood
+    if stored.mean is None or (stored.mean, stored.std) == (images.mean, images.std):
+        return
     text = (
-        f"{said.source} says mean {said.mean}, std {said.std}; "
-        f"mean {chosen.mean}, std {chosen.std} is asked for"
+        f"{stored.source} says mean {stored.mean}, std {stored.std}; "
+        f"mean {images.mean}, std {images.std} is asked for"
     )
-    if normalization.own_record(found.file.configs):
-        problems.append(text)
-        return found
-    return dataclasses.replace(found, notes=(*found.notes, text))
+    certain = normalization.own_record(configs)  # ours was written with the weights, not beside
+    (report.problems if certain else report.notes).append(text)
 
 
-def _choose_layout(names: Mapping[str, Any], wanted: str | None) -> mapping.Layout:
-    known = "\n".join(f"    {layout.name}: {layout.source}" for layout in LAYOUTS)
-    if wanted is not None:
-        for layout in LAYOUTS:
-            if layout.name == wanted:
-                return layout
-        raise ValueError(f"no layout {wanted!r}; there are\n{known}")
+def _choose_layout(names: Mapping[str, Any], choice: str | None) -> mapping.Layout:
+    table = "\n".join(f"    {layout.name}: {layout.source}" for layout in LAYOUTS)
     for layout in LAYOUTS:
-        if layout.matches(names.keys()):
+        if layout.matches(names.keys()) if choice is None else layout.name == choice:
             return layout
-    shown = ", ".join(sorted(names)[:3])
-    raise ValueError(f"no layout has tensors called {shown}, ...; looked for\n{known}")
+    if choice is not None:
+        raise ValueError(f"no layout {choice!r}; there are\n{table}")
+    examples = ", ".join(sorted(names)[:3])
+    raise ValueError(f"no layout has tensors called {examples}, ...; looked for\n{table}")
 
 
-def _with_tensors(found: Inspection, problems) -> tuple[Inspection, dict[str, np.ndarray]]:
+def _with_tensors(inspection: Inspection, report) -> tuple[Inspection, dict[str, np.ndarray]]:
     """Returns the tensors under the layout's names, float32."""
     sources: dict[str, str] = {}
     dropped = []
-    for name in found.file.tensors:
-        renamed = found.layout.rename(name)
+    for name in inspection.file.tensors:
+        renamed = inspection.layout.rename(name)
         if renamed is None:
             dropped.append(name)
         elif renamed in sources:
-            problems.append(f"{name} and {sources[renamed]} are the same weight; which one?")
+            report.problems.append(f"{name} and {sources[renamed]} are the same weight; which one?")
         else:
             sources[renamed] = name
-    tensors, notes = _as_float32(found, sources, problems)
-    kept = tuple(sources.values())
-    groups = collections.Counter(_part(name, {_first(x) for x in kept}) for name in dropped)
-    found = dataclasses.replace(
-        found, kept=kept, dropped=dict(groups), notes=(*found.notes, *notes)
-    )
-    return found, tensors
+    tensors = _as_float32(inspection.file.tensors, sources, report)
+    roots = {_parts(name)[0] for name in sources.values()}
+    groups = collections.Counter(_part(name, roots) for name in dropped)
+    inspection = dataclasses.replace(inspection, kept=tuple(sources.values()), dropped=dict(groups))
+    return inspection, tensors
 
 
-def _as_float32(found: Inspection, sources: Mapping[str, str], problems):
+def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str, np.ndarray]:
     tensors, widened, wrong, bad = {}, collections.Counter(), [], []
     for renamed, name in sources.items():
-        array = found.file.tensors[name]
-        kind = array.dtype.name
+        kind = arrays[name].dtype.name
         if kind in _WIDENED:
             widened[kind] += 1
         elif kind != "float32":
             wrong.append(f"{name} is {kind}; weights are floating-point numbers of 16 bits or more")
         with np.errstate(over="ignore"):  # a float64 too large is infinite, and refused as such
-            tensors[renamed] = array.astype(np.float32)
+            tensors[renamed] = arrays[name].astype(np.float32)
         if kind in (*_WIDENED, "float32") and not np.isfinite(tensors[renamed]).all():
             bad.append(f"{name} has NaN or infinite values")
         elif renamed.endswith("running_var") and (tensors[renamed] < 0).any():
             bad.append(f"{name} has negative variances")
-    problems += wrong + bad
-    return tensors, [f"{n} tensors are {kind}; converted to float32" for kind, n in widened.items()]
+    report.problems += wrong + bad
+    report.notes += [f"{n} tensors are {kind}; converted to float32" for kind, n in widened.items()]
+    return tensors
 
 
-def _first(name: str) -> str:
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return parts[0] if parts else name
+def _parts(name: str) -> list[str]:
+    """A name's parts but for the wrappers of data parallelism and of trainers."""
+    return [part for part in name.split(".") if part not in _WRAPPERS] or [name]
 
 
-def _part(name: str, kept: set[str]) -> str:
+def _part(name: str, roots: set[str]) -> str:
     """The part of a model that a dropped tensor belongs to: ``projector``, ``backbone.fc``."""
     if name.endswith("num_batches_tracked"):
         return "num_batches_tracked"
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(parts[: 2 if parts[0] in kept else 1])
+    parts = _parts(name)
+    return ".".join(parts[: 2 if parts[0] in roots else 1])
 
 
-def _with_network(found: Inspection, tensors, named: dict[str, Any], layout, problems):
+def _with_network(
+    inspection: Inspection, tensors, arguments: dict[str, Any], layout, report: Report
+):
     """Finds builder and options and returns the network with shapes in place of weights."""
-    own = dict(normalization.own_record(found.file.configs).get("options", {}))
+    configs = inspection.file.configs
+    stored = dict(normalization.own_record(configs).get("options", {}))
     for key in ("mean", "std", "image_size", "dtype"):
-        own.pop(key, None)
-    asked = {**own, **named}
-    said = {"options": asked, "layout": layout}
-    name, options = _network(found, tensors, {**found.file.configs, **said})
-    options = {**options, **own}  # the header knows more than names and shapes tell
-    for key, value in named.items():
+        stored.pop(key, None)
+    try:
+        sources = {**configs, "options": {**stored, **arguments}, "layout": layout}
+        name, options = inspection.layout.network(tensors, sources)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"what is beside the weights is not as {inspection.layout.name} has it: "
+            f"{type(error).__name__} {error}"
+        ) from error
+    options = {**options, **stored}  # the header knows more than names and shapes tell
+    # image_size is no contradiction: it asks for positions to be resized.
+    for key, value in arguments.items():
         if options.setdefault(key, value) != value and key != "image_size":
-            problems.append(f"{key} is {options[key]!r} in the file, and {value!r} is asked for")
-    found = _with_image_size(found, options, problems)
-    found = dataclasses.replace(found, builder=name, options=dict(options))
+            report.problems.append(
+                f"{key} is {options[key]!r} in the file, and {value!r} is asked for"
+            )
+    images = _with_image_size(inspection.normalization, options, report)
+    inspection = dataclasses.replace(
+        inspection, normalization=images, builder=name, options=dict(options)
+    )
     options.setdefault("image_size", _PLACEHOLDER_SIZE)
+    # A depth from a hostile config would build blocks without end before anything is compared.
     depth = options.get("depth", 1)
     if type(depth) is not int or not 1 <= depth <= len(tensors):
         raise ValueError(f"depth is {depth!r}, and the file has {len(tensors)} tensors")
-    mean, std = normalization.PRESETS["none"]
-    options |= {"mean": found.normalization.mean or mean, "std": found.normalization.std or std}
-    return found, native.build_skeleton(getattr(models, name), options, "the network")
+    mean, std = normalization.PRESETS["none"]  # stands in, so that all other problems show too
+    options |= {"mean": images.mean or mean, "std": images.std or std}
+    return inspection, native.build_skeleton(getattr(models, name), options, "the network")
 
 
-def _network(found: Inspection, tensors, configs) -> tuple[str, dict[str, Any]]:
-    try:
-        name, options = found.layout.network(tensors, configs)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"what is beside the weights is not as {found.layout.name} has it: "
-            f"{type(error).__name__} {error}"
-        ) from error
-    return name, dict(options)
-
-
-def _with_image_size(found: Inspection, options: dict[str, Any], problems) -> Inspection:
-    """A network with positions knows its image size; another one's must be found or named."""
-    said = found.normalization.image_size
-    size = options.setdefault("image_size", said)
+def _with_image_size(images: Normalization, options: dict[str, Any], report) -> Normalization:
+    """A network with positions knows its image size; another one's must be read or named."""
+    size = options.setdefault("image_size", images.image_size)
     if size is None:
         del options["image_size"]
-        problems.append(
+        report.problems.append(
             "nothing beside the weights says how large images were; " + normalization.HOW_TO_SIZE
         )
-    elif said not in (None, size):
-        note = f"the weights have positions for images of {size} pixels; {said} is said beside them"
-        found = dataclasses.replace(found, notes=(*found.notes, note))
-    known = dataclasses.replace(found.normalization, image_size=size)
-    return dataclasses.replace(found, normalization=known)
+    elif images.image_size not in (None, size):
+        report.notes.append(
+            f"the weights have positions for images of {size} pixels; {images.image_size} is said "
+            "beside them"
+        )
+    return dataclasses.replace(images, image_size=size)
 
 
-def _with_asked_size(
-    found: Inspection, encoder: Encoder, wanted: int | None
-) -> tuple[Inspection, Encoder]:
-    """A ViT's positions are resized only if somebody names another size than the file's."""
-    size = encoder.image_size
-    if wanted in (None, size):
-        return found, encoder
-    resized = models.resize_positions(encoder, wanted)
-    note = f"positions resized from images of {size} pixels to {wanted}, as image_size asks"
-    known = dataclasses.replace(found.normalization, image_size=wanted)
-    notes = (*found.notes, note)
-    return dataclasses.replace(found, normalization=known, notes=notes), resized
+def _resized(inspection: Inspection, encoder: Encoder, size: int | None, report: Report):
+    """A ViT's positions are resized only if the caller names another size than the file's."""
+    if size in (None, encoder.image_size):
+        return inspection, encoder
+    resized = models.resize_positions(encoder, size)
+    old = encoder.image_size
+    report.notes.append(
+        f"positions resized from images of {old} pixels to {size}, as image_size asks"
+    )
+    images = dataclasses.replace(inspection.normalization, image_size=size)
+    return dataclasses.replace(inspection, normalization=images), resized
 
 
-def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], found: Inspection) -> Encoder:
+def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], inspection: Inspection) -> Encoder:
     expected = traverse_util.flatten_dict(skeleton.variables, sep="/")
-    arrays = mapping.join(found.layout.entries(skeleton), tensors, expected, found.file.path)
+    entries = inspection.layout.entries(skeleton)
+    arrays = mapping.join(entries, tensors, expected, inspection.file.path)
     leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
     return skeleton.replace(variables=traverse_util.unflatten_dict(leaves, sep="/"))

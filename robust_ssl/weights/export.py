@@ -9,12 +9,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
 from robust_ssl.models import ResNet
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.weights import mapping, native, resnet_layouts, vit_layouts
+from robust_ssl.weights import cards, mapping, native
+from robust_ssl.weights.convert import LAYOUTS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -50,11 +49,8 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
 
     builder, options = native.builder_of(encoder)
     name = "torchvision-resnet" if isinstance(encoder.module, ResNet) else "timm-vit"
-    layouts = (*resnet_layouts.LAYOUTS, *vit_layouts.LAYOUTS)
-    layout = next(layout for layout in layouts if layout.name == name)
-    flat = traverse_util.flatten_dict(encoder.variables, sep="/")
-    arrays = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    tensors = mapping.split(layout.entries(encoder), arrays)
+    (layout,) = (layout for layout in LAYOUTS if layout.name == name)
+    tensors = mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
     record = {"name": encoder.name, "builder": builder, "options": options, "layout": name}
     # transformers and timm refuse a file whose header does not say "pt".
     metadata = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
@@ -99,6 +95,7 @@ def export_stablehlo(
         outputs = model(images)
         return outputs.logits if isinstance(model, Classifier) else outputs.features
 
+    # A symbol: the program is exported once and takes batches of any size.
     count = batch if batch is not None else export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
     exported = export.export(jax.jit(apply), platforms=PLATFORMS)(images)
@@ -141,7 +138,5 @@ def _need_flatbuffers() -> None:
 
 
 def _write(file: str | os.PathLike, content: bytes) -> pathlib.Path:
-    path = pathlib.Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    native.replace_file(path, content)
-    return path
+    cards.replace_file(pathlib.Path(file), content)
+    return pathlib.Path(file)

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from robust_ssl.weights import torch_pickle, torch_reader
+from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
 
 # Where files of weights keep the state dict, the likeliest first; otherwise it is the whole file.
 PLACES = ("state_dict", "model", "teacher", "model_state_dict", "net")
@@ -26,7 +27,7 @@ _FETCH_AGAIN = "fetch it again"
 _SAVE_AGAIN = "save the weights as safetensors or, with torch.save, as a state dict"
 
 # What else is found under the name of weights: its first bytes, what it is, what to do.
-_STRANGERS = (
+_OTHER_FORMATS = (
     (
         b"version https://git-lfs",
         "is a Git LFS pointer, not the weights it points to",
@@ -44,11 +45,11 @@ _SAFETENSORS = {
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    "BF16": torch_pickle.DTYPES["bfloat16"],
+    "BF16": DTYPES["bfloat16"],
     "BOOL": np.dtype(bool),
     "C64": np.dtype("complex64"),
-    "F8_E4M3": torch_pickle.DTYPES["float8_e4m3fn"],
-    "F8_E5M2": torch_pickle.DTYPES["float8_e5m2"],
+    "F8_E4M3": DTYPES["float8_e4m3fn"],
+    "F8_E5M2": DTYPES["float8_e5m2"],
 }
 
 
@@ -114,15 +115,12 @@ def read_weights(
     if reader not in ("safe", "torch"):
         raise ValueError(f'reader={reader!r}: there are "safe" and "torch"')
     file = _locate(pathlib.Path(path))
-    if file.name.endswith(_INDEX):
-        found = _read_shards(file, under, reader)
-    else:
-        found = _read_file(file, under, reader)
+    sharded = file.name.endswith(_INDEX)
+    weights = (_read_shards if sharded else _read_file)(file, under, reader)
     # A lone file has no part in whatever else a download folder holds.
-    published = pathlib.Path(path).is_dir() or file.name.endswith(_INDEX)
-    published |= file.name in _FOLDER_FILES
+    published = sharded or pathlib.Path(path).is_dir() or file.name in _FOLDER_FILES
     beside = _read_neighbours(file.parent) if published else {}
-    return dataclasses.replace(found, configs={**found.configs, **beside})
+    return dataclasses.replace(weights, configs={**weights.configs, **beside})
 
 
 # --------------------------------------------------------------------------- folders and neighbours
@@ -156,12 +154,12 @@ def _read_neighbours(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
         raise ValueError(f"{file} is not JSON ({error}); {_FETCH_AGAIN}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{file} must be a JSON object; {_FETCH_AGAIN}")
-    return found
+    return value
 
 
 def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
@@ -170,27 +168,27 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> Weights
     if not places or not isinstance(places, dict) or {*map(type, places.values())} != {str}:
         raise ValueError(f'{index} has no "weight_map" of tensor names to files; {_FETCH_AGAIN}')
     names = sorted(set(places.values()))
+    # An index is foreign data: "../" in it could read any file of this machine.
     outside = [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]
     if outside:
         raise ValueError(f"{index} names files outside its folder: {outside}; do not use it")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise ValueError(f"{index} names shards that are not beside it: {absent}; fetch them too")
-    shards = {name: _read_file(index.parent / name, under, reader) for name in names}
-    held = {(tensor, name) for name, shard in shards.items() for tensor in shard.tensors}
-    wrong = sorted({tensor for tensor, _ in held ^ set(places.items())})
+    tensors, contents, digests = {}, set(), hashlib.sha256()
+    notes = [f"{len(names)} shards; the SHA-256 is that of their SHA-256 in order"]
+    shards = [_read_file(index.parent / name, under, reader) for name in names]
+    for name, shard in zip(names, shards, strict=True):
+        tensors |= shard.tensors
+        contents |= {(tensor, name) for tensor in shard.tensors}
+        digests.update(shard.sha256.encode())
+        notes += [f"{name}: {note}" for note in shard.notes]
+    # Both ways: a tensor that the index does not list could shadow one of another shard.
+    wrong = sorted({tensor for tensor, _ in contents ^ set(places.items())})
     if wrong:
         raise ValueError(f"{index} and its shards do not agree about {wrong[:5]}; {_FETCH_AGAIN}")
-    first = shards[names[0]]
-    sums = "".join(shard.sha256 for shard in shards.values())
-    notes = [f"{len(names)} shards; the SHA-256 is that of their SHA-256 in order"]
-    notes += [f"{name}: {note}" for name, shard in shards.items() for note in shard.notes]
     return dataclasses.replace(
-        first,
-        path=str(index),
-        sha256=hashlib.sha256(sums.encode()).hexdigest(),
-        tensors={name: x for shard in shards.values() for name, x in shard.tensors.items()},
-        notes=tuple(notes),
+        shards[0], path=str(index), sha256=digests.hexdigest(), tensors=tensors, notes=tuple(notes)
     )
 
 
@@ -211,7 +209,7 @@ def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFil
             elif torch_reader.LEGACY_MAGIC in head[:32]:
                 kind, read = "torch legacy", torch_reader.read_legacy
             else:
-                raise torch_pickle.RefusedError(_stranger(head))
+                raise RefusedError(_other_format(head))
             saved = read(file) if reader == "safe" else _torch_load(path, file, kind)
             place, state, notes = _state_dict(saved, under)
             tensors, more = _arrays(state)
@@ -227,11 +225,11 @@ def _rewound(file: BinaryIO) -> BinaryIO:
     return file
 
 
-def _stranger(head: bytes) -> str:
+def _other_format(head: bytes) -> str:
     """What a file is that is not one of weights, and what to do."""
     if not head:
         return f"it is empty; {_FETCH_AGAIN}"
-    for magic, what, remedy in _STRANGERS:
+    for magic, what, remedy in _OTHER_FORMATS:
         if head.startswith(magic):
             return f"it {what}; {remedy}"
     text = head.lstrip().lower()
@@ -259,27 +257,27 @@ def _read_safetensors(
     import safetensors
 
     if under:
-        raise torch_pickle.RefusedError(
+        raise RefusedError(
             f"it is a safetensors file, whose tensors lie in one place; leave out under={under!r}"
         )
     try:
+        # It compares sizes and offsets; the numbers are then views, also of types NumPy lacks.
         with safetensors.safe_open(path, "numpy"):
             pass
     except safetensors.SafetensorError as error:
-        raise torch_pickle.RefusedError(
-            f"{error}; it is cut off or damaged, {_FETCH_AGAIN}"
-        ) from error
+        raise RefusedError(f"{error}; it is cut off or damaged, {_FETCH_AGAIN}") from error
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     metadata = header.pop("__metadata__", None)
     content = np.fromfile(file, np.uint8)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS:
-            raise torch_pickle.RefusedError(
+            raise RefusedError(
                 f"{name} is of type {entry['dtype']}, which is not known here; convert it to F32"
             )
         first, end = entry["data_offsets"]
         flat = content[first:end].view(_SAFETENSORS[entry["dtype"]])
+        # Offsets in the file need not be multiples of a number's size; unaligned ones are copied.
         tensors[name] = np.require(flat.reshape(entry["shape"]), requirements="A")
     configs = {} if metadata is None else {"__metadata__": metadata}
     return WeightsFile(str(path), "safetensors", sha256, tensors, configs=configs)
@@ -300,7 +298,7 @@ def _is_tensor(value: Any) -> bool:
 def _state_dict(saved: Any, under: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
     """Finds the dictionary of tensors: its key, itself, and what was passed over."""
     if not isinstance(saved, Mapping):
-        raise torch_pickle.RefusedError(
+        raise RefusedError(
             f"it holds a {type(saved).__name__} instead of a dictionary of tensors; {_SAVE_AGAIN}"
         )
     places = {
@@ -312,13 +310,11 @@ def _state_dict(saved: Any, under: str | None) -> tuple[str, Mapping[str, Any], 
     if under is None:
         place = next((name for name in (*PLACES, "") if name in places), None)
     if place not in places:
-        found = ", ".join(map(repr, places)) or "nowhere"
+        choices = ", ".join(map(repr, places)) or "nowhere"
         keys = ", ".join(repr(key) for key in saved if isinstance(key, str)) or "none"
-        asked = (
-            f"has no tensors under {under!r}" if under is not None else "has no usual state dict"
-        )
-        raise torch_pickle.RefusedError(
-            f"it {asked}; tensors are under: {found} (keys of the file: {keys[:500]}); "
+        lack = "usual state dict" if under is None else f"tensors under {under!r}"
+        raise RefusedError(
+            f"it has no {lack}; tensors are under: {choices} (keys of the file: {keys[:500]}); "
             "choose with under="
         )
     notes = []
@@ -352,12 +348,13 @@ def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]
 
 def _refuse_multiplied(state: Mapping[Any, Any]) -> None:
     """One small storage under thousands of names could ask for terabytes."""
+    # Each tensor alone fits into its storage, which `Tensor` checks; together they need not.
     described = [x for x in state.values() if isinstance(x, torch_pickle.Tensor)]
-    asked = sum(math.prod(x.shape) * x.dtype.itemsize for x in described)
-    held = sum({id(x.storage): x.storage.nbytes for x in described}.values())
-    if asked > _MOST_SHARING * held + 2**20:
-        raise torch_pickle.RefusedError(
-            f"its tensors ask for {asked} bytes and it holds {held}; it is forged"
+    demand = sum(math.prod(x.shape) * x.dtype.itemsize for x in described)
+    supply = sum({id(x.storage): x.storage.nbytes for x in described}.values())
+    if demand > _MOST_SHARING * supply + 2**20:
+        raise RefusedError(
+            f"its tensors ask for {demand} bytes and it holds {supply}; it is forged"
         )
 
 
@@ -369,21 +366,22 @@ def _torch_load(path: pathlib.Path, file: BinaryIO, kind: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise torch_pickle.RefusedError(
+        raise RefusedError(
             'reader="torch" needs torch 2.10 or newer, which is not here; reader="safe" needs none'
         ) from error
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST_TORCH:
-        raise torch_pickle.RefusedError(
+        raise RefusedError(
             'reader="torch" needs torch 2.10 or newer: the safe loader of older ones, here '
             f'{torch.__version__}, has known holes; update torch or take reader="safe"'
         )
+    # torch takes a flipped bit in silence: it does not compare the zip's checksums.
     if kind == "torch zip":
         torch_reader.check_zip(file)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage happens to cause
-        raise torch_pickle.RefusedError(f"torch does not load it ({error})") from error
+        raise RefusedError(f"torch does not load it ({error})") from error
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
@@ -391,14 +389,10 @@ def _from_torch(tensor: Any) -> np.ndarray:
     import torch
 
     name = str(tensor.dtype).removeprefix("torch.")
-    if name not in torch_pickle.DTYPES or tensor.layout != torch.strided:
-        raise torch_pickle.RefusedError(
-            f"a tensor is {name}, {tensor.layout}; save it dense, as float32"
-        )
+    if name not in DTYPES or tensor.layout != torch.strided:
+        raise RefusedError(f"a tensor is {name}, {tensor.layout}; save it dense, as float32")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise torch_pickle.RefusedError(
-            "a tensor repeats its elements; call .contiguous() on it before saving"
-        )
+        raise RefusedError("a tensor repeats its elements; call .contiguous() on it before saving")
     whole = tensor.detach().contiguous()
     flat = whole.reshape(-1).view(torch.uint8).numpy()
-    return flat.view(torch_pickle.DTYPES[name]).reshape(tuple(whole.shape))
+    return flat.view(DTYPES[name]).reshape(tuple(whole.shape))

@@ -7,6 +7,8 @@ tensor or tensors it is made of, and how the numbers are arranged there.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -32,6 +34,7 @@ def _one(forward: Callable, backward: Callable) -> Kind:
     return Kind(lambda arrays: forward(arrays[0]), lambda array, count: [backward(array)])
 
 
+# Each pair is exact: no number is computed, only moved, so files come back bit for bit.
 COPY = _one(lambda x: x, lambda x: x)
 CONV = _one(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW, HWIO
 DENSE = _one(np.transpose, np.transpose)  # [out, in], [in, out]
@@ -93,6 +96,48 @@ class Layout:
     entries: Callable[[Encoder], list[Entry]]
 
 
+def has(*patterns: str, but: str = "nothing at all") -> Callable[[Set[str]], bool]:
+    """Makes `Layout.matches`: each pattern is a whole name in the file, and `but` is none."""
+    required, excluded = [re.compile(pattern) for pattern in patterns], re.compile(but)
+
+    def matches(names: Set[str]) -> bool:
+        present = all(any(pattern.fullmatch(name) for name in names) for pattern in required)
+        return present and not any(excluded.fullmatch(name) for name in names)
+
+    return matches
+
+
+def named_options(configs: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns those of some builder options that the caller, or our own header, has named."""
+    options = configs.get("options", {})
+    return {key: options[key] for key in keys if key in options}
+
+
+def read_config(configs: Mapping[str, Any], tells: str) -> Mapping[str, Any]:
+    """Returns the ``config.json`` that transformers writes; `tells` is what it is needed for."""
+    config = configs.get("config.json")
+    if config is None:
+        raise ValueError(
+            f"there is no config.json, which says {tells}; give the folder that save_pretrained "
+            "wrote"
+        )
+    return config
+
+
+def check_config(config: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ValueError where a network's config asks for what no network of this package does.
+
+    transformers leaves out what is its default, which is the first of each key's choices.
+    """
+    wrong = [
+        f"{key} is {config[key]!r}, which is none of {values}"
+        for key, values in choices.items()
+        if config.get(key, values[0]) not in values
+    ]
+    if wrong:
+        raise ValueError("config.json: " + "; ".join(wrong))
+
+
 def join(
     entries: Sequence[Entry],
     tensors: Mapping[str, np.ndarray],
@@ -110,23 +155,22 @@ def join(
     Raises:
       ValueError: A list of all that is missing, unexpected, transposed or of a wrong shape.
     """
-    asked = {name: entry for entry in entries for name in entry.names}
-    problems = [f"missing {name}" for name in asked if name not in tensors]
-    problems += [f"unexpected {name} {x.shape}" for name, x in tensors.items() if name not in asked]
+    names = dict.fromkeys(itertools.chain.from_iterable(entry.names for entry in entries))
+    problems = [f"missing {name}" for name in names if name not in tensors]
+    problems += [f"unexpected {name} {x.shape}" for name, x in tensors.items() if name not in names]
     arrays = {}
     for entry in entries:
         if any(name not in tensors for name in entry.names):
             continue
-        needed = entry.kind.split(np.empty(expected[entry.path].shape, np.int8), len(entry.names))
+        # What the way back makes of an empty array of bytes has the foreign shapes.
+        parts = entry.kind.split(np.empty(expected[entry.path].shape, np.int8), len(entry.names))
         wrong = []
-        for name, like in zip(entry.names, needed, strict=True):
-            found = tensors[name].shape
-            if found != like.shape:
-                turned = like.shape != found and sorted(like.shape) == sorted(found)
-                wrong.append(
-                    f"{name} has shape {found}, the network needs {like.shape}"
-                    + (" (are its axes transposed?)" if turned else "")
-                )
+        for name, part in zip(entry.names, parts, strict=True):
+            shape = tensors[name].shape
+            if shape != part.shape:
+                turned = sorted(part.shape) == sorted(shape)
+                hint = " (are its axes transposed?)" if turned else ""
+                wrong.append(f"{name} has shape {shape}, the network needs {part.shape}{hint}")
         problems += wrong
         if not wrong:
             joined = entry.kind.join([np.asarray(tensors[name]) for name in entry.names])
@@ -150,5 +194,6 @@ def split(entries: Sequence[Entry], arrays: Mapping[str, np.ndarray]) -> dict[st
     for entry in entries:
         parts = entry.kind.split(arrays[entry.path], len(entry.names))
         for name, part in zip(entry.names, parts, strict=True):
+            # Transposed views, written out in the order that files have.
             tensors[name] = np.ascontiguousarray(part)
     return tensors

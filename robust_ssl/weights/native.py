@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import hashlib
 import inspect
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -22,41 +20,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
-from robust_ssl.models import preprocessing, resnet, vit
+from robust_ssl import models
+from robust_ssl.build import resolve
+from robust_ssl.models import resnet, vit
 from robust_ssl.types import Encoder
+from robust_ssl.weights import cards
 
-SCHEMA = 1
 WEIGHTS_FILE = "encoder.safetensors"
 CARD_FILE = "encoder.json"
 
 # A card names its builder; only these names are ever called, whatever the card says.
 _BUILDERS = {
-    f"robust_ssl.models:{builder.__name__}": builder
-    for builder in (
-        resnet.resnet18, resnet.resnet34, resnet.resnet50, resnet.resnet101, resnet.resnet152,
-        vit.vit_tiny, vit.vit_small, vit.vit_base, vit.vision_transformer,
-    )
-}  # fmt: skip
-RESNETS = {
-    (resnet.BasicBlock, (2, 2, 2, 2)): "resnet18",
-    (resnet.BasicBlock, (3, 4, 6, 3)): "resnet34",
-    (resnet.Bottleneck, (3, 4, 6, 3)): "resnet50",
-    (resnet.Bottleneck, (3, 4, 23, 3)): "resnet101",
-    (resnet.Bottleneck, (3, 8, 36, 3)): "resnet152",
+    f"robust_ssl.models:{name}": getattr(models, name)
+    for name in (*resnet.VARIANTS, *(f"vit_{size}" for size in vit.SIZES), "vision_transformer")
 }
-_VIT_OPTIONS = (
-    "width", "heads", "depth", "patch_size", "mlp_width", "pooling", "class_token",
-    "norm_after_pooling", "registers", "pre_norm", "patch_bias", "layer_scale", "activation",
-    "norm_epsilon",
-)  # fmt: skip
-# The same for an input transformation.
-_STEPS = {
-    step.__name__: step
-    for step in (preprocessing.JPEG, preprocessing.Quantize, preprocessing.Smooth)
-}
+RESNETS = {blocks: name for name, blocks in resnet.VARIANTS.items()}
+# Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
+_VIT_OPTIONS = tuple(
+    field.name
+    for field in dataclasses.fields(vit.ViT)
+    if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
+)
 
 
 def save_encoder(
@@ -102,38 +87,42 @@ def save_encoder(
     else:
         builder_name = f"{builder.__module__}:{builder.__qualname__}"
         options = dict(options or {})
-    arrays = {path: np.asarray(leaf) for path, leaf in flat(encoder.variables).items()}
+    arrays = cards.to_arrays(encoder.variables)
+    # Rebuilt while the encoder is at hand: what could not be loaded is refused here.
     skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
     preprocess = {}
     if encoder.preprocess not in (None, skeleton.preprocess):
-        preprocess = describe_preprocess(encoder.preprocess)
+        preprocess = cards.describe_preprocess(encoder.preprocess)
         skeleton = skeleton.replace(preprocess=encoder.preprocess)
     if _static(skeleton) != _static(encoder):
         raise ValueError(
             f"{builder_name}({options}) does not rebuild this encoder:\n  {_static(skeleton)}\n"
             f"against\n  {_static(encoder)}\npass builder= and options= that do"
         )
-    check_arrays(arrays, flat(skeleton.variables), "the encoder to save")
+    cards.check_arrays(arrays, cards.flatten(skeleton.variables), "the encoder to save")
     weights = save(arrays)
     record = {
-        "schema": SCHEMA,
+        "schema": cards.SCHEMA,
         "name": encoder.name,
         "builder": builder_name,
         "options": options,
         **preprocess,
-        "weights": describe_file(WEIGHTS_FILE, weights),
+        "weights": cards.describe_file(WEIGHTS_FILE, weights),
         "card": dict(card or {}),
     }
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    text = cards.encode(record)  # may fail, so before anything is written
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / WEIGHTS_FILE, weights)  # first: an interruption shows as a wrong sum
-    replace_file(directory / CARD_FILE, text.encode())
+    # Weights first: after an interruption the old card does not fit them, and loading says so.
+    cards.replace_file(directory / WEIGHTS_FILE, weights)
+    cards.replace_file(directory / CARD_FILE, text)
     return directory
 
 
 def load_encoder(
-    name_or_path: str | os.PathLike, *, builder: Callable[..., Encoder] | None = None
+    name_or_path: str | os.PathLike,
+    *,
+    builder: str | Callable[..., Encoder] | None = None,
+    preprocess: str | Callable[..., Any] | None = None,
 ) -> Encoder:
     """Reads an encoder and checks all of it before a single weight is used.
 
@@ -143,8 +132,9 @@ def load_encoder(
     Args:
       name_or_path: A name of `list_encoders`, or the directory that `save_encoder` wrote (write
         ``"./name"`` for a directory that is called like a shipped encoder).
-      builder: ``builder(key, **options) -> Encoder``, for a network of your own; it is called
-        under `jax.eval_shape`, so no weights are made.
+      builder: ``builder(key, **options) -> Encoder``, for a network of your own, or its name,
+        ``"module:function"``; it is called under `jax.eval_shape`, so no weights are made.
+      preprocess: Class of an input transformation of your own, or its name.
 
     Returns:
       The `Encoder`, bit-equal to the one that was saved.
@@ -163,12 +153,12 @@ def load_encoder(
     """
     folder = _locate(name_or_path)
     record = _read_card(folder)
-    if builder is None:
-        builder = _allowed_builder(record["builder"], folder)
+    # A name from the caller is resolved and imported; one from the card never is.
+    builder = _allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
     where = f"{folder}/{CARD_FILE}"
     skeleton = build_skeleton(builder, record["options"], where)
-    preprocess = read_preprocess(record, where) or skeleton.preprocess
-    variables = read_variables(folder, WEIGHTS_FILE, record["weights"], skeleton.variables)
+    preprocess = cards.read_preprocess(record, where, preprocess) or skeleton.preprocess
+    variables = cards.read_variables(folder, record["weights"], WEIGHTS_FILE, skeleton.variables)
     return skeleton.replace(variables=variables, name=record["name"], preprocess=preprocess)
 
 
@@ -204,6 +194,7 @@ def _locate(name_or_path):
         return path
     if len(path.parts) > 1 or not isinstance(name_or_path, str):
         raise FileNotFoundError(f"no directory {path}: an encoder is a directory of two files")
+    # One word that is no directory is most likely a misspelt name.
     near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.4)
     raise ValueError(
         f"no encoder named {name_or_path!r} and no directory of this name; "
@@ -212,84 +203,22 @@ def _locate(name_or_path):
     )
 
 
-def _read(folder, name: str) -> bytes:
-    file = folder.joinpath(name)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {name}; save_encoder writes {WEIGHTS_FILE} and {CARD_FILE}"
-        )
-    return file.read_bytes()
-
-
 def _read_card(folder) -> dict[str, Any]:
     where = f"{folder}/{CARD_FILE}"
-    try:
-        record = json.loads(_read(folder, CARD_FILE))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ValueError(f'{where} must be an object with "schema": {SCHEMA}')
+    record = cards.decode(cards.read_bytes(folder, CARD_FILE), where)
+    if not isinstance(record, dict) or record.get("schema") != cards.SCHEMA:
+        raise ValueError(f'{where} must be an object with "schema": {cards.SCHEMA}')
     kinds = {"name": str, "builder": str, "options": dict, "weights": dict, "card": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-    if not wrong and not isinstance(record["weights"].get("sha256"), str):
-        wrong.append("weights/sha256")
-    if wrong:
-        raise ValueError(f"{where}: missing or of the wrong type: {', '.join(wrong)}")
+    cards.check_card(record, kinds, where)
     return record
-
-
-def read_variables(folder, name: str, promised: Mapping[str, Any], like: Any) -> dict[str, Any]:
-    """Reads a safetensors file of this package and checks all of it.
-
-    Args:
-      folder: Where it lies.
-      name: Of the file.
-      promised: What its card says of it; see `describe_file`.
-      like: The tree expected, arrays or shapes.
-
-    Returns:
-      The variables, a tree like `like`.
-
-    Raises:
-      ValueError: If the file is not the one that the card describes, or does not fit.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    where = f"{folder}/{name}"
-    try:
-        arrays = load(_read_weights(folder, name, promised, where))
-    except SafetensorError as error:
-        raise ValueError(f"{where} is not a safetensors file: {error}") from error
-    check_arrays(arrays, flat(like), where)
-    leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
-    return traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def describe_file(name: str, content: bytes) -> dict[str, Any]:
-    """Returns what a card says of a file: its name, length and SHA-256."""
-    digest = hashlib.sha256(content).hexdigest()
-    return {"file": name, "bytes": len(content), "sha256": digest}
-
-
-def _read_weights(folder, name: str, promised: Mapping[str, Any], where: str) -> bytes:
-    weights = _read(folder, name)
-    found = hashlib.sha256(weights).hexdigest()
-    if found != promised["sha256"]:
-        size = promised.get("bytes")
-        cut = f" (it has {len(weights)} bytes instead of {size})" if size != len(weights) else ""
-        raise ValueError(
-            f"{where} is not the file its card describes{cut}: SHA-256 is {found}, the card says "
-            f"{promised['sha256']}; fetch or save it again"
-        )
-    return weights
 
 
 def _allowed_builder(name: str, folder) -> Callable[..., Encoder]:
     if name not in _BUILDERS:
         raise ValueError(
             f"{folder}/{CARD_FILE} names the builder {name!r}, which is not one of "
-            f"{sorted(_BUILDERS)}; if you trust it, pass the function itself as builder="
+            f"{sorted(_BUILDERS)}; if you trust it, pass the function itself as builder=, or in a "
+            f'config write {{"path": "{folder}", "builder": "{name}"}}'
         )
     return _BUILDERS[name]
 
@@ -299,42 +228,11 @@ def build_skeleton(
 ) -> Encoder:
     """The encoder with shapes in place of weights: nothing is computed, whatever the options."""
     try:
+        # Bound first: a card with a wrong option is told apart from a builder that fails.
         inspect.signature(builder).bind(None, **options)
         return jax.eval_shape(functools.partial(builder, **options), jax.random.key(0))
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
-
-
-def describe_preprocess(preprocess: Any) -> dict[str, Any]:
-    """Returns what a card says of an input transformation, nothing where there is none."""
-    if preprocess is None:
-        return {}
-    name = type(preprocess).__name__
-    if _STEPS.get(name) is not type(preprocess):
-        raise ValueError(
-            f"a card cannot name the input transformation {preprocess!r}, only one of "
-            f"robust_ssl.models.preprocessing ({', '.join(_STEPS)}); save "
-            "encoder.replace(preprocess=None) and put it back after loading, or pass a builder= "
-            "whose encoder has it"
-        )
-    return {"preprocess": {"name": name, "options": dataclasses.asdict(preprocess)}}
-
-
-def read_preprocess(record: Mapping[str, Any], where: str) -> Any:
-    """Returns the input transformation that a card tells of, None where it tells of none."""
-    said = record.get("preprocess")
-    if said is None:
-        return None
-    well_formed = isinstance(said, dict) and isinstance(said.get("options"), dict)
-    if not well_formed or not isinstance(said.get("name"), str) or said["name"] not in _STEPS:
-        raise ValueError(
-            f'{where}: "preprocess" must be {{"name": ..., "options": {{...}}}} with one of the '
-            f"names {sorted(_STEPS)}, got {said!r}"
-        )
-    try:
-        return _STEPS[said["name"]](**said["options"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: cannot make {said['name']}: {error}") from error
 
 
 def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
@@ -359,6 +257,7 @@ def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
             f"that does as builder= and its arguments as options="
         )
     options = {key: getattr(module, key) for key in keys}
+    # As JSON has it: a dtype is its name, tuples are lists.
     options |= {"image_size": encoder.image_size, "dtype": jnp.dtype(module.dtype).name}
     options |= {"mean": list(encoder.mean), "std": list(encoder.std)}
     return f"robust_ssl.models:{name}", options
@@ -371,31 +270,3 @@ def _static(encoder: Encoder) -> tuple:
         for field in dataclasses.fields(encoder)
         if field.name != "variables"
     )
-
-
-def flat(variables) -> dict[str, Any]:
-    """Returns the leaves of a tree by path, ``params/stem/conv/kernel``."""
-    return traverse_util.flatten_dict(variables, sep="/")
-
-
-def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError that lists every difference between the arrays and the network."""
-    problems = [f"missing {path}" for path in sorted(expected.keys() - arrays.keys())]
-    problems += [f"unexpected {path}" for path in sorted(arrays.keys() - expected.keys())]
-    for path in sorted(arrays.keys() & expected.keys()):
-        array, leaf = arrays[path], expected[path]
-        if array.shape != leaf.shape:
-            problems.append(f"{path} has shape {array.shape}, the network needs {leaf.shape}")
-        elif array.dtype != np.float32 or leaf.dtype != np.float32:
-            problems.append(f"{path} is {array.dtype} for {leaf.dtype}; both must be float32")
-        elif not np.isfinite(array).all():
-            problems.append(f"{path} has NaN or infinite values")
-    if problems:
-        raise ValueError(f"{where}: {len(problems)} problems:\n  " + "\n  ".join(problems))
-
-
-def replace_file(file: pathlib.Path, content: bytes) -> None:
-    """Writes beside the file and renames, so that nobody ever reads half of it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

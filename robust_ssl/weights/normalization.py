@@ -90,13 +90,13 @@ def choose(
         if normalization not in PRESETS:
             raise ValueError(f"no normalization {normalization!r}; there are {sorted(PRESETS)}")
         mean, std = PRESETS[normalization]
-    found = read(configs) if mean is None or image_size is None else Normalization()
-    return Normalization(
-        mean=_three(mean, "mean") if mean is not None else found.mean,
-        std=_three(std, "std", positive=True) if mean is not None else found.std,
-        image_size=_size(image_size) if image_size is not None else found.image_size,
-        source="named" if mean is not None else found.source,
-    )
+    # Not even read if all is named: naming is the remedy for files that make no sense.
+    images = read(configs) if mean is None or image_size is None else Normalization()
+    if mean is not None:
+        images = dataclasses.replace(_of(mean, std), image_size=images.image_size)
+    if image_size is not None:
+        images = dataclasses.replace(images, image_size=_size(image_size))
+    return images
 
 
 def read(configs: Mapping[str, Any]) -> Normalization:
@@ -105,15 +105,11 @@ def read(configs: Mapping[str, Any]) -> Normalization:
     Raises:
       ValueError: If a file asks for what an encoder of this package cannot do.
     """
-    own = own_record(configs)
-    if own:
-        options = own["options"]
-        return Normalization(
-            _three(options["mean"], "mean"),
-            _three(options["std"], "std", positive=True),
-            _size(options["image_size"]),
-            "the file's own header",
-        )
+    header = own_record(configs)
+    if header:
+        options = header["options"]
+        size = _size(options["image_size"])
+        return _of(options["mean"], options["std"], size, "the file's own header")
     record = configs.get("preprocessor_config.json")
     if record is None:  # newer processors of several inputs keep the image's part in here
         record = (configs.get("processor_config.json") or {}).get("image_processor")
@@ -121,13 +117,13 @@ def read(configs: Mapping[str, Any]) -> Normalization:
         return _preprocessor(record)
     timm = (configs.get("config.json") or {}).get("pretrained_cfg")
     if timm and {"mean", "std", "input_size"} <= timm.keys():
-        return Normalization(
-            _three(timm["mean"], "mean"),
-            _three(timm["std"], "std", positive=True),
-            _square(timm["input_size"][1:]),
-            "config.json",
-        )
+        return _of(timm["mean"], timm["std"], _square(timm["input_size"][1:]), "config.json")
     return Normalization()
+
+
+def _of(mean, std, image_size: int | None = None, source: str = "named", prefix: str = ""):
+    mean, std = _three(mean, f"{prefix}mean"), _three(std, f"{prefix}std", positive=True)
+    return Normalization(mean, std, image_size, source)
 
 
 def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +143,7 @@ def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:
 def _preprocessor(record: Mapping[str, Any]) -> Normalization:
     """Hugging Face's ``preprocessor_config.json``."""
     where = "preprocessor_config.json"
+    # Compared with a tolerance: files have 1/255 as a rounded decimal.
     scale = record.get("rescale_factor", 1 / 255)
     if not record.get("do_rescale", True) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
         raise ValueError(
@@ -158,16 +155,12 @@ def _preprocessor(record: Mapping[str, Any]) -> Normalization:
         if "image_mean" not in record or "image_std" not in record:
             return Normalization(image_size=_image_size(record), source=where)
         mean, std = record["image_mean"], record["image_std"]
-    return Normalization(
-        _three(mean, "image_mean"),
-        _three(std, "image_std", positive=True),
-        _image_size(record),
-        where,
-    )
+    return _of(mean, std, _image_size(record), where, "image_")
 
 
 def _image_size(record: Mapping[str, Any]) -> int | None:
     """The side of what reaches the network: of the crop where there is one."""
+    # Resizing comes first and the crop after it, so the crop is what the network sees.
     cropped = record.get("do_center_crop", "crop_size" in record) and record.get("crop_size")
     size = cropped or record.get("size")
     if isinstance(size, Mapping):
@@ -198,6 +191,7 @@ def _three(values: Any, name: str, positive: bool = False) -> Numbers:
     ):
         kind = "positive numbers" if positive else "numbers"
         raise ValueError(f"{name} must be three {kind}, of pixels in [0, 1]; got {values!r}")
+    # Pixels in [0, 1] have no mean or deviation above 1; those in [0, 255] mostly have 50 and more.
     if max(map(abs, numbers)) > 2:
         raise ValueError(f"{name} {list(numbers)} is of pixels in [0, 255]; divide it by 255")
     return tuple(map(float, numbers))

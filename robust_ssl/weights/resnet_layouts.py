@@ -7,7 +7,7 @@ in; where they differ, it must be named, because a wrong guess loads without an 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from robust_ssl.models.resnet import STEMS, BasicBlock, Bottleneck
 from robust_ssl.types import Encoder
+from robust_ssl.weights import mapping
 from robust_ssl.weights.mapping import CONV, COPY, Entry, Layout
 from robust_ssl.weights.native import RESNETS
 
@@ -73,19 +74,21 @@ def _body(tensors: Mapping[str, np.ndarray], name_of: NameOf) -> tuple[str, int]
     norm = f"{name_of(('stem', 'norm'))}.weight"
     if norm not in tensors:
         raise ValueError(f"missing {norm}, which tells the width of the network")
+    # Counted from the first block: a gap makes depths that no variant has, and is reported.
     depths = []
     for stage in range(1, 5):
         depth = 0
         while any(x.startswith(_block(name_of, stage, depth + 1)) for x in tensors):
             depth += 1
         depths.append(depth)
+    # Only a bottleneck has a third convolution.
     third = f"{name_of(('stage1', 'block1', 'conv3', 'conv'))}.weight"
     block = Bottleneck if third in tensors else BasicBlock
     builder = RESNETS.get((block, tuple(depths)))
     if builder is None:
-        known = ", ".join(f"{name} {list(depths)}" for (_, depths), name in RESNETS.items())
+        variants = ", ".join(f"{name} {list(depths)}" for (_, depths), name in RESNETS.items())
         raise ValueError(
-            f"the file has {depths} {block.__name__}s in its stages; there are {known}"
+            f"the file has {depths} {block.__name__}s in its stages; there are {variants}"
         )
     return builder, tensors[norm].shape[0]
 
@@ -100,14 +103,15 @@ def _stem_kernel(tensors: Mapping[str, np.ndarray], name_of: NameOf, width: int)
     if name not in tensors:
         raise ValueError(f"missing {name}, the first convolution")
     sides = list(tensors[name].shape)
+    # Whatever the order of the axes: `join` then says that they are transposed, in its list.
     for size in (width, 3):
         if size in sides:
             sides.remove(size)
-    known = {kernel for kernel, *_ in STEMS.values()}
-    if len(sides) != 2 or sides[0] != sides[1] or sides[0] not in known:
+    kernels = {kernel for kernel, *_ in STEMS.values()}
+    if len(sides) != 2 or sides[0] != sides[1] or sides[0] not in kernels:
         raise ValueError(
             f"{name} has shape {tensors[name].shape}; a stem is [{width}, 3, k, k] with k in "
-            f"{sorted(known)}"
+            f"{sorted(kernels)}"
         )
     return sides[0]
 
@@ -118,8 +122,9 @@ def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
     def network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
         builder, width = _body(tensors, name_of)
         kernel = _stem_kernel(tensors, name_of, width)
+        # All writers give a 7x7 stem stride 2 and padding 3; they differ in the 3x3 one.
         usual = small_stem or {} if kernel == 3 else {"stem": "imagenet", "stem_padding": 3}
-        stem = {**usual, **_named(configs)}
+        stem = {**usual, **mapping.named_options(configs, "stem", "stem_padding")}
         unnamed = {"stem", "stem_padding"} - stem.keys()
         if unnamed:
             raise ValueError(
@@ -134,6 +139,7 @@ def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
                 f"stem {stem['stem']!r} does not fit a {kernel}x{kernel} convolution; "
                 f"one of {fitting} does"
             )
+        # Depths are the builder's; image size and normalization are settled by the caller.
         return builder, {"width": width, **stem}
 
     return network
@@ -141,8 +147,8 @@ def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
 
 def _solo_learn_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
     # Others write ``backbone.`` too, so only a layout that is named tells the padding.
-    named = configs.get("layout") == "solo-learn"
-    small_stem = {"stem": "cifar", "stem_padding": 2} if named else None
+    certain = configs.get("layout") == "solo-learn"
+    small_stem = {"stem": "cifar", "stem_padding": 2} if certain else None
     return _network(_torchvision_name, small_stem)(tensors, configs)
 
 
@@ -154,41 +160,20 @@ def _torchvision_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str
         raise ValueError(
             f"config.json: architecture {architecture!r} is no plain ResNet-18, 34, 50, 101 or 152"
         )
+    # Options such as another stem or stride leave the tensors' names as they are.
     changed = set(config.get("model_args") or {}) - {"num_classes", "in_chans"}
     if changed:
         raise ValueError(f"config.json: model_args changes the network: {sorted(changed)}")
     return _network(_torchvision_name)(tensors, configs)
 
 
-def _named(configs: Mapping[str, Any]) -> dict[str, Any]:
-    options = configs.get("options", {})
-    return {key: options[key] for key in ("stem", "stem_padding") if key in options}
-
-
 def _huggingface_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
-    config = configs.get("config.json")
-    if config is None:
-        raise ValueError(
-            "there is no config.json, which says where the network strides; give the folder that "
-            "save_pretrained wrote"
-        )
-    needed = {
-        "model_type": ("resnet",),
-        "num_channels": (3,),
-        "hidden_act": ("relu",),
-        "downsample_in_first_stage": (False,),
-        # A basic block has no bottleneck to stride in.
-        "downsample_in_bottleneck": (False, True)
-        if config.get("layer_type") == "basic"
-        else (False,),
-    }
-    wrong = [
-        f"{key} is {config[key]!r}, which this package's networks are not"
-        for key, values in needed.items()
-        if config.get(key, values[0]) not in values
-    ]
-    if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
+    config = mapping.read_config(configs, "where the network strides")
+    # A basic block has no bottleneck to stride in, so there the entry means nothing.
+    strides = (False, True) if config.get("layer_type") == "basic" else (False,)
+    choices = {"model_type": ("resnet",), "num_channels": (3,), "hidden_act": ("relu",)}
+    choices |= {"downsample_in_first_stage": (False,), "downsample_in_bottleneck": strides}
+    mapping.check_config(config, choices)
     return _network(_huggingface_name)(tensors, configs)
 
 
@@ -203,9 +188,18 @@ def _rename(prefix: str, dropped: str) -> Callable[[str], str | None]:
     return rename
 
 
-def _has(pattern: str) -> Callable[[Set[str]], bool]:
-    wanted = re.compile(pattern)
-    return lambda names: any(wanted.fullmatch(name) for name in names)
+def _layout(
+    name: str,
+    source: str,
+    first: str,
+    prefix: str,
+    dropped: str,
+    network: Callable,
+    name_of: NameOf = _torchvision_name,
+) -> Layout:
+    """A layout that is told by its first convolution, of which only the name changes."""
+    matches, rename = mapping.has(rf"{prefix}{first}\.weight"), _rename(f"^{prefix}", dropped)
+    return Layout(name, source, matches, rename, network, _entries(name_of))
 
 
 _PLAIN = re.compile(r"(tv_)?resnet(18|34|50|101|152)")
@@ -214,41 +208,40 @@ _SOLO_HEADS = (
     r"|dino_loss_func\.|local_memory_|(backbone|encoder)\.fc\.)"
 )
 
+# In the order in which they are tried: the barest names come after those with a prefix.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout(
-        name="solo-learn",
-        source="solo-learn checkpoints with a ResNet; if it is named, a 3x3 stem has padding 2",
-        matches=_has(r"(module\.)?(backbone|encoder)\.conv1\.weight"),
-        rename=_rename(r"^(module\.)?(backbone|encoder)\.", _SOLO_HEADS),
-        network=_solo_learn_network,
-        entries=_entries(_torchvision_name),
+    _layout(
+        "solo-learn",
+        "solo-learn checkpoints with a ResNet; if it is named, a 3x3 stem has padding 2",
+        "conv1",
+        r"(module\.)?(backbone|encoder)\.",
+        _SOLO_HEADS,
+        _solo_learn_network,
     ),
-    Layout(
-        name="moco",
-        source="MoCo v1, v2 (encoder_q) and v3 (base_encoder) checkpoints with a ResNet",
-        matches=_has(r"(module\.)?(encoder_q|base_encoder)\.conv1\.weight"),
-        rename=_rename(
-            r"^(module\.)?(encoder_q|base_encoder)\.",
-            r"(module\.)?(encoder_k\.|momentum_encoder\.|predictor\.|queue(_ptr)?$"
-            r"|(encoder_q|base_encoder)\.fc\.)",
-        ),
-        network=_network(_torchvision_name),
-        entries=_entries(_torchvision_name),
+    _layout(
+        "moco",
+        "MoCo v1, v2 (encoder_q) and v3 (base_encoder) checkpoints with a ResNet",
+        "conv1",
+        r"(module\.)?(encoder_q|base_encoder)\.",
+        r"(module\.)?(encoder_k\.|momentum_encoder\.|predictor\.|queue(_ptr)?$"
+        r"|(encoder_q|base_encoder)\.fc\.)",
+        _network(_torchvision_name),
     ),
-    Layout(
-        name="torchvision-resnet",
-        source="torchvision and timm ResNets, and every repository that builds on them",
-        matches=_has(r"(module\.)?conv1\.weight"),
-        rename=_rename(r"^module\.", r"(module\.)?fc\."),
-        network=_torchvision_network,
-        entries=_entries(_torchvision_name),
+    _layout(
+        "torchvision-resnet",
+        "torchvision and timm ResNets, and every repository that builds on them",
+        "conv1",
+        r"(module\.)?",
+        r"(module\.)?fc\.",
+        _torchvision_network,
     ),
-    Layout(
-        name="huggingface-resnet",
-        source="transformers' ResNetModel and ResNetForImageClassification",
-        matches=_has(r"(resnet\.)?embedder\.embedder\.convolution\.weight"),
-        rename=_rename(r"^resnet\.", r"classifier\."),
-        network=_huggingface_network,
-        entries=_entries(_huggingface_name),
+    _layout(
+        "huggingface-resnet",
+        "transformers' ResNetModel and ResNetForImageClassification",
+        r"embedder\.embedder\.convolution",
+        r"(resnet\.)?",
+        r"classifier\.",
+        _huggingface_network,
+        _huggingface_name,
     ),
 )

@@ -33,42 +33,33 @@ class RefusedError(ValueError):
 
 # ------------------------------------------------------------------------------ what may be named
 
-DTYPES = {
-    name: np.dtype(name)
-    for name in (
-        *("float64", "float32", "float16", "complex64", "complex128", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-    )
-}
-DTYPES |= {
-    name: np.dtype(getattr(ml_dtypes, name))
-    for name in (
-        *("bfloat16", "float8_e4m3fn", "float8_e5m2"),
-        *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    )
-}
+_NUMPY = "float64 float32 float16 complex64 complex128 bool"
+_NUMPY += " int64 int32 int16 int8 uint64 uint32 uint16 uint8"
+# NumPy has none of these itself; ml_dtypes, on which JAX stands, registers them.
+_EXTENDED = "bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+DTYPES = {name: np.dtype(name) for name in _NUMPY.split()}
+DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _EXTENDED.split()}
 _DTYPE_NAMES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
-_STORAGE_TYPES = {
-    f"{module}.{kind}Storage": DTYPES[dtype]
-    for module in ("torch", "torch.cuda", "torch.storage")
-    for kind, dtype in (
-        *(("Double", "float64"), ("Float", "float32"), ("Half", "float16")),
-        *(("BFloat16", "bfloat16"), ("Long", "int64"), ("Int", "int32"), ("Short", "int16")),
-        *(("Char", "int8"), ("Byte", "uint8"), ("Bool", "bool"), ("Untyped", "uint8")),
-        *(("ComplexFloat", "complex64"), ("ComplexDouble", "complex128")),
-    )
-}
+_STORAGE_NAMES = {
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
+    "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
+    "Bool": "bool", "Untyped": "uint8", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+}  # fmt: skip
+_STORAGE_TYPES = {}
+for _module in ("torch", "torch.cuda", "torch.storage"):
+    for _kind, _dtype in _STORAGE_NAMES.items():
+        _STORAGE_TYPES[f"{_module}.{_kind}Storage"] = DTYPES[_dtype]
 _DICTS = {"builtins.dict", "__builtin__.dict", "collections.OrderedDict", "collections.defaultdict"}
 # Names that stand beside weights and are of no use to us; none of them is imported.
-_BUILTINS = (
-    "bool bytearray bytes complex float frozenset int list long object set slice str tuple unicode"
-)
+_BUILTINS = "bool bytearray bytes complex float frozenset int list long object set slice str tuple"
 _INERT = {
-    *(f"{m}.{name}" for m in ("builtins", "__builtin__") for name in _BUILTINS.split()),
-    *(f"{m}._reconstructor" for m in ("copyreg", "copy_reg")),
-    *(f"{m}.PosixPath" for m in ("pathlib", "pathlib._local")),
-    *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
-    *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
+    # Python 2, and every pickle of protocol 2, says __builtin__ and copy_reg.
+    *(f"builtins.{name}" for name in _BUILTINS.split()),
+    *(f"__builtin__.{name}" for name in (*_BUILTINS.split(), "unicode")),
+    *("builtins.unicode", "copyreg._reconstructor", "copy_reg._reconstructor"),
+    *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+    *("numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct"),  # before NumPy 2
+    *("numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"),
     *("numpy.dtype", "numpy.ndarray", "_codecs.encode", "types.SimpleNamespace", "typing.Any"),
     *("argparse.Namespace", "collections.Counter", "datetime.datetime", "datetime.timedelta"),
     *("torch.Size", "torch.Tensor", "torch.device"),
@@ -151,16 +142,16 @@ class Tensor:
             raise RefusedError(f"a tensor has {axes} axes and {strides} strides; it is forged")
         steps = zip(self.shape, self.strides, strict=True)
         end = self.offset + sum((size - 1) * stride for size, stride in steps) + 1
-        held = self.storage.nbytes // self.dtype.itemsize
+        size = self.storage.nbytes // self.dtype.itemsize
         count = math.prod(self.shape)
-        if count and end > held:
+        if count and end > size:
             raise RefusedError(
                 f"a tensor of shape {self.shape} ends at element {end} of storage "
-                f"{self.storage.key!r}, which has {held}"
+                f"{self.storage.key!r}, which has {size}"
             )
-        if count > held:  # a few bytes could ask for terabytes
+        if count > size:  # with strides of zero a few bytes could ask for terabytes
             raise RefusedError(
-                f"a tensor of shape {self.shape} repeats the {held} elements of storage "
+                f"a tensor of shape {self.shape} repeats the {size} elements of storage "
                 f"{self.storage.key!r}; call .contiguous() on it before saving"
             )
 
@@ -184,16 +175,17 @@ def _tensor(storage, offset, shape, strides, *rest, dtype=None):
 
 
 def _tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata=None):
+    # The numbers in the file are then not those of the tensor.
     if metadata:
         raise RefusedError("a tensor is stored as a conjugate; call .resolve_conj() before saving")
     return _tensor(storage, offset, shape, strides)
 
 
 def _tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, metadata=None):
-    found = _DTYPE_NAMES.get(dtype.path) if isinstance(dtype, Name) else None
-    if metadata or found is None:
+    numbers = _DTYPE_NAMES.get(dtype.path) if isinstance(dtype, Name) else None
+    if metadata or numbers is None:
         raise RefusedError("a tensor's number type is not known here; save it as float32")
-    return _tensor(storage, offset, shape, strides, dtype=found)
+    return _tensor(storage, offset, shape, strides, dtype=numbers)
 
 
 def _parameter(data, *rest):
@@ -224,6 +216,7 @@ def _call(name: Any, args: Any) -> Any:
         )
     if name.path in _BUILDERS:
         return _BUILDERS[name.path](*args)
+    # Python's own dictionaries keep order, so an OrderedDict loses nothing.
     if name.path in _DICTS:
         pairs = args[0] if args and isinstance(args[0], list) else []  # Python 2's OrderedDict
         return {_key(key): value for key, value in pairs}
@@ -333,6 +326,7 @@ class _Reader(pickle._Unpickler):
         pairs = zip(items[::2], items[1::2], strict=True)
         self.append({_key(key): value for key, value in pairs})
 
+    # Sets hash what the file says, and equal hashes make that quadratic; no weights are in one.
     def load_frozenset(self):
         self.pop_mark()
         self.append(Stub())
@@ -361,14 +355,12 @@ class _Reader(pickle._Unpickler):
         (pickle.FROZENSET, load_frozenset),
         (pickle.EMPTY_SET, load_empty_set),
         (pickle.MARK, load_mark),
-        (pickle.EXT1, load_refused),
-        (pickle.EXT2, load_refused),
-        (pickle.EXT4, load_refused),
-        (pickle.BYTEARRAY8, load_refused),
-        (pickle.NEXT_BUFFER, load_refused),
-        (pickle.READONLY_BUFFER, load_refused),
     ):
         dispatch[opcode[0]] = function
+    for opcode in (pickle.EXT1, pickle.EXT2, pickle.EXT4):  # looked up in a registry of classes
+        dispatch[opcode[0]] = load_refused
+    for opcode in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
+        dispatch[opcode[0]] = load_refused
     del opcode, function
 
 

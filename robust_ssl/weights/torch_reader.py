@@ -42,6 +42,7 @@ def read_zip(file: BinaryIO) -> Any:
       RefusedError: If the archive is not a plain, undamaged one of weights.
     """
     archive, members, root = _open(file)
+    # Older files do not say it.
     if f"{root}byteorder" in members:
         order = _content(archive, members[f"{root}byteorder"], 16).tobytes()
         if order != b"little":
@@ -85,6 +86,7 @@ def _open(file: BinaryIO) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The archive's members by name, every name once."""
     members = {member.filename: member for member in archive.infolist()}
+    # Readers differ in which of two they take: a scanner could see one and a loader the other.
     if len(members) < len(archive.infolist()):
         raise RefusedError(
             f"its archive has two members of one name, which torch never writes; {_SAVE_AGAIN}"
@@ -102,6 +104,7 @@ def _root(members: Mapping[str, zipfile.ZipInfo]) -> str:
     if len(roots) > 1:
         raise RefusedError(f"its archive has {len(roots)} members {_PICKLE}; {_SAVE_AGAIN}")
     (root,) = roots
+    # TorchScript is a program with weights in it, and reading it would mean running it.
     if any(name == f"{root}constants.pkl" or name.startswith(f"{root}code/") for name in members):
         raise RefusedError(
             "it is a TorchScript program, not weights: where torch is, and if you trust it, "
@@ -112,6 +115,7 @@ def _root(members: Mapping[str, zipfile.ZipInfo]) -> str:
 
 def _check_plain(members: Iterable[zipfile.ZipInfo], size: int) -> None:
     """Every member is stored as it is, and all of them fit into the file."""
+    # Compressed or overlapping members could unpack a small file to terabytes.
     members = list(members)
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
@@ -141,6 +145,7 @@ def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> n
 
 def _fill(stream, size: int) -> np.ndarray:
     """The next bytes of a stream, uint8 ``[size]``, in memory that NumPy owns and aligns."""
+    # Straight into the array: `read` would hold everything twice.
     content = np.empty(size, np.uint8)
     view, done = memoryview(content), 0
     while done < size:
@@ -163,6 +168,7 @@ def read_legacy(file: BinaryIO) -> Any:
     Raises:
       RefusedError: If it is cut off, or not a plain file of weights.
     """
+    # Where each storage lies comes last in the file, and is needed only once numbers are asked for.
     where: dict[str, int] = {}
 
     def fetch(storage: Storage) -> np.ndarray:
@@ -173,21 +179,21 @@ def read_legacy(file: BinaryIO) -> Any:
         file.seek(where[storage.key])
         return _fill(file, storage.nbytes)
 
-    found: dict[str, Storage] = {}
+    storages: dict[str, Storage] = {}
     head = io.BytesIO(file.read(torch_pickle.PICKLE_LIMIT))
     _, protocol, system = (torch_pickle.load(head, fetch) for _ in range(3))
     if protocol != 1001 or not isinstance(system, dict) or not system.get("little_endian"):
         raise RefusedError(
             "it is not a little-endian stream of protocol 1001, the only one that is read"
         )
-    saved = torch_pickle.load(head, fetch, found)
+    saved = torch_pickle.load(head, fetch, storages)
     keys = torch_pickle.load(head, fetch)
     listed = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if not listed or sorted(keys) != sorted(found):
+    if not listed or sorted(keys) != sorted(storages):
         raise RefusedError(
             "its list of storages is not that of its tensors; it is damaged or forged"
         )
-    _locate(file, head.tell(), [found[key] for key in keys], where)
+    _locate(file, head.tell(), [storages[key] for key in keys], where)
     return saved
 
 
@@ -197,6 +203,7 @@ def _locate(file: BinaryIO, start: int, storages: list[Storage], where: dict[str
     for storage in storages:
         file.seek(start)
         count = file.read(8)
+        # Fewer than eight bytes is the end of the file, which is told below.
         if len(count) == 8 and struct.unpack("<q", count) != (storage.count,):
             raise RefusedError(
                 f"storage {storage.key!r} has {struct.unpack('<q', count)[0]} elements, the pickle "
@@ -208,5 +215,6 @@ def _locate(file: BinaryIO, start: int, storages: list[Storage], where: dict[str
             raise RefusedError(
                 f"it is cut off: {size} bytes, at least {start} are needed; fetch it again"
             )
+    # Bytes that nothing refers to are damage, or a second file that was hidden here.
     if start < size:
         raise RefusedError(f"{size - start} bytes follow its last storage; it is damaged or forged")

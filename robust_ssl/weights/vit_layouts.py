@@ -10,23 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
 from robust_ssl.types import Encoder
-from robust_ssl.weights.mapping import (
-    COPY,
-    DENSE,
-    STACKED_BIAS,
-    STACKED_DENSE,
-    Entry,
-    Kind,
-    Layout,
-    patches,
-)
+from robust_ssl.weights import mapping
+from robust_ssl.weights.mapping import COPY, DENSE, STACKED_BIAS, STACKED_DENSE, Entry, Kind, Layout
 
 Tensors = Mapping[str, np.ndarray]
 Configs = Mapping[str, Any]
@@ -55,15 +47,14 @@ class _Names:
         return tuple(name.format(block) + end for name in self.table[module])
 
     def entries(self, encoder: Encoder) -> list[Entry]:
-        return [
-            self._entry(path, encoder.module)
-            for path in traverse_util.flatten_dict(encoder.variables, sep="/")
-        ]
+        paths = traverse_util.flatten_dict(encoder.variables, sep="/")
+        return [self._entry(path, encoder.module) for path in paths]
 
     def _entry(self, path: str, module: Any) -> Entry:
         where, leaf = path.removeprefix("params/"), ""
         if where.rpartition("/")[2] in ("kernel", "scale", "bias"):
             where, _, leaf = where.rpartition("/")
+        # Ours count from 1, theirs from 0.
         number = re.match(r"block(\d+)/", where)
         where = re.sub(r"^block\d+/", "block/", where)
         if where.startswith("block/mlp/") and module.activation == "swiglu":
@@ -78,15 +69,14 @@ class _Names:
             return self.kinds[where]
         if leaf == "kernel":
             if where == "embed/patch":
-                return patches(patch_size)
+                return mapping.patches(patch_size)
             return DENSE if count == 1 else STACKED_DENSE
         return COPY if count == 1 else STACKED_BIAS
 
 
 def _names(table: Mapping[str, str | tuple[str, ...]], **options: Any) -> _Names:
-    return _Names(
-        {key: (name,) if isinstance(name, str) else name for key, name in table.items()}, **options
-    )
+    tuples = {key: (name,) if isinstance(name, str) else name for key, name in table.items()}
+    return _Names(tuples, **options)
 
 
 _TIMM = _names(
@@ -183,12 +173,14 @@ def _network(tensors: Tensors, names: _Names, gated: bool = False) -> dict[str, 
     position = tensor("embed/position")
     count = position.size // patch[0]
     side = math.isqrt(count)
+    # A square of patches, or a square and one: no number above 1 is both.
     class_token = side * side != count
     if position.size % patch[0] or (class_token and side * side + 1 != count):
         raise ValueError(
             f"{names.of('embed/position')[0]} has shape {position.shape}, which is not positions "
             f"of width {patch[0]} for a square of patches, with or without one class token"
         )
+    # The gate and the gated values lie in one tensor, half each.
     hidden = tensor("block/gated/dense1" if gated else "block/mlp/dense1", "kernel").shape[0]
     return {
         "width": patch[0],
@@ -203,13 +195,9 @@ def _network(tensors: Tensors, names: _Names, gated: bool = False) -> dict[str, 
 
 def _depth(tensors: Tensors, names: _Names) -> int:
     block = re.escape(names.table["block/norm1"][0].partition("{}")[0]) + r"(\d+)\."
-    numbers = [int(found[1]) for name in tensors if (found := re.match(block, name))]
+    matches = [re.match(block, name) for name in tensors]
+    numbers = [int(match[1]) for match in matches if match]
     return 1 + min(max(numbers), len(tensors))  # a gap is reported, a wild number is not built
-
-
-def _named(configs: Configs, *keys: str) -> dict[str, Any]:
-    options = configs.get("options", {})
-    return {key: options[key] for key in keys if key in options}
 
 
 def _timm_network(tensors: Tensors, configs: Configs) -> Network:
@@ -221,6 +209,7 @@ def _timm_network(tensors: Tensors, configs: Configs) -> Network:
     gated = any(".mlp.w12." in name for name in tensors)
     options = _network(tensors, _TIMM, gated)
     config = configs.get("config.json", {})
+    # Weights do not tell how they are pooled; timm's config and its fc_norm do.
     if config.get("global_pool") == "avg" or "fc_norm.weight" in tensors:
         options["pooling"] = "mean"
     clip = "norm_pre.weight" in tensors  # timm's CLIP towers
@@ -234,7 +223,8 @@ def _timm_network(tensors: Tensors, configs: Configs) -> Network:
         "patch_bias": not clip,
         "heads": _PUBLISHED_HEADS.get(options["width"]),
     }
-    options |= _named(configs, "heads", "pooling", "activation", "norm_epsilon")
+    # What is named goes over what is guessed, and timm's config over both for the heads.
+    options |= mapping.named_options(configs, "heads", "pooling", "activation", "norm_epsilon")
     options["heads"] = config.get("model_args", {}).get("num_heads", options["heads"])
     if options["heads"] is None:
         raise ValueError(
@@ -249,71 +239,43 @@ def _timm_network(tensors: Tensors, configs: Configs) -> Network:
     return "vision_transformer", options
 
 
-def _config(configs: Configs, kinds: tuple[str, ...], part: str = "") -> Mapping[str, Any]:
-    """The part of config.json that is about images, after a look at what we do not have."""
-    config = configs.get("config.json")
-    if config is None:
-        raise ValueError(
-            "there is no config.json, which says how many attention heads the network has; give "
-            "the folder that save_pretrained wrote"
-        )
-    config = config.get(part, config)
-    needed = {"model_type": kinds, "num_channels": (3,), "qkv_bias": (True,)}
-    wrong = [
-        f"{key} is {config[key]!r}, which is none of {values}"
-        for key, values in needed.items()
-        if config.get(key, values[0]) not in values
-    ]
-    if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
-    return config
-
-
 def _huggingface_options(config: Mapping[str, Any], epsilon: float, act: str) -> dict[str, Any]:
     activation = config.get("hidden_act", act)
     if activation not in ("gelu", "quick_gelu"):
         raise ValueError(
             f"config.json: hidden_act is {activation!r}; gelu and quick_gelu are known"
         )
-    # transformers leaves out what is its default
+    # transformers leaves out what is its default, so an absent entry is not an unknown one.
     heads, epsilon = config.get("num_attention_heads", 12), config.get("layer_norm_eps", epsilon)
     if type(heads) is not int or heads < 1:
         raise ValueError(f"config.json: num_attention_heads is {heads!r}")
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise ValueError(f"config.json: layer_norm_eps is {epsilon!r}")
-    return {
-        "heads": heads,
-        "depth": config.get("num_hidden_layers", 12),
-        "norm_epsilon": epsilon,
-        "activation": activation,
-    }
+    depth = config.get("num_hidden_layers", 12)
+    return {"heads": heads, "depth": depth, "norm_epsilon": epsilon, "activation": activation}
 
 
-def _huggingface_vit_network(tensors: Tensors, configs: Configs) -> Network:
-    config = _config(configs, ("vit", "vit_mae"))
-    options = _network(tensors, _HUGGINGFACE_VIT)
-    return "vision_transformer", {
-        **options, **_huggingface_options(config, 1e-12, "gelu"), **_named(configs, "pooling"),
-    }  # fmt: skip
+def _huggingface_network(
+    names: _Names, kinds: tuple[str, ...], epsilon: float, act="gelu", part="", **fixed: Any
+) -> Callable[[Tensors, Configs], Network]:
+    """Makes `Layout.network` of a family: its names, model types and defaults in transformers."""
 
+    def network(tensors: Tensors, configs: Configs) -> Network:
+        config = mapping.read_config(configs, "how many attention heads the network has")
+        config = config.get(part, config)  # a whole CLIP has the vision tower's part inside
+        mapping.check_config(
+            config, {"model_type": kinds, "num_channels": (3,), "qkv_bias": (True,)}
+        )
+        gated = "block/gated/dense1" in names.table and config.get("use_swiglu_ffn", False)
+        options = _network(tensors, names, gated)
+        options |= _huggingface_options(config, epsilon, act) | fixed
+        if gated:  # in spite of the entry hidden_act, which says gelu there too
+            options["activation"] = "swiglu"
+        if config.get("model_type") == "dinov2_with_registers":
+            options["registers"] = config.get("num_register_tokens", 4)
+        return "vision_transformer", options | mapping.named_options(configs, "pooling")
 
-def _dinov2_network(tensors: Tensors, configs: Configs) -> Network:
-    config = _config(configs, ("dinov2", "dinov2_with_registers"))
-    gated = config.get("use_swiglu_ffn", False)
-    options = _network(tensors, _DINOV2, gated)
-    options |= _huggingface_options(config, 1e-6, "gelu") | {"layer_scale": True}
-    if gated:
-        options["activation"] = "swiglu"
-    if config.get("model_type") == "dinov2_with_registers":
-        options["registers"] = config.get("num_register_tokens", 4)
-    return "vision_transformer", {**options, **_named(configs, "pooling")}
-
-
-def _clip_network(tensors: Tensors, configs: Configs) -> Network:
-    config = _config(configs, ("clip_vision_model",), "vision_config")
-    options = _network(tensors, _CLIP) | _huggingface_options(config, 1e-5, "quick_gelu")
-    options |= {"pre_norm": True, "patch_bias": False}
-    return "vision_transformer", {**options, **_named(configs, "pooling")}
+    return network
 
 
 def _rename(
@@ -334,16 +296,6 @@ def _rename(
     return rename
 
 
-def _has(*patterns: str, but: str = "nothing at all") -> Callable[[Set[str]], bool]:
-    wanted, other = [re.compile(pattern) for pattern in patterns], re.compile(but)
-
-    def matches(names: Set[str]) -> bool:
-        found = all(any(one.fullmatch(name) for name in names) for one in wanted)
-        return found and not any(other.fullmatch(name) for name in names)
-
-    return matches
-
-
 # transformers 5 calls its modules otherwise than its files do: a state dict saved by torch has
 # these names, save_pretrained writes the old ones.
 _NEW_NAMES = (
@@ -362,79 +314,85 @@ _SOLO_HEADS = r"head\.|momentum_|projector|predictor|classifier|prototypes|queue
 _HF_BLOCK = r"(\w+\.)?(encoder\.layer|layers)\.0\."
 
 
+_QKV = r"blocks\.0\.attn\.qkv\.weight"
+
+
 def _timm_layout(name: str, source: str, matches: Callable, prefix: str, dropped: str) -> Layout:
     return Layout(name, source, matches, _rename(prefix, dropped), _timm_network, _TIMM.entries)
 
 
+# In the order in which they are tried: the barest names come after those with a prefix.
 LAYOUTS: tuple[Layout, ...] = (
     _timm_layout(
         "solo-learn-vit",
         "solo-learn checkpoints with a ViT",
-        _has(r"(module\.)?backbone\.blocks\.0\.attn\.qkv\.weight", r"(module\.)?classifier\..*"),
+        mapping.has(rf"(module\.)?backbone\.{_QKV}", r"(module\.)?classifier\..*"),
         r"^(module\.)?(backbone\.)?",
         _SOLO_HEADS,
     ),
     _timm_layout(
         "moco-vit",
         "MoCo v3 checkpoints with a ViT (base_encoder)",
-        _has(r"(module\.)?base_encoder\.blocks\.0\.attn\.qkv\.weight"),
+        mapping.has(rf"(module\.)?base_encoder\.{_QKV}"),
         r"^(module\.)?(base_encoder\.)?",
         r"head\.|momentum_encoder\.|predictor\.",
     ),
     _timm_layout(
         "dino",
         "the DINO release's full checkpoints (its teacher), with a ViT",
-        _has(
-            r"(teacher\.)?(module\.)?backbone\.blocks\.0\.attn\.qkv\.weight",
-            but=r"(module\.)?classifier\..*",
-        ),
+        mapping.has(rf"(teacher\.)?(module\.)?backbone\.{_QKV}", but=r"(module\.)?classifier\..*"),
         r"^(teacher\.)?(module\.)?(backbone\.)?",
         r"head\.|student\.",
     ),
     _timm_layout(
         "mae",
         "the MAE release's pre-training checkpoints; its fixed sines are positions",
-        _has(r"(module\.)?blocks\.0\.attn\.qkv\.weight", r"(module\.)?decoder_embed\.weight"),
+        mapping.has(rf"(module\.)?{_QKV}", r"(module\.)?decoder_embed\.weight"),
         r"^module\.",
         r"decoder_|mask_token$|head\.",
     ),
     _timm_layout(
         "timm-vit",
         "timm's and DeiT's ViTs, the DINO, MAE and DINOv2 releases' bare encoders",
-        _has(r"(module\.)?blocks\.0\.attn\.qkv\.weight", but=r"(module\.)?decoder_embed\.weight"),
+        mapping.has(rf"(module\.)?{_QKV}", but=r"(module\.)?decoder_embed\.weight"),
         r"^module\.",
         r"head\.|mask_token$",
     ),
     Layout(
-        name="huggingface-vit",
-        source="transformers' ViT and ViTMAE models, with their names before and since version 5",
-        matches=_has(_HF_BLOCK + r"layernorm_before\.weight", r".*embeddings\.cls_token"),
-        rename=_rename(
+        "huggingface-vit",
+        "transformers' ViT and ViTMAE models, with their names before and since version 5",
+        mapping.has(_HF_BLOCK + r"layernorm_before\.weight", r".*embeddings\.cls_token"),
+        _rename(
             r"^vit\.", r"(pooler|classifier|decoder)\.|embeddings\.mask_token$", _NEW_VIT_NAMES
         ),
-        network=_huggingface_vit_network,
-        entries=_HUGGINGFACE_VIT.entries,
+        _huggingface_network(_HUGGINGFACE_VIT, ("vit", "vit_mae"), 1e-12),
+        _HUGGINGFACE_VIT.entries,
     ),
     Layout(
-        name="huggingface-dinov2",
-        source="transformers' DINOv2 models, with and without registers",
-        matches=_has(_HF_BLOCK + r"layer_scale1\.lambda1", r".*embeddings\.cls_token"),
-        rename=_rename(
+        "huggingface-dinov2",
+        "transformers' DINOv2 models, with and without registers",
+        mapping.has(_HF_BLOCK + r"layer_scale1\.lambda1", r".*embeddings\.cls_token"),
+        _rename(
             r"^dinov2(_with_registers)?\.", r"classifier\.|embeddings\.mask_token$", _NEW_NAMES
         ),
-        network=_dinov2_network,
-        entries=_DINOV2.entries,
+        _huggingface_network(
+            _DINOV2, ("dinov2", "dinov2_with_registers"), 1e-6, layer_scale=True
+        ),
+        _DINOV2.entries,
     ),
     Layout(
-        name="huggingface-clip-vision",
-        source="transformers' CLIP models: the vision tower up to its last norm, not projected",
-        matches=_has(r"(vision_model\.)?embeddings\.class_embedding", r".*pre_layrnorm\.weight"),
-        rename=_rename(
+        "huggingface-clip-vision",
+        "transformers' CLIP models: the vision tower up to its last norm, not projected",
+        mapping.has(r"(vision_model\.)?embeddings\.class_embedding", r".*pre_layrnorm\.weight"),
+        _rename(
             r"^vision_model\.",
             r"text_model\.|(text|visual)_projection\.|logit_scale$|embeddings\.position_ids$",
             ((r"^", "vision_model."),),
         ),
-        network=_clip_network,
-        entries=_CLIP.entries,
+        _huggingface_network(
+            _CLIP, ("clip_vision_model",), 1e-5, "quick_gelu", "vision_config",
+            pre_norm=True, patch_bias=False,
+        ),
+        _CLIP.entries,
     ),
 )  # fmt: skip

@@ -76,14 +76,7 @@ def filtering_curves(
 ) -> dict[str, dict[float, Counts]]:
     """Counts what low-pass and high-pass filtered versions of a perturbation do to a classifier.
 
-    Args:
-      classifier: Any model with logits.
-      batches: Labelled images as `robust_ssl.evaluation.score` takes them.
-      perturbation: As for `filtered`.
-      cutoffs: Cycles per pixel.
-      key: Random key of the scoring.
-      parallel: A `robust_ssl.parallel.Parallel`.
-      rescale: As for `filtered`.
+    The batches are those of `robust_ssl.evaluation.score`, the cutoffs cycles per pixel.
 
     Returns:
       ``{"low_pass": {cutoff: Counts}, "high_pass": {cutoff: Counts}, "whole": {0.0: Counts}}``,
@@ -95,12 +88,13 @@ def filtering_curves(
     if not cutoffs:
         raise ValueError("name at least one cutoff, in cycles per pixel")
     places = [("whole", 0.0), *((name, float(cutoff)) for name in FILTERS for cutoff in cutoffs)]
-    attacks = {
-        f"{name} {cutoff}": perturbation
-        if name == "whole"
-        else filtered(perturbation, name, cutoff, rescale=rescale)
-        for name, cutoff in places
-    }
+    attacks = {}
+    for name, cutoff in places:
+        rest = perturbation
+        if name != "whole":
+            rest = filtered(perturbation, name, cutoff, rescale=rescale)
+        attacks[f"{name} {cutoff}"] = rest
+    # In one call: they have one structure, so one compiled function serves all cutoffs.
     results = score(as_value(classifier), batches, attacks, key=key, parallel=parallel)
     curves: dict[str, dict[float, Counts]] = {}
     for name, cutoff in places:

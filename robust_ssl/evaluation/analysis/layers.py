@@ -155,14 +155,8 @@ def _compare(encoder: Model, clean: jax.Array, adversarial: jax.Array):
 def sensitivity_by_tap(scores: Mapping[str, float], taps: Iterable[str]) -> dict[str, float]:
     """Returns the robust sensitivity of what lies under each tap: that of its worst kernel.
 
-    Args:
-      scores: Path of each kernel to its score, as `robust_ssl.finetuning.layer_sensitivity`
-        returns them, for example ``"encoder/stage1/block2/conv1/conv/kernel"``.
-      taps: Names of taps, for example ``"stage1/block2"``.
-
-    Returns:
-      Tap to score, for the taps that have a kernel, in their order; a classifier's head comes last
-      under ``"head"``.  A kernel that belongs to no tap is left out.
+    The scores are those of `robust_ssl.finetuning.layer_sensitivity`, by the path of a kernel.
+    Taps without a kernel are left out; a classifier's head comes last under ``"head"``.
 
     Example:
       >>> scores = {"encoder/stem/kernel": 0.5, "encoder/block1/a/kernel": 0.1,
@@ -170,13 +164,14 @@ def sensitivity_by_tap(scores: Mapping[str, float], taps: Iterable[str]) -> dict
       >>> sensitivity_by_tap(scores, ["stem", "block1"])
       {'stem': 0.5, 'block1': 0.3}
     """
-    found: dict[str, float] = {}
+    by_tap: dict[str, float] = {}
     for place in [*taps, HEAD]:
-        inside = [
-            score
-            for path, score in scores.items()
-            if f"{path.removeprefix('encoder/')}/".startswith(f"{place}/")
-        ]
+        # With the slash, since "block1" is the beginning of "block10" too.
+        inside = [score for path, score in scores.items() if _is_under(path, f"{place}/")]
         if inside:
-            found[place] = max(inside)
-    return found
+            by_tap[place] = max(inside)
+    return by_tap
+
+
+def _is_under(path: str, place: str) -> bool:
+    return f"{path.removeprefix('encoder/')}/".startswith(place)

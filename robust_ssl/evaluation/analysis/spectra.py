@@ -6,7 +6,6 @@ All in cycles per pixel, as in `robust_ssl.frequencies`, so that image sizes can
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from robust_ssl import frequencies
 from robust_ssl.evaluation.analysis.layers import as_value
-from robust_ssl.evaluation.metrics import predictions, to_pixels
+from robust_ssl.evaluation.metrics import compiled, predictions, to_pixels
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Model
 
@@ -63,6 +62,7 @@ def energy_by_band(deltas: jax.Array, edges: Sequence[float] = EDGES) -> jax.Arr
     radius = frequencies.radii(height, width)
     inside = [(radius >= low) & (radius < high) for low, high in itertools.pairwise(edges)]
     weights = jnp.stack(inside).astype(power.dtype)
+    # In full precision: accelerators round the factors of a product otherwise.
     return jnp.einsum("...hw,bhw->...b", power, weights, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -144,25 +144,27 @@ def fourier_sensitivity(
         )
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels")
-    parallel = Parallel.create(num_devices=1, method="jit") if parallel is None else parallel
+    parallel = Parallel.create(num_devices=1) if parallel is None else parallel
     model = parallel.replicate(as_value(model))
     n, height, width = np.shape(images)[:3]
     rows, columns, numbers, place = _half_plane(height, width, stride)
     batch = {"images": np.asarray(images), "indices": np.arange(n, dtype=np.int32)}
-    plain = _mapped(parallel, _plain)(model, {"images": batch["images"]})
+    plain = compiled(parallel, _plain)(model, {"images": batch["images"]})
     if labels is None:
         batch["features"] = plain["features"]
     else:
         batch["labels"] = np.asarray(labels, np.int32)
-    measure = _mapped(parallel, _harm)
+    measure = compiled(parallel, _harm)
     harm = []
     for start in range(0, len(numbers), chunk):
+        # The last chunk repeats the last frequency, so that one shape is compiled.
         chosen = numbers[np.minimum(np.arange(start, start + chunk), len(numbers) - 1)]
         waves = norm * _waves(chosen, height, width)
         constants = parallel.replicate((key, model, waves, chosen.astype(np.int32)))
         harm.append(measure(constants, batch).astype(np.float64).mean(0))
         if on_chunk is not None:
             on_chunk(min(start + chunk, len(numbers)), len(numbers))
+    # Features do not drift without noise.
     clean = 0.0 if labels is None else float(np.mean(plain["answers"] != batch["labels"]))
     return FourierMap(
         vertical=rows / height,
@@ -172,11 +174,6 @@ def fourier_sensitivity(
         measure="feature_drift" if labels is None else "error_rate",
         norm=float(norm),
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _mapped(parallel: Parallel, function: Callable) -> Callable:
-    return parallel.map(function)  # kept, so that the next chunk and the next model are compiled
 
 
 def _plain(model: Model, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -195,6 +192,7 @@ def _harm(constants, batch: Mapping[str, jax.Array]) -> jax.Array:
     def under(wave, number):
         signs = jax.vmap(lambda k: jax.random.rademacher(jax.random.fold_in(k, number), (3,)))(keys)
         noise = signs.reshape(-1, 1, 1, 3) * wave.reshape(1, *wave.shape, 1)
+        # Cut, as any image is, so where pixels are at their ends less of the noise arrives.
         noisy = jnp.clip(images + noise, 0.0, 1.0)
         if "labels" in batch:
             return (predictions(model, noisy) != batch["labels"]).astype(jnp.float32)
@@ -215,6 +213,7 @@ def _half_plane(height: int, width: int, stride: int):
     rows, columns = (_cycles(size, stride) for size in (height, width))
     v, h = (axis.reshape(-1) for axis in np.meshgrid(rows, columns, indexing="ij"))
     number = (v % height) * width + h % width
+    # Mirror images get the smaller of their two numbers, so that one of each is left.
     mirrored = (-v % height) * width + (-h) % width
     return rows, columns, *np.unique(np.minimum(number, mirrored), return_inverse=True)
 
@@ -228,26 +227,17 @@ def _waves(numbers: np.ndarray, height: int, width: int) -> np.ndarray:
     """Returns the real wave of unit length of each frequency, float32 ``[n, H, W]``."""
     v, h = (axis.reshape(-1, 1, 1) for axis in np.divmod(numbers, width))
     y, x = np.arange(height).reshape(1, -1, 1), np.arange(width).reshape(1, 1, -1)
+    # Divided by their measured length: where a wave is its own mirror image the cosine is longer.
     waves = np.cos(2 * np.pi * (v * y / height + h * x / width))
     return (waves / np.sqrt(np.sum(waves**2, axis=(1, 2), keepdims=True))).astype(np.float32)
 
 
 def harm_by_band(fourier_map: FourierMap, edges: Sequence[float] = EDGES) -> np.ndarray:
-    """Returns the mean harm of the frequencies of each band.
-
-    Args:
-      fourier_map: What `fourier_sensitivity` returns.
-      edges: As for `energy_by_band`.
-
-    Returns:
-      Float ``[len(edges) - 1]``; NaN where the map has no frequency in the band.
-    """
+    """Returns the mean harm of the frequencies of each band; NaN where the map has none in it."""
     check_edges(edges)
-    radius = fourier_map.radius
-    inside = [
-        fourier_map.harm[(radius >= low) & (radius < high)]
-        for low, high in itertools.pairwise(edges)
-    ]
+    harm, radius = fourier_map.harm, fourier_map.radius
+    pairs = itertools.pairwise(edges)
+    inside = [harm[(radius >= low) & (radius < high)] for low, high in pairs]
     return np.array([harm.mean() if harm.size else np.nan for harm in inside])
 
 
@@ -270,12 +260,7 @@ class HarmfulBand:
 def most_harmful_band(fourier_map: FourierMap, edges: Sequence[float] = EDGES) -> HarmfulBand:
     """Returns the band whose frequencies, at equal L2 norm, hurt the model the most on average.
 
-    Args:
-      fourier_map: What `fourier_sensitivity` returns.
-      edges: As for `energy_by_band`.
-
-    Returns:
-      The band; of equal ones that of the lowest frequencies.
+    Of equal bands it is the lowest.
 
     Raises:
       ValueError: If no band holds a frequency of the map.

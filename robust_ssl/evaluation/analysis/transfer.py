@@ -29,15 +29,9 @@ def transfer_matrix(
 ) -> dict[str, dict[str, Counts]]:
     """Applies every perturbation to every classifier and counts what happens.
 
-    Args:
-      perturbations: By the name of the encoder each was crafted on.
-      classifiers: By the name of their encoder, or any other.
-      batches: Called with a classifier's name; yields its labelled images as
-        `robust_ssl.evaluation.score` takes them.
-      key: Random key of the scoring.
-      parallel: A `robust_ssl.parallel.Parallel`.
-      resize: What to do with a perturbation of another size than a classifier's images:
-        ``"refuse"`` raises, ``"bilinear"`` resizes it inside its budget.
+    Perturbations are by the name of the encoder each was crafted on.  `batches` is called with a
+    classifier's name and yields its labelled images, as for `robust_ssl.evaluation.score`.  Where
+    they have another size, ``resize="bilinear"`` resizes the perturbation inside its budget.
 
     Returns:
       ``{crafted on: {applied to: Counts}}``; a drop in accuracy is ``clean_accuracy -
@@ -53,9 +47,10 @@ def transfer_matrix(
     """
     if resize not in RESIZING:
         raise ValueError(f"resize must be one of {RESIZING}, got {resize!r}")
-    found: dict[str, dict[str, Counts]] = {name: {} for name in perturbations}
+    counts: dict[str, dict[str, Counts]] = {name: {} for name in perturbations}
     for applied_to, classifier in classifiers.items():
         iterator = iter(batches(applied_to))
+        # The first batch is looked at for its size and put back: batches may be read only once.
         first = next(iterator, None)
         if first is None:
             raise ValueError(f"there are no images for the classifier {applied_to!r}")
@@ -67,25 +62,19 @@ def transfer_matrix(
         images = itertools.chain([first], iterator)
         results = score(as_value(classifier), images, fitting, key=key, parallel=parallel)
         for name in perturbations:
-            found[name][applied_to] = results[name].counts
-    return found
+            counts[name][applied_to] = results[name].counts
+    return counts
 
 
-def _at_size(
-    perturbation: UniversalPerturbation,
-    size: tuple[int, int],
-    name: str,
-    applied_to: str,
-    resize: str,
-) -> UniversalPerturbation:
+def _at_size(perturbation: UniversalPerturbation, size, name: str, applied_to: str, resize: str):
     # The name is static: left in, every perturbation would be compiled for itself.
     perturbation = perturbation.replace(name="transferred")
-    own = perturbation.delta.shape[:2]
-    if own == tuple(size):
+    fitted_size = perturbation.delta.shape[:2]
+    if fitted_size == tuple(size):
         return perturbation
     if resize == "refuse":
         raise ValueError(
-            f"the perturbation crafted on {name!r} has size {own}, the images of {applied_to!r} "
-            f'have size {tuple(size)}; resize="bilinear" resizes perturbations'
+            f"the perturbation crafted on {name!r} has size {fitted_size}, the images of "
+            f'{applied_to!r} have size {tuple(size)}; resize="bilinear" resizes perturbations'
         )
     return perturbation.resized(tuple(size))

@@ -1,15 +1,18 @@
-"""Can a robustness figure be believed?  Twenty-seven checks, each a small pure function.
+"""Can a robustness figure be believed?  Many checks, each a small pure function.
 
-`examine` runs 1 to 20 on a classifier and `examine_universal` 21 to 27 on a perturbation; both
-return a `Verdict`: ``trusted``, ``trusted with notes`` or ``not trusted``.  Each check holds one
-number against a limit, which is its default argument, and says what it means and what to do.
+`examine` runs those of a model and its per-image figure; those of universal perturbations
+(`table.CHECKS`, group ``"universal"``) take what was scored anyway.  All end in a `Verdict`:
+``believable``, ``believable, with notes``, ``not believable`` or ``not examined``.  Each check
+holds one number against a limit, which is its default argument, and says what it means and what to
+do.
 """
 
+from robust_ssl.evaluation.checks.comparisons import settle
 from robust_ssl.evaluation.checks.examination import affordable_images, cost, examine
 from robust_ssl.evaluation.checks.gradients import (
-    finite_differences,
-    zero_gradient,
-    zero_margin_gradient,
+    gradient_matches_differences,
+    gradient_not_zero,
+    margin_gradient_not_zero,
 )
 from robust_ssl.evaluation.checks.model import (
     Randomized,
@@ -17,11 +20,10 @@ from robust_ssl.evaluation.checks.model import (
     finite_logits,
     gives_logits,
 )
-from robust_ssl.evaluation.checks.perturbations import examine_universal, shuffled
 from robust_ssl.evaluation.checks.result import (
-    NAMES,
-    NOT_TRUSTED,
-    TRUSTED,
+    BELIEVABLE,
+    NOT_BELIEVABLE,
+    NOT_EXAMINED,
     WITH_NOTES,
     Check,
     Verdict,
@@ -29,36 +31,42 @@ from robust_ssl.evaluation.checks.result import (
 )
 from robust_ssl.evaluation.checks.scoring import budget_kept, enough_images, survives_rounding
 from robust_ssl.evaluation.checks.strength import (
+    accuracy_falls_with_epsilon,
     beats_noise,
     black_box_not_stronger,
     converged,
-    falling_steps,
-    falls_with_epsilon,
     full_range_breaks_all,
-    iterative_not_weaker,
+    no_silent_hits,
     objectives_agree,
-    silent_hits,
+    one_step_not_stronger,
+    steps_raise_loss,
     transfer_not_stronger,
-    twice_the_steps,
+    twice_the_steps_not_stronger,
 )
+from robust_ssl.evaluation.checks.table import CHECKS, ESSENTIAL, GROUPS, names_of
 from robust_ssl.evaluation.checks.universal import (
     beats_noise_and_shuffle,
-    crafted_again,
+    crafted_again_agrees,
     holds_on_new_images,
-    patch_places,
+    model_unchanged,
+    patch_places_agree,
     per_image_not_weaker,
     seeds_agree,
-    statistics_unchanged,
+    shuffled,
 )
 
 __all__ = [
-    "NAMES",
-    "NOT_TRUSTED",
-    "TRUSTED",
+    "BELIEVABLE",
+    "CHECKS",
+    "ESSENTIAL",
+    "GROUPS",
+    "NOT_BELIEVABLE",
+    "NOT_EXAMINED",
     "WITH_NOTES",
     "Check",
     "Randomized",
     "Verdict",
+    "accuracy_falls_with_epsilon",
     "affordable_images",
     "beats_noise",
     "beats_noise_and_shuffle",
@@ -66,30 +74,30 @@ __all__ = [
     "budget_kept",
     "converged",
     "cost",
-    "crafted_again",
+    "crafted_again_agrees",
     "deterministic",
     "enough_images",
     "examine",
-    "examine_universal",
-    "falling_steps",
-    "falls_with_epsilon",
-    "finite_differences",
     "finite_logits",
     "full_range_breaks_all",
     "gives_logits",
+    "gradient_matches_differences",
+    "gradient_not_zero",
     "holds_on_new_images",
-    "iterative_not_weaker",
+    "margin_gradient_not_zero",
+    "model_unchanged",
+    "names_of",
+    "no_silent_hits",
     "not_run",
     "objectives_agree",
-    "patch_places",
+    "one_step_not_stronger",
+    "patch_places_agree",
     "per_image_not_weaker",
     "seeds_agree",
+    "settle",
     "shuffled",
-    "silent_hits",
-    "statistics_unchanged",
+    "steps_raise_loss",
     "survives_rounding",
     "transfer_not_stronger",
-    "twice_the_steps",
-    "zero_gradient",
-    "zero_margin_gradient",
+    "twice_the_steps_not_stronger",
 ]

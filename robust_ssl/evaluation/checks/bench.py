@@ -11,13 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.attacks.per_image import attack_batch
-from robust_ssl.evaluation.checks.path import (
-    OBJECTIVES,
-    is_wrong,
-    logits_of,
-    objective_value,
-)
-from robust_ssl.evaluation.metrics import compiled, predictions, quantize
+from robust_ssl.evaluation.checks.path import OBJECTIVES, is_wrong, logits_of, objective_value
+from robust_ssl.evaluation.metrics import compiled, on_some, predictions, quantize
 from robust_ssl.parallel import Parallel
 
 DIRECTIONS = 8  # per image, for finite differences
@@ -48,17 +43,11 @@ class Bench:
           **more: Further arrays ``[n, ...]`` per image; ``images`` and ``labels`` replace these.
         """
         batch = {"images": self.images, "labels": self.labels, **more}
-        batch["indices"] = np.arange(len(self.images), dtype=np.int32)
-        n, size = len(self.images), min(self.batch_size, len(self.images))
-        constants = self.parallel.replicate(constants)
-        found = []
-        for start in range(0, n, size):
-            # The last batch is filled up with first images, so that one shape is compiled.
-            rows = np.arange(start, start + size)
-            part = {name: values[np.where(rows < n, rows, 0)] for name, values in batch.items()}
-            results = compiled(self.parallel, function)(constants, part)
-            found.append(jax.tree.map(lambda x, kept=n - start: x[:kept], results))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+        rows = batch["indices"] = np.arange(len(self.images), dtype=np.int32)
+        size = min(self.batch_size, len(rows))
+        function, constants = compiled(self.parallel, function), self.parallel.replicate(constants)
+        parts = [part for _, part in on_some(function, constants, batch, rows, size)]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def forward(constants, batch):
@@ -78,6 +67,7 @@ def climb(constants, batch):
     key, model, attack, goes_on = constants
 
     def one(index, image, label, start):
+        # Keyed by the image's place, so that an image's path depends on no other image.
         random = attack.threat.sample(jax.random.fold_in(key, index), image)
         path = attack(model, jnp.where(goes_on, start, random), image, label)
         return {"best": path.best, "hit": path.hit, "losses": path.losses}
@@ -90,12 +80,12 @@ def scored(constants, batch):
     model, threat = constants
     # A band is left a little where the cut to [0, 1] bites: its inner budget is what must hold.
     threat = getattr(threat, "threat", threat)
-    images, found = batch["images"], batch["adversarial"]
-    nearest = jax.vmap(threat.project)(found, images)
+    images, adversarial = batch["images"], batch["adversarial"]
+    nearest = jax.vmap(threat.project)(adversarial, images)
     return {
-        "exact": predictions(model, found) == batch["labels"],
-        "rounded": predictions(model, quantize(found)) == batch["labels"],
-        "excess": jnp.max(jnp.abs(found - nearest), axis=(1, 2, 3)),
+        "exact": predictions(model, adversarial) == batch["labels"],
+        "rounded": predictions(model, quantize(adversarial)) == batch["labels"],
+        "excess": jnp.max(jnp.abs(adversarial - nearest), axis=(1, 2, 3)),
     }
 
 
@@ -106,6 +96,7 @@ def probe(constants, batch):
     def one(index, image, label):
         keys = jax.random.split(jax.random.fold_in(key, index), 3)
         slope = _gradient(model, image, label, "cross_entropy")
+        # Of the whole budget, as the attack's: noise inside the ball would be easier to beat.
         noise = threat.steepest(jax.random.normal(keys[0], image.shape))
         margin_slope, predicted, measured = _slopes(model, threat, keys[1:], image, label)
 
@@ -132,6 +123,7 @@ def _gradient(model, image: jax.Array, label: jax.Array, objective: str) -> jax.
 
 
 def _vanished(gradient: jax.Array) -> jax.Array:
+    # Exactly zero: a small gradient still has signs, which is all that an Linf step needs.
     return ~jnp.any(gradient != 0) | ~jnp.isfinite(gradient).all()
 
 
@@ -142,8 +134,8 @@ def _slopes(model, threat, keys: jax.Array, image: jax.Array, label: jax.Array):
     # Off the edges of [0, 1], where a model that cuts its input has no two-sided slope.
     point = jnp.clip(threat.sample(keys[0], image), length, 1 - length)
     slope = _gradient(model, point, label, "margin")
-    drawn = jax.random.normal(keys[1], (DIRECTIONS, *image.shape))
-    directions = jax.vmap(threat.steepest)(drawn)
+    normal = jax.random.normal(keys[1], (DIRECTIONS, *image.shape))
+    directions = jax.vmap(threat.steepest)(normal)
 
     def rise(direction):
         ends = [
@@ -154,14 +146,3 @@ def _slopes(model, threat, keys: jax.Array, image: jax.Array, label: jax.Array):
 
     predicted = jnp.sum(directions * slope[None], axis=(1, 2, 3))
     return slope, predicted, jax.vmap(rise)(directions)
-
-
-def universal(constants, batch):
-    """Returns what is right under one perturbation for all, and whose prediction it changed."""
-    key, model, perturbation = constants
-    images = attack_batch(perturbation, key, model, batch["images"], indices=batch["indices"])
-    attacked = predictions(model, quantize(images))
-    return {
-        "correct": attacked == batch["labels"],
-        "flipped": attacked != predictions(model, batch["images"]),
-    }

@@ -1,7 +1,8 @@
-"""Checks 1 to 20 on a sample of images, in a dozen passes."""
+"""All checks of a model and its per-image figure on a sample of images, in a dozen passes."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from robust_ssl.attacks.square import Square
 from robust_ssl.evaluation.checks import bench, gradients, model, scoring, strength
 from robust_ssl.evaluation.checks.bench import Bench
+from robust_ssl.evaluation.checks.comparisons import settle
 from robust_ssl.evaluation.checks.path import OBJECTIVES, Climb, full_range, with_budget
 from robust_ssl.evaluation.checks.result import Check, Verdict, not_run
 from robust_ssl.evaluation.counts import Counts
@@ -22,6 +24,8 @@ from robust_ssl.types import Attack, Classifier
 NUM_STEPS, NUM_QUERIES = 20, 200
 CLIMBS = 7  # three objectives, one that goes on, half and twice the budget, the full range
 NEARBY = 1e-6  # a change of the pixels that changes no honest logit
+NOT_FINITE = "The logits are not finite."
+AFTER_MODEL = ("gradients", "path", "strength", "scoring")  # groups that presume finite logits
 
 
 def cost(
@@ -31,16 +35,12 @@ def cost(
 
     A forward pass counts a third of one.
 
-    Args:
-      num_steps: As for `examine`.
-      num_queries: As for `examine`.
-      surrogate: Whether check 17 is run.
-
     Example:
       >>> round(cost(20, 200))
       224
     """
     climbs = CLIMBS + surrogate
+    # Of the model checks, the probe with its finite differences, Square, and scoring each path.
     passes = 5 + 3 + 2 * bench.DIRECTIONS + num_queries + 3 * climbs + 2
     return 2 + climbs * num_steps + passes / 3
 
@@ -55,12 +55,8 @@ def affordable_images(
 ) -> int:
     """Returns on how many images `examine` costs at most a share of the evaluation.
 
-    Args:
-      spent: Input gradients of the whole evaluation, for example images times steps.
-      num_steps: As for `examine`.
-      num_queries: As for `examine`.
-      share: Largest share of `spent`.
-      least: Fewer images than this say nothing, so small evaluations pay for this many anyway.
+    `spent` are its input gradients, for example images times steps.  Fewer images than `least` say
+    nothing, so small evaluations pay for so many anyway.
 
     Example:
       >>> affordable_images(10_000 * 100), affordable_images(10_000 * 20)
@@ -86,7 +82,7 @@ def examine(
     parallel: Parallel | None = None,
     batch_size: int = 128,
 ) -> Verdict:
-    """Says whether a robustness figure of a classifier can be believed: checks 1 to 20.
+    """Says whether a robustness figure of a classifier can be believed.
 
     Two things are examined: the model (has it an honest gradient?) with a recorded PGD, and the
     figure (does anything cheap beat it?), where `reported` takes the place of that PGD.
@@ -100,10 +96,11 @@ def examine(
       key: Random key.
       reported: Correct under every *per-image* attack of the evaluation that sees this model,
         bool ``[n]``; None takes the examination's own PGD for it.
-      adversarial: Images of the evaluation's attack, float ``[n, H, W, 3]``, for check 18.
-      counts: Of the figure over the whole split, for check 20; None counts this sample.
-      surrogate: Another model of the same classes, for check 17.
-      black_box: For check 16; None is `Square` with `num_queries`.
+      adversarial: Images of the evaluation's attack, float ``[n, H, W, 3]``; must keep the threat.
+      counts: Of the figure over the whole split, which must have enough images; None counts this
+        sample.
+      surrogate: Another model of the same classes, whose adversarial images are tried too.
+      black_box: An attack without gradients; None is `Square` with `num_queries`.
       num_steps: Steps of each recorded PGD, at least 4.
       num_queries: Queries of Square.
       parallel: Over which devices; None is the first one.
@@ -126,46 +123,94 @@ def examine(
     threat = _checked(classifier, images, labels, threat, num_steps)
     parallel = parallel or Parallel.create(num_devices=1)
     sample = Bench(images, labels.astype(np.int32), parallel, batch_size)
+    trial = _Trial(sample, classifier, threat, num_steps)
     keys = jax.random.split(key, 4)
     price = cost(num_steps, num_queries, surrogate=surrogate is not None)
-
-    found = _model_checks(sample, classifier, keys[0])
-    if found[0].status == "failed":
-        found += not_run(range(4, 21), "the logits are not finite")
-        return Verdict(found, len(images), price)
+    checks = _model_checks(sample, classifier, keys[0])
+    if checks[0].status == "failed":
+        return Verdict((*checks, *not_run(AFTER_MODEL, NOT_FINITE)), len(images), price)
     probed = sample.run(bench.probe, (keys[1], classifier, threat))
-    found += _gradient_checks(probed)
-    clean = probed["clean"]
-    if not clean.any():
-        why = f"none of the {len(images)} images is classified correctly when nobody attacks"
-        found += not_run(range(7, 20), why)
-        return Verdict((*found, _nothing_correct(why)), len(images), price)
-    climbs = _climbs(sample, classifier, threat, keys[2], num_steps)
-    attacked = clean & climbs["cross_entropy"]["rounded"]
-    reported = attacked if reported is None else np.asarray(reported, bool) & clean
-    found += _path_checks(climbs, probed, reported)
-    boxed = _black_boxed(sample, classifier, black_box, threat, keys[3], num_queries)
-    moved = _transferred(sample, classifier, surrogate, threat, keys[2], num_steps)
-    found += _black_box_checks(reported, clean, boxed, moved)
-    outside = [climbs["cross_entropy"]["excess"]]
-    outside += [] if boxed is None else [boxed["excess"]]
+    checks += _gradient_checks(probed)
+    if not probed["clean"].any():
+        return Verdict((*checks, *_nothing_correct(len(images))), len(images), price)
+    # From here on only images in `clean` count: one that is wrong anyway is no attack's success.
+    clean, paths = probed["clean"], trial.paths(keys[2])
+    main = paths["cross_entropy"]
+    reported = clean & (main["rounded"] if reported is None else np.asarray(reported, bool))
+    independent = {
+        "black_box": trial.black_boxed(keys[3], black_box, num_queries),
+        # From the starts of the model's own paths, so that only the gradient is another one.
+        "transfer": None if surrogate is None else trial.climb(keys[2], model=surrogate),
+    }
+    others = [*(paths[name] for name in ("twice", *OBJECTIVES)), *independent.values()]
+    correct = [other["rounded"] for other in others if other is not None]
+    worst = np.logical_and.reduce([reported, probed["one_step"], *correct])
+
+    checks += _path_checks(trial, paths, probed, reported)
+    checks += _independent_checks(reported, clean, **independent)
+    checks = settle(checks, clean, worst)
+    attacked = [each for each in (main, independent["black_box"]) if each is not None]
     if adversarial is not None:
-        given = np.asarray(adversarial, np.float32)
-        outside.append(sample.run(bench.scored, (classifier, threat), adversarial=given)["excess"])
-    counted = (int(reported.sum()), len(images))
-    found += (
-        scoring.budget_kept(np.concatenate(outside)),
-        scoring.survives_rounding(
-            climbs["cross_entropy"]["exact"], climbs["cross_entropy"]["rounded"]
-        ),
-        scoring.enough_images(*((counts.robust_correct, counts.n) if counts else counted)),
+        attacked.append(trial.score(np.asarray(adversarial, np.float32)))
+    counted = (counts.robust_correct, counts.n) if counts else (int(reported.sum()), len(images))
+    checks += (
+        scoring.budget_kept(np.concatenate([result["excess"] for result in attacked])),
+        scoring.survives_rounding(main["exact"], main["rounded"]),
+        scoring.enough_images(*counted),
     )
-    others = [climbs[name]["rounded"] for name in ("twice", *OBJECTIVES)]
-    others += [probed["one_step"]] + ([] if boxed is None else [boxed["rounded"]])
-    worst = np.logical_and.reduce([reported, *others])
-    accuracies = {"clean": clean, "reported": reported, "worst": worst}
-    accuracies = {name: float(np.mean(correct)) for name, correct in accuracies.items()}
-    return Verdict(found, len(images), price, accuracies)
+    shares = {"clean": clean, "reported": reported, "worst": worst}
+    accuracies = {name: float(np.mean(right)) for name, right in shares.items()}
+    return Verdict(checks, len(images), price, accuracies)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """A model under the attacks of the examination, all on one sample and under one threat."""
+
+    sample: Bench
+    classifier: Any
+    threat: Any
+    num_steps: int
+
+    def score(self, adversarial: np.ndarray, threat: Any = None):
+        """Says what is right on adversarial images, and how far they are outside the threat."""
+        constants = (self.classifier, self.threat if threat is None else threat)
+        return self.sample.run(bench.scored, constants, adversarial=adversarial)
+
+    def climb(self, key: jax.Array, *, threat=None, objective: int = 0, start=None, model=None):
+        """Scores a recorded PGD: the same compiled function with other numbers."""
+        threat = self.threat if threat is None else threat
+        attack = Climb(threat, jnp.asarray(objective, jnp.int32), self.num_steps)
+        model = self.classifier if model is None else model
+        constants = (key, model, attack, jnp.asarray(start is not None))
+        start = self.sample.images if start is None else start
+        path = self.sample.run(bench.climb, constants, start=start)
+        return path | self.score(path["best"], threat)
+
+    def budgets(self) -> dict[str, float]:
+        """Returns the budgets of the recorded PGDs by the path's name, the figure's included."""
+        full = full_range(self.threat, self.sample.images.shape[1:])
+        epsilon = float(self.threat.epsilon)
+        budgets = {"half budget": epsilon / 2, "cross_entropy": epsilon}
+        return {**budgets, "double budget": min(2 * epsilon, full), "full range": full}
+
+    def paths(self, key: jax.Array) -> dict[str, Any]:
+        """Runs every recorded PGD on the model."""
+        paths = {name: self.climb(key, objective=i) for i, name in enumerate(OBJECTIVES)}
+        # Goes on where the first one ended: from a new start, twice the steps could do less by
+        # chance.
+        paths["twice"] = self.climb(key, start=paths["cross_entropy"]["best"])
+        for name, epsilon in self.budgets().items():
+            if name not in paths:
+                paths[name] = self.climb(key, threat=with_budget(self.threat, epsilon))
+        return paths
+
+    def black_boxed(self, key: jax.Array, black_box: Attack | None, num_queries: int):
+        """Scores the black-box attack; None where there is none for this threat."""
+        if black_box is None and not isinstance(self.threat, Linf | L2):
+            return None
+        attack = black_box or Square(self.threat, num_queries=num_queries)
+        return self.score(self.sample.run(bench.strike, (key, self.classifier, attack)))
 
 
 def _checked(classifier, images: np.ndarray, labels: np.ndarray, threat: Any, num_steps: int):
@@ -178,7 +223,7 @@ def _checked(classifier, images: np.ndarray, labels: np.ndarray, threat: Any, nu
     if np.ndim(getattr(threat, "epsilon", None)) or not hasattr(threat, "epsilon"):
         raise ValueError(
             f"examine takes a threat with one epsilon (Linf, L2, Band of them), got {threat}; "
-            "for a patch there is examine_universal"
+            "patches are compared by patch_places_agree"
         )
     if not float(threat.epsilon) > 0:
         raise ValueError(
@@ -197,6 +242,7 @@ def _checked(classifier, images: np.ndarray, labels: np.ndarray, threat: Any, nu
         )
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= logits.shape[-1]:
         raise ValueError(f"labels must be integers in 0 to {logits.shape[-1] - 1}, got {labels}")
+    # A model that always gives one answer is perfect on one class.
     if len(np.unique(labels)) < 2 and len(labels) > 1:
         raise ValueError(
             f"all {len(labels)} images are of class {labels[0]}: accuracy on one class tells "
@@ -205,114 +251,79 @@ def _checked(classifier, images: np.ndarray, labels: np.ndarray, threat: Any, nu
     return with_budget(threat, threat.epsilon)
 
 
-def _model_checks(sample: Bench, classifier, key: jax.Array):
-    """Runs checks 1 to 3."""
+def _model_checks(sample: Bench, classifier, key: jax.Array) -> tuple[Check, ...]:
+    """Runs the checks of the model."""
     keyed = [classifier]
+    # Noise that is drawn from a key shows only under another key.
     if isinstance(classifier, model.Randomized):
         keyed = [classifier.with_key(k) for k in jax.random.split(key)]
     first = sample.run(bench.forward, (keyed[0],))
     again = sample.run(bench.forward, (keyed[-1],))
+    # Batch statistics that do not stand still make an answer depend on who else is in the batch.
     turned = sample.run(bench.forward, (keyed[0],), images=sample.images[::-1])[::-1]
     signs = np.random.default_rng(0).choice([-NEARBY, NEARBY], sample.images.shape)
     near = sample.run(bench.forward, (keyed[0],), images=sample.images + signs.astype(np.float32))
-    checks = (model.finite_logits(first),)
-    if checks[0].status == "failed":
-        return checks + not_run([2, 3], "the logits are not finite")
-    checks += (model.deterministic(first, [again, turned], near), model.gives_logits(first))
-    return checks
+    finite = model.finite_logits(first)
+    if finite.status == "failed":
+        return (finite, *not_run(("deterministic", "gives_logits"), NOT_FINITE))
+    return (finite, model.deterministic(first, [again, turned], near), model.gives_logits(first))
 
 
 def _gradient_checks(probed) -> tuple[Check, ...]:
+    """Runs the checks of the gradient."""
     return (
-        gradients.zero_gradient(probed["vanished"]),
-        gradients.zero_margin_gradient(probed["margin_vanished"]),
-        gradients.finite_differences(probed["predicted"], probed["measured"]),
+        gradients.gradient_not_zero(probed["vanished"]),
+        gradients.margin_gradient_not_zero(probed["margin_vanished"]),
+        gradients.gradient_matches_differences(probed["predicted"], probed["measured"]),
     )
 
 
-def _climbs(sample: Bench, classifier, threat, key: jax.Array, num_steps: int):
-    """Runs every recorded PGD: the same compiled function with other numbers."""
-
-    def run(threat, objective=0, start=None):
-        climb = Climb(threat, jnp.asarray(objective, jnp.int32), num_steps)
-        goes_on = jnp.asarray(start is not None)
-        start = sample.images if start is None else start
-        path = sample.run(bench.climb, (key, classifier, climb, goes_on), start=start)
-        return path | sample.run(bench.scored, (classifier, threat), adversarial=path["best"])
-
-    found = {name: run(threat, place) for place, name in enumerate(OBJECTIVES)}
-    full = full_range(threat, sample.images.shape[1:])
-    epsilon = float(threat.epsilon)
-    more = min(2 * epsilon, full)
-    return found | {
-        "twice": run(threat, start=found["cross_entropy"]["best"]),
-        "half budget": run(with_budget(threat, epsilon / 2)),
-        "double budget": run(with_budget(threat, more)),
-        "full range": run(with_budget(threat, full)),
-        "budgets": (epsilon / 2, epsilon, more),
-    }
-
-
-def _path_checks(climbs, probed, reported: np.ndarray) -> tuple[Check, ...]:
-    """Runs checks 7 to 15."""
-    clean, main = probed["clean"], climbs["cross_entropy"]
-    correct = {name: path["rounded"] & clean for name, path in climbs.items() if name != "budgets"}
+def _path_checks(trial: _Trial, paths, probed, reported: np.ndarray) -> tuple[Check, ...]:
+    """Runs the checks of the path, and those of strength that need no other attack."""
+    clean, main = probed["clean"], paths["cross_entropy"]
+    correct = {name: path["rounded"] & clean for name, path in paths.items()}
+    budgets = trial.budgets()
     names = ("half budget", "cross_entropy", "double budget")
-    by_budget = {e: correct[name] for e, name in zip(climbs["budgets"], names, strict=True)}
+    by_budget = {budgets[name]: correct[name] for name in names}
+    by_objective = {"reported": reported, **{name: correct[name] for name in OBJECTIVES}}
     full = strength.full_range_breaks_all(correct["full range"])
     noise = probed["noise"] & clean
     # Nothing to gain on a robust model: then our own PGD, which does work, gains nothing either.
-    robust = strength.beats_noise(noise, correct["cross_entropy"]).status != "passed"
-    by_objective = {"reported": reported, **{name: correct[name] for name in OBJECTIVES}}
+    gains = strength.beats_noise(noise, correct["cross_entropy"]).status == "passed"
+    able = not gains and full.status == "passed"
     return (
-        strength.falling_steps(main["losses"]),
+        strength.steps_raise_loss(main["losses"]),
         strength.converged(main["losses"], still_right=correct["cross_entropy"] & reported),
-        strength.silent_hits(main["hit"] & clean, main["exact"]),
-        strength.twice_the_steps(reported, correct["twice"] & correct["cross_entropy"]),
-        strength.iterative_not_weaker(reported, probed["one_step"] & clean),
+        strength.no_silent_hits(main["hit"] & clean, main["exact"]),
+        strength.twice_the_steps_not_stronger(
+            reported, correct["twice"] & correct["cross_entropy"]
+        ),
+        strength.one_step_not_stronger(reported, probed["one_step"] & clean),
         strength.objectives_agree(by_objective, first="reported"),
-        strength.falls_with_epsilon(by_budget),
+        strength.accuracy_falls_with_epsilon(by_budget),
         full,
-        strength.beats_noise(noise, reported, able=robust and full.status == "passed"),
+        strength.beats_noise(noise, reported, able=able),
     )
 
 
-def _transferred(sample: Bench, classifier, surrogate, threat, key, num_steps: int):
-    """Scores images crafted on the surrogate; None without one."""
-    if surrogate is None:
-        return None
-    climb = Climb(threat, jnp.asarray(0, jnp.int32), num_steps)
-    constants = (key, surrogate, climb, jnp.asarray(False))
-    path = sample.run(bench.climb, constants, start=sample.images)
-    return sample.run(bench.scored, (classifier, threat), adversarial=path["best"])
-
-
-def _black_boxed(sample: Bench, classifier, black_box, threat, key, num_queries: int):
-    """Scores what the black-box attack finds; None where there is none for this threat."""
-    if black_box is None and not isinstance(threat, Linf | L2):
-        return None
-    attack = black_box or Square(threat, num_queries=num_queries)
-    struck = sample.run(bench.strike, (key, classifier, attack))
-    return sample.run(bench.scored, (classifier, threat), adversarial=struck)
-
-
-def _black_box_checks(reported, clean, boxed, moved) -> tuple[Check, ...]:
-    """Runs checks 16 and 17."""
-    if boxed is None:
-        found = not_run([16], "Square knows Linf and L2 only, and no other black_box was given")
-    else:
-        found = (strength.black_box_not_stronger(reported, boxed["rounded"] & clean),)
-    if moved is None:
-        return found + not_run([17], "no surrogate classifier was given")
-    return (*found, strength.transfer_not_stronger(reported, moved["rounded"] & clean))
-
-
-def _nothing_correct(why: str) -> Check:
-    return Check(
-        20,
-        None,
-        None,
-        "note",
-        f"There is nothing to attack: {why}.",
-        "Look at the clean accuracy first: wrong labels, normalization or weights.",
+def _independent_checks(reported, clean, *, black_box, transfer) -> tuple[Check, ...]:
+    """Runs the checks of strength that need an attack without this model's gradient."""
+    checks = not_run(
+        "black_box_not_stronger", "Square knows Linf and L2 only, and no other black_box was given."
     )
+    if black_box is not None:
+        checks = (strength.black_box_not_stronger(reported, black_box["rounded"] & clean),)
+    if transfer is None:
+        return checks + not_run("transfer_not_stronger", "No surrogate classifier was given.")
+    return (*checks, strength.transfer_not_stronger(reported, transfer["rounded"] & clean))
+
+
+def _nothing_correct(n: int) -> tuple[Check, ...]:
+    why = f"None of the {n} images is classified correctly when nobody attacks."
+    few = Check(
+        name="enough_images",
+        status="note",
+        meaning=f"There is nothing to attack. {why}",
+        advice="Look at the clean accuracy first: wrong labels, normalization or weights.",
+    )
+    return (*not_run(("path", "strength", "budget_kept", "survives_rounding"), why), few)

@@ -1,4 +1,4 @@
-"""Checks 1 to 3: is the model one that gradient attacks can speak to at all?"""
+"""Is the model one that gradient attacks can speak to at all?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from robust_ssl.evaluation.checks.result import Check, status_at_most
+from robust_ssl.evaluation.checks.result import Check, at_most
 from robust_ssl.types import Model
 
 
@@ -21,25 +21,20 @@ class Randomized(Protocol):
 
 
 def finite_logits(logits: np.ndarray, limit: float = 0.0) -> Check:
-    """Check 1: the share of images with a logit that is no finite number.
-
-    Args:
-      logits: Float ``[n, classes]``.
-      limit: Largest share.
+    """Measures the share of images with a logit that is no finite number.
 
     Example:
       >>> finite_logits(np.array([[0.0, np.inf], [0.0, 1.0]])).value
       0.5
     """
     share = float(np.mean(~np.isfinite(logits).all(axis=-1)))
-    return Check(
-        1,
+    return at_most(
+        "finite_logits",
         share,
         limit,
-        status_at_most(share, limit),
-        "NaN or infinite logits turn every loss and gradient into nothing.",
-        "Look for overflow, a division by zero or broken weights; no figure of this model counts.",
-        "Croce and Hein 2020, flags",
+        meaning="NaN or infinite logits turn every loss and gradient into nothing.",
+        advice="Look for overflow, a division by zero or broken weights. No figure of this model "
+        "counts.",
     )
 
 
@@ -50,7 +45,7 @@ def deterministic(
     limit: float = 1e-4,  # prototype; float32 in another order differs by about 1e-6
     nearby_limit: float = 1e-2,  # a change of 1e-6 in the pixels moved honest victims by 1e-5
 ) -> Check:
-    """Check 2: the largest relative change of the logits where there should be none.
+    """Measures the largest relative change of the logits where there should be none.
 
     Args:
       logits: Float ``[n, classes]``.
@@ -67,22 +62,21 @@ def deterministic(
     scale = max(float(np.mean(np.max(np.abs(logits), axis=-1))), 1e-12)
     again = max(float(np.max(np.abs(other - logits))) for other in repeats) / scale
     moved = float(np.max(np.abs(nearby - logits))) / scale
+    # NaN is at most nothing: written this way round, a broken answer nearby is a jump.
     jumps = again <= limit and not moved <= nearby_limit
     value, held = (moved, nearby_limit) if jumps else (again, limit)
-    return Check(
-        2,
+    return at_most(
+        "deterministic",
         value,
         held,
-        status_at_most(value, held),
-        "The same image gets different logits, so an attack chases noise and looks weak.",
-        "Attack in expectation over the noise (attacks.autoattack.rand), and average the logits "
-        "when scoring; in evaluation mode dropout and batch statistics must stand still.",
-        "Croce and Hein 2020, flags; Athalye et al. 2018",
+        meaning="The same image gets different logits, so an attack chases noise and looks weak.",
+        advice="Attack in expectation over the noise (attacks.autoattack.rand), and average the "
+        "logits when scoring. In evaluation mode dropout and batch statistics must stand still.",
     )
 
 
 def gives_logits(logits: np.ndarray, limit: float = 0.0, stabilizer: float = 1e-4) -> Check:
-    """Check 3: the share of images whose outputs are probabilities.
+    """Measures the share of images whose outputs are probabilities.
 
     Args:
       logits: Float ``[n, classes]``.
@@ -95,13 +89,12 @@ def gives_logits(logits: np.ndarray, limit: float = 0.0, stabilizer: float = 1e-
     """
     logits = np.asarray(logits, np.float64)
     alike = (logits >= 0).all(axis=-1) & (np.abs(logits.sum(axis=-1) - 1) < stabilizer)
+    # A softmax is in all outputs or in none: a few that sum to one do so by accident.
     share = float(np.mean(alike)) if alike.mean() > 0.5 else 0.0
-    return Check(
-        3,
+    return at_most(
+        "gives_logits",
         share,
         limit,
-        status_at_most(share, limit),
-        "The outputs are probabilities; a second softmax on them flattens every gradient.",
-        "Return what goes into the softmax, and evaluate again.",
-        "Croce and Hein 2020, flags (softmax output)",
+        meaning="The outputs are probabilities. A second softmax on them flattens every gradient.",
+        advice="Return what goes into the softmax, and evaluate again.",
     )

@@ -24,7 +24,7 @@ class Climb:
     almost every step and has arrived at the end; a constant step would circle around the top.
 
     Attributes:
-      threat: What the attacker may do; a patch, which has no `epsilon`, may do anything inside.
+      threat: What the attacker may do.
       objective: Place in `OBJECTIVES`, int32 scalar: another one needs no new compilation.
       num_steps: Gradient steps.
     """
@@ -35,7 +35,7 @@ class Climb:
 
     def __call__(self, model: Model, start: jax.Array, image: jax.Array, label: jax.Array) -> Path:
         """Returns the recorded path of one image ``[H, W, 3]`` from `start`."""
-        length = getattr(self.threat, "epsilon", 1.0)
+        length = self.threat.epsilon
 
         def value(adversarial):
             logits = logits_of(model, adversarial)
@@ -49,6 +49,7 @@ class Climb:
             return path.replace(last=self.threat.project(moved, image))
 
         losses = jnp.zeros(self.num_steps + 1)
+        # Nothing was seen yet: any first point is better.
         nothing = Path(start, start, jnp.full((), -jnp.inf), jnp.zeros((), bool), losses)
         path = lax.fori_loop(0, self.num_steps, step, nothing)
         reached, logits = value(path.last)
@@ -76,6 +77,8 @@ class Path:
 
     def seen(self, number: jax.Array, reached: jax.Array, wrong: jax.Array) -> Path:
         """Returns the path with the point `last` taken into account."""
+        # A misclassified point wins whatever its objective: with three classes the objective can be
+        # higher where the answer is right, and that point would be a silent hit.
         better = (wrong & ~self.hit) | ((wrong == self.hit) & (reached > self.best_value))
         return self.replace(
             best=jnp.where(better, self.last, self.best),
@@ -101,6 +104,7 @@ def objective_value(logits: jax.Array, label: jax.Array, objective: jax.Array | 
     image = jnp.zeros((1, 1, 1, 3))  # none of the three looks at pixels
     inputs = AttackInputs(outputs, outputs, image, image, labels=label.reshape(1))
     third = dlr if logits.shape[-1] > 2 else margin
+    # A switch on a traced number: three objectives are one compiled program.
     branches = [cross_entropy, margin, third]
     return lax.switch(objective, branches, inputs)
 
@@ -114,6 +118,7 @@ def with_budget(threat: Any, epsilon: jax.Array | float) -> Any:
     """
     if isinstance(threat, threats.Band):
         return threat.replace(threat=with_budget(threat.threat, epsilon))
+    # One type for every budget, or each would be compiled for itself.
     return threat.replace(epsilon=jnp.asarray(epsilon, jnp.float32))
 
 

@@ -1,4 +1,4 @@
-"""What a check finds, and the verdict over all of them."""
+"""The outcome of a check, and the verdict over all of them."""
 
 from __future__ import annotations
 
@@ -9,96 +9,75 @@ from typing import Any
 
 import numpy as np
 
-TRUSTED, WITH_NOTES, NOT_TRUSTED = "trusted", "trusted with notes", "not trusted"
-NOT_EXAMINED = "not examined"
-ESSENTIAL = frozenset(range(1, 7))  # is the gradient honest?  Without these nothing can be said
-STATUSES = ("passed", "not run", "note", "failed")  # from harmless to grave
+from robust_ssl.evaluation.checks.table import CHECKS, ESSENTIAL, names_of
 
-NAMES = {
-    1: "finite logits",
-    2: "deterministic output",
-    3: "logits, not probabilities",
-    4: "zero gradient, cross-entropy",
-    5: "zero gradient, margin",
-    6: "gradient against finite differences",
-    7: "steps that lower the loss",
-    8: "converged",
-    9: "silent hits",
-    10: "twice the steps",
-    11: "iterative against one step",
-    12: "objectives agree",
-    13: "accuracy against epsilon",
-    14: "full-range epsilon",
-    15: "stronger than random noise",
-    16: "black box not stronger",
-    17: "transfer not stronger",
-    18: "budget and range",
-    19: "8-bit rounding",
-    20: "enough images",
-    21: "per-image attack at least as strong",
-    22: "beats noise and its own shuffled pixels",
-    23: "holds on new images",
-    24: "seeds agree",
-    25: "crafted again after hardening",
-    26: "patch at random and fixed places",
-    27: "batch statistics unchanged",
-}
+# Of a figure, not of its model: an honest model whose figure is too good is not to blame for it.
+BELIEVABLE, WITH_NOTES = "believable", "believable, with notes"
+NOT_BELIEVABLE, NOT_EXAMINED = "not believable", "not examined"
+STATUSES = ("passed", "not run", "note", "failed")  # from harmless to grave
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The outcome of one check.
 
     Attributes:
-      number: 1 to 27; its name is ``NAMES[number]``.
+      name: One of the `table.CHECKS`.
+      status: ``"passed"``, ``"note"``, ``"failed"`` or ``"not run"``.
       value: What was measured; None where nothing was.
       limit: What it was held against; None where there is none.
-      status: ``"passed"``, ``"note"``, ``"failed"`` or ``"not run"``.
       meaning: What it means that the check did not pass, or why it was not run.
       advice: What to do then.
-      source: Where the check comes from.
 
     Example:
-      >>> check = Check(4, 0.25, 0.01, "failed", "A quarter has no gradient.", "Attack without.")
+      >>> check = Check(
+      ...     name="gradient_not_zero", status="failed", value=0.25, limit=0.01,
+      ...     meaning="A quarter has no gradient.", advice="Attack without.")
       >>> print(check)
-      failed: 4 zero gradient, cross-entropy: 0.25 (limit 0.01). A quarter has no gradient. Attack
-      without.
+      failed: 4 nonzero gradient, cross-entropy: 0.25 (limit 0.01). A quarter has no gradient.
+      Attack without.
     """
 
-    number: int
-    value: float | None
-    limit: float | None
+    name: str
     status: str
-    meaning: str
+    value: float | None = None
+    limit: float | None = None
+    meaning: str = ""
     advice: str = ""
-    source: str = ""
 
     def __post_init__(self):
-        if self.status not in STATUSES or self.number not in NAMES:
+        if self.name not in CHECKS or self.status not in STATUSES:
             raise ValueError(
-                f"a check has a number in 1 to 27 and a status in {STATUSES}, "
-                f"got {self.number} and {self.status!r}"
+                f"a check has a name of {', '.join(CHECKS)} and a status of "
+                f"{', '.join(STATUSES)}, got {self.name!r} and {self.status!r}"
             )
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """What is checked, in words."""
-        return NAMES[self.number]
+        return CHECKS[self.name].title
+
+    @property
+    def number(self) -> int:
+        """The check's number in print."""
+        return CHECKS[self.name].number
 
     def __str__(self) -> str:
         """Returns one line: value, limit, what it means and what to do."""
         measured = "" if self.value is None else f": {self.value:.4g}"
         held = "" if self.limit is None else f" (limit {self.limit:.4g})"
-        head = f"{self.status}: {self.number} {self.name}{measured}{held}."
+        head = f"{self.status}: {self.number} {self.title}{measured}{held}."
         return " ".join(part for part in (head, self.meaning, self.advice) if part)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON; a value that is no finite number becomes a string."""
-        fields = {"number": self.number, "name": self.name, **dataclasses.asdict(self)}
-        return {name: _plain(value) for name, value in fields.items()}
+        head = {"name": self.name, "title": self.title, "number": self.number}
+        numbers = {"status": self.status, "value": _plain(self.value), "limit": _plain(self.limit)}
+        return {**head, **numbers, "meaning": self.meaning, "advice": self.advice}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: float | np.generic | None) -> float | int | str | None:
+    # JSON has no NaN and no infinity, which are just what a broken model measures.
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else str(float(value))
     return int(value) if isinstance(value, np.integer) else value
@@ -112,19 +91,20 @@ class Verdict:
     verdict.
 
     Attributes:
-      checks: What was found, by number.
+      checks: The outcomes, in the order of the table.
       images: How many images were examined.
       gradient_evaluations: What the examination cost, in input gradients per examined image.
       accuracies: On the examined images, shares in [0, 1]: ``"clean"``, ``"reported"``, and
         ``"worst"``, right under the reported attacks and all of the examination.
 
     Example:
-      >>> model = tuple(Check(number, 0.0, 0.0, "passed", "") for number in range(1, 7))
+      >>> model = tuple(Check(name=name, status="passed") for name in names_of(ESSENTIAL))
       >>> print(Verdict(model))
-      trusted: 6 of 6 checks passed
-      >>> few = Check(20, 0.03, 0.02, "note", "Few images.", "Take more.")
+      believable: 6 of 6 checks passed
+      >>> few = Check(name="enough_images", status="note", value=0.03, limit=0.02,
+      ...             meaning="Few images.", advice="Take more.")
       >>> print(Verdict((*model, few)))
-      trusted with notes: 6 of 7 checks passed
+      believable, with notes: 6 of 7 checks passed
         note: 20 enough images: 0.03 (limit 0.02). Few images. Take more.
     """
 
@@ -135,31 +115,31 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """``"trusted"``, ``"trusted with notes"``, ``"not trusted"`` or ``"not examined"``.
+        """`BELIEVABLE`, `WITH_NOTES`, `NOT_BELIEVABLE` or `NOT_EXAMINED`.
 
-        Trust needs an examined model: without checks 1 to 6 run it is ``"not examined"``, unless
-        another check has failed.
+        Belief needs an examined model: unless every essential check was run the figure is
+        `NOT_EXAMINED`, except where another check has failed.
         """
-        found = {check.status for check in self.checks}
-        run = {check.number for check in self.checks if check.status != "not run"}
-        if "failed" not in found and not run >= ESSENTIAL:
+        statuses = {check.status for check in self.checks}
+        run = {check.name for check in self.checks if check.status != "not run"}
+        if "failed" in statuses:
+            return NOT_BELIEVABLE
+        if not run >= ESSENTIAL:
             return NOT_EXAMINED
-        if "failed" in found or found <= {"not run"}:
-            return NOT_TRUSTED
-        return WITH_NOTES if "note" in found else TRUSTED
+        return WITH_NOTES if "note" in statuses else BELIEVABLE
 
     @property
-    def trusted(self) -> bool:
+    def believable(self) -> bool:
         """Whether the figure was examined and nothing failed."""
-        return self.word in (TRUSTED, WITH_NOTES)
+        return self.word in (BELIEVABLE, WITH_NOTES)
 
-    def numbers(self, status: str) -> tuple[int, ...]:
-        """Returns the numbers of the checks with this status."""
-        return tuple(check.number for check in self.checks if check.status == status)
+    def names(self, status: str) -> tuple[str, ...]:
+        """Returns the names of the checks with this status."""
+        return tuple(check.name for check in self.checks if check.status == status)
 
-    def __getitem__(self, number: int) -> Check:
-        """Returns the check with this number."""
-        return next(check for check in self.checks if check.number == number)
+    def __getitem__(self, name: str) -> Check:
+        """Returns the check with this name."""
+        return next(check for check in self.checks if check.name == name)
 
     def __add__(self, other: Verdict) -> Verdict:
         """Returns the verdict over the checks of both, for example per-image and universal."""
@@ -189,14 +169,18 @@ class Verdict:
         }
 
 
-def not_run(numbers: Iterable[int], reason: str) -> tuple[Check, ...]:
+def not_run(names: str | Iterable[str], reason: str) -> tuple[Check, ...]:
     """Returns checks that were not run, each with the reason.
 
+    Args:
+      names: A check, a group of the table, or several of both.
+      reason: Why they were not.
+
     Example:
-      >>> [check.status for check in not_run([16, 17], "no surrogate was given")]
-      ['not run', 'not run']
+      >>> [check.name for check in not_run("path", "the logits are not finite")]
+      ['steps_raise_loss', 'converged', 'no_silent_hits']
     """
-    return tuple(Check(number, None, None, "not run", reason) for number in numbers)
+    return tuple(Check(name=name, status="not run", meaning=reason) for name in names_of(names))
 
 
 def status_at_most(value: float, limit: float, note: float | None = None) -> str:
@@ -206,9 +190,18 @@ def status_at_most(value: float, limit: float, note: float | None = None) -> str
       >>> status_at_most(0.2, 0.1, note=0.3), status_at_most(float("nan"), 0.1)
       ('note', 'failed')
     """
+    # Compared this way round, since NaN is at most nothing and so fails.
     if value <= limit:
         return "passed"
     return "note" if note is not None and value <= note else "failed"
+
+
+def at_most(
+    name: str, value: float, limit: float, note: float | None = None, *, meaning: str, advice: str
+) -> Check:
+    """Returns the outcome of a check that passes up to a limit and is a note up to `note`."""
+    status = status_at_most(value, limit, note)
+    return Check(name, status, value, limit, meaning, advice)
 
 
 def status_of_difference(value: float, half_width: float, limit: float) -> str:
@@ -221,6 +214,7 @@ def status_of_difference(value: float, half_width: float, limit: float) -> str:
       >>> [status_of_difference(v, 0.02, limit=0.002) for v in (0.001, 0.01, 0.03)]
       ['passed', 'note', 'failed']
     """
+    # A share such as 3/100 less 2/100 is over 0.01 by its last digit.
     if value <= limit + 1e-9:
         return "passed"
     return "failed" if value > half_width else "note"

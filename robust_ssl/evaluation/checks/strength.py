@@ -1,8 +1,9 @@
-"""Checks 7 to 17: did the attack try hard enough?
+"""Did the attack arrive, and did it try hard enough?
 
-All take NumPy arrays of the same images in the same order.  ``correct`` under an attack is bool
-``[n]``.  Differences of accuracies over their limit are held against the disagreements between the
-two (`counts.difference`): on few images what may be an accident is a note.
+All take NumPy arrays of the same images in the same order: bool ``[n]``, correct under an attack,
+the reported one first.  Differences of accuracies over their limit are held against the
+disagreements between the two (`counts.difference`): on few images what may be an accident is a
+note.  Default limits are the prototype's, drawn on 497 images.
 """
 
 from __future__ import annotations
@@ -14,21 +15,17 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import special
 
-from robust_ssl.evaluation.checks.result import (
-    Check,
-    not_run,
-    status_at_most,
-    status_of_difference,
-    status_of_gain,
-)
+from robust_ssl.evaluation.checks.comparisons import of_difference, of_gain
+from robust_ssl.evaluation.checks.result import Check, at_most, not_run, status_at_most
 from robust_ssl.evaluation.counts import difference
 
-_PINTOR = "Pintor et al. 2022"
-_CARLINI = "Carlini et al. 2019, Section 3"
+FEW = 0.05  # of the images: what is left to gain by a longer attack
+ALPHA = 0.05  # how often a share at its limit may be called more than that
+BOUNCE = 2e-3  # of the whole rise: sign steps bounced on honest victims' plateaus by 0.9e-3
 
 
-def falling_steps(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> Check:
-    """Check 7: the share of steps after which the mean objective is lower than before.
+def steps_raise_loss(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> Check:
+    """Measures the share of steps after which the mean objective is lower than before.
 
     Args:
       losses: The objective along the path, float ``[n, num_steps + 1]``.
@@ -36,26 +33,27 @@ def falling_steps(losses: np.ndarray, limit: float = 0.1, note: float = 0.3) -> 
       note: Largest that is a note.
 
     Example:
-      >>> falling_steps(np.array([[0.0, 1.0, 0.5, 2.0]])).status
+      >>> steps_raise_loss(np.array([[0.0, 1.0, 0.5, 2.0]])).status
       'failed'
     """
     mean = np.mean(np.asarray(losses, np.float64), axis=0)
-    share = float(np.mean(np.diff(mean) < -_tremble(mean)))  # a tremble is no step down
+    # Signs jump between the corners of a plateau: without this, who withstands a small budget, and
+    # is on the plateau after five steps, had a quarter of falling steps.
+    least = max(_tremble(mean), BOUNCE * float(np.max(mean) - mean[0]))
+    share = float(np.mean(np.diff(mean) < -least))
+    # Comparisons with NaN are false, so that a broken path would look like one that never falls.
     if not np.isfinite(mean).all():
         share = math.nan
-    return Check(
-        7,
+    return at_most(
+        "steps_raise_loss",
         share,
         limit,
-        status_at_most(share, limit, note),
-        "The attack's own objective keeps falling: steps are too long, or the gradient is wrong.",
-        "Take smaller steps (APGD halves them by itself); if that does not help, see check 6.",
-        _PINTOR,
+        note=note,
+        meaning="The attack's own objective keeps falling: steps are too long, or the gradient is "
+        "wrong.",
+        advice="Take smaller steps (APGD halves them by itself). If that does not help, see the "
+        "checks of the gradient.",
     )
-
-
-FEW = 0.05  # of the images: what is left to gain by a longer attack
-ALPHA = 0.05  # how often a share at its limit may be called more than that
 
 
 def converged(
@@ -64,7 +62,7 @@ def converged(
     window: int = 10,
     still_right: np.ndarray | None = None,
 ) -> Check:
-    """Check 8: the share of the whole rise that the last steps brought.
+    """Measures the share of the whole rise that the last steps brought.
 
     Whether the share is over its limit by more than the images' differences is asked with a
     one-sided t-test of each image's late rise less `limit` times its whole rise: what may be chance
@@ -88,7 +86,8 @@ def converged(
     right = np.ones(len(losses), bool) if still_right is None else np.asarray(still_right, bool)
     left = losses[right]
     if not len(left):
-        return not_run([8], "no image is left that more steps could break")[0]
+        return not_run("converged", "No image is left that more steps could break.")[0]
+    # The best so far, since an attack returns that and not the point where it stands.
     best = np.maximum.accumulate(left, axis=1)
     window = min(window, (best.shape[1] - 1) // 2)
     rise, late = best[:, -1] - best[:, 0], best[:, -1] - best[:, -1 - window]
@@ -98,16 +97,13 @@ def converged(
     few = still_right is not None and right.mean() <= FEW
     unsure = not math.isnan(share) and (few or not _positive(late - limit * rise))
     status = status_at_most(share, limit)
-    return Check(
-        8,
-        share,
-        limit,
-        "note" if status == "failed" and unsure else status,
+    status = "note" if status == "failed" and unsure else status
+    meaning = (
         f"The loss was still rising at the end on what is left, {len(left)} images: more steps may "
-        "break more (see check 10).",
-        "Double num_steps until the figure stands still.",
-        f"{_PINTOR}; limit of this package",
+        "break more."
     )
+    advice = "Double num_steps until the figure stands still."
+    return Check("converged", status, share, limit, meaning, advice)
 
 
 def _positive(values: np.ndarray) -> bool:
@@ -116,6 +112,7 @@ def _positive(values: np.ndarray) -> bool:
     if n < 2:
         return False
     error = float(np.std(values, ddof=1)) / math.sqrt(n)
+    # Images that all rise alike leave nothing to divide by, and nothing to chance.
     if error <= 1e-12 * float(np.max(np.abs(values))):
         return float(np.mean(values)) > 0
     return float(special.stdtr(n - 1, -np.mean(values) / error)) <= ALPHA
@@ -126,8 +123,8 @@ def _tremble(values: np.ndarray) -> float:
     return 1e-6 * max(float(np.max(np.abs(values))), 1e-12)
 
 
-def silent_hits(hit: np.ndarray, correct: np.ndarray, limit: float = 0.01) -> Check:
-    """Check 9: images misclassified on the way, whose returned point is classified correctly.
+def no_silent_hits(hit: np.ndarray, correct: np.ndarray, limit: float = 0.01) -> Check:
+    """Counts images misclassified on the way, whose returned point is classified correctly.
 
     Each is an image that the attack has broken and the figure counts as right.  Whether there are
     more of them than `limit` allows is asked with an exact binomial test: a few of few images are a
@@ -139,167 +136,134 @@ def silent_hits(hit: np.ndarray, correct: np.ndarray, limit: float = 0.01) -> Ch
       limit: Largest share.
 
     Example:
-      >>> silent_hits(np.array([True, True, True]), np.array([True, True, False])).status
+      >>> no_silent_hits(np.array([True, True, True]), np.array([True, True, False])).status
       'failed'
-      >>> silent_hits(np.arange(65) < 1, np.ones(65, bool)).status
+      >>> no_silent_hits(np.arange(65) < 1, np.ones(65, bool)).status
       'note'
     """
     missed = np.asarray(hit, bool) & np.asarray(correct, bool)
     count, n = int(missed.sum()), len(missed)
     if not n:
-        return not_run([9], "there is no image to attack")[0]
+        return not_run("no_silent_hits", "There is no image to attack.")[0]
+    # bdtrc is the chance of more than its first argument, so count - 1 asks for count or more.
     beyond = float(special.bdtrc(count - 1, n, limit)) <= ALPHA if count else False
     status = status_at_most(count / n, limit)
-    return Check(
-        9,
-        count / n,
+    status = "note" if status == "failed" and not beyond else status
+    meaning = f"The attack met adversarial images and gave back others, for {count} of {n}."
+    advice = (
+        "Return a misclassified point wherever one was seen, not the last or that of highest loss."
+    )
+    return Check("no_silent_hits", status, count / n, limit, meaning, advice)
+
+
+def twice_the_steps_not_stronger(once: np.ndarray, twice: np.ndarray, limit: float = 0.02) -> Check:
+    """Measures by how much the accuracy falls when the steps are doubled.
+
+    Example:
+      >>> twice_the_steps_not_stronger(np.ones(100, bool), np.arange(100) > 9).status
+      'failed'
+    """
+    return of_difference(
+        "twice_the_steps_not_stronger",
+        difference(once, twice),
         limit,
-        "note" if status == "failed" and not beyond else status,
-        f"The attack found adversarial images and gave back others, for {count} of {n}.",
-        "Return a misclassified point wherever one was seen, not the last or that of highest loss.",
-        f"{_PINTOR}; limit of this package",
+        meaning="More steps break more images, so the figure is the attack's, not the model's.",
+        advice="Report what more steps, or APGD with restarts, leave.",
     )
 
 
-def twice_the_steps(once: np.ndarray, twice: np.ndarray, limit: float = 0.02) -> Check:
-    """Check 10: by how much the accuracy falls when the steps are doubled.
-
-    Args:
-      once: Correct under the attack as reported.
-      twice: Correct under twice the steps.
-      limit: Largest fall; from the prototype.
+def one_step_not_stronger(iterative: np.ndarray, one_step: np.ndarray, limit: float = 0.0) -> Check:
+    """Measures by how much the accuracy under one step (FGSM) is below the reported one.
 
     Example:
-      >>> twice_the_steps(np.ones(100, bool), np.arange(100) > 9).status
+      >>> one_step_not_stronger(np.ones(9, bool), np.zeros(9, bool)).status
       'failed'
     """
-    value, half = difference(once, twice)
-    return Check(
-        10,
-        value,
+    return of_difference(
+        "one_step_not_stronger",
+        difference(iterative, one_step),
         limit,
-        status_of_difference(value, half, limit),
-        "More steps break more images, so the figure is the attack's, not the model's.",
-        "Report what more steps, or APGD with restarts, leave.",
-        "Carlini et al. 2019 (verify convergence); Tramer et al. 2020",
-    )
-
-
-def iterative_not_weaker(iterative: np.ndarray, one_step: np.ndarray, limit: float = 0.0) -> Check:
-    """Check 11: by how much the accuracy under one step is below that under many.
-
-    Args:
-      iterative: Correct under the reported attack.
-      one_step: Correct under FGSM.
-      limit: Largest difference.
-
-    Example:
-      >>> iterative_not_weaker(np.ones(9, bool), np.zeros(9, bool)).status
-      'failed'
-    """
-    value, half = difference(iterative, one_step)
-    return Check(
-        11,
-        value,
-        limit,
-        status_of_difference(value, half, limit),
-        "One step does more than many, so the many are badly tuned or the gradient is masked.",
-        "Tune the step size; if that does not help, see checks 4 to 6.",
-        f"{_CARLINI}; Athalye et al. 2018",
+        meaning="One step does more than many, so the many are badly tuned or the gradient is "
+        "masked.",
+        advice="Tune the step size. If that does not help, see the checks of the gradient.",
     )
 
 
 def objectives_agree(
     correct: Mapping[str, np.ndarray], first: str = "cross_entropy", limit: float = 0.02
 ) -> Check:
-    """Check 12: by how much another objective beats the one that the figure comes from.
+    """Measures by how much another objective beats the one that the figure comes from.
 
     One-sided: an objective weaker than the first does the figure no harm.
 
     Args:
       correct: Correct under the same attack, by objective.
       first: The objective that the others are held against.
-      limit: Largest difference; from the prototype.
+      limit: Largest difference.
 
     Example:
       >>> right, wrong = np.ones(9, bool), np.zeros(9, bool)
       >>> objectives_agree({"cross_entropy": right, "margin": wrong}).value
       1.0
     """
-    found = [difference(correct[first], other) for other in correct.values()]
-    value, half = max(found)
     strongest = min(correct, key=lambda name: np.mean(correct[name]))
-    return Check(
-        12,
-        value,
+    return of_difference(
+        "objectives_agree",
+        max(difference(correct[first], other) for other in correct.values()),
         limit,
-        status_of_difference(value, half, limit),
-        f"The objective {strongest} breaks more images than {first}: the loss is saturated.",
-        f"Report the worst case over several objectives, {strongest} among them.",
-        "Croce and Hein 2020, Section 4; limit of this package",
+        meaning=f"The objective {strongest} breaks more images than {first}: the loss is "
+        "saturated.",
+        advice=f"Report the worst case over several objectives, {strongest} among them.",
     )
 
 
-def falls_with_epsilon(correct: Mapping[float, np.ndarray], limit: float = 0.01) -> Check:
-    """Check 13: the largest rise of the accuracy from one budget to the next larger one.
-
-    Args:
-      correct: Correct under the same attack, by budget.
-      limit: Largest rise; from the prototype.
+def accuracy_falls_with_epsilon(correct: Mapping[float, np.ndarray], limit: float = 0.01) -> Check:
+    """Measures the largest rise of the accuracy from one budget to the next larger one.
 
     Example:
-      >>> falls_with_epsilon({0.1: np.ones(9, bool), 0.2: np.zeros(9, bool)}).value
+      >>> accuracy_falls_with_epsilon({0.1: np.ones(9, bool), 0.2: np.zeros(9, bool)}).value
       -1.0
     """
-    budgets = sorted(correct)
-    pairs = itertools.pairwise(budgets)
-    value, half = max(difference(correct[larger], correct[less]) for less, larger in pairs)
-    return Check(
-        13,
-        value,
+    pairs = itertools.pairwise(sorted(correct))
+    return of_difference(
+        "accuracy_falls_with_epsilon",
+        max(difference(correct[larger], correct[less]) for less, larger in pairs),
         limit,
-        status_of_difference(value, half, limit),
-        "A larger budget leaves more images right, so the attack does not use what it may.",
-        "Scale the step size with epsilon; if that does not help, see checks 4 to 6.",
-        _CARLINI,
+        meaning="A larger budget leaves more images right, so the attack does not use what it may.",
+        advice="Scale the step size with epsilon. If that does not help, see the checks of the "
+        "gradient.",
     )
 
 
 def full_range_breaks_all(correct: np.ndarray, limit: float = 0.01) -> Check:
-    """Check 14: the accuracy left when every pixel may take any value.
-
-    Args:
-      correct: Correct under an attack whose budget reaches every image.
-      limit: Largest accuracy; from the prototype.
+    """Measures the accuracy left when every pixel may take any value.
 
     Example:
       >>> full_range_breaks_all(np.array([True, False])).status
       'failed'
     """
-    share = float(np.mean(correct))
-    return Check(
-        14,
-        share,
+    return at_most(
+        "full_range_breaks_all",
+        float(np.mean(correct)),
         limit,
-        status_at_most(share, limit),
-        "With no limit on the change the attack still fails, so it cannot find what is there.",
-        "Nothing this attack says of smaller budgets counts; see checks 4 to 6.",
-        f"{_CARLINI}; {_PINTOR}",
+        meaning="With no limit on the change the attack still fails, so it misses what is there.",
+        advice="Believe nothing this attack says of smaller budgets. See the checks of the "
+        "gradient.",
     )
 
 
 def beats_noise(
     noise: np.ndarray, correct: np.ndarray, limit: float = 0.02, able: bool = False
 ) -> Check:
-    """Check 15: by how much the attack's accuracy is below that under random noise of its size.
+    """Measures by how much the attack's accuracy is below that under random noise of its size.
 
     Args:
       noise: Correct under random noise.
       correct: Correct under the reported attack.
-      limit: The gain must be larger; from the prototype.
-      able: Whether an attack that breaks the model where the budget suffices (check 14) gains no
-        more: a model that is robust at this budget leaves nothing to gain, so it is a note at
-        worst.
+      limit: The gain must be larger.
+      able: Whether an attack that breaks the model where the budget suffices
+        (`full_range_breaks_all`) gains no more: a model that is robust at this budget leaves
+        nothing to gain, so it is a note at worst.
 
     Example:
       >>> beats_noise(np.ones(9, bool), np.ones(9, bool)).status
@@ -308,63 +272,58 @@ def beats_noise(
       'note'
     """
     gain, half = difference(noise, correct)
-    status = status_of_gain(gain, half, limit)
-    return Check(
-        15,
-        gain,
+    more = "Random noise takes as much as the attack"
+    if gain > 0:
+        more = f"The attack takes only {100 * gain:.1f} points more than random noise"
+    # The second one is the examination's own: it shows that the model, not the attack, is why.
+    able_too = "A second attack, which does break the model at a larger epsilon, does no better."
+    larger = "Compare attacks at a larger epsilon."
+    return of_gain(
+        "beats_noise",
+        (gain, half),
         limit,
-        "note" if able and status == "failed" else status,
-        "Random noise does as much as the attack.",
-        "Either epsilon is too small to tell anything, or the gradient is useless: checks 4 to 6.",
-        f"{_CARLINI}; limit of this package",
+        meaning=f"{more}: that tells nothing.",
+        advice=larger
+        if able
+        else f"{larger} If that does not help, see the checks of the gradient.",
+        withstands=f"{more}. {able_too}" if able else None,
     )
 
 
 def black_box_not_stronger(
     correct: np.ndarray, black_box: np.ndarray, limit: float = 0.002
 ) -> Check:
-    """Check 16: by how much a black-box attack leaves less accuracy than the reported ones.
+    """Measures by how much a black-box attack leaves less accuracy than the reported ones.
 
-    Args:
-      correct: Correct under the reported attacks.
-      black_box: Correct under Square, which sees outputs only.
-      limit: Largest difference; from the prototype, one image of 497.
+    The limit is one image of 497.
 
     Example:
       >>> black_box_not_stronger(np.ones(9, bool), np.zeros(9, bool)).status
       'failed'
     """
-    value, half = difference(correct, black_box)
-    return Check(
-        16,
-        value,
+    return of_difference(
+        "black_box_not_stronger",
+        difference(correct, black_box),
         limit,
-        status_of_difference(value, half, limit),
-        "An attack without gradients beats those with: the gradient is masked.",
-        "Report the worst case with Square, find what masks the gradient, attack without it.",
-        "Croce and Hein 2020, flags (Square improves); Athalye et al. 2018",
+        meaning="An attack without gradients beats those with: the gradient is masked.",
+        advice="Report the worst case with Square, find what masks the gradient, attack without "
+        "it.",
     )
 
 
 def transfer_not_stronger(correct: np.ndarray, transfer: np.ndarray, limit: float = 0.002) -> Check:
-    """Check 17: by how much images crafted on a surrogate leave less accuracy.
-
-    Args:
-      correct: Correct under the reported attacks.
-      transfer: Correct on the surrogate's adversarial images.
-      limit: Largest difference; from the prototype.
+    """Measures by how much images crafted on a surrogate leave less accuracy than the reported.
 
     Example:
       >>> transfer_not_stronger(np.zeros(9, bool), np.ones(9, bool)).status
       'passed'
     """
-    value, half = difference(correct, transfer)
-    return Check(
-        17,
-        value,
+    return of_difference(
+        "transfer_not_stronger",
+        difference(correct, transfer),
         limit,
-        status_of_difference(value, half, limit),
-        "Adversarial images of another model beat those made for this one: the gradient is masked.",
-        "Report the worst case with the transferred ones; see checks 4 to 6.",
-        f"{_CARLINI}; Tramer et al. 2020",
+        meaning="Adversarial images of another model beat those made for this one: the gradient is "
+        "masked.",
+        advice="Report the worst case with the transferred ones, and see the checks of the "
+        "gradient.",
     )

@@ -1,0 +1,224 @@
+"""``robust-ssl encoder``: inspect, convert and export weights.
+
+As in `main`, JAX is imported only once the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from robust_ssl import settings
+
+DONE, USAGE = 0, 2
+
+_EXAMPLES = """\
+examples:
+  robust-ssl encoder inspect resnet18.pth
+      what the file holds, and what must be named before it can be converted
+
+  robust-ssl encoder convert byol-cifar10.ckpt --out encoders/byol \\
+      --normalization cifar10 --image-size 32
+      then `config.encoder.path` is "encoders/byol"; a foreign file does too, with
+      --config.encoder.normalization=cifar10 and --config.encoder.image_size=32 beside it
+
+  robust-ssl encoder export encoders/byol --out secured.safetensors \\
+      --classifier runs/gen_af/recipes/gen_af-seed0
+      the encoder that a run has secured, under torchvision's or timm's names
+
+Nothing in a file is executed.  Exit codes: 0 done (inspect: it can be converted like this),
+2 wrong usage or a file that cannot be used."""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to argparse's `commands`."""
+    command = _command(commands, "encoder", "inspect, convert and export the weights of encoders")
+    actions = command.add_subparsers(
+        dest="action", required=True, metavar="inspect | convert | export"
+    )
+    # Inspecting and converting take the same file and the same names for what it does not tell.
+    text = "say what a file of weights holds and whether it can be converted"
+    inspect = _command(actions, "inspect", text)
+    text = "write a foreign encoder as this package has it"
+    convert = _command(actions, "convert", text)
+    for action in (inspect, convert):
+        action.add_argument(
+            "file",
+            metavar="FILE",
+            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON",
+        )
+        _add_names(action)
+        _add_debug(action)
+    convert.add_argument("--out", required=True, metavar="DIR", help="the encoder's new directory")
+    convert.add_argument("--name", help="for tables and manifests (default: the file's)")
+    text = "write an encoder for PyTorch, or a whole model as a StableHLO program"
+    export = _command(actions, "export", text)
+    _add_debug(export)
+    export.add_argument(
+        "encoder", metavar="NAME_OR_DIR", help="a shipped encoder, or a directory of one"
+    )
+    export.add_argument(
+        "--classifier",
+        metavar="DIR",
+        help="a finished recipe of a run that started from this encoder, such as "
+        "runs/gen_af/recipes/gen_af-seed0: its weights, and its head for --stablehlo",
+    )
+    export.add_argument(
+        "--out", metavar="FILE", help="safetensors with torchvision's names (ResNet), timm's (ViT)"
+    )
+    export.add_argument(
+        "--stablehlo",
+        metavar="FILE",
+        help="one program for CPU, CUDA and TPU, weights and normalization inside",
+    )
+    export.add_argument(
+        "--batch", type=int, metavar="N", help="images per call of the program (default: any)"
+    )
+
+
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return command
+
+
+def _add_debug(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def _add_names(command: argparse.ArgumentParser) -> None:
+    """Flags for what a file may not tell."""
+    where = command.add_argument_group("where the weights are")
+    where.add_argument("--layout", help="how the tensors are called (default: found out)")
+    where.add_argument("--under", metavar="KEY", help="which entry of the file holds them")
+    where.add_argument(
+        "--reader",
+        choices=("safe", "torch"),
+        help="of PyTorch files: this package's own (default), or torch.load(weights_only=True)",
+    )
+    images = command.add_argument_group(
+        "images", "a part of the encoder; needed where no file beside the weights says it"
+    )
+    images.add_argument(
+        "--normalization",
+        metavar="NAME",
+        help="imagenet, cifar10, cifar100, clip, half ([-1, 1]) or none ([0, 1])",
+    )
+    images.add_argument("--mean", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
+    images.add_argument("--std", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
+    images.add_argument("--image-size", type=int, metavar="N", help="height and width, pixels")
+    network = command.add_argument_group("network", "what weights do not tell")
+    network.add_argument("--stem", help="of a ResNet: cifar, cifar_half or imagenet")
+    network.add_argument("--stem-padding", type=int, metavar="N", help="zeros around the image")
+    network.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT")
+    network.add_argument("--pooling", help="of a ViT: token or mean")
+    network.add_argument("--activation", help="of a ViT: gelu or quick_gelu")
+
+
+def _three(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(settings.parse_fraction(part.strip()) for part in text.split(","))
+    except settings.SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Does what ``robust-ssl encoder`` was asked and returns its exit code.
+
+    Raises:
+      SettingsError: If a file or a flag cannot be used.
+    """
+    if overrides:
+        raise settings.SettingsError(f"there is no config here: {' '.join(overrides)}")
+    with _as_usage():
+        return _ACTIONS[arguments.action](arguments)
+
+
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    # What can be mended by naming something is one line and exit code 2; a traceback helps nobody.
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise settings.SettingsError(str(error)) from error
+
+
+def _named(arguments: argparse.Namespace) -> dict[str, Any]:
+    keys = ("layout", "under", "reader", "normalization", "mean", "std", "image_size")
+    keys += ("stem", "stem_padding", "heads", "pooling", "activation")
+    return {key: getattr(arguments, key) for key in keys}
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from robust_ssl import weights
+
+    inspection = weights.inspect_file(arguments.file, **_named(arguments))
+    print(inspection)
+    return USAGE if inspection.problems else DONE
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from robust_ssl import weights
+
+    place = weights.convert_encoder(
+        arguments.file, arguments.out, name=arguments.name, **_named(arguments)
+    )
+    print(f"written: {place}", file=sys.stderr)
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not (arguments.out or arguments.stablehlo):
+        raise ValueError("say where to: --out FILE.safetensors, --stablehlo FILE, or both")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    # The second would replace the first without a word.
+    if arguments.out == arguments.stablehlo:
+        raise ValueError("--out and --stablehlo name one file")
+    from robust_ssl import weights
+
+    # Exported from our own format only, where normalization and image size are known.
+    if weights.is_foreign(arguments.encoder):
+        raise ValueError(
+            f"{arguments.encoder} is a foreign file; first: robust-ssl encoder convert "
+            f"{arguments.encoder} --out DIR"
+        )
+    encoder = weights.load_encoder(arguments.encoder)
+    model = _fine_tuned(encoder, arguments.classifier) if arguments.classifier else encoder
+    if arguments.out:
+        # PyTorch's layouts have no place for our heads.
+        only = model.encoder if arguments.classifier else encoder
+        print(f"written: {weights.export_safetensors(only, arguments.out)}", file=sys.stderr)
+    if arguments.stablehlo:
+        file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
+        print(f"written: {file}", file=sys.stderr)
+    return DONE
+
+
+def _fine_tuned(encoder, directory: str):
+    """The classifier in a directory, which must be built on this encoder."""
+    import jax
+
+    from robust_ssl import weights
+
+    classifier = weights.load_classifier(directory)
+    # Compared whole: one built on another encoder could fit in its head alone.
+    expected, stored = (
+        jax.tree.map(jax.numpy.shape, dict(part.variables))
+        for part in (encoder, classifier.encoder)
+    )
+    if expected != stored:
+        raise ValueError(f"{directory} was not fine-tuned from this encoder: the shapes differ")
+    return classifier
+
+
+_ACTIONS = {"inspect": _inspect, "convert": _convert, "export": _export}

@@ -1,0 +1,216 @@
+"""The stage `attack`: an encoder and surrogate images in, universal perturbations out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import attacks, data, threats
+from robust_ssl.attacks.perturbation import check_fits_gray
+from robust_ssl.build import inside
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.suites import SuiteAttack
+from robust_ssl.stopping import Stopped, stop_requested
+from robust_ssl.types import Encoder
+from robust_ssl.workdir import StageDirectory, WorkdirError, fingerprint, load_arrays, save_arrays
+
+
+class Fitted(NamedTuple):
+    """One fitted perturbation.
+
+    Attributes:
+      attack: The attack's name.
+      seed: Of its fit.
+      epsilon: Its budget.
+      perturbation: The perturbation.
+      seconds: What it took; members of one fit are charged alike.
+      gradient_evaluations: Input gradients that it took; 0 for noise.
+    """
+
+    attack: str
+    seed: int
+    epsilon: float
+    perturbation: attacks.UniversalPerturbation
+    seconds: float
+    gradient_evaluations: int
+
+
+def check(context: Context) -> None:
+    """Raises ValueError unless every attack can be fitted on the surrogate images."""
+    suite, images = context.plan.suite, context.surrogate
+    context.parallel.check_batch(suite.batch_size)
+    for name, attack in suite.attacks.items():
+        with inside(f"config.suite.attacks.{name}"):
+            try:
+                data.steps_per_epoch(len(images), attack.batch_size)
+            except ValueError as error:
+                raise ValueError(f"the surrogate set: {error}") from error
+            for budget in attack.budgets:
+                threat = attack.make_threat(budget)
+                threats.check(threat, images.image_shape)
+                check_fits_gray(threat, images.image_shape)
+
+
+def attack(
+    context: Context, name: str = "attack", encoder: Encoder | None = None, *, curve: bool = True
+) -> StageDirectory:
+    """Fits every attack of the suite against an encoder, all seeds and budgets at once.
+
+    An attack that was fitted before an interruption is not fitted again.
+
+    Args:
+      context: The run.
+      name: The stage's name.
+      encoder: What is attacked; None is the public encoder.
+      curve: Whether every budget of the accuracy-against-budget curve is fitted, or the main one.
+
+    Returns:
+      The stage's directory, with one ``.npz`` per perturbation, readable by
+      `attacks.UniversalPerturbation.load`.
+    """
+    suite, public = context.plan.suite, encoder is None
+    encoder = context.encoder if public else encoder
+    inputs = {
+        "encoder": fingerprint(encoder.variables),
+        "surrogate": context.surrogate.fingerprint(),
+    }
+    with context.open(name, {"suite": suite, "curve": curve}, inputs) as stage:
+        if stage.done:
+            return stage
+        tree, results, steps = {}, {}, 0
+        for attack_name, member in suite.attacks.items():
+            if member.is_noise and not public:
+                continue  # it looks at no encoder: there is nothing to craft again
+            arrays = load_arrays(_file(stage, attack_name))
+            if arrays is None:
+                arrays = _fit_and_keep(context, stage, member, encoder, curve)
+            tree[attack_name] = {"delta": arrays["delta"], "curve": arrays["curve"]}
+            results[attack_name] = {
+                "seconds": float(arrays["seconds"]),
+                "gradient_evaluations": member.gradients,
+                "objective": [float(x) for x in arrays["curve"][-1]],
+            }
+            for values in arrays["curve"]:
+                stage.log(steps, attack=attack_name, objective=list(values))
+                steps += 1
+        stage.finish(results, identity=fingerprint(tree))
+    return stage
+
+
+def _file(stage: StageDirectory, name: str):
+    return stage.path / "fitted" / f"{name}.npz"
+
+
+def _fit_and_keep(
+    context: Context, stage: StageDirectory, member: SuiteAttack, encoder: Encoder, curve: bool
+) -> dict[str, np.ndarray]:
+    begun = time.monotonic()
+    fitted = _fit(context, stage.path.name, member, encoder, member.budgets_for(curve))
+    arrays = {
+        "delta": np.asarray(fitted.perturbations.delta),
+        "curve": np.asarray(fitted.curve),
+        "seconds": np.asarray(time.monotonic() - begun),
+    }
+    if jax.process_index() == 0:
+        _export(stage, member.name, fitted, context.plan.suite.seeds, member.budgets_for(curve))
+        save_arrays(_file(stage, member.name), arrays)
+    return arrays
+
+
+def load_perturbations(context: Context, stage: StageDirectory) -> list[Fitted]:
+    """Returns what an attack stage fitted.
+
+    Raises:
+      WorkdirError: If it is not there any more as it was fitted.
+    """
+    suite, curve = context.plan.suite, stage.manifest["config"]["curve"]
+    tree, fitted = {}, []
+    for name, member in suite.attacks.items():
+        if name not in stage.results:
+            continue
+        arrays = load_arrays(_file(stage, name))
+        if arrays is None:
+            raise WorkdirError(
+                f"{_file(stage, name)} cannot be read; remove {stage.path} to fit it again"
+            )
+        tree[name] = {"delta": arrays["delta"], "curve": arrays["curve"]}
+        cost, budgets = stage.results[name], member.budgets_for(curve)
+        seconds = cost["seconds"] / max(len(cost["objective"]), 1)
+        pairs = [(seed, epsilon) for seed in suite.seeds for epsilon in budgets]
+        for index, (seed, epsilon) in enumerate(pairs):
+            perturbation = attacks.UniversalPerturbation(
+                delta=jnp.asarray(arrays["delta"][index]),
+                threat=jax.tree.map(jnp.float32, member.make_threat(epsilon)),
+                name=name,
+            )
+            gradients = cost["gradient_evaluations"]
+            fitted.append(Fitted(name, seed, epsilon, perturbation, seconds, gradients))
+    if fingerprint(tree) != stage.fingerprint:
+        raise WorkdirError(
+            f"{stage.path / 'fitted'} is not what was fitted there; remove {stage.path} to fit it "
+            "again"
+        )
+    return fitted
+
+
+def at_main_budget(context: Context, stage: StageDirectory) -> list[Fitted]:
+    """Returns what an attack stage fitted at the main budget of each attack."""
+    main = {name: member.budgets[0] for name, member in context.plan.suite.attacks.items()}
+    return [f for f in load_perturbations(context, stage) if f.epsilon == main[f.attack]]
+
+
+def _fit(
+    context: Context, stage: str, member: SuiteAttack, encoder: Encoder, budgets
+) -> attacks.FittedUniversal:
+    steps = 1 if member.is_noise else member.num_steps
+    keys, epsilons = attacks.members(context.plan.suite.seeds, budgets)
+    with context.progress.stage(f"{stage} {member.name}", steps, member.batch_size) as bar:
+
+        def on_step(number, values):
+            bar.update(number + 1, loss=values[0])
+            if stop_requested():
+                raise Stopped(f"{stage} stopped while fitting {member.name}")
+
+        return attacks.fit(
+            member.attack,
+            encoder,
+            _surrogate_batches(context, steps, member.batch_size),
+            keys=keys,
+            epsilons=epsilons,
+            image_shape=context.surrogate.image_shape,
+            parallel=context.parallel,
+            threat=member.make_threat,
+            on_step=on_step,
+        )
+
+
+def _surrogate_batches(
+    context: Context, steps: int, batch_size: int
+) -> Iterator[dict[str, jax.Array]]:
+    batches = data.Batches(
+        context.surrogate,
+        batch_size,
+        seed=context.plan.seed,
+        stage="attack",  # of every attack stage: a fit on a hardened encoder sees the same images
+        parallel=context.parallel,
+    )
+    pixels = jax.jit(lambda images: images.astype(jnp.float32) / 255.0)
+    for step in range(steps):
+        yield {"images": pixels(batches(step)["images"])}
+
+
+def _export(
+    stage: StageDirectory, name: str, fitted: attacks.FittedUniversal, seeds, budgets
+) -> None:
+    """Writes each perturbation as a file that NumPy alone can read."""
+    names = [(seed, epsilon) for seed in seeds for epsilon in budgets]
+    for index, (seed, epsilon) in enumerate(names):
+        member = fitted.member(index)
+        in_pixels = hasattr(member.threat, "epsilon")
+        budget = f"eps{np.round(255 * epsilon, 2):g}" if in_pixels else f"area{epsilon:g}"
+        member.save(stage.path / f"{name}-{budget}-seed{seed}.npz")

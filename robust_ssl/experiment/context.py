@@ -1,0 +1,153 @@
+"""What the stages of one run share: its plan, its data, its public encoder, its directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+from robust_ssl import data, models, weights
+from robust_ssl.build import code_of, text_of
+from robust_ssl.experiment.plan import Plan
+from robust_ssl.experiment.sources import Data, EncoderSource
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.types import Classifier, Encoder
+from robust_ssl.workdir import StageDirectory, open_stage
+from robust_ssl.xla import release_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One run.
+
+    Attributes:
+      plan: What is to be done.
+      workdir: Each stage has a directory in it.
+      parallel: The devices.
+      progress: Shows how far a stage is.
+    """
+
+    plan: Plan
+    workdir: pathlib.Path
+    parallel: Parallel
+    progress: Progress
+    _values: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def open(
+        self,
+        name: str,
+        settings: Any,
+        inputs: Mapping[str, str],
+        seed: int | None = None,
+        *,
+        collects: bool = False,
+    ) -> StageDirectory:
+        """Opens the directory of a stage.
+
+        Args:
+          name: The stage's name, also the directory's.
+          settings: All that it was told, values of the plan; the manifest keeps their text.
+          inputs: Fingerprints of what it reads.  The code of functions that are not of this package
+            comes to them: an edited function is another input.
+          seed: Of its keys; None is the run's.
+          collects: As for `open_stage`.
+        """
+        release_programs()  # of the stages before
+        text = text_of(settings)
+        seed = self.plan.seed if seed is None else seed
+        inputs = {**inputs, **code_inputs(text)}
+        return open_stage(self.workdir, name, text, inputs, seed, collects=collects)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns what was made under a key before in this run, also by a replaced copy of it."""
+        if key not in self._values:
+            self._values[key] = make()
+        return self._values[key]
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The public encoder: what the attacker knows and the defender starts from."""
+        source = self.plan.encoder
+        if not source.is_pretrained:
+            return self.load_encoder(source)
+        builder, _ = self.own_builder
+        return weights.load_encoder(self.workdir / "pretrain" / "encoder", builder=builder)
+
+    def load_encoder(self, source: EncoderSource) -> Encoder:
+        """Returns an encoder, which is read once in a run."""
+        key = "encoder", str(text_of(source))
+        return self.once(key, lambda: source.load(jax.random.key(self.plan.seed)))
+
+    @property
+    def own_builder(self) -> tuple[Callable[..., Encoder] | None, dict[str, Any]]:
+        """The builder of a public encoder that is not of this package, and its options."""
+        source = self.plan.encoder
+        if source.is_pretrained and self.plan.pretrain is not None:
+            source = EncoderSource(function=self.plan.pretrain.encoder)
+        return source.own_builder
+
+    @functools.cached_property
+    def surrogate(self):
+        """The attacker's images; their labels, if there are any, are dropped."""
+        images = self.load(self.plan.surrogate, "train")
+        data.check_image_size(images, self.encoder.image_size)
+        return without_labels(images)
+
+    @functools.cached_property
+    def downstream(self):
+        """The defender's data: train and validation, carved from the training split."""
+        whole = self.load(self.plan.downstream, "train")
+        data.check_image_size(whole, self.encoder.image_size)
+        return data.carve(whole, self.plan.downstream.validation, seed=self.plan.seed)
+
+    @functools.cached_property
+    def test(self):
+        """The defender's test split; only `score` attacks anything on it."""
+        test = self.load(self.plan.downstream, "test")
+        data.check_image_size(test, self.encoder.image_size)
+        data.check_classes(test, self.num_classes)
+        return test
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the downstream task, of which a config may say how many it expects."""
+        train, expected = self.downstream[0], self.plan.downstream.num_classes
+        if expected is not None:
+            data.check_classes(train, expected)
+        return expected or train.num_classes
+
+    def classifier(self, encoder: Encoder, head: Any, seed: int) -> Classifier:
+        """Returns an encoder with a fresh head, the same one for a seed."""
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return models.classifier(key, encoder, self.num_classes, head=head)
+
+    def load(self, source: Data, split: Literal["train", "test"]):
+        """Returns a split, which is read once in a run."""
+        return self.once(("data", str(text_of(source)), split), lambda: self._read(source, split))
+
+    def _read(self, source: Data, split: Literal["train", "test"]):
+        given = {n: getattr(source, n) for n in ("image_size", "data_dir", "memory_limit")}
+        options = {name: value for name, value in given.items() if value is not None}
+        named = source.source
+        if source.function is not None:
+            named, options = source.function.function, {**options, **source.function.bound_options}
+        name = source.train_split if split == "train" else source.test_split
+        limit, seed = source.limit(split), self.plan.seed
+        return data.load(named, split=name, limit=limit, seed=seed, **options)
+
+
+def without_labels(examples):
+    """Returns the same images without labels; a streamed set keeps its own, unread."""
+    if isinstance(examples, data.Examples):
+        return data.from_arrays(examples.images, name=examples.name, split=examples.split)
+    return examples
+
+
+def code_inputs(settings: Any) -> dict[str, str]:
+    """Returns the code of a user's functions among settings, as inputs of a stage."""
+    return {f"code/{name}": digest for name, digest in code_of(text_of(settings)).items()}

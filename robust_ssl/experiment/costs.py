@@ -1,0 +1,154 @@
+"""What recipes cost, their steps timed in turn beside the one that all are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from robust_ssl import data, finetuning
+from robust_ssl.experiment import fitting, train
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.recipe import Recipe
+
+# Of a recipe's own training, without that of what it starts from.
+OWN = ("seconds_per_step", "seconds_per_image", "gradients_per_epoch", "peak_bytes")
+
+
+def measure(
+    context: Context, recipes: Sequence[Recipe], seed: int, stage: str = "cost"
+) -> dict[str, Any]:
+    """Returns what the training of finished recipes costs, relative to ``compare.reference``.
+
+    Steps of all recipes are timed in turn in one process (`finetuning.measure`); a recipe's time is
+    its steps', with those of all it starts from.  Choosing layers counts by its gradients, each of
+    which takes what one in the reference's step takes: its own wall time has compiling in it.
+    Nothing is trained here.
+
+    Args:
+      context: The run.
+      recipes: Those that are finished; what they start from comes with them.  Where the reference
+        is not among them, because it failed, there are no factors.
+      seed: They were made with.
+      stage: Where the measurement is kept.
+
+    Returns:
+      By recipe: ``factor`` (training time over the reference's; None without it), ``gradients``
+      (gradient evaluations per image, over the reference's epochs), and the numbers `OWN`, None
+      where nothing was trained.
+    """
+    settings = context.plan.compare
+    reference = context.plan.recipes[settings.reference]
+    chains = {recipe: recipe.chain() for recipe in dict.fromkeys(recipes)}
+    everything = list(dict.fromkeys(other for chain in chains.values() for other in chain))
+    stages = {recipe: train.train_recipe(context, recipe, seed) for recipe in everything}
+    inputs = {recipe.name: stage.fingerprint for recipe, stage in stages.items()}
+    timing = {n: getattr(settings, n) for n in ("reference", "memory", "rounds", "steps_per_round")}
+    with context.open(stage, timing, inputs, seed, collects=True) as directory:
+        if not directory.done:
+            results = {recipe: stage.results for recipe, stage in stages.items()}
+            steps = _measure_steps(
+                context, [r for r in everything if results[r]["epochs"]], results
+            )
+            own = {r: _own(r, results[r], steps.get(r)) for r in everything}
+            epochs, whole = reference.epochs, {}
+            if reference in chains:
+                epochs = results[reference]["epochs"]
+                whole = {
+                    recipe: _seconds(context, chain, results, own)
+                    for recipe, chain in chains.items()
+                }
+            directory.finish(
+                {
+                    recipe.name: {
+                        "factor": whole[recipe] / whole[reference] if whole else None,
+                        "gradients": total_gradients(results[r] for r in chain) / max(epochs, 1),
+                        **own[recipe],
+                    }
+                    for recipe, chain in chains.items()
+                },
+            )
+    return directory.results
+
+
+def _own(recipe: Recipe, results: Mapping[str, Any], cost: finetuning.Cost | None) -> dict:
+    """What a recipe's own training costs, without that of what it starts from."""
+    if cost is None:
+        return dict.fromkeys(OWN)
+    # An epoch has as many times more steps as each batch is shown.
+    replays = getattr(recipe.build_attack(None), "replays", 1)
+    return {
+        "seconds_per_step": cost.seconds_per_step,
+        "seconds_per_image": cost.seconds_per_step * replays / recipe.batch_size,
+        "gradients_per_epoch": results["gradient_evaluations_per_image"] / results["epochs"],
+        "peak_bytes": cost.peak_bytes,
+    }
+
+
+def total_seconds(context: Context, recipe: Recipe, seed: int) -> float:
+    """Returns what a finished recipe took with all it starts from, from start to end."""
+    stages = [train.train_recipe(context, other, seed) for other in recipe.chain()]
+    return sum(
+        stage.manifest["seconds"] + stage.results.get("selection_seconds", 0) for stage in stages
+    )
+
+
+def total_gradients(results: Iterable[Mapping[str, Any]]) -> float:
+    """Returns gradient evaluations per image of some finished recipes, choosing layers included."""
+    return sum(
+        one["gradient_evaluations_per_image"]
+        + one.get("selection_gradient_evaluations_per_image", 0)
+        for one in results
+    )
+
+
+def _seconds(
+    context: Context,
+    chain: Sequence[Recipe],
+    results: Mapping[Recipe, Mapping[str, Any]],
+    own: Mapping[Recipe, Mapping[str, Any]],
+) -> float:
+    """Training time of a chain of recipes by the measured steps, without validation."""
+    reference = own[context.plan.recipes[context.plan.compare.reference]]
+    per_gradient = reference["seconds_per_image"] / reference["gradients_per_epoch"]
+    total = 0.0
+    for recipe in chain:
+        if results[recipe]["epochs"]:
+            selecting = results[recipe].get("selection_gradient_evaluations_per_image", 0)
+            total += results[recipe]["steps"] * own[recipe]["seconds_per_step"]
+            total += selecting * len(context.downstream[0]) * per_gradient
+    return total
+
+
+def _measure_steps(
+    context: Context, recipes: Sequence[Recipe], results: Mapping[Recipe, Mapping[str, Any]]
+) -> dict[Recipe, finetuning.Cost]:
+    settings, compiled, states = context.plan.compare, {}, {}
+    for recipe in recipes:
+        rates = recipe.rates
+        if recipe.select is not None:
+            rates = finetuning.rates_for(results[recipe]["selected"], recipe.select.rate)
+        state, step = fitting.build_step(
+            *(context, recipe.name, recipe, train.untrained(context, recipe)),
+            train.public_encoder(context, recipe),
+            rates=rates,
+            steps_per_epoch=1,
+            seed=context.plan.seed,
+        )
+        constants = context.parallel.replicate(step.settings)
+        states[recipe] = context.parallel.replicate(state)
+        compiled[recipe] = context.parallel.compile(step.function, constants=constants)
+    batches = data.Batches(
+        context.downstream[0],
+        context.plan.recipes[settings.reference].batch_size,
+        seed=context.plan.seed,
+        stage="cost",
+        parallel=context.parallel,
+    )
+    return finetuning.measure(
+        compiled,
+        states,
+        batches(0),
+        rounds=settings.rounds,
+        steps_per_round=settings.steps_per_round,
+        memory=settings.memory,
+    )

@@ -1,0 +1,373 @@
+"""Asks of each model's figures whether they can be believed, from what was scored anyway."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import evaluation, threats
+from robust_ssl.attacks import attack_batch
+from robust_ssl.evaluation import PerImage, checks
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.groups import Member, Scored, Scorer, identity, sample
+from robust_ssl.experiment.loop import stage_key
+from robust_ssl.parallel import everywhere
+from robust_ssl.stopping import Stopped, stop_requested
+from robust_ssl.types import Classifier
+from robust_ssl.workdir import write_atomically
+
+_PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
+_PER_IMAGE = tuple(group for group in checks.GROUPS if group != "universal")
+# Those that need a perturbation fitted on the public encoder.
+_OF_FITTED = (
+    "per_image_not_weaker",
+    "beats_noise_and_shuffle",
+    "holds_on_new_images",
+    "seeds_agree",
+    "crafted_again_agrees",
+)
+FITTED_IMAGES = 512  # images of each split on which `holds_on_new_images` looks for changes
+_FITTED_SEED = 23  # beside the run's: another number examines other images
+
+
+def examine(
+    scorer: Scorer, name: str, model: Classifier, scored: Sequence[Scored], known_as: str
+) -> dict[str, Any]:
+    """Returns the verdict on a model's figures, `Verdict.as_dict`, and stores it.
+
+    The model is examined on a sample of the test split that costs at most a quarter of what its
+    per-image attacks took (and on 32 images at least); the universal checks use what was scored.
+
+    Args:
+      scorer: Knows the run and where to store the verdict.
+      name: The model's name.
+      model: The model.
+      scored: All its groups.
+      known_as: Its `groups.identity` before anything attacked it.
+    """
+    file = scorer.stage.path / "groups" / f"{name}-verdict.json"
+    stored = _stored(file)
+    # Asked of every process: one that examines alone would wait for the others forever.
+    if everywhere(stored is not None):
+        return stored
+    if stop_requested():
+        raise Stopped(f"{scorer.stage.path.name} stopped; run it again to go on")
+    begun = time.perf_counter()
+    examined, verdict = _per_image(scorer.context, model, scored)
+    verdict += _universal(scorer, name, model, scored)
+    verdict += checks.Verdict((_unchanged(model, known_as),))
+    document = verdict.as_dict() | {
+        "examined": examined,
+        "seconds": round(time.perf_counter() - begun, 3),
+    }
+    if jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    return document
+
+
+def _stored(file: pathlib.Path) -> dict[str, Any] | None:
+    """Returns a verdict stored before; None if there is none, or it is damaged or outdated."""
+    words = (checks.BELIEVABLE, checks.WITH_NOTES, checks.NOT_BELIEVABLE, checks.NOT_EXAMINED)
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        complete = {"verdict", "checks", "examined"} <= document.keys()
+        return document if complete and document["verdict"] in words else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _unchanged(model: Classifier, known_as: str) -> checks.Check:
+    # Only a digest was remembered, not the weights, so there is no size of the change to give.
+    before, changed = {}, {"changed": np.ones(())}
+    return checks.model_unchanged(before, before if identity(model) == known_as else changed)
+
+
+class _Subject(NamedTuple):
+    """What the checks of a model and its per-image figure look at.
+
+    Attributes:
+      groups: The per-image attacks that saw the model itself, of one threat and budget.
+      threat: Their threat.
+      rows: The images on which all of them were scored.
+      figure: The worst case over them; None without groups.
+      spent: Input gradients that they took.
+      words: What is examined, in words.
+    """
+
+    groups: list[Scored]
+    threat: Any
+    rows: np.ndarray
+    figure: PerImage | None
+    spent: float
+    words: str
+
+
+def _subject(context: Context, scored: Sequence[Scored]) -> _Subject | None:
+    """Returns what can be examined, None where nothing can.
+
+    The per-image attacks of the largest Linf budget; where there are none, the examination's own
+    PGD at the budget of the universal attacks.
+    """
+    families = ("per_image", "autoattack")
+    groups = [s for s in scored if s.group.family in families and _sees_model(s)]
+    groups = [s for s in groups if s.group.epsilon > 0]
+    if groups:
+        group = max((s.group for s in groups), key=lambda g: (g.threat == "Linf", g.epsilon))
+        groups = [s for s in groups if _budget(s) == (group.threat, group.epsilon)]
+        rows, figure = _figure(groups, len(context.test))
+        spent = sum(member.gradient_evaluations for s in groups for member in s.members)
+        words = f"{group.threat} {group.epsilon:.4g}"
+        return _Subject(groups, groups[0].members[0].value.threat, rows, figure, spent, words)
+    epsilon = max((s.group.epsilon for s in scored if s.group.threat == "Linf"), default=0)
+    if not epsilon:
+        return None
+    words = f"Linf {epsilon:.4g}, no per-image attack was scored"
+    return _Subject([], threats.Linf(epsilon), np.arange(len(context.test)), None, 0, words)
+
+
+def _sees_model(scored: Scored) -> bool:
+    return scored.group.crafted_against == "hardened"
+
+
+def _budget(scored: Scored) -> tuple[str, float]:
+    return scored.group.threat, scored.group.epsilon
+
+
+def _per_image(
+    context: Context, model: Classifier, scored: Sequence[Scored]
+) -> tuple[str, checks.Verdict]:
+    """Runs all checks but the universal ones; returns what was examined, in words, and them."""
+    subject = _subject(context, scored)
+    if subject is None:
+        reason = "Nothing was scored that checks of one image could look at."
+        return "nothing", checks.Verdict(checks.not_run(_PER_IMAGE, reason))
+    steps, queries, count = _plan(subject.spent)
+    chosen = np.intersect1d(subject.rows, sample(context, count))
+    batch = context.test.read(chosen)
+    options: dict[str, Any] = {}
+    if subject.figure is not None:
+        places = np.searchsorted(subject.rows, chosen)
+        options["reported"] = subject.figure.robust_correct[places]
+        options["counts"] = subject.figure.counts
+        options["adversarial"] = _strongest_images(context, model, subject.groups, chosen, batch)
+    try:
+        verdict = checks.examine(
+            model,
+            batch["images"],
+            batch["labels"],
+            threat=subject.threat,
+            key=stage_key(context.plan.seed, "examine"),
+            num_steps=steps,
+            num_queries=queries,
+            parallel=context.parallel,
+            **options,
+        )
+    except ValueError as error:  # hours of scoring are not lost for it
+        verdict = checks.Verdict(checks.not_run(_PER_IMAGE, str(error)))
+    return f"{subject.words}, {len(chosen)} images", verdict
+
+
+def _plan(spent: float) -> tuple[int, int, int]:
+    """Returns steps, queries and images of an examination that costs a quarter of `spent`.
+
+    A small evaluation gets a short examination of few images, which may cost more than that.
+    """
+    for steps, queries, least in _PLANS:
+        count = checks.affordable_images(spent, steps, queries, least=0)
+        if count >= least:
+            return steps, queries, count
+    return steps, queries, least
+
+
+def _strongest_images(context: Context, model: Classifier, groups: Sequence[Scored], chosen, batch):
+    """Returns the strongest attack's images of the examined ones, which must keep the budget."""
+    attacks: list[tuple[float, Any]] = []
+    for s in groups:
+        # In AutoAttack an attack gets only what the earlier ones left: its share is not its own.
+        if s.group.family == "per_image":
+            attacks += [(s.results[m.label].robust_correct.mean(), m.value) for m in s.members]
+    if not attacks:
+        return None
+    _, attack = min(attacks, key=lambda entry: entry[0])
+    return jax.jit(attack_batch)(
+        attack,
+        stage_key(context.plan.seed, "score"),
+        model,
+        evaluation.to_pixels(batch["images"]),
+        jnp.asarray(batch["labels"], jnp.int32),
+        jnp.asarray(chosen, jnp.int32),
+    )
+
+
+def _figure(groups: Sequence[Scored], size: int) -> tuple[np.ndarray, PerImage]:
+    """Returns the images that all groups were scored on, and the worst case for them."""
+    rows = np.arange(size)
+    for s in groups:
+        rows = rows if s.rows is None else np.intersect1d(rows, s.rows)
+
+    def of_rows(s: Scored) -> PerImage:
+        places = rows if s.rows is None else np.searchsorted(s.rows, rows)
+        worst = s.worst
+        fields = (worst.clean_correct, worst.robust_correct, worst.flipped)
+        return PerImage(*(field[places] for field in fields), worst.seconds)
+
+    return rows, evaluation.worst_case(of_rows(s) for s in groups)
+
+
+def _universal(
+    scorer: Scorer, name: str, model: Classifier, scored: Sequence[Scored]
+) -> checks.Verdict:
+    """Runs the universal checks, on the strongest fitted perturbation of the public encoder."""
+    groups = [s for s in scored if s.group.family == "universal" and s.group.threat == "Linf"]
+    public = [s for s in groups if not _sees_model(s) and _fitted(s)]
+    if not public:
+        reason = "No universal perturbation was fitted under Linf."
+        return checks.Verdict((*checks.not_run(_OF_FITTED, reason), _over_places(scored)))
+    at = max(public, key=lambda s: s.group.epsilon)
+    members = _fitted(at)
+    strongest = min(members, key=lambda m: at.results[m.label].robust_correct.mean())
+    # Noise is not crafted, and is not among what was crafted again.
+    worst = evaluation.worst_case(at.results[m.label] for m in members)
+    hardened = at.group._replace(crafted_against="hardened")
+    again = next((s.worst.robust_correct for s in groups if s.group == hardened), None)
+    per_image = _per_image_alike(scored, at)
+    fitted_here = identity(model.encoder) == identity(scorer.context.encoder)
+    compared = (
+        _against_per_image(at, strongest, per_image),
+        _against_baselines(scorer, model, at, strongest, fitted_here),
+        _on_new_images(scorer, model, strongest),
+        _over_seeds(at, strongest),
+        checks.crafted_again_agrees(worst.robust_correct, again),
+    )
+    independent = _independent(at, per_image) if fitted_here else again
+    if independent is not None:
+        compared = checks.settle(compared, worst.clean_correct, worst.robust_correct & independent)
+    return checks.Verdict((*compared, _over_places(scored)))
+
+
+def _fitted(scored: Scored) -> list[Member]:
+    """Returns the members that were crafted, that is all but noise."""
+    return [member for member in scored.members if not _is_noise(member)]
+
+
+def _is_noise(member: Member) -> bool:
+    return member.gradient_evaluations == 0
+
+
+def _per_image_alike(scored: Sequence[Scored], at: Scored) -> Scored | None:
+    """Returns the per-image attacks of the largest budget that is not above the perturbation's."""
+    alike = [
+        s
+        for s in scored
+        if s.group.family == "per_image"
+        and _sees_model(s)
+        and s.group.threat == at.group.threat
+        and s.group.epsilon <= at.group.epsilon
+    ]
+    return max(alike, key=lambda s: s.group.epsilon, default=None)
+
+
+def _independent(at: Scored, per_image: Scored | None) -> np.ndarray | None:
+    """Returns what a per-image attack of the same budget leaves right; None where none was scored.
+
+    On the encoder that they were fitted on, perturbations crafted again are the same once more.
+    """
+    if per_image is None or _budget(per_image) != _budget(at):
+        return None
+    return per_image.worst.robust_correct
+
+
+def _against_per_image(at: Scored, strongest: Member, per_image: Scored | None) -> checks.Check:
+    name = "per_image_not_weaker"
+    if per_image is None:
+        return checks.not_run(name, "No per-image attack of that budget was scored.")[0]
+    correct = at.results[strongest.label].robust_correct
+    check = checks.per_image_not_weaker(correct, per_image.worst.robust_correct)
+    # With a smaller budget a stronger attack still proves the point, a weaker one proves nothing.
+    if check.status != "passed" and per_image.group.epsilon < at.group.epsilon:
+        return checks.not_run(name, "Per-image attacks had a smaller budget.")[0]
+    return check
+
+
+def _against_baselines(
+    scorer: Scorer, model: Classifier, at: Scored, strongest: Member, fitted_here: bool
+) -> checks.Check:
+    """Compares with random noise where it was scored, and with the pixels shuffled."""
+    key = stage_key(scorer.context.plan.seed, "examine")
+    moved = strongest.value.replace(delta=checks.shuffled(key, strongest.value.delta))
+    group = at.group._replace(family="shuffled")
+    apart = scorer.score(group, model, [Member("shuffled", None, moved)])
+    baselines = {"its own pixels shuffled": apart.worst.robust_correct}
+    noise = [at.results[m.label].robust_correct for m in at.members if _is_noise(m)]
+    if noise:
+        baselines["random noise"] = min(noise, key=np.mean)  # of the strongest seed
+    correct = at.results[strongest.label].robust_correct
+    return checks.beats_noise_and_shuffle(correct, baselines, fitted_here=fitted_here)
+
+
+def _on_new_images(scorer: Scorer, model: Classifier, strongest: Member) -> checks.Check:
+    """Compares predictions that change on the attacker's images, and on others of their kind."""
+    context = scorer.context
+    try:
+        others = context.load(context.plan.surrogate, "test")
+    except (ValueError, OSError, KeyError) as error:
+        reason = f"The surrogate data have no test split: {error}"
+        return checks.not_run("holds_on_new_images", reason)[0]
+    fitted, new = (_flipped(scorer, model, strongest, part) for part in (context.surrogate, others))
+    return checks.holds_on_new_images(fitted, new)
+
+
+def _flipped(scorer: Scorer, model: Classifier, strongest: Member, examples) -> np.ndarray:
+    """Returns whose predictions a perturbation changes among some of the examples, bool ``[n]``."""
+    context, size = scorer.context, scorer.batch_size
+    count = min(FITTED_IMAGES, len(examples))
+    places = np.random.default_rng([context.plan.seed, _FITTED_SEED]).permutation(len(examples))[
+        :count
+    ]
+    # Only whether an answer changes is looked at, so any label does.
+    images, labels = examples.read(np.sort(places))["images"], np.zeros(count, np.int32)
+    batches = []
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        batches.append({"images": images[rows], "labels": labels[rows]})
+    results = evaluation.score(
+        model,
+        batches,
+        {"perturbation": strongest.value},
+        key=stage_key(context.plan.seed, "examine"),
+        parallel=context.parallel,
+    )
+    return results["perturbation"].flipped
+
+
+def _over_seeds(at: Scored, strongest: Member) -> checks.Check:
+    """Compares the seeds of the strongest method, where it was fitted with three."""
+    alike = [m for m in at.members if m.attack == strongest.attack]
+    if len(alike) < 3:
+        reason = f"{strongest.attack} was fitted with {len(alike)} of 3 seeds."
+        return checks.not_run("seeds_agree", reason)[0]
+    return checks.seeds_agree([at.results[m.label].robust_correct for m in alike])
+
+
+def _over_places(scored: Sequence[Scored]) -> checks.Check:
+    """Compares a patch at fixed places with one at random places, where a patch was scored."""
+    places: dict[str, list[PerImage]] = {}
+    for s in scored:
+        for member in s.members:
+            threat = getattr(member.value, "threat", None)
+            if isinstance(threat, threats.Patch):
+                places.setdefault(threat.location, []).append(s.results[member.label])
+    if not places:
+        return checks.not_run("patch_places_agree", "No patch was scored.")[0]
+    worst = {place: evaluation.worst_case(results) for place, results in places.items()}
+    reported = worst.pop("fixed", None) or worst.pop("random")
+    elsewhere = worst["random"].robust_correct if worst else None
+    return checks.patch_places_agree(reported.robust_correct, elsewhere)

@@ -1,0 +1,300 @@
+"""One fit: a classifier, a recipe's values and the data in, the best epoch's classifier out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from robust_ssl import data, evaluation, finetuning, optimizers, struct, weights
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.loop import Best, stage_key, train
+from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.finetuning import UniversalPool
+from robust_ssl.types import Classifier, Encoder, TrainState, Variables
+from robust_ssl.workdir import StageDirectory, fingerprint, json_ready
+
+_log = logging.getLogger(__name__)
+
+Afterwards = Callable[[Variables], tuple[Variables, dict[str, Any]]]
+
+
+def build_step(
+    context: Context,
+    name: str,
+    recipe: Recipe,
+    classifier: Classifier,
+    encoder: Encoder,
+    *,
+    rates: Mapping[str, Any],
+    steps_per_epoch: int,
+    seed: int,
+    show: bool = False,
+):
+    """Returns ``(state, step)`` of a fit, before its first step.
+
+    Args:
+      context: The run.
+      name: The directory's, from which keys are made.
+      recipe: Losses, attack, optimization, batch statistics, augmentation.
+      classifier: What it starts from.
+      encoder: The public encoder that losses and attacks compare with.
+      rates: Path pattern to learning rate: the recipe's, or those of the layers it has chosen.
+      steps_per_epoch: Updates per epoch.
+      seed: Of the keys.
+      show: Whether the table of learning rates is logged.
+    """
+    attack = recipe.build_attack(encoder)
+    # Rates decay by the pass over the data, however often each batch is replayed.
+    passed = max(1, steps_per_epoch // getattr(attack, "replays", 1))
+    params = classifier.variables["params"]
+    by_path = optimizers.layer_rates(params, rates)
+    if show:
+        table = optimizers.render_table(optimizers.layer_table(params, by_path))
+        _log.info("%s: learning rates\n%s", name, table)
+    tx, frozen = optimizers.fine_tuning_optimizer(
+        params,
+        by_path,
+        weight_decay=recipe.weight_decay,
+        decay=recipe.decay,
+        steps_per_epoch=passed,
+        l2_sp=recipe.l2_sp,
+        hold_zeros=recipe.prune > 0,
+    )
+    key = stage_key(seed, name)
+    step = finetuning.make_step(
+        classifier,
+        tx,
+        losses=recipe.weighted_losses,
+        key=key,
+        attack=attack,
+        frozen=frozen,
+        axis_name=context.parallel.axis_name,
+        pretrained=encoder if recipe.compare_with_pretrained else None,
+        batch_statistics=recipe.batch_statistics,
+        augment=None if recipe.augment is None else recipe.augment.bound,
+    )
+    state = finetuning.init_state(
+        # Far above any step, so that no step has this key.
+        *(classifier, tx, attack),
+        key=jax.random.fold_in(key, 2**31),
+        batch_size=recipe.batch_size,
+    )
+    return state, step
+
+
+def fit(
+    context: Context,
+    name: str,
+    recipe: Recipe,
+    classifier: Classifier,
+    encoder: Encoder,
+    *,
+    rates: Mapping[str, Any],
+    seed: int,
+    afterwards: Afterwards | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> StageDirectory:
+    """Trains a classifier by a recipe and leaves the best epoch's, or the last one's.
+
+    Args:
+      context: The run.
+      name: The directory's.
+      recipe: What to do.
+      classifier: What it starts from.
+      encoder: The public encoder that it is built on.
+      rates: As for `build_step`.
+      seed: Of batches and keys.
+      afterwards: What is done to the best variables; returns them and more results.
+      extra: Results that are there before.
+    """
+    train_set, validation = context.downstream
+    inputs = {
+        "start": fingerprint(classifier.variables),
+        "train": train_set.fingerprint(),
+        "validation": validation.fingerprint(),
+    }
+    settings = {
+        "recipe": {**recipe.text, "rates": dict(rates)},
+        "validation": context.plan.training.validation,
+    }
+    with context.open(name, settings, inputs, seed) as stage:
+        if stage.done:
+            return stage
+        attack = recipe.build_attack(encoder)
+        batches = data.Batches(
+            train_set,
+            recipe.batch_size,
+            seed=seed,
+            stage=name,
+            parallel=context.parallel,
+            replays=getattr(attack, "replays", 1),
+        )
+        epoch = batches.steps_per_epoch
+        parts = (context, name, recipe, classifier, encoder)
+        schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed}
+        state, step = build_step(*parts, **schedule, show=True)
+        state, best = train(
+            stage,
+            state,
+            step,
+            batches,
+            epochs=recipe.epochs,
+            parallel=context.parallel,
+            progress=context.progress,
+            **_selection(context, stage, recipe, classifier, attack),
+        )
+        variables = without_attack((best or state).variables)
+        variables, more = afterwards(variables) if afterwards else (variables, {})
+        gradients = gradients_per_epoch(attack, step.passes)
+        overfitting = {"catastrophic_overfitting": overfitted(stage.metrics(), len(validation))}
+        summary = _summary(state, best, epoch, gradients)
+        results = {**(extra or {}), **summary, **overfitting, **more}
+        save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
+        stage.finish(results, identity=fingerprint(variables))
+    return stage
+
+
+def _selection(
+    context: Context, stage: StageDirectory, recipe: Recipe, classifier: Classifier, attack: Any
+) -> dict[str, Any]:
+    """How `train` finds the best epoch; nothing where the last one is taken."""
+    best = recipe.best or ("clean" if attack is None else "robust")
+    if best == "last":
+        return {}
+
+    def at_epoch_end(_, variables: Variables) -> dict[str, float]:
+        scores = validate(context, classifier, attack, variables)
+        if "validation_one_step_accuracy" in scores:
+            images = len(context.downstream[1])
+            overfitted([*stage.metrics(), scores], images, stage.path.name)
+        return scores
+
+    return {
+        "at_epoch_end": at_epoch_end,
+        "score": f"validation_{best}_accuracy",
+        "patience": recipe.patience,
+    }
+
+
+def _summary(state: TrainState, best: Best | None, steps_per_epoch: int, gradients: int) -> dict:
+    """The numbers of a finished training; without a best epoch the last one was taken."""
+    epochs = int(state.step) // steps_per_epoch
+    return {
+        "best_epoch": int(best.epoch) if best else epochs,
+        "epochs": epochs,
+        "steps": int(state.step),
+        "validation_score": float(best.score) if best else None,
+        "skipped": int(state.counters["skipped"]),
+        "gradient_evaluations_per_image": epochs * gradients,
+    }
+
+
+def gradients_per_epoch(attack: Any, passes: int) -> int:
+    """Returns gradient evaluations per image in an epoch: the attack's and the update's passes."""
+    each = passes + (0 if attack is None else getattr(attack, "gradient_evaluations", 0))
+    return each * getattr(attack, "replays", 1)
+
+
+def without_attack(variables: Variables) -> Variables:
+    """Returns a classifier's variables on the host, without an adversary's perturbations."""
+    trees = {name: tree for name, tree in variables.items() if name != finetuning.COLLECTION}
+    return jax.device_get(trees)
+
+
+@struct.dataclass
+class _NoAttack:
+    def __call__(self, key, model, image, label=None):
+        return image
+
+
+def validate(
+    context: Context, template: Classifier, attack: Any, variables: Variables
+) -> dict[str, float]:
+    """Scores variables on the validation images.
+
+    Args:
+      context: The run; ``training.validation`` is the attack that all recipes are judged by.
+      template: Whose variables they are.
+      attack: Of training.  A `UniversalPool` is measured under its own members; without an attack
+        nothing but clean accuracy is.
+      variables: What is scored.
+
+    Returns:
+      ``validation_clean_accuracy``; with an attack ``validation_robust_accuracy``; for an attack of
+      one step also ``validation_one_step_accuracy``, under itself, by which catastrophic
+      overfitting is seen.
+    """
+    strongest: dict[str, Any] = {}
+    one_step = {}
+    if isinstance(attack, UniversalPool):
+        deltas = jax.device_get(variables[finetuning.COLLECTION]["deltas"])
+        strongest = {f"member{i}": m for i, m in enumerate(attack.members(deltas))}
+    elif attack is not None:
+        strongest = {"validation": context.plan.training.validation.build(context.encoder)}
+        one_step = {"one step": attack} if _takes_one_step(attack) else {}
+    results = evaluation.score(
+        template.with_variables(without_attack(variables)),
+        data.epoch_batches(context.downstream[1], context.plan.training.batch_size),
+        {**strongest, **one_step} or {"nothing": _NoAttack()},
+        key=stage_key(context.plan.seed, "validation"),
+        parallel=context.parallel,
+    )
+    metrics = {"validation_clean_accuracy": next(iter(results.values())).counts.clean_accuracy}
+    if strongest:
+        worst = evaluation.worst_case(results[name] for name in strongest)
+        metrics["validation_robust_accuracy"] = worst.counts.robust_accuracy
+    for name in one_step:
+        metrics["validation_one_step_accuracy"] = results[name].counts.robust_accuracy
+    return metrics
+
+
+def _takes_one_step(attack: Any) -> bool:
+    """Whether it is an attack on single images with one gradient: these overfit to themselves."""
+    gradients = getattr(attack, "gradient_evaluations", 0)
+    return gradients == 1 and not isinstance(attack, finetuning.Adversary)
+
+
+def overfitted(
+    lines: Iterable[Mapping[str, float]], images: int, name: str | None = None
+) -> int | None:
+    """Returns the epoch of catastrophic overfitting; None where there is none.
+
+    Args:
+      lines: Of ``metrics.jsonl``, in order.
+      images: How many validation images there are.
+      name: Of the stage, to warn of it at the epoch where it happens.
+    """
+    history = [
+        (line["validation_one_step_accuracy"], line["validation_robust_accuracy"])
+        for line in lines
+        if "validation_one_step_accuracy" in line
+    ]
+    epoch = finetuning.overfitting_epoch(history, images=images) if history else None
+    if name and epoch == len(history) > 0:
+        _log.warning("%s: %s", name, finetuning.overfitting_warning(history, epoch))
+    return epoch
+
+
+def save_classifier(
+    context: Context,
+    stage: StageDirectory,
+    classifier: Classifier,
+    results: Mapping[str, Any],
+    recipe: Recipe,
+) -> None:
+    """Writes ``classifier/``, which `weights.load_classifier` reads without this run's config."""
+    if jax.process_index():
+        return
+    source = recipe.public_encoder()
+    builder, options = context.own_builder if source is None else source.own_builder
+    card = {"stage": stage.path.name, "downstream": context.downstream[0].name, **results}
+    weights.save_classifier(
+        classifier,
+        stage.path / "classifier",
+        json_ready(card),
+        builder=builder,
+        options=options or None,
+    )

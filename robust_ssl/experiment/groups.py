@@ -1,0 +1,347 @@
+"""Attacks are scored group by group; each group is kept once it is done.
+
+A group is what is scored in one go: the attacks of one family on one model at one budget.  Its
+result, what happened to each image, is written to ``<stage>/groups/`` as soon as it is there, so an
+interrupted evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import data, evaluation, struct, threats
+from robust_ssl.evaluation import PerImage
+from robust_ssl.experiment.attack import Fitted
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.loop import stage_key
+from robust_ssl.stopping import Stopped, stop_requested
+from robust_ssl.types import Classifier, Encoder
+from robust_ssl.workdir import StageDirectory, fingerprint, load_arrays, save_arrays
+
+
+class Group(NamedTuple):
+    """What is scored in one go.
+
+    Attributes:
+      model: The classifier's name.
+      crafted_against: ``"public"`` or ``"hardened"``: whose weights the attacker saw.
+      family: ``"universal"``, ``"per_image"`` or ``"autoattack"``.
+      threat: What bounds the change, for example ``"Linf"``; see `threat_name`.
+      epsilon: The budget (pixel units; for a patch the share of the image's area).
+    """
+
+    model: str
+    crafted_against: str
+    family: str
+    threat: str
+    epsilon: float
+
+
+class Member(NamedTuple):
+    """One attack of a group.
+
+    Attributes:
+      attack: Its name.
+      seed: Its seed; None where there is none.
+      value: What `evaluation.score` takes.
+      seconds: What it took to craft, before it is applied to any image.
+      gradient_evaluations: Input gradients that crafting and applying it took, over all images;
+        0 for noise.
+    """
+
+    attack: str
+    seed: int | None
+    value: Any
+    seconds: float = 0.0
+    gradient_evaluations: int = 0
+
+    @property
+    def label(self) -> str:
+        """Names it within its group."""
+        return self.attack if self.seed is None else f"{self.attack}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores groups on a run's test split and keeps what is done.
+
+    Attributes:
+      context: The run.
+      stage: Whose directory keeps the groups.
+      batch_size: Images at a time.
+      on_part: Called after each part, for a progress bar.
+    """
+
+    context: Context
+    stage: StageDirectory
+    batch_size: int
+    on_part: Callable[[], None] = lambda: None
+
+    def score(self, group: Group, model: Classifier, members: Sequence[Member]) -> Scored:
+        """Scores all members on the whole split, or reads what was scored before.
+
+        Per-image attacks take long, so each is kept by itself; universal ones share one pass over
+        the clean images.
+        """
+        parts = [[m] for m in members] if group.family == "per_image" else [members]
+        results: dict[str, PerImage] = {}
+        for part in parts:
+            chosen = {member.label: member.value for member in part}
+            name = file_name(group, chosen)
+            results |= self.kept(name, lambda c=chosen: self._score(model, c, self.context.test))
+        alone = {member.label: results[member.label] for member in members}
+        worst = evaluation.worst_case(alone.values())
+        return Scored(group, tuple(members), {**alone, evaluation.WORST: worst})
+
+    def kept(self, name: str, compute: Callable[[], Mapping[str, PerImage]]) -> dict[str, PerImage]:
+        """Returns what was computed under this name before, else computes and keeps it."""
+        file = self.stage.path / "groups" / f"{name}.npz"
+        results = _kept(file)
+        if results is None:
+            if stop_requested():
+                raise Stopped(f"{self.stage.path.name} stopped; run it again to go on")
+            results = dict(compute())
+            if jax.process_index() == 0:
+                _keep(file, results)
+        self.on_part()
+        return results
+
+    def _score(self, model: Classifier, chosen: Mapping[str, Any], test) -> dict[str, PerImage]:
+        return evaluation.score(
+            model,
+            data.epoch_batches(test, self.batch_size),
+            chosen,
+            key=stage_key(self.context.plan.seed, "score"),
+            parallel=self.context.parallel,
+        )
+
+
+class Scored(NamedTuple):
+    """A group with what happened to each image, by member label and for the worst case.
+
+    Attributes:
+      group: What was scored.
+      members: Its attacks.
+      results: By label, and the worst case.
+      rows: Which images of the test split, int ``[n]``; None is all of them.
+    """
+
+    group: Group
+    members: tuple[Member, ...]
+    results: Mapping[str, PerImage]
+    rows: np.ndarray | None = None
+
+    @property
+    def worst(self) -> PerImage:
+        """The worst case per image over the members."""
+        return self.results[evaluation.WORST]
+
+    def entries(self, verdict: str) -> list[dict[str, Any]]:
+        """Returns the group's part of ``results.json``: each member, then the worst case.
+
+        Args:
+          verdict: Whether the model's robustness figures can be believed.
+        """
+        entries = [
+            self._entry(m.attack, m.seed, m.label, m.seconds, m.gradient_evaluations, verdict)
+            for m in self.members
+        ]
+        if len(self.members) > 1:
+            seconds = sum(m.seconds for m in self.members)
+            gradients = sum(m.gradient_evaluations for m in self.members)
+            worst = evaluation.WORST
+            entries.append(self._entry(worst, None, worst, seconds, gradients, verdict))
+        return entries
+
+    def _entry(self, attack, seed, label, seconds, gradients, verdict) -> dict[str, Any]:
+        per_image = self.results[label]
+        return {
+            "model": self.group.model,
+            "attack": attack,
+            "seed": seed,
+            "family": self.group.family,
+            "threat": self.group.threat,
+            "crafted_against": self.group.crafted_against,
+            "epsilon": float(self.group.epsilon),
+            **per_image.counts.as_dict(),
+            "verdict": verdict,
+            "seconds": round(seconds + per_image.seconds, 3),
+            "gradient_evaluations": int(gradients),
+        }
+
+
+def outcomes(scored: Iterable[Scored]) -> dict[str, np.ndarray]:
+    """Returns which images stayed right, for comparing models image by image.
+
+    Returns:
+      Bool arrays: ``"<model>, clean"``, all images of the split when nobody attacks, and by
+      `outcome_name` under the worst case of each group, over the images that it was scored on.
+    """
+    right = {}
+    for group, _, results, rows in scored:
+        right[outcome_name(group)] = results[evaluation.WORST].robust_correct
+        if rows is None:
+            right[f"{group.model}, clean"] = results[evaluation.WORST].clean_correct
+    return right
+
+
+def outcome_name(group: Group) -> str:
+    """Names the worst case of a group among `outcomes`."""
+    return ", ".join(map(str, group))
+
+
+def by_budget(fitted: Iterable[Fitted]) -> dict[tuple[str, float], list[Member]]:
+    """Sorts fitted perturbations by (threat, budget)."""
+    groups: dict[tuple[str, float], list[Member]] = {}
+    for one in fitted:
+        threat = threat_name(one.perturbation.threat)
+        member = Member(
+            one.attack, one.seed, one.perturbation, one.seconds, one.gradient_evaluations
+        )
+        groups.setdefault((threat, one.epsilon), []).append(member)
+    return groups
+
+
+def threat_name(threat: Any) -> str:
+    """Returns what a threat is called in tables: its class, and for a band its inside and edges.
+
+    Example:
+      >>> threat_name(threats.Band(threats.Linf(0.1), high=0.125))
+      'Linf, 0-0.125 cycles/pixel'
+    """
+    if isinstance(threat, threats.Band):
+        low, high = float(threat.low), float(threat.high)
+        edges = f"{low:.3g}-{high:.3g}" if np.isfinite(high) else f"from {low:.3g}"
+        return f"{threat_name(threat.threat)}, {edges} cycles/pixel"
+    return type(threat).__name__
+
+
+def identity(model: Classifier | Encoder) -> str:
+    """Identifies a model by its weights and by everything else it is made of.
+
+    Two classifiers of the same weights and another normalization, head or module differ.
+    """
+    made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
+    return f"{fingerprint(model.variables)}-{zlib.crc32(made_of.encode()):08x}"
+
+
+def sample(context: Context, count: int) -> np.ndarray:
+    """Returns the places of at most `count` random images of the test split, sorted.
+
+    The places for a smaller count are among those for a larger one.
+    """
+    order = np.random.default_rng([context.plan.seed, 20]).permutation(len(context.test))
+    return np.sort(order[:count])
+
+
+def per_image_members(
+    context: Context, built: Mapping[str, Any], against: str, seeds: Sequence[int] = (0,)
+) -> list[Member]:
+    """Returns per-image attacks as members, crafted on the public encoder or on the model.
+
+    Args:
+      context: Its public encoder is what an attack sees that needs no label.
+      built: Attacks by name.
+      against: ``"public"`` or ``"hardened"``; against the public encoder those that need labels
+        are left out, since it has none.
+      seeds: One member each; a seed turns the key of every image.
+    """
+    members = []
+    for seed in seeds:
+        for name, attack in built.items():
+            value = attack
+            if against == "public":
+                if not getattr(attack, "label_free", False):
+                    continue
+                value = Transferred(attack, context.encoder)
+            cost = getattr(attack, "gradient_evaluations", 0) * len(context.test)
+            value = value if seed == 0 else Reseeded(value, jnp.int32(seed))
+            members.append(Member(name, seed, value, 0.0, cost))
+    return members
+
+
+@struct.dataclass
+class Transferred:
+    """A per-image attack that looks at another model than the one it is then used on.
+
+    Attributes:
+      attack: The attack.
+      source: The model it sees, for example the public encoder.
+    """
+
+    attack: Any
+    source: Any
+
+    @property
+    def threat(self):
+        """Of the attack."""
+        return self.attack.threat
+
+    def __call__(self, key, model, image, label=None) -> jax.Array:
+        """Returns the adversarial image, crafted on `source`."""
+        del model
+        return self.attack(key, self.source, image, label)
+
+
+@struct.dataclass
+class Reseeded:
+    """An attack with other random numbers.
+
+    Attributes:
+      attack: The attack.
+      seed: Folded into each image's key.
+    """
+
+    attack: Any
+    seed: jax.Array
+
+    @property
+    def threat(self):
+        """Of the attack."""
+        return self.attack.threat
+
+    def __call__(self, key, model, image, label=None) -> jax.Array:
+        """Returns the adversarial image."""
+        return self.attack(jax.random.fold_in(key, self.seed), model, image, label)
+
+
+def file_name(group: Group, labels: Iterable[str]) -> str:
+    """Returns the name of the file that keeps a part of a group."""
+    # The labels too: which attacks are in a group may differ from one group to the next.
+    text = json.dumps([*group, sorted(labels)])
+    digest = f"{zlib.crc32(text.encode()):08x}"  # the same in every process, unlike hash()
+    words = f"{group.model}-{group.crafted_against}-{group.family}-{group.epsilon:.4f}-{digest}"
+    return re.sub(r"[^\w.\-]", "_", words)
+
+
+_FIELDS = ("clean_correct", "robust_correct", "flipped", "seconds")
+
+
+def _keep(file, results: Mapping[str, PerImage]) -> None:
+    labels = list(results)
+    stacked = {f: np.stack([np.asarray(getattr(results[n], f)) for n in labels]) for f in _FIELDS}
+    save_arrays(file, {"labels": np.asarray(labels), **stacked})
+
+
+def _kept(file) -> dict[str, PerImage] | None:
+    fields = load_arrays(file)
+    if fields is None or not {"labels", *_FIELDS} <= fields.keys():
+        return None
+    return {
+        str(label): PerImage(
+            fields["clean_correct"][i],
+            fields["robust_correct"][i],
+            fields["flipped"][i],
+            float(fields["seconds"][i]),
+        )
+        for i, label in enumerate(fields["labels"])
+    }

@@ -1,0 +1,269 @@
+"""From the text of recipes to recipes: defaults filled in, names linked, parameters matched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from robust_ssl import finetuning, models, optimizers
+from robust_ssl.build import (
+    Function,
+    Positive,
+    Share,
+    check_known,
+    inside,
+    near,
+    read,
+    read_entries,
+    text_of,
+)
+from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
+from robust_ssl.types import Encoder
+
+ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
+# An entry that is there decides on others, which are then none: a text that had both, read again,
+# would seem to say both.
+DECIDED = {
+    "members": tuple(name for name in ENTRIES if name not in ("members", "scored")),
+    "start": ("head", "encoder"),
+    "select": ("rates",),
+}
+
+
+def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns all entries of a recipe, defaults and what its function returns among them.
+
+    Args:
+      value: A mapping of `Recipe`'s entries; ``"module:function"`` of a function that returns one;
+        or ``{"function": ..., **options}``: options that the function does not take replace what
+        it returns, of ``select`` and ``attack`` setting by setting.
+      common: Entries of all recipes that do not say otherwise.
+      where: Its name, for errors.
+    """
+    given = {"function": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must be a mapping or a function's name, got {value!r}")
+    if "function" in given:
+        given = _from_function(given, where)
+    check_known(given, (*ENTRIES, "function"), where)
+    entries = {**common, **given}
+    if "patience" not in given and entries.get("best") == "last":
+        entries.pop("patience", None)  # where no epoch is judged, none can be better
+    # By themselves first: a wrong one decides nothing.
+    for name, kind in (("start", str | None), ("select", Selection | None)):
+        read(kind, given.get(name), f"{where}.{name}")
+    read(tuple[str, ...], given.get("members", ()), f"{where}.members")
+    for decider, names in DECIDED.items():
+        for name in names if entries.get(decider) else ():
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"{where} has both {decider!r} and {name!r}, which the first decides; give one"
+                )
+    text = {}
+    for field in dataclasses.fields(Recipe):
+        if field.name in ENTRIES:
+            missing = field.default_factory is dataclasses.MISSING
+            default = field.default if missing else field.default_factory()
+            text[field.name] = text_of(entries.get(field.name, default))
+    text = undecided(text)
+    if text.get("losses") and isinstance(text["losses"], Mapping):
+        text["losses"] = _losses_text(text)
+    return text
+
+
+def undecided(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries that no other one decides on."""
+    deciders = [decider for decider in DECIDED if entries.get(decider)]
+    decided = {name for decider in deciders for name in DECIDED[decider]}
+    return {name: entry for name, entry in entries.items() if name not in decided}
+
+
+def read_common(value: Any, where: str) -> dict[str, Any]:
+    """Returns the entries of all recipes, each tried by itself: else a recipe would be blamed."""
+    common = dict(read(Mapping[str, Any], value, where))
+    check_known(common, ENTRIES, where)
+    for name in ("start", "members"):
+        if name in common:
+            raise ValueError(
+                f"{where}.{name}: recipes cannot all be made from one of them; say it in each"
+            )
+    check_each(common, where)
+    return common
+
+
+def check_each(entries: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for an entry that is wrong by itself, whatever the others are."""
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    for name, entry in entries.items():
+        place = f"{where}.{name}"
+        if name == "rates":
+            _check_rates(entry, place)
+        elif name == "head":
+            _read_head(entry, place)
+        elif name not in ("start", "members"):
+            read(hints[name], entry, place)
+
+
+def _from_function(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    function = Function.read(given["function"], where).function
+    parameters = inspect.signature(function).parameters
+    options = {n: v for n, v in given.items() if n in parameters}
+    rest = {n: v for n, v in given.items() if n not in parameters and n != "function"}
+    check_known(rest, [*parameters, *ENTRIES], where)
+    made = Function.read({"function": given["function"], **options}, where)()
+    if not isinstance(made, Mapping):
+        raise ValueError(
+            f"{where}: {given['function']} must return a mapping of a recipe's entries"
+        )
+    for name in ("select", "attack"):
+        # Settings of one thing: those that are not said stay, unless it is another thing.
+        override, before = rest.get(name), made.get(name)
+        settings = isinstance(override, Mapping) and isinstance(before, Mapping)
+        if settings and "function" not in override:
+            rest[name] = {**before, **override}
+    return {**made, **rest}
+
+
+def _losses_text(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Each loss with its weight, for a sweep; without the two that `adv_ratio` decides."""
+    losses = {}
+    for name, loss in text["losses"].items():
+        if text["adv_ratio"] is None or name not in MIXED:
+            bare = isinstance(loss, str)
+            losses[name] = {"function": loss, "weight": 1.0} if bare else loss
+    return losses
+
+
+def _mixed(ratio: float) -> dict[str, Any]:
+    """The losses that a ratio means; one of weight 0 would cost a pass for nothing."""
+    weights = zip(MIXED, (1 - ratio, ratio), strict=True)
+    return {n: {"function": f"{LOSSES}{n}", "weight": weight} for n, weight in weights if weight}
+
+
+def link(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Recipe]:
+    """Returns recipes with their starts and members as values.
+
+    Args:
+      entries: Of each recipe, by name; see `entries_of`.
+      where: What they stand in, for errors: ``"config.recipes"``.
+
+    Raises:
+      ValueError: If a recipe names none that is there, starts over others from itself, or starts
+        from an ensemble.
+    """
+    recipes: dict[str, Recipe] = {}
+
+    def build(name: str, path: tuple[str, ...]) -> Recipe:
+        if name in path:
+            chain = " <- ".join([*path[path.index(name) :], name])
+            raise ValueError(f"{where}: recipes start from each other: {chain}")
+        if name not in recipes:
+            recipes[name] = _linked(name, entries, where, lambda n: build(n, (*path, name)))
+        return recipes[name]
+
+    for name in entries:
+        build(name, ())
+    return {name: recipes[name] for name in entries}
+
+
+def _linked(name: str, entries: Mapping[str, Any], where: str, get: Any) -> Recipe:
+    place = f"{where}.{name}"
+    mine = entries[name]
+    members = read(tuple[str, ...], mine["members"], f"{place}.members")
+    start = read(str | None, mine.get("start"), f"{place}.start")
+    for entry, other in [("start", start), *(("members", member) for member in members)]:
+        if other is not None and other not in entries:
+            raise ValueError(f"{place}.{entry}: there is no recipe {other!r}{near(other, entries)}")
+    start = None if start is None else get(start)
+    if start is not None and start.members:
+        raise ValueError(
+            f"{place}.start: {start.name!r} is an ensemble, from which nothing can be trained; "
+            "start from one of its members"
+        )
+    text = {entry: value for entry, value in mine.items() if entry != "scored"}
+    linked = {"name": name, "start": start, "members": tuple(map(get, members)), "text": text}
+    values = {entry: value for entry, value in mine.items() if entry not in linked}
+    if "rates" in values:
+        _check_rates(values["rates"], f"{place}.rates")
+    if values.get("adv_ratio") is not None:
+        ratio = read(Share, values["adv_ratio"], f"{place}.adv_ratio")
+        own = read(Mapping[str, Any], values["losses"], f"{place}.losses")
+        values["losses"] = {**_mixed(ratio), **own}
+    if "head" in values:
+        linked["head"] = _read_head(values.pop("head"), f"{place}.head")
+    return read_entries(Recipe, values, place, **linked)
+
+
+def _read_head(value: Any, where: str) -> str | Function:
+    if isinstance(value, str) and ":" not in value:
+        if value not in HEADS:
+            raise ValueError(f"{where} is {value!r}{near(value, HEADS)}")
+        return value
+    return Function.read(value, where)
+
+
+def _check_rates(value: Any, where: str) -> None:
+    for pattern, rate in read(Mapping[str, Any], value, where).items():
+        if rate != optimizers.FREEZE:
+            if isinstance(rate, str):
+                raise ValueError(f'{where}.{pattern} must be a number or "freeze", got {rate!r}')
+            read(Positive, rate, f"{where}.{pattern}")
+
+
+def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
+    """Raises ValueError unless a recipe suits an encoder's parameters and image size.
+
+    Args:
+      recipe: What is checked.
+      encoder: The public encoder, or one with shapes in place of weights.
+      where: The recipe's place in the config, for errors.
+    """
+    shape = (encoder.image_size, encoder.image_size, 3)
+    with inside(f"{where}.attack"):
+        if recipe.attack is not None:
+            recipe.attack.check(shape)
+    params = _params(recipe, encoder)
+    if recipe.select is None:
+        with inside(f"{where}.rates"):
+            optimizers.layer_rates(params, recipe.rates)
+        return
+    with inside(f"{where}.select.layers"):
+        recipe.select.choose(dict.fromkeys(finetuning.kernels(params), 0.0))
+
+
+def _params(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
+    """Shapes of a recipe's parameters but for the number of classes, which data will tell."""
+    head = recipe.first.head
+    shape = _named_head(head, encoder.dim) if isinstance(head, str) else _head(head(2), encoder.dim)
+    return {"encoder": encoder.variables["params"], "head": shape}
+
+
+@functools.cache  # thirty recipes of a comparison have the same few heads
+def _named_head(name: str, dim: int) -> Any:
+    return _head(models.heads.HEADS[name](2), dim)
+
+
+def _head(head: Any, dim: int) -> Any:
+    features = jax.ShapeDtypeStruct((1, dim), jnp.float32)
+    return jax.eval_shape(head.init, jax.random.key(0), features)["params"]
+
+
+def in_order(recipes: Mapping[str, Recipe]) -> Iterator[Recipe]:
+    """Yields recipes so that what others need comes first."""
+    done: dict[Recipe, None] = {}
+
+    def visit(recipe: Recipe) -> None:
+        for other in recipe.needs:
+            visit(other)
+        done.setdefault(recipe)
+
+    for recipe in recipes.values():
+        visit(recipe)
+    yield from done

@@ -1,0 +1,254 @@
+"""The loop that every training stage shares: resumable, logged, stoppable, never waiting."""
+
+from __future__ import annotations
+
+import collections
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import struct
+from robust_ssl.data import Batches
+from robust_ssl.data.batches import take
+from robust_ssl.optimizers.finite import raise_if_stuck
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.stopping import Stopped, stop_requested
+from robust_ssl.types import TrainState, Variables
+from robust_ssl.workdir import StageDirectory
+
+_AHEAD = 3  # steps that may be in flight before the loop waits for the oldest
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """Returns the random key of a stage: a function of the run's seed and the stage's name."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+
+
+@struct.dataclass
+class Best:
+    """The best epoch so far, by validation.
+
+    Attributes:
+      variables: Its weights.
+      score: Its score, float32 scalar; -1 before the first epoch.
+      epoch: Its number, from 1, int32 scalar.
+    """
+
+    variables: Variables
+    score: jax.Array
+    epoch: jax.Array
+
+    @classmethod
+    def none_yet(cls, variables: Variables) -> Best:
+        """Returns what any epoch is better than."""
+        return cls(variables, jnp.asarray(-1.0, jnp.float32), jnp.asarray(0, jnp.int32))
+
+
+def train(
+    stage: StageDirectory,
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    batches: Batches,
+    *,
+    epochs: int,
+    parallel: Parallel,
+    progress: Progress,
+    checkpoint_every: int | None = None,
+    at_epoch_end: Callable[[int, Variables], Mapping[str, float]] | None = None,
+    score: str | None = None,
+    patience: int | None = None,
+    loop_on_device: bool | None = None,
+) -> tuple[TrainState, Best | None]:
+    """Trains from the stage's newest checkpoint to its end.
+
+    Updates that are not finite are skipped and counted by the step.  Too many in a row end the
+    training, with the last good state kept: the same command goes on from there with the batches
+    that follow, and with its full limit again.
+
+    Args:
+      stage: Where checkpoints and metrics go.
+      state: The state before the first step.
+      step: The function of one device's part, for `Parallel.compile`.
+      batches: The batch of each step.
+      epochs: Passes over the training set.
+      parallel: The devices.
+      progress: Shows how far it is.
+      checkpoint_every: Steps between checkpoints; None is once an epoch.  With steps in a loop on
+        the devices, the nearest smaller number that fits an epoch.
+      at_epoch_end: Called with the number of finished epochs and the variables; what it returns
+        is logged.
+      score: Which entry of that decides the best epoch; None keeps none.
+      patience: Stops after this many epochs whose score was not above all before; None never
+        does.  What it needs is part of the checkpoint, so a resumed training stops at the same
+        epoch.
+      loop_on_device: Whether the steps up to the next checkpoint or epoch's end are one compiled
+        scan; None: on accelerators, where the data lie on the device.
+
+    Returns:
+      The state after the last step, and the best epoch (None without `score`).  With `patience`
+      the number of steps is the state's.
+
+    Raises:
+      ValueError: If `patience` is below 1 or there is no `score` to judge by.
+      Stopped: If a stop was asked for; the state has been saved.
+      FloatingPointError: If too many updates in a row were not finite; the message says where the
+        last good state is kept.
+    """
+    total = epochs * batches.steps_per_epoch
+    every = checkpoint_every or batches.steps_per_epoch
+    kept = parallel.replicate(_nothing_yet(state, score, patience))
+    first, kept = stage.restore_latest(kept) or (0, kept)
+    _raise_if_stuck(stage, first, total, kept, parallel)  # one that was so at its end still is
+    advance, looped = _advance(step, batches, parallel, loop_on_device)
+    if looped:
+        every = _fitting(every, batches.steps_per_epoch)
+    in_flight: collections.deque = collections.deque()
+    unwritten: list[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]] = []
+    done = first
+    with progress.stage(stage.path.name, total, batches.batch_size, first) as bar:
+        while done < total and not _lost_patience(kept, done, batches, patience):
+            start, done = done, done + 1
+            if looped:
+                done = _next_stop(start, every, batches.steps_per_epoch)
+            state, metrics = advance(kept["state"], start, done - start)
+            kept, extra = {**kept, "state": state}, {}
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > _AHEAD:
+                jax.block_until_ready(in_flight.popleft())
+            bar.update(done, loss=metrics["loss"][-1] if looped else metrics["loss"])
+            epoch_ends = done % batches.steps_per_epoch == 0
+            if epoch_ends:
+                epoch = done // batches.steps_per_epoch
+                measured = at_epoch_end(epoch, state.variables) if at_epoch_end else {}
+                extra = {"epoch": epoch, **measured}
+                kept = _keep_best(kept, measured.get(score), epoch, parallel)
+            unwritten.append((start, done, metrics, extra))
+            stopping = stop_requested()
+            saving = stopping or done % every == 0
+            if saving or epoch_ends:
+                _write(stage, unwritten)
+                _raise_if_stuck(stage, done, total, kept, parallel)
+            if saving and done < total:
+                stage.save(done, kept)
+            if stopping and done < total:
+                stage.wait()
+                raise Stopped(f"{stage.path.name} stopped after step {done} of {total}")
+    batches.close()
+    return kept["state"], kept.get("best")
+
+
+def _fitting(every: int, steps_per_epoch: int) -> int:
+    """The longest interval up to `every` with which all loops have one length: one program."""
+    if every >= steps_per_epoch:
+        return every - every % steps_per_epoch
+    return max(d for d in range(1, every + 1) if steps_per_epoch % d == 0)
+
+
+def _next_stop(step: int, *intervals: int) -> int:
+    """The first step after `step` that is a multiple of one of the intervals."""
+    return min((step // interval + 1) * interval for interval in intervals)
+
+
+def _advance(
+    step: Callable, batches: Batches, parallel: Parallel, loop_on_device: bool | None
+) -> tuple[Callable, bool]:
+    """Returns ``(state, first, count) -> (state, metrics)`` and whether it loops on the devices.
+
+    On accelerators many steps are one program, a scan over data that lie on the device; metrics
+    then have an axis of steps.  On CPU a step is a program of its own, because XLA compiles
+    convolutions in a loop to slow code there.
+    """
+    if loop_on_device is None:
+        loop_on_device = batches.resident and parallel.devices[0].platform != "cpu"
+    if loop_on_device and not batches.resident:
+        raise ValueError(
+            "loop_on_device needs a set that lies on the devices, and this one is read in a "
+            "stream; leave it None"
+        )
+    function, settings = getattr(step, "function", None), getattr(step, "settings", None)
+    if function is None:  # a plain function of (state, batch)
+        function, settings = lambda state, batch, settings: step(state, batch), ()
+    settings = parallel.replicate(settings)
+    if not loop_on_device:
+        compiled = parallel.compile(function, constants=settings)
+        return lambda state, first, count: compiled(state, batches(first)), False
+
+    def loop(state, order, constants):
+        def one(state, rows):
+            batch = take(constants["set"], rows)
+            batch = {**batch, "indices": order["indices"], "rows": rows}
+            return function(state, batch, constants["settings"])
+
+        return jax.lax.scan(one, state, order["rows"].T)
+
+    constants = {"set": batches.resident_set, "settings": settings}
+    compiled = parallel.compile(loop, constants=constants)
+    return lambda state, first, count: compiled(state, batches.rows(first, count)), True
+
+
+def _nothing_yet(state: TrainState, score: str | None, patience: int | None) -> dict[str, Any]:
+    """Returns all that a checkpoint holds, before the first step."""
+    if patience is not None and (patience < 1 or score is None):
+        raise ValueError(
+            f"patience={patience} with score={score!r}: stopping early needs a patience of at "
+            "least 1 epoch and a score to judge by"
+        )
+    kept: dict[str, Any] = {"state": state}
+    if score is not None:
+        kept["best"] = Best.none_yet(state.variables)
+    if patience is not None:
+        kept["improved"] = jnp.asarray(0, jnp.int32)  # the last epoch above all before it
+    return kept
+
+
+def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) -> dict:
+    # In the precision that is kept: 0.8 would be below its own float32.
+    if score is None or np.float32(score) < (before := np.float32(kept["best"].score)):
+        return kept
+    # Of equal epochs the later one, which has seen more; but it is no improvement.
+    number = jnp.asarray(epoch, jnp.int32)
+    scalars = {"score": jnp.asarray(score, jnp.float32), "epoch": number}
+    kept = {**kept, "best": Best(kept["state"].variables, **parallel.replicate(scalars))}
+    if "improved" in kept and np.float32(score) > before:
+        kept["improved"] = parallel.replicate(number)
+    return kept
+
+
+def _lost_patience(kept: dict, done: int, batches: Batches, patience: int | None) -> bool:
+    """Whether training ends here; a function of what a checkpoint of this step holds."""
+    epoch, steps = divmod(done, batches.steps_per_epoch)
+    return patience is not None and not steps and epoch - int(kept["improved"]) >= patience
+
+
+def _raise_if_stuck(
+    stage: StageDirectory, done: int, total: int, kept: dict, parallel: Parallel
+) -> None:
+    """Raises if only updates that are not finite come, once the last good state is on disk."""
+    state = kept["state"]
+    try:
+        raise_if_stuck(state)
+    except FloatingPointError as error:
+        stuck = FloatingPointError(
+            f"{error}; the last good state is kept in {stage.checkpoints / str(done)}"
+        )
+        if done < total:  # who goes on from it has the full limit again
+            stuck.add_note("the same command goes on from there with the batches that follow")
+            none = parallel.replicate(jnp.zeros((), jnp.int32))
+            state = state.replace(counters={**state.counters, "skipped_in_a_row": none})
+        stage.save(done, {**kept, "state": state})
+        stage.wait()
+        raise stuck from None
+
+
+def _write(stage: StageDirectory, unwritten: list) -> None:
+    for start, done, metrics, extra in unwritten:
+        values = {name: np.asarray(value).reshape(-1) for name, value in metrics.items()}
+        for index in range(start, done):
+            line = {name: value[index - start].item() for name, value in values.items()}
+            stage.log(index, **line, **(extra if index == done - 1 else {}))
+    unwritten.clear()

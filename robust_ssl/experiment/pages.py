@@ -1,0 +1,226 @@
+"""What a run leaves to read: ``results.json``, ``report.md`` with its tables and figures."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from robust_ssl import evaluation, report
+from robust_ssl.experiment import train
+from robust_ssl.experiment.attack import at_main_budget, attack
+from robust_ssl.experiment.compare import outcomes_of, over_seeds
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.loop import stage_key
+from robust_ssl.experiment.score import saved_classifiers, score
+from robust_ssl.types import Classifier
+from robust_ssl.workdir import StageDirectory, fingerprint, load_arrays, save_arrays
+
+IMAGES = 256  # test images by which the outputs of layers are compared
+PICTURES = 8
+
+
+def outcomes(context: Context) -> dict[str, dict[str, np.ndarray]]:
+    """Returns in what part of the seeds each test image was right, by recipe and share."""
+    return over_seeds(outcomes_of(context, score(context), _pairs(context)))
+
+
+def write(context: Context, comparison: StageDirectory | None = None) -> pathlib.Path:
+    """Writes ``results.json``, ``report.md``, its tables and figures, unless they are there.
+
+    Args:
+      context: The run, in which `score` is done.
+      comparison: What `compare` left; None writes the page without it.
+
+    Returns:
+      The path of ``report.md``.
+    """
+    page, file = context.workdir / "report.md", context.workdir / "results.json"
+    scored = score(context)
+    document = _document(context, scored, comparison)
+    if page.exists() and _same(file, document):
+        return page
+    looks = {name: _look(context, scored, name, model) for name, model in _models(context).items()}
+    if jax.process_index():
+        return page
+    report.results.write(file, **document)
+    written = report.results.read(file)
+    figures = _figures(context, written, looks)
+    right = None if comparison is None else outcomes(context)
+    shown = _shown(context, written)
+    curves = {name: _curve(written["results"], name) for name in shown}
+    if max(map(len, curves.values())) <= 2:
+        curves = {}  # a line between two points says nothing more
+    report.write_report(context.workdir, written, curves=curves, outcomes=right, figures=figures)
+    return page
+
+
+def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
+    try:
+        written = report.results.read(file)
+    except (OSError, ValueError):  # of before, or damaged: it is made again from the stages
+        return False
+    new = report.results.document(**document)
+    return all(written[part] == new[part] for part in ("results", "verdicts", "comparison"))
+
+
+def _pairs(context: Context) -> list[tuple[Any, int]]:
+    results = train.trained_of(train.train(context)).results
+    return [
+        (recipe, seed)
+        for recipe in context.plan.scored
+        for seed in context.plan.training.seeds
+        if train.model_name(recipe, seed) in results
+    ]
+
+
+def _models(context: Context) -> dict[str, Classifier]:
+    pairs = _pairs(context) if context.plan.recipes else []
+    trained = {train.model_name(r, s): train.load_trained(context, r, s) for r, s in pairs}
+    return {**trained, **saved_classifiers(context)}
+
+
+def _document(
+    context: Context, scored: StageDirectory, comparison: StageDirectory | None
+) -> dict[str, Any]:
+    train_set, validation = context.downstream
+    manifest, suite = attack(context).manifest, context.plan.suite
+    pairs = _pairs(context) if context.plan.recipes else []
+    models = {train.model_name(r, s): {"recipe": r.name, "seed": s} for r, s in pairs}
+    models |= {name: {"recipe": None, "seed": None} for name in context.plan.classifiers}
+    encoder = context.encoder
+    run = {
+        "encoder": {"name": encoder.name, "fingerprint": fingerprint(encoder.variables)},
+        "downstream": {
+            "name": train_set.name,
+            "train": len(train_set),
+            "validation": len(validation),
+            "test": len(context.test),
+        },
+        "surrogate": {"name": context.surrogate.name, "images": len(context.surrogate)},
+        "suite": {
+            "epsilon": suite.epsilon,
+            "attacks": list(suite.attacks),
+            "seeds": list(suite.seeds),
+        },
+        "seeds": list(context.plan.training.seeds),
+        "devices": manifest["devices"],
+        "versions": manifest["versions"],
+        "config": context.plan.text,
+    }
+    return {
+        "run": run,
+        "models": models,
+        "results": scored.results["results"],
+        "verdicts": scored.results["verdicts"],
+        "comparison": None if comparison is None else comparison.results,
+    }
+
+
+# --- Figures ------------------------------------------------------------------------------------
+
+
+def _figures(
+    context: Context, document: Mapping[str, Any], looks: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[pathlib.Path]:
+    folder, shown = context.workdir / "figures", _shown(context, document)
+    first = looks[next(iter(shown))]
+    answers = [tuple(pair) for pair in first["answers"].tolist()]
+    paths = []
+    paths.append(
+        report.figure_examples(folder, first["clean"], first["attacked"], predictions=answers)
+    )
+    drifts = {label: _drift(looks[name]) for name, label in shown.items()}
+    paths.append(report.figure_stability(folder, drifts))
+    for recipe, seed in _pairs(context):
+        if recipe.select is not None and seed == context.plan.training.seeds[0]:
+            results = train.layers_of(context, recipe, seed)
+            name = f"sensitivity-{recipe.name}"
+            paths.append(
+                report.figure_sensitivity(folder, results["scores"], results["selected"], name=name)
+            )
+    return paths
+
+
+def _shown(context: Context, document: Mapping[str, Any]) -> dict[str, str]:
+    """The models of the figures, of recipes the first seed, with what they are called there."""
+    first, names = context.plan.training.seeds[0], report.names(document["models"])
+    chosen = {n: names[n] for n, m in document["models"].items() if m["seed"] in (None, first)}
+    return chosen or names
+
+
+def _curve(
+    results: Sequence[Mapping[str, Any]], model: str
+) -> list[tuple[float, float, float, float]]:
+    """Accuracy by budget: the worst case over the public encoder's perturbations under Linf."""
+    points = {}
+    for entry in results:
+        group = (entry["model"], entry["family"], entry["crafted_against"], entry["threat"])
+        if group != (model, "universal", "public", "Linf"):
+            continue
+        clean = entry["clean_accuracy"], *entry["ci95"]["clean_accuracy"]
+        points.setdefault(0.0, (0.0, *clean))
+        robust = entry["robust_accuracy"], *entry["ci95"]["robust_accuracy"]
+        # The worst case comes last in its group; where there is one attack it is that one's.
+        points[entry["epsilon"]] = (entry["epsilon"], *robust)
+    return [points[epsilon] for epsilon in sorted(points)]
+
+
+def _look(
+    context: Context, scored: StageDirectory, name: str, model: Classifier
+) -> dict[str, np.ndarray]:
+    """Returns what the strongest public perturbation does to some images; kept once made.
+
+    Returns:
+      ``clean`` and ``attacked`` images, the model's ``answers`` to both, and by how much the
+      output of each layer moves: ``taps``, ``measures`` and ``drift`` ``[taps, measures]``.
+    """
+    file = scored.path / "groups" / f"{name}-look.npz"
+    arrays = load_arrays(file)
+    if arrays is not None:
+        return arrays
+    perturbation = _strongest(context, scored, name)
+    count = min(IMAGES, len(context.test))
+    clean = evaluation.to_pixels(context.test.read(np.arange(count))["images"])
+    key = stage_key(context.plan.seed, "score")
+    attacked = evaluation.quantize(perturbation.apply(clean, key))
+    stability = evaluation.per_layer_stability(model.encoder, clean, attacked)
+    names = context.test.class_names
+    spread = np.linspace(0, count - 1, PICTURES).astype(int)
+    answers = []
+    for images in (clean[spread], attacked[spread]):
+        labels = np.asarray(evaluation.predictions(model, images))
+        answers.append([names[label] if names else str(label) for label in labels])
+    measures = list(next(iter(stability.values())))
+    arrays = {
+        "clean": np.asarray(clean[spread]),
+        "attacked": np.asarray(attacked[spread]),
+        "answers": np.asarray(answers).T,
+        "taps": np.asarray(list(stability)),
+        "measures": np.asarray(measures),
+        "drift": np.asarray([[tap[m] for m in measures] for tap in stability.values()]),
+    }
+    if jax.process_index() == 0:
+        save_arrays(file, arrays)
+    return arrays
+
+
+def _drift(look: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    rows = zip(look["taps"].tolist(), look["drift"].tolist(), strict=True)
+    return {tap: dict(zip(look["measures"].tolist(), row, strict=True)) for tap, row in rows}
+
+
+def _strongest(context: Context, scored: StageDirectory, model: str):
+    """Returns the public perturbation that costs a model the most accuracy."""
+    robust = {}
+    for entry in scored.results["results"]:
+        if (entry["model"], entry["family"], entry["crafted_against"]) == (
+            *(model, "universal"),
+            "public",
+        ):
+            robust[entry["attack"], entry["seed"], entry["epsilon"]] = entry["robust_accuracy"]
+    fitted = at_main_budget(context, attack(context))
+    return min(fitted, key=lambda f: robust[f.attack, f.seed, float(f.epsilon)]).perturbation

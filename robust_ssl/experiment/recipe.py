@@ -1,0 +1,234 @@
+"""A recipe: what one training starts from, minimizes, moves and is attacked by."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from robust_ssl import finetuning
+from robust_ssl.build import (
+    Count,
+    Function,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    read,
+)
+from robust_ssl.experiment.sources import EncoderSource
+from robust_ssl.experiment.suites import InnerAttack
+from robust_ssl.types import Encoder, Loss
+
+LOSSES = "robust_ssl.losses:"
+CLEAN = {"clean_cross_entropy": f"{LOSSES}clean_cross_entropy"}
+MIXED = ("clean_cross_entropy", "adversarial_cross_entropy")  # what `adv_ratio` weighs
+HEADS = ("linear", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedLoss:
+    """A loss with its weight.
+
+    Attributes:
+      loss: ``LossInputs -> [batch]``, its options set.
+      weight: What its mean is multiplied by.
+      text: What the config said.
+    """
+
+    loss: Loss
+    weight: float
+    text: Any
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> WeightedLoss:
+        """Reads ``{"function": ..., "weight": number, **options}``; the weight is 1 if not said."""
+        entries = dict(value) if isinstance(value, Mapping) else {"function": value}
+        if isinstance(value, list | tuple):
+            raise ValueError(
+                f'{where} must be {{"function": "module:function", "weight": number, **options}}, '
+                f"got {value!r}"
+            )
+        weight = read(NotNegative, entries.pop("weight", 1.0), f"{where}.weight")
+        return cls(Function.read(entries, where, ("weight",)).bound, weight, value)
+
+
+class Layers:
+    """How many layers: a whole number, or a share of them in (0, 1]."""
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> int | float:
+        """Reads the one or the other."""
+        for kind in (Count, Annotated[float, Range(0, 1, above=True)]):
+            with contextlib.suppress(ValueError):
+                return read(kind, value, where)
+        raise ValueError(
+            f"{where} must be a whole number of at least 1, or a share in (0, 1], got {value!r}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Only robust-redundant layers move: those whose weights can be perturbed at least cost.
+
+    Attributes:
+      images: Validation images that it is measured on.
+      num_steps: Ascent steps in each layer's weights.
+      learning_rate: Of these steps, relative to the layer's norm.
+      radius: How far weights may go, relative to their norm.
+      layers: How many layers move: a whole number of them, or what part of all, in (0, 1].
+      rate: Learning rate of those that move.
+
+    References:
+      Zhou et al., IEEE S&P 2024, second stage.
+    """
+
+    images: Count = 256
+    num_steps: Count = 10
+    learning_rate: Positive = 1.0
+    radius: Positive = 0.1
+    layers: Layers = 0.2
+    rate: Positive = 1e-3
+
+    def choose(self, scores: Mapping[str, float]) -> list[str]:
+        """Returns the layers that move.
+
+        Args:
+          scores: Sensitivity by layer.
+
+        Raises:
+          ValueError: If that is none of them, or more than there are.
+        """
+        whole = isinstance(self.layers, int)
+        return finetuning.select_redundant(
+            scores,
+            top_k=self.layers if whole else None,
+            top_k_fraction=None if whole else self.layers,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training, resolved: what a config's ``recipes`` become.
+
+    Attributes:
+      name: In the config; its directory is called by it.
+      start: The recipe whose classifier it starts from; None: the public encoder, a fresh head.
+      encoder: Another public encoder than the run's; None is the run's.
+      head: ``"linear"``, ``"mlp"`` or a function of the number of classes.
+      preprocess: What happens to pixels first.
+      members: Recipes that make an ensemble; nothing is trained.
+      prune: Share of the encoder's kernel weights set to zero before training.
+      epochs: Passes over the training images; 0 trains nothing.
+      batch_size: Images of an update.
+      rates: Path pattern to learning rate, or ``"freeze"``; a later pattern overrides an earlier.
+      select: Chooses which layers move, in place of `rates`.
+      losses: What is minimized, by the name that is logged.
+      adv_ratio: r: clean cross-entropy weighs 1 - r and adversarial r, beside the losses.
+      attack: What crafts adversarial images; None where no loss needs them.
+      batch_statistics: Whose statistics the running ones follow; see `finetuning.make_step`.
+      augment: ``(key, image) -> image``.
+      compare_with_pretrained: Whether losses see the public encoder's outputs.
+      weight_decay: In the gradient, as in Gen-AF's code.
+      decay: Learning rates are multiplied by it after each epoch.
+      l2_sp: Weight of the squared distance to the start.
+      patience: Epochs without a better one after which training stops.
+      best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
+        ``"last"``; None is robust where there is an attack.
+      tolerance: Robust accuracy that the interpolation guard may lose on the way from the start.
+      scored: Whether it is compared, or only another one's start.
+      text: All of it, plain JSON values: what its directory keeps.
+    """
+
+    name: str
+    start: Recipe | None = None
+    encoder: EncoderSource | None = None
+    head: str | Function = "mlp"
+    preprocess: Function | None = None
+    members: tuple[Recipe, ...] = ()
+    prune: Annotated[float, Range(0, 1, below=True)] = 0.0
+    epochs: Natural = 0
+    batch_size: Count = 128
+    rates: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"encoder/**": 1e-3, "head/**": 5e-3}
+    )
+    select: Selection | None = None
+    losses: Mapping[str, WeightedLoss] = dataclasses.field(default_factory=lambda: dict(CLEAN))
+    adv_ratio: Share | None = None
+    attack: InnerAttack | None = None
+    batch_statistics: Literal["clean", "adversarial", "both", "frozen", "twins"] = "clean"
+    augment: Function | None = None
+    compare_with_pretrained: bool = False
+    weight_decay: NotNegative = 8e-4
+    decay: Annotated[float, Range(0, 1, above=True)] = 0.96
+    l2_sp: NotNegative = 0.0
+    patience: Count | None = None
+    best: Literal["clean", "robust", "last"] | None = None
+    tolerance: Share | None = None
+    scored: bool = True
+    text: Any = dataclasses.field(default=None, repr=False, metadata={"hidden": True})
+
+    def __post_init__(self):
+        if self.best == "robust" and self.attack is None:
+            raise ValueError('best="robust" needs an attack: without one only "clean" is validated')
+        if self.patience is not None and self.best == "last":
+            raise ValueError(
+                f"patience={self.patience} with best='last': stopping early needs a validated "
+                "epoch to judge by"
+            )
+        if self.attack is None and self.batch_statistics in ("adversarial", "both"):
+            raise ValueError(f"batch_statistics={self.batch_statistics!r} needs an attack")
+        if self.epochs and not self.members and not self.losses:
+            raise ValueError("losses is empty: there is nothing to minimize")
+        if self.members and len(self.members) < 2:
+            raise ValueError("members: an ensemble is made of at least two recipes")
+
+    @property
+    def needs(self) -> tuple[Recipe, ...]:
+        """The recipes that come first: its members, or its start."""
+        return (*self.members, *((self.start,) if self.start else ()))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has a training of its own."""
+        return self.epochs > 0 and not self.members
+
+    def chain(self) -> list[Recipe]:
+        """Returns the recipe with all that it is made from, each once, itself first."""
+        chain = [self]
+        for recipe in chain:
+            chain += [other for other in recipe.needs if other not in chain]
+        return chain
+
+    @property
+    def first(self) -> Recipe:
+        """Where its starts begin: this one decides on encoder and head."""
+        return self.start.first if self.start else self
+
+    def public_encoder(self) -> EncoderSource | None:
+        """Returns the encoder that it, or what it starts from, names; None is the run's."""
+        return self.first.encoder
+
+    @property
+    def weighted_losses(self) -> dict[str, tuple[Loss, float]]:
+        """The losses as `finetuning.make_step` takes them."""
+        return {name: (term.loss, term.weight) for name, term in self.losses.items()}
+
+    def build_head(self, num_classes: int) -> Any:
+        """Returns the head as `models.classifier` takes it."""
+        return self.head if isinstance(self.head, str) else self.head(num_classes)
+
+    def build_attack(self, encoder: Encoder) -> Any:
+        """Returns the attack of training, None where there is none."""
+        return None if self.attack is None else self.attack.build(encoder)
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and (self.name, self.text) == (other.name, other.text)
+
+    def __hash__(self) -> int:
+        return hash(self.name)

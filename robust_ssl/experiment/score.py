@@ -1,0 +1,363 @@
+"""The stage `score`: every classifier under the whole suite; what happened to each test image."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import data, evaluation, report
+from robust_ssl.attacks import autoattack
+from robust_ssl.build import inside
+from robust_ssl.evaluation import PerImage
+from robust_ssl.experiment import train
+from robust_ssl.experiment.attack import attack, load_perturbations
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.examine import examine
+from robust_ssl.experiment.groups import (
+    Group,
+    Member,
+    Scored,
+    Scorer,
+    by_budget,
+    file_name,
+    identity,
+    outcomes,
+    per_image_members,
+    sample,
+    threat_name,
+)
+from robust_ssl.experiment.loop import stage_key
+from robust_ssl.experiment.suites import Budget
+from robust_ssl.types import Classifier
+from robust_ssl.workdir import StageDirectory, WorkdirError, load_arrays, save_arrays
+from robust_ssl.xla import release_programs
+
+OUTCOMES = "outcomes.npz"
+_ENSEMBLES = {"standard": autoattack.standard, "rand": autoattack.rand}
+
+
+# --- What is scored -----------------------------------------------------------------------------
+
+
+def saved_classifiers(context: Context) -> dict[str, Classifier]:
+    """Returns the classifiers from elsewhere, by name.
+
+    Raises:
+      ValueError: If one cannot be read, or does not fit the test split.
+    """
+    return context.once("classifiers", lambda: _load_saved(context))
+
+
+def _load_saved(context: Context) -> dict[str, Classifier]:
+    classifiers = {}
+    for name, source in context.plan.classifiers.items():
+        try:
+            classifiers[name] = source.load()
+            _check_fits(context, classifiers[name])
+        except (ValueError, TypeError, OSError) as error:
+            error.add_note(f"in config.classifiers.{name}")
+            raise
+    return classifiers
+
+
+def _trained(context: Context) -> dict[str, Classifier]:
+    """The classifiers of the scored recipes, with every seed, by model name."""
+    if not context.plan.recipes:
+        return {}
+    failed = train.trained_of(train.train(context)).failed
+    pairs = itertools.product(context.plan.scored, context.plan.training.seeds)
+    return {
+        train.model_name(recipe, seed): train.load_trained(context, recipe, seed)
+        for recipe, seed in pairs
+        if train.model_name(recipe, seed) not in failed
+    }
+
+
+def _check_fits(context: Context, classifier: Classifier) -> None:
+    size, public, classes = classifier.image_size, context.encoder.image_size, context.num_classes
+    if size != public:
+        raise ValueError(
+            f"the classifier takes {size} x {size} pixels and the public encoder "
+            f"{context.encoder.name} {public} x {public}: perturbations fitted on one do not fit "
+            "the other; take the encoder that the classifier was built on (config.encoder)"
+        )
+    data.check_image_size(context.test, size)
+    if classifier.num_classes != classes:
+        raise ValueError(
+            f"the classifier has {classifier.num_classes} classes and {context.test.name} "
+            f"{classes}: it was made for another task; change config.downstream or the classifier"
+        )
+
+
+# --- Attacks ------------------------------------------------------------------------------------
+
+
+def build_per_image(context: Context, budget: Budget) -> dict[str, Any]:
+    """Returns the per-image attacks at a budget; a target's place becomes its surrogate image.
+
+    Raises:
+      ValueError: If an option is not possible.
+    """
+    built = {}
+    for name, entry in context.plan.scoring.per_image.attacks.items():
+        with inside(f"config.scoring.per_image.attacks.{name}"):
+            target = None
+            if entry.target is not None:
+                if not 0 <= entry.target < len(context.surrogate):
+                    raise ValueError(
+                        f"target {entry.target} is not the place of one of the "
+                        f"{len(context.surrogate)} surrogate images"
+                    )
+                [image] = context.surrogate.read(np.asarray([entry.target]))["images"]
+                target = evaluation.to_pixels(jnp.asarray(image))
+            built[name] = entry.build(budget.threat, target)
+    return built
+
+
+def build_autoattack(context: Context, num_classes: int) -> list[tuple[Budget, Mapping[str, Any]]]:
+    """Returns AutoAttack at each of its budgets."""
+    asked = context.plan.scoring.autoattack
+    ensemble = _ENSEMBLES[asked.version]
+    return [(budget, ensemble(budget.threat, num_classes)) for budget in asked.budgets]
+
+
+def check(context: Context) -> None:
+    """Builds and traces every attack on every classifier without running it.
+
+    Raises:
+      ValueError: With what is wrong and what to do.
+    """
+    scoring = context.plan.scoring
+    context.parallel.check_batch(scoring.batch_size)
+    if scoring.autoattack.budgets:
+        context.parallel.check_batch(scoring.autoattack.batch_size)
+    built = [build_per_image(context, budget) for budget in scoring.per_image.budgets]
+    models = [train.untrained(context, recipe) for recipe in context.plan.scored]
+    traced = set()  # one of each kind: most classifiers and the members of AutoAttack are alike
+    for classifier in [*models, *saved_classifiers(context).values()]:
+        attacks = [attack for by_name in built for attack in by_name.values()]
+        for _, ensemble in build_autoattack(context, classifier.num_classes):
+            attacks += itertools.chain.from_iterable(ensemble.values())
+        for attack_value in attacks:
+            leaves, structure = jax.tree.flatten((attack_value, classifier))
+            kind = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+            if kind not in traced:
+                _trace(attack_value, classifier, context.test.image_shape)
+                traced.add(kind)
+
+
+def _trace(attack: Any, classifier: Classifier, image_shape: tuple[int, ...]) -> None:
+    """Traces an attack, so that one which does not suit the classifier is refused at the start."""
+    image, label = jnp.zeros(image_shape), jnp.zeros((), jnp.int32)
+    jax.eval_shape(lambda a, c: a(jax.random.key(0), c, image, label), attack, classifier)
+
+
+# --- The stage ----------------------------------------------------------------------------------
+
+
+def score(context: Context) -> StageDirectory:
+    """Scores every classifier under the whole suite.
+
+    Universal perturbations are crafted on the public encoder and again on each classifier's own (a
+    classifier whose encoder did not move is attacked with the public ones).  Per-image attacks see
+    the public encoder, where they need no label, and the classifier itself.  Each attack is scored
+    by itself and in the worst case per image; a group of attacks is kept as soon as it is done, so
+    an interrupted stage goes on where it was.
+
+    Returns:
+      The stage's directory: ``results`` and ``verdicts`` of ``results.json``, and
+      ``outcomes.npz``: which images stayed right (`groups.outcomes`).
+    """
+    scoring = context.plan.scoring
+    models = {**_trained(context), **saved_classifiers(context)}
+    if not models:
+        raise FloatingPointError("nothing is left to score: every recipe failed")
+    public = attack(context)
+    crafted = {name: crafted_again(context, name, model) for name, model in models.items()}
+    inputs = {
+        **{f"classifier/{name}": identity(model) for name, model in models.items()},
+        **{f"attack/{name}": stage.fingerprint for name, stage in crafted.items() if stage},
+        "attack": public.fingerprint,
+        "test": context.test.fingerprint(),
+    }
+    with context.open("score", {"scoring": scoring}, inputs, collects=True) as stage:
+        if stage.done and load_arrays(stage.path / OUTCOMES) is not None:
+            return stage
+        results, verdicts, right = [], {}, {}
+        jobs = {n: _jobs(context, n, model, public, crafted[n]) for n, model in models.items()}
+        total = sum(job.parts for some in jobs.values() for job in some)
+        with context.progress.stage("score", total) as bar:
+            done = itertools.count(1)
+            quiet = Scorer(context, stage, scoring.batch_size)
+            for name, model in models.items():
+                release_programs()
+                scored = []
+                for job in jobs[name]:
+                    doing = f"{name} under {job.name}"
+                    bar.update(bar.finished_steps, doing=doing)
+                    step = functools.partial(_advance, bar, done, doing)
+                    scored.append(job.run(dataclasses.replace(quiet, on_part=step)))
+                bar.update(bar.finished_steps, doing=f"examining the figures of {name}")
+                verdicts[name] = (
+                    examine(quiet, name, model, scored, inputs[f"classifier/{name}"])
+                    if scoring.checks
+                    else {"verdict": "not examined", "checks": []}
+                )
+                for group in scored:
+                    results += group.entries(verdicts[name]["verdict"])
+                right |= outcomes(scored)
+        if jax.process_index() == 0:
+            save_arrays(stage.path / OUTCOMES, right)
+        stage.finish({"results": results, "verdicts": verdicts})
+    return stage
+
+
+def read_outcomes(stage: StageDirectory) -> dict[str, np.ndarray]:
+    """Returns what `score` left in ``outcomes.npz``; see `groups.outcomes`.
+
+    Raises:
+      WorkdirError: If a process cannot read it (a network disk may show it a minute late).
+    """
+    right = load_arrays(stage.path / OUTCOMES)
+    if right is None:
+        raise WorkdirError(
+            f"{stage.path / OUTCOMES} cannot be read by all processes; give all of them the same "
+            "disk and run the same command again, which makes it anew from what was scored"
+        )
+    return right
+
+
+def crafted_again(context: Context, name: str, model: Classifier) -> StageDirectory | None:
+    """Fits the suite on the classifier's own encoder; None where that is not asked."""
+    scoring = context.plan.scoring
+    if not scoring.adaptive:
+        return None
+    if identity(model.encoder) == identity(context.encoder):
+        return attack(context)
+    return attack(context, f"attack_{name}", model.encoder, curve=scoring.adaptive_curve)
+
+
+def _advance(bar: Any, done: Iterator[int], doing: str) -> None:
+    bar.update(next(done), doing=doing)
+
+
+class _Job(NamedTuple):
+    """One group to be scored: its name for people, in how many parts, and how."""
+
+    name: str
+    parts: int
+    run: Callable[[Scorer], Scored]
+
+
+def _jobs(
+    context: Context,
+    name: str,
+    model: Classifier,
+    public: StageDirectory,
+    crafted: StageDirectory | None,
+) -> list[_Job]:
+    scoring, jobs = context.plan.scoring, []
+
+    def add(group: Group, members: Sequence[Member]) -> None:
+        parts = len(members) if group.family == "per_image" else 1
+        run = functools.partial(_score, group, model, members)
+        jobs.append(_Job(_words(group), parts, run))
+
+    for against, stage in (("public", public), ("hardened", crafted)):
+        for (threat, epsilon), members in _universal(context, stage, against).items():
+            add(Group(name, against, "universal", threat, epsilon), members)
+    for against in ("public", "hardened"):
+        for budget in scoring.per_image.budgets:
+            built = build_per_image(context, budget)
+            members = per_image_members(context, built, against, scoring.seeds)
+            if members:
+                threat = threat_name(budget.threat)
+                add(Group(name, against, "per_image", threat, budget.epsilon), members)
+    for budget, ensemble in build_autoattack(context, model.num_classes):
+        group = Group(name, "hardened", "autoattack", threat_name(budget.threat), budget.epsilon)
+        run = functools.partial(_in_turn, group, model, ensemble)
+        jobs.append(_Job(_words(group), len(ensemble), run))
+    return jobs
+
+
+def _score(group: Group, model: Classifier, members: Sequence[Member], scorer: Scorer) -> Scored:
+    return scorer.score(group, model, members)
+
+
+def _words(group: Group) -> str:
+    family = {"universal": "the suite", "per_image": "per-image attacks"}.get(group.family)
+    again = ", crafted again on it" if group.crafted_against == "hardened" else ""
+    budget = report.budget(group.epsilon, group.threat)
+    return f"{family or 'AutoAttack'} at {budget}{again if family == 'the suite' else ''}"
+
+
+def _universal(
+    context: Context, stage: StageDirectory | None, against: str
+) -> dict[tuple[str, float], list[Member]]:
+    """A stage's perturbations by threat and budget, those that are worth scoring."""
+    if stage is None:
+        return {}
+    suite, adaptive_curve = context.plan.suite, context.plan.scoring.adaptive_curve
+    fitted = []
+    for one in load_perturbations(context, stage):
+        member = suite.attacks[one.attack]
+        if against == "hardened":
+            # Noise looks at no encoder: the public one is scored already.
+            on_curve = one.epsilon != member.budgets[0]
+            if member.is_noise or (on_curve and not adaptive_curve):
+                continue
+        fitted.append(one)
+    return by_budget(fitted)
+
+
+def _in_turn(
+    group: Group, model: Classifier, ensemble: Mapping[str, Sequence[Any]], scorer: Scorer
+) -> Scored:
+    """Scores AutoAttack: each attack on what the ones before have left, kept one by one."""
+    context = scorer.context
+    asked = context.plan.scoring.autoattack
+    rows = sample(context, asked.images or len(context.test))
+    part = context.test.read(rows)
+    examples = {
+        "images": part["images"],
+        "labels": part["labels"].astype(np.int32),
+        "indices": rows.astype(np.int32),
+    }
+    shared = {
+        "key": stage_key(context.plan.seed, "autoattack"),
+        "parallel": context.parallel,
+        "batch_size": asked.batch_size,
+    }
+    before, members, results = None, [], {}
+    for name, parts in ensemble.items():
+        file = file_name(group, [asked.version, name, f"{len(rows)} images"])
+        after = scorer.kept(
+            file, lambda p=parts, b=before: {"after": _after(model, examples, p, b, shared)}
+        )["after"]
+        alive = after.clean_correct if before is None else before.robust_correct
+        gradients = int(alive.sum()) * sum(part.gradient_evaluations for part in parts)
+        members.append(Member(name, None, parts[0], 0.0, gradients))
+        results[name] = before = after
+    total = sum(result.seconds for result in results.values())
+    worst = dataclasses.replace(before, seconds=total)
+    return Scored(group, tuple(members), {**results, evaluation.WORST: worst}, rows)
+
+
+def _after(model, examples, parts, before: PerImage | None, shared) -> PerImage:
+    """Returns what is left after an attack of what the ones before have left."""
+    begun = time.perf_counter()
+    if before is None:
+        clean = alive = evaluation.clean_correct(model, examples, **shared)
+    else:
+        clean, alive = before.clean_correct, before.robust_correct
+    # As AutoAttack's own code: FAB stops just past the boundary, and rounding may push it back.
+    left = evaluation.strike(model, examples, parts, alive, eight_bit=False, **shared)
+    return PerImage(clean, left, clean & ~left, time.perf_counter() - begun)

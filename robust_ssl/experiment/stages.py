@@ -1,0 +1,170 @@
+"""The story of a run: the config is read once, everything is traced, then stages run in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from robust_ssl import report
+from robust_ssl.experiment import pages, sweep
+from robust_ssl.experiment.analyze import analyze
+from robust_ssl.experiment.attack import attack
+from robust_ssl.experiment.attack import check as check_attack
+from robust_ssl.experiment.compare import compare
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.plan import Plan, UsageError, plan
+from robust_ssl.experiment.pretrain import check as check_pretrain
+from robust_ssl.experiment.pretrain import pretrain
+from robust_ssl.experiment.score import check as check_score
+from robust_ssl.experiment.score import score
+from robust_ssl.experiment.trace import check as check_train
+from robust_ssl.experiment.train import train
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.workdir import (
+    ConfigChangedError,
+    StageDirectory,
+    WorkdirError,
+    check_layout,
+    make_directory,
+)
+from robust_ssl.xla import shared_programs
+
+_log = logging.getLogger(__name__)
+
+_RUN: dict[str, Callable[[Context], StageDirectory]] = {
+    "pretrain": pretrain,
+    "attack": attack,
+    "train": train,
+    "score": score,
+    "compare": compare,
+    "sweep": sweep.sweep,
+    "analyze": analyze,
+}
+
+
+def run(
+    config: Mapping[str, Any] | Plan,
+    workdir: str | os.PathLike,
+    *,
+    parallel: Parallel | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Runs the stages that ``config.stages`` names, in order.
+
+    A finished stage is skipped, an interrupted one goes on.
+
+    Args:
+      config: What `plan` reads, or a plan.
+      workdir: Where each stage has its directory; made if it does not exist.
+      parallel: The devices; None is `pmap` over all of them.
+      progress: How to report; None is a bar on a terminal and lines elsewhere.
+
+    Returns:
+      Stage name to its results.  With a stage `score` or `compare` there are ``results.json``,
+      under its contract, and ``report.md``.
+
+    Raises:
+      UsageError: If the config, or the data it names, cannot be used.  Nothing has been run.
+      ConfigChangedError: If the workdir holds the work of another config.
+      WorkdirError: If the workdir cannot be written.
+      progress.Stopped: If a stop was asked for; run again to go on.
+    """
+    planned = config if isinstance(config, Plan) else plan(config)
+    context = Context(
+        plan=planned,
+        workdir=pathlib.Path(workdir).expanduser(),
+        parallel=parallel or Parallel.create(),
+        progress=progress or Progress(),
+    )
+    check_layout(context.workdir)
+    check(context)
+    make_directory(workdir)
+    results: dict[str, Any] = {}
+    with shared_programs():
+        for name in planned.stages:
+            stage = _RUN[name](context)
+            results[name] = stage.results
+            _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
+        if {"score", "compare"} & results.keys():
+            comparison = compare(context) if "compare" in results else None
+            pages.write(context, comparison)
+    if jax.process_index() == 0:
+        _print(context, results)
+    return results
+
+
+def _print(context: Context, results: Mapping[str, Any]) -> None:
+    """Prints the answer, and where everything else is."""
+    if {"score", "compare"} & results.keys():
+        document = report.results.read(context.workdir / "results.json")
+        right = pages.outcomes(context) if "compare" in results else None
+        report.print_summary(document, outcomes=right)
+        print(f"everything else: {context.workdir / 'report.md'}")
+    elif "sweep" in results:
+        print((context.workdir / "sweep.md").read_text(encoding="utf-8"))
+
+
+def check(context: Context) -> None:
+    """Reads the data and traces every step that a run needs, without running one.
+
+    Raises:
+      UsageError: With what is wrong, where in the config, and what to do.
+    """
+    try:
+        for examine in _checks(context):
+            examine(context)
+    except (ConfigChangedError, WorkdirError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
+        raise UsageError.of(error) from error
+
+
+def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
+    stages = {*context.plan.stages}
+    if "pretrain" in stages:
+        yield check_pretrain
+        if context.plan.encoder.is_pretrained:
+            if stages != {"pretrain"}:
+                yield check_data
+            return  # steps are traced once the encoder is there
+    if stages & {"attack", "score", "compare", "sweep", "analyze"}:
+        yield lambda run: _within("config.surrogate", lambda: run.surrogate)
+        yield check_attack
+    if stages & {"train", "score", "compare", "sweep", "analyze"}:
+        yield check_data
+    if stages & {"train", "score", "compare", "analyze"}:
+        yield check_train
+    if stages & {"score", "compare"}:
+        yield check_score
+    if "sweep" in stages:
+        yield lambda run: _within("config.sweep", lambda: sweep.with_points(run))
+
+
+def check_data(context: Context) -> None:
+    """Reads the downstream images; nothing is scored on the test split here."""
+    _within("config.downstream", lambda: (context.downstream, context.test))
+
+
+def _within(section: str, read: Callable[[], Any]) -> None:
+    try:
+        read()
+    except Exception as error:
+        error.add_note(f"in {section}")
+        raise
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Returns every setting of a plan, one a line, functions with what they are for.
+
+    Raises:
+      UsageError: If there is no plan.
+    """
+    from robust_ssl import settings
+
+    return settings.describe(plan(config).text)

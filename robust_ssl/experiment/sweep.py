@@ -1,0 +1,196 @@
+"""The stage `sweep`: a grid over a recipe's entries, and what each point buys and costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from robust_ssl import data, evaluation, report
+from robust_ssl.experiment import costs, trace, train
+from robust_ssl.experiment.attack import at_main_budget, attack
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.grid import Points, points
+from robust_ssl.experiment.loop import stage_key
+from robust_ssl.experiment.plan import check_recipe_text, with_recipes
+from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.workdir import ConfigChangedError, StageDirectory, WorkdirError, write_atomically
+
+_log = logging.getLogger(__name__)
+
+
+def with_points(context: Context) -> tuple[Context, Points, dict[str, str]]:
+    """Tries every point without a step of it, once in a run.
+
+    Returns:
+      The run with the possible points among its recipes, the points, and why others are not.
+
+    Raises:
+      ValueError: If no point is possible, or what points are held against is not.
+      ConfigChangedError: If the workdir has a point of the same name with other settings.
+    """
+    return context.once("sweep", lambda: _tried(context))
+
+
+def _tried(context: Context) -> tuple[Context, Points, dict[str, str]]:
+    planned = context.plan
+    grid = points(planned.recipes[planned.sweep.recipe], planned.sweep.grid)
+    seeds = dataclasses.replace(planned.training, seeds=(planned.seed,))
+    planned = dataclasses.replace(planned, training=seeds)
+    for name in (planned.compare.baseline, planned.compare.reference):
+        trace.check_recipe(dataclasses.replace(context, plan=planned), planned.recipes[name])
+    reference, impossible = planned.recipes[planned.compare.reference], {}
+    for name, entries in grid.entries.items():
+        try:
+            more = with_recipes(planned, {**grid.starts, name: entries})
+            check_recipe_text(more, name)
+            if more.recipes[name].batch_size != reference.batch_size:
+                raise ValueError(f"costs are compared at one batch size, {reference.batch_size}")
+            trace.check_recipe(dataclasses.replace(context, plan=more), more.recipes[name])
+        except WorkdirError:
+            raise
+        except ConfigChangedError as error:
+            message = f"the workdir has a point {name!r} with other settings: {error}"
+            raise ConfigChangedError(message) from error
+        except trace.WRONG as error:
+            impossible[name] = str(error)
+            _log.warning("sweep: %s is impossible and left out: %s", name, error)
+            continue
+        planned = more
+    if len(impossible) == len(grid.entries):
+        raise ValueError(f"no point of the sweep is possible: {next(iter(impossible.values()))}")
+    return dataclasses.replace(context, plan=planned), grid, impossible
+
+
+def sweep(context: Context) -> StageDirectory:
+    """Makes and scores every point of the grid on **validation** images.
+
+    Robust accuracy is the worst case per image over the suite, crafted on the public encoder.  A
+    point that cannot be built, or whose training fails, is reported, and the others go on;
+    finished points are kept.
+
+    Returns:
+      The stage's directory.  ``sweep.csv``, ``sweep.md`` and ``figures/sweep.png`` are in the
+      workdir.
+    """
+    context, grid, impossible = with_points(context)
+    planned, seed = context.plan, context.plan.seed
+    baseline, reference = (
+        planned.recipes[name] for name in (planned.compare.baseline, planned.compare.reference)
+    )
+    asked = [planned.recipes[name] for name in grid.entries if name not in impossible]
+    wanted = list(dict.fromkeys([baseline, reference, *asked]))
+    trained, public = train.train_all(context, wanted), attack(context)
+    scores = {
+        recipe: _score(context, recipe, public)
+        for recipe in dict.fromkeys([baseline, *asked])
+        if train.model_name(recipe, seed) in trained.results
+    }
+    failed = {**impossible}
+    for model, why in trained.failed.items():
+        failed[model.removesuffix(f"-seed{seed}")] = why
+    if not scores:
+        raise FloatingPointError(f"every point of the sweep failed: {failed}")
+    timed = list(scores) if reference.name in failed else [*scores, reference]
+    measured = costs.measure(context, timed, seed, "sweep_cost")
+    inputs = {recipe.name: json.dumps(score) for recipe, score in scores.items()}
+    inputs |= {f"{name}, left out": "failed" for name in failed}  # it may be made another time
+    settings = {"recipe": planned.sweep.recipe, "compare": planned.compare}
+    with context.open("sweep", settings, inputs, collects=True) as stage:
+        if not stage.done:
+            rows = [
+                {"point": recipe.name, **score, "cost": measured[recipe.name]["factor"]}
+                for recipe, score in scores.items()
+            ]
+            stage.finish({"rows": rows, "failed": failed})
+    _write(context, stage.results, _csv_rows(stage.results, grid.values, measured))
+    return stage
+
+
+def _score(context: Context, recipe: Recipe, public: StageDirectory) -> dict[str, float]:
+    fitted = {
+        f"{one.attack}, seed {one.seed}": one.perturbation
+        for one in at_main_budget(context, public)
+    }
+    results = evaluation.score(
+        train.load_trained(context, recipe, context.plan.seed),
+        data.epoch_batches(context.downstream[1], context.plan.training.batch_size),
+        fitted,
+        key=stage_key(context.plan.seed, "sweep"),
+        parallel=context.parallel,
+    )
+    counts = results[evaluation.WORST].counts
+    return {"clean": counts.clean_accuracy, "robust": counts.robust_accuracy}
+
+
+def _csv_rows(
+    results: Mapping[str, Any],
+    values: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Every point with its exact values, what it buys and costs, or why it is not there."""
+    paths, measures = next(iter(values.values())), ("gradients", "seconds_per_image", "peak_bytes")
+    columns = (*paths, "clean", "robust", "cost", *measures, "why")
+    failed = [{"point": name, "why": why} for name, why in results["failed"].items()]
+    lines = []
+    for row in [*results["rows"], *failed]:
+        name = row["point"]
+        chosen = {path: _exact(value) for path, value in values.get(name, {}).items()}
+        cost = {measure: measured.get(name, {}).get(measure) for measure in measures}
+        lines.append({"point": name, **dict.fromkeys(columns), **chosen, **row, **cost})
+    return lines
+
+
+def _exact(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def _write(context: Context, results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]):
+    if jax.process_index():
+        return
+    settings, rows = context.plan.compare, results["rows"]
+    images = len(context.downstream[1])
+    shown = [
+        report.Point(r["point"], r["clean"], r["robust"], r["cost"], images=images)
+        for r in rows
+        if r["cost"]
+    ]
+    page = []
+    if any(point.name == settings.baseline for point in shown):
+        limits = {n: getattr(settings, n) for n in ("max_clean_loss", "max_cost")}
+        page.append(report.advice(shown, baseline=settings.baseline, **limits))
+    page += [f"{name} is left out: {why}" for name, why in results["failed"].items()]
+    page += [
+        f"Accuracies on {images} validation images; robust: the worst case per "
+        "image over the universal attacks crafted on the public encoder.  Nobody attacked the "
+        "points themselves: choose by this, and believe the comparison.",
+        _table(rows),
+    ]
+    write_atomically(context.workdir / "sweep.csv", report.csv_text(lines))
+    write_atomically(context.workdir / "sweep.md", "\n\n".join(page) + "\n")
+    if shown:
+        report.figure_pareto(
+            context.workdir / "figures",
+            shown,
+            label_clean="clean accuracy, validation",
+            label_robust="accuracy under the universal attacks, validation",
+            name="sweep",
+        )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    return report.markdown_table(
+        [
+            {
+                "point": row["point"],
+                "clean": f"{row['clean']:.1%}",
+                "robust": f"{row['robust']:.1%}",
+                "training time": f"{row['cost']:.2f}x" if row["cost"] else "n/a",
+            }
+            for row in rows
+        ]
+    )

@@ -1,0 +1,147 @@
+"""Before the first step: every recipe's training step is built and traced, without being run."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from robust_ssl import data, weights
+from robust_ssl.build import inside
+from robust_ssl.experiment import fitting
+from robust_ssl.experiment.context import Context, code_inputs
+from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.train import (
+    FAILED,
+    builder_of,
+    collected,
+    directory,
+    load_saved,
+    model_name,
+    public_encoder,
+    settings_of,
+    untrained,
+)
+from robust_ssl.workdir import check_unchanged, json_ready, read_manifest
+
+# What building a recipe of wrong values raises.
+WRONG = (ValueError, TypeError, KeyError, AttributeError, AssertionError)
+
+
+def check(context: Context) -> None:
+    """Builds and traces every recipe's training step without running it; skips finished recipes.
+
+    Raises:
+      ValueError: With which recipe is wrong, and what to do.
+    """
+    for recipe in context.plan.recipes.values():
+        check_recipe(context, recipe)
+    if context.plan.recipes and jax.process_index() == 0:
+        _check_saving(context)
+
+
+def check_recipe(context: Context, recipe: Recipe) -> None:
+    """Raises ValueError, with the recipe's name, unless it can be made, or is with all seeds."""
+    place = f"in config.recipes.{recipe.name}"
+    try:
+        if is_made(context, recipe):
+            return
+        _check_not_begun_otherwise(context, recipe)
+        _trace(context, recipe)
+    except WRONG as error:
+        error.add_note(place)
+        raise
+
+
+def _trace(context: Context, recipe: Recipe) -> None:
+    classifier = untrained(context, recipe)
+    if not recipe.is_trained:
+        return
+    rates = recipe.rates
+    if recipe.select is not None:
+        images, devices = len(context.downstream[1]), len(context.parallel.devices)
+        if min(recipe.select.images, images) < devices:
+            raise ValueError(
+                f"select.images is {recipe.select.images} and there are {images} validation "
+                f"images; at least one per device ({devices}) is needed"
+            )
+        rates = {"**": recipe.select.rate}  # which layers move will be known later
+    context.parallel.check_batch(recipe.batch_size)
+    steps = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
+    # On one device's part of a batch, where nothing is exchanged with others.
+    alone = dataclasses.replace(context, parallel=dataclasses.replace(context.parallel, kind="jit"))
+    state, step = fitting.build_step(
+        *(alone, recipe.name, recipe, classifier, public_encoder(context, recipe)),
+        rates=rates,
+        steps_per_epoch=steps,
+        seed=context.plan.seed,
+    )
+    part = recipe.batch_size // len(context.parallel.devices)
+    jax.eval_shape(step.function, state, _batch_shapes(part, classifier.image_size), step.settings)
+
+
+def _batch_shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        "images": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((images,), jnp.int32),
+        "indices": jax.ShapeDtypeStruct((images,), jnp.int32),
+    }
+
+
+def _check_saving(context: Context) -> None:
+    """Writes and reads an untrained classifier of each kind, before hours are spent on one."""
+    kinds = {}
+    for recipe in context.plan.recipes.values():
+        if recipe.is_trained and not is_made(context, recipe):
+            first = recipe.first.text
+            kinds[str((first["encoder"], first["head"], recipe.text["preprocess"]))] = recipe
+    for recipe in kinds.values():
+        classifier = untrained(context, recipe)
+        builder, options = builder_of(context, recipe)
+        with tempfile.TemporaryDirectory() as folder, inside(f"config.recipes.{recipe.name}"):
+            weights.save_classifier(classifier, folder, builder=builder, options=options or None)
+            load_saved(context, recipe, folder)
+
+
+def is_made(context: Context, recipe: Recipe) -> bool:
+    """Returns whether the workdir has a recipe, as the plan has it, with all seeds.
+
+    Raises:
+      WorkdirError: If a manifest cannot be read.
+    """
+    code = code_inputs(settings_of(context, recipe))
+    for seed in context.plan.training.seeds:
+        manifest, asked = _begun(context, recipe, seed)
+        if manifest is None or manifest["status"] != "done" or manifest["config"] != asked:
+            return False
+        if {n: v for n, v in manifest["inputs"].items() if n.startswith("code/")} != code:
+            return False
+    return True
+
+
+def _begun(
+    context: Context, recipe: Recipe, seed: int
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The manifest of a recipe, None where there is none, and the config it should have."""
+    path = context.workdir / directory(recipe, seed)
+    asked = json_ready(settings_of(context, recipe))
+    if not (path / "manifest.json").exists():
+        return None, asked
+    manifest = read_manifest(path)
+    if recipe.select is not None:  # which layers move was learned on the way
+        asked["recipe"]["rates"] = manifest["config"].get("recipe", {}).get("rates")
+    return manifest, asked
+
+
+def _check_not_begun_otherwise(context: Context, recipe: Recipe) -> None:
+    """Raises ConfigChangedError, with what differs; what has failed may be changed."""
+    inputs = collected(context)
+    for seed in context.plan.training.seeds:
+        manifest, asked = _begun(context, recipe, seed)
+        if manifest is not None and FAILED + model_name(recipe, seed) not in inputs:
+            path = context.workdir / directory(recipe, seed)
+            now = {"config": asked, "inputs": code_inputs(asked)}
+            check_unchanged(path, manifest, now, collects=True)

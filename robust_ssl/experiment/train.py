@@ -1,0 +1,291 @@
+"""The stage `train`: every recipe with every seed, each one training by the one step.
+
+No recipe has a trainer of its own, so what differs between two is what they say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from robust_ssl import finetuning, models, optimizers, weights
+from robust_ssl.build import Function, text_of
+from robust_ssl.experiment import fitting, selection
+from robust_ssl.experiment.context import Context, code_inputs
+from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.parallel import everywhere
+from robust_ssl.types import Classifier, Encoder
+from robust_ssl.workdir import (
+    ConfigChangedError,
+    StageDirectory,
+    WorkdirError,
+    digest,
+    fingerprint,
+    json_ready,
+    read_manifest,
+)
+
+_log = logging.getLogger(__name__)
+
+FAILED = "failed/"  # before the name of a recipe that failed, among the inputs of `train`
+
+
+class Trained(NamedTuple):
+    """What `train` leaves.
+
+    Attributes:
+      results: Of each recipe with a seed, by `model_name`.
+      failed: Why the others failed, likewise.
+    """
+
+    results: Mapping[str, Mapping[str, Any]]
+    failed: Mapping[str, str]
+
+
+def model_name(recipe: Recipe, seed: int) -> str:
+    """Returns what a recipe with a seed is called among classifiers."""
+    return f"{recipe.name}-seed{seed}"
+
+
+def directory(recipe: Recipe, seed: int) -> str:
+    """Returns the stage name of a recipe with a seed."""
+    return f"recipes/{model_name(recipe, seed)}"
+
+
+def settings_of(context: Context, recipe: Recipe) -> dict[str, Any]:
+    """Returns what a recipe's directory keeps as its config."""
+    if not recipe.is_trained:
+        return {"recipe": recipe.text}
+    return {"recipe": dict(recipe.text), "validation": text_of(context.plan.training.validation)}
+
+
+def collected(context: Context) -> dict[str, str]:
+    """The inputs of `train` so far: digests of recipes by name, those that failed marked."""
+    path = context.workdir / "train"
+    return read_manifest(path)["inputs"] if (path / "manifest.json").exists() else {}
+
+
+# --- Classifiers --------------------------------------------------------------------------------
+
+
+def public_encoder(context: Context, recipe: Recipe) -> Encoder:
+    """Returns the public encoder that a recipe is built on."""
+    source = recipe.public_encoder()
+    return context.encoder if source is None else context.load_encoder(source)
+
+
+def builder_of(context: Context, recipe: Recipe):
+    """Returns the builder of that encoder and its options, where it is not of this package."""
+    source = recipe.public_encoder()
+    return context.own_builder if source is None else source.own_builder
+
+
+def untrained(context: Context, recipe: Recipe, seed: int | None = None) -> Classifier:
+    """Returns the classifier of a recipe's shape, with the weights before any training."""
+    seed = context.plan.seed if seed is None else seed
+    return _assemble(context, recipe, seed, lambda other: untrained(context, other, seed))
+
+
+def _assemble(context: Context, recipe: Recipe, seed: int, get) -> Classifier:
+    """What training of a recipe starts from; `get` returns another recipe's classifier."""
+    if recipe.members:
+        return models.confidence_ensemble([get(other) for other in recipe.members])
+    if recipe.start:
+        classifier = get(recipe.start)
+    else:
+        head = recipe.build_head(context.num_classes)
+        classifier = context.classifier(public_encoder(context, recipe), head, seed)
+    if recipe.preprocess:
+        encoder = classifier.encoder.replace(preprocess=recipe.preprocess())
+        classifier = classifier.replace(encoder=encoder)
+    if recipe.prune:
+        params = optimizers.prune(classifier.variables["params"], recipe.prune)
+        classifier = classifier.with_variables({**classifier.variables, "params": params})
+    return classifier
+
+
+def load_trained(context: Context, recipe: Recipe, seed: int) -> Classifier:
+    """Returns the classifier of a recipe, which is made first where it is not there yet."""
+    stage = train_recipe(context, recipe, seed)
+    if not recipe.is_trained:  # it has no weights of its own
+        return _assemble(context, recipe, seed, lambda r: load_trained(context, r, seed))
+    classifier = load_saved(context, recipe, stage.path)
+    if fingerprint(classifier.variables) != stage.fingerprint:
+        raise WorkdirError(
+            f"{stage.path / 'classifier'} is not what was trained there; remove {stage.path} to "
+            "train it again"
+        )
+    return classifier
+
+
+def load_saved(context: Context, recipe: Recipe, folder: Any) -> Classifier:
+    """Returns a classifier of a recipe from disk, with what only the recipe knows."""
+    builder, _ = builder_of(context, recipe)
+    chain = recipe.chain()
+    head = chain[-1].head.bound if isinstance(chain[-1].head, Function) else None
+    steps = [other.preprocess for other in chain if other.preprocess]
+    preprocess = steps[0].function if steps else None
+    return weights.load_classifier(folder, builder=builder, head=head, preprocess=preprocess)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
+    """Makes one recipe with one seed, and before it what it starts from.
+
+    Args:
+      context: The run.
+      recipe: What is made.
+      seed: Of the head's first weights, the batches and the keys; the data are the run's.
+
+    Returns:
+      The directory, ``recipes/NAME-seedSEED``; ``classifier/`` in it is the classifier.
+
+    Raises:
+      FloatingPointError: If training ends in updates that are not finite, or had no other.
+    """
+    start = _assemble(context, recipe, seed, lambda other: load_trained(context, other, seed))
+    name = directory(recipe, seed)
+    if not recipe.is_trained:
+        return _as_it_is(context, recipe, seed, start)
+    rates, extra, afterwards = recipe.rates, {}, None
+    if recipe.select is not None:
+        chosen = selection.choose_layers(context, f"{name}-layers", start, recipe.select, seed)
+        rates = finetuning.rates_for(chosen.results["selected"], recipe.select.rate)
+        spent = chosen.results["gradient_evaluations"] / len(context.downstream[0])
+        extra = {
+            "selected": chosen.results["selected"],
+            "selection_seconds": chosen.manifest["seconds"],
+            "selection_gradient_evaluations_per_image": spent,
+        }
+    if recipe.tolerance is not None:
+        afterwards = selection.guarded(context, start, recipe.tolerance)
+    stage = fitting.fit(
+        *(context, name, recipe, start, public_encoder(context, recipe)),
+        rates=rates,
+        seed=seed,
+        afterwards=afterwards,
+        extra=extra,
+    )
+    steps = stage.results["steps"]
+    if stage.results["skipped"] == steps > 0:
+        raise FloatingPointError(
+            f"all its {steps} updates were skipped, as none was finite; lower the learning rate"
+        )
+    return stage
+
+
+def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifier):
+    """A stage that trains nothing: an ensemble, an input transformation."""
+    inputs = {"start": fingerprint(classifier.variables)}
+    settings = settings_of(context, recipe)
+    with context.open(directory(recipe, seed), settings, inputs, seed) as stage:
+        if not stage.done:
+            counters = ("epochs", "steps", "skipped", "gradient_evaluations_per_image")
+            results = dict.fromkeys(counters, 0)
+            fitting.save_classifier(context, stage, classifier, results, recipe)
+            variables = fitting.without_attack(classifier.variables)
+            stage.finish(results, identity=fingerprint(variables))
+    return stage
+
+
+def train(context: Context) -> StageDirectory:
+    """Makes every recipe with every seed; one that fails is reported, and the others go on.
+
+    Recipes and seeds may come to those of a finished stage.  What has failed is tried again when
+    something comes, or when its recipe is changed: what it left is then set aside.
+
+    Returns:
+      The stage's directory; its results are those of `Trained`.
+    """
+    training = context.plan.training
+    train_set, validation = (part.fingerprint() for part in context.downstream)
+    inputs = {
+        "encoder": fingerprint(context.encoder.variables),
+        "train": train_set,
+        "validation": validation,
+    }
+    before, recipes = collected(context), list(context.plan.recipes.values())
+    for recipe, seed in itertools.product(recipes, training.seeds):
+        settings = settings_of(context, recipe)
+        text = digest([json_ready(settings), code_inputs(settings)])
+        model = model_name(recipe, seed)
+        failed_with = before.get(FAILED + model)
+        inputs[FAILED + model if failed_with == text else model] = text
+        if failed_with not in (None, text):
+            _set_aside(context, recipe, seed)
+    settings = {"validation": training.validation}
+    with context.open("train", settings, inputs, collects=True) as stage:
+        if not stage.done:
+            trained = train_all(context, recipes)
+            stage.manifest["inputs"] = _marked(stage.manifest["inputs"], trained.failed)
+            stage.finish({"trained": trained.results, "failed": trained.failed})
+    return stage
+
+
+def _marked(inputs: Mapping[str, str], failed: Mapping[str, str]) -> dict[str, str]:
+    """Inputs in which recipes are marked that failed this time, and no others."""
+    marked = {}
+    for name, text in inputs.items():
+        model = name.removeprefix(FAILED)
+        marked[FAILED + model if model in failed else model] = text
+    return marked
+
+
+def layers_of(context: Context, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Returns the ``scores`` and the ``selected`` layers of a finished recipe that chose some."""
+    return read_manifest(context.workdir / f"{directory(recipe, seed)}-layers")["results"]
+
+
+def trained_of(stage: StageDirectory) -> Trained:
+    """Returns what `train` left."""
+    return Trained(stage.results["trained"], stage.results["failed"])
+
+
+def train_all(context: Context, recipes: list[Recipe], seeds: Any = None) -> Trained:
+    """Makes recipes with all seeds, each after what it is made from.
+
+    A wish to stop, and a workdir that was made otherwise or cannot be used, are no failures of a
+    recipe, and are raised.
+    """
+    results: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for seed in context.plan.training.seeds if seeds is None else seeds:
+        for recipe in recipes:
+            for other in reversed(recipe.chain()):
+                _try(context, other, seed, results, failed)
+    return Trained(results, failed)
+
+
+def _try(context: Context, recipe: Recipe, seed: int, results: dict, failed: dict) -> None:
+    model = model_name(recipe, seed)
+    if model in results or model in failed:
+        return
+    for other in recipe.needs:
+        _try(context, other, seed, results, failed)
+        if model_name(other, seed) in failed:
+            failed[model] = f"it is made from {model_name(other, seed)}, which failed"
+            return
+    try:
+        results[model] = train_recipe(context, recipe, seed).results
+    except (ConfigChangedError, WorkdirError):
+        raise
+    except (FloatingPointError, ValueError, TypeError, KeyError, JaxRuntimeError) as error:
+        failed[model] = str(error)
+        _log.error("%s failed, the others go on: %s", model, error)
+
+
+def _set_aside(context: Context, recipe: Recipe, seed: int) -> None:
+    """Renames what a recipe that failed has left, so that a changed one begins anew."""
+    for stage in (directory(recipe, seed), f"{directory(recipe, seed)}-layers"):
+        path = context.workdir / stage
+        if path.exists() and jax.process_index() == 0:
+            number = 1 + len(list(path.parent.glob(f"{path.name}-failed*")))
+            path.rename(path.with_name(f"{path.name}-failed{number}"))
+    everywhere(True)  # no process opens the directory before

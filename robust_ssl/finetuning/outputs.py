@@ -1,0 +1,149 @@
+"""The outputs that losses read: under one rule of batch statistics, and no others."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Set
+
+import jax
+import jax.numpy as jnp
+
+from robust_ssl.parallel import gather
+from robust_ssl.types import Classifier, Encoder, Loss, LossInputs, Outputs, Variables
+
+BATCH_STATISTICS = ("clean", "adversarial", "both", "frozen", "twins")
+_BATCH = 8  # images of the batch of shapes on which losses are traced
+
+
+def training_outputs(
+    model: Classifier,
+    key: jax.Array,
+    batch_statistics: str,
+    start_statistics: Variables | None,
+    axis_name: str | None,
+    images: jax.Array,
+    read: Set[str],
+) -> tuple[Outputs, Variables | None]:
+    """Returns outputs for the global batch and the new batch statistics (or None).
+
+    The head runs on the gathered features: it is small, and its dropout then does not depend on
+    how the batch is spread.  Clean and adversarial images share one key, so that dropout makes no
+    difference between them.
+    """
+    encoder_key, head_key = jax.random.split(key)
+    train = functools.partial(model.encoder.apply_train, key=encoder_key, axis_name=axis_name)
+    if batch_statistics == "frozen":
+        outputs, statistics = model.encoder(images), None
+    elif batch_statistics == "twins":
+        outputs, statistics = _twins(model.encoder, start_statistics, train, images)
+    else:
+        outputs, statistics = train(images)
+    outputs = gather_outputs(outputs, read, axis_name)
+    logits = model.head.apply(
+        model.head_variables, outputs.features, train=True, rngs={"dropout": head_key}
+    )
+    return outputs.replace(logits=logits), statistics
+
+
+def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, images: jax.Array):
+    """Runs even places on the statistics of their own batch, odd ones on those of the start."""
+    if images.shape[0] % 2:
+        raise ValueError(
+            f'batch_statistics="twins" halves a batch: each device needs an even number of '
+            f"images, got {images.shape[0]}"
+        )
+    adaptive, statistics = train(images[0::2])
+    start = {**encoder.variables, "batch_stats": start_statistics["encoder"]}
+    static = encoder.replace(variables=start)(images[1::2])
+
+    def interleaved(a, b):
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+    return jax.tree.map(interleaved, adaptive, static), statistics
+
+
+def gather_outputs(outputs: Outputs, read: Set[str], axis_name: str | None) -> Outputs:
+    """Gathers the features and those taps that a loss reads, for the global batch.
+
+    The others stay where they are: a loss that takes "the second block" needs all their names.
+    """
+    # In the order of the taps, not of the set: all processes must compile the same program.
+    taps = dict(outputs.taps)
+    for name, tap in outputs.taps.items():
+        if name in read:
+            taps[name] = gather(tap, axis_name)
+    return Outputs(features=gather(outputs.features, axis_name), taps=taps)
+
+
+def running_statistics(batch_statistics: str, clean, adversarial) -> Variables:
+    """Chooses the new running statistics; empty where nothing changes."""
+    if batch_statistics == "both":
+        new = jax.tree.map(lambda a, b: (a + b) / 2, clean, adversarial)
+    elif batch_statistics == "twins":
+        new = clean if adversarial is None else adversarial
+    else:
+        new = {"clean": clean, "adversarial": adversarial}.get(batch_statistics)
+    return {"batch_stats": {"encoder": new}} if new else {}
+
+
+def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
+    """Calls a loss; raises with its name unless it returns one value per image."""
+    try:
+        values = loss(inputs)
+    except (AttributeError, ValueError) as error:
+        # The note names the loss: the trace alone shows a line of somebody's function.
+        error.add_note(f"this happened in the loss {name!r}")
+        raise
+    shape = getattr(values, "shape", None)
+    if shape != inputs.labels.shape:
+        raise ValueError(
+            f"the loss {name!r} must return one value per image, [batch] = "
+            f"{inputs.labels.shape}, but returned shape {shape}; do not take the mean in it"
+        )
+    return values
+
+
+def outputs_read(
+    losses: Mapping[str, Loss], template: Classifier, attacked: bool, pretrained: Encoder | None
+) -> dict[str, set[str]]:
+    """Returns what the losses read: ``"logits"``, ``"features"`` and taps of each output.
+
+    Every loss is called on shapes only, so that a wrong one fails before anything is compiled.
+    """
+    if not losses:
+        raise ValueError("there is nothing to minimize: losses is empty")
+    size = template.image_size
+    images = jax.ShapeDtypeStruct((_BATCH, size, size, 3), jnp.float32)
+    outputs = jax.eval_shape(template, images)
+    inputs = LossInputs(
+        labels=jax.ShapeDtypeStruct((_BATCH,), jnp.int32),
+        clean=outputs,
+        adversarial=outputs if attacked else None,
+        pretrained=None if pretrained is None else jax.eval_shape(pretrained, images),
+    )
+    read: dict[str, set[str]] = {"clean": set(), "adversarial": set(), "pretrained": set()}
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(inputs)[0]]
+    # A loss reads what is an operand of its traced program, or its result.
+    for name, loss in losses.items():
+        program = jax.make_jaxpr(functools.partial(loss_per_image, name, loss))(inputs).jaxpr
+        used = {id(v) for equation in program.eqns for v in equation.invars}
+        used |= {id(v) for v in program.outvars}
+        for (output, *rest), variable in zip(paths, program.invars, strict=True):
+            if rest and id(variable) in used:
+                read[output.name].add(_output_name(rest))
+    return read
+
+
+def _output_name(path) -> str:
+    """``"logits"`` of ``.logits``, ``"stage1/block1"`` of ``.taps["stage1/block1"]``."""
+    return str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
+
+
+def accuracies(inputs: LossInputs, read: Mapping[str, Set[str]]) -> dict[str, jax.Array]:
+    """Returns the accuracies of those outputs whose logits a loss reads; others cost a pass."""
+    names = {"clean_accuracy": "clean", "robust_accuracy": "adversarial"}
+    return {
+        name: jnp.mean(jnp.argmax(getattr(inputs, which).logits, axis=-1) == inputs.labels)
+        for name, which in names.items()
+        if "logits" in read[which]
+    }

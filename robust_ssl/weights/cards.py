@@ -1,0 +1,213 @@
+"""A card and a file of weights that belong together: what encoders and classifiers write alike.
+
+A card is a JSON object.  It describes the safetensors file beside it, so that a file which was cut
+off, changed or taken from elsewhere is noticed before a single weight is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from robust_ssl.build import resolve
+from robust_ssl.models import preprocessing
+
+SCHEMA = 1
+# A card names its input transformation; only these names are ever called, whatever the card says.
+_STEPS = {
+    step.__name__: step
+    for step in (preprocessing.JPEG, preprocessing.Quantize, preprocessing.Smooth)
+}
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """Returns a card as it is written.
+
+    Raises:
+      ValueError: If the record is not JSON; NaN and infinity are not, and other readers choke.
+    """
+    # Python writes NaN as a bare word by default, which is no JSON.
+    return (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+
+
+def decode(content: bytes, where: str | os.PathLike) -> Any:
+    """Returns the JSON value of a card's file.
+
+    Raises:
+      ValueError: If it is not JSON, or not UTF-8.
+    """
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def check_card(record: Any, kinds: Mapping[str, type], where: str | os.PathLike) -> None:
+    """Raises ValueError that lists the entries of a card that are absent or of the wrong type."""
+    entries = record if isinstance(record, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(entries.get(key), kind)]
+    if not wrong and "weights" in kinds and not isinstance(record["weights"].get("sha256"), str):
+        wrong = ["weights/sha256"]
+    if wrong:
+        raise ValueError(f"{where}: missing or of the wrong type: {', '.join(wrong)}")
+
+
+def describe_file(name: str, content: bytes) -> dict[str, Any]:
+    """Returns what a card says of a file: its name, length and SHA-256."""
+    digest = hashlib.sha256(content).hexdigest()
+    return {"file": name, "bytes": len(content), "sha256": digest}
+
+
+def read_variables(folder, description: Mapping[str, Any], name: str, like: Any) -> dict[str, Any]:
+    """Reads a safetensors file of this package and checks all of it.
+
+    Args:
+      folder: Where it lies, a path or a `Traversable`.
+      description: What its card says of it; see `describe_file`.
+      name: Of the file; the card's own word for it could point out of the folder.
+      like: The tree expected, arrays or shapes.
+
+    Returns:
+      The variables, a tree like `like`.
+
+    Raises:
+      ValueError: If the file is not the one that the card describes, or does not fit.
+      FileNotFoundError: If it is not there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    where = f"{folder}/{name}"
+    content = read_bytes(folder, name)
+    # safetensors notices a cut-off file and a bad header, but not a flipped bit.
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != description["sha256"]:
+        size = description.get("bytes")
+        cut = f" (it has {len(content)} bytes instead of {size})" if size != len(content) else ""
+        raise ValueError(
+            f"{where} is not the file its card describes{cut}: SHA-256 is {digest}, the card says "
+            f"{description['sha256']}; fetch or save it again"
+        )
+    try:
+        arrays = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{where} is not a safetensors file: {error}") from error
+    # A right sum proves that the file is the card's, not that both fit the network.
+    check_arrays(arrays, flatten(like), where)
+    leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def read_bytes(folder, name: str) -> bytes:
+    """Reads one file of a folder, which may lie in a zip."""
+    file = folder.joinpath(name)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {name}; save_encoder and save_classifier write a card and its weights"
+        )
+    return file.read_bytes()
+
+
+def replace_file(file: pathlib.Path, content: bytes) -> None:
+    """Writes beside the file and renames, so that nobody ever reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory, because a rename across file systems is a copy.
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def flatten(variables) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, ``params/stem/conv/kernel``."""
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def to_arrays(variables) -> dict[str, np.ndarray]:
+    """Returns the leaves of a tree by path, on the host."""
+    return {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError that lists every difference between the arrays and the network."""
+    problems = [f"missing {path}" for path in sorted(expected.keys() - arrays.keys())]
+    problems += [f"unexpected {path}" for path in sorted(arrays.keys() - expected.keys())]
+    for path in sorted(arrays.keys() & expected.keys()):
+        array, leaf = arrays[path], expected[path]
+        if array.shape != leaf.shape:
+            problems.append(f"{path} has shape {array.shape}, the network needs {leaf.shape}")
+        # No cast: float16 weights would load in silence and be others than were saved.
+        elif array.dtype != np.float32 or leaf.dtype != np.float32:
+            problems.append(f"{path} is {array.dtype} for {leaf.dtype}; both must be float32")
+        elif not np.isfinite(array).all():
+            problems.append(f"{path} has NaN or infinite values")
+    if problems:
+        raise ValueError(f"{where}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+
+
+def describe_preprocess(preprocess: Any) -> dict[str, Any]:
+    """Returns what a card says of an input transformation, nothing where there is none.
+
+    Raises:
+      ValueError: If it is no dataclass of plain values, from which it could be made again.
+    """
+    if preprocess is None:
+        return {}
+    kind = type(preprocess)
+    # By identity: a subclass of the same name may compute something else.
+    ours = _STEPS.get(kind.__name__) is kind
+    if not dataclasses.is_dataclass(preprocess):
+        raise ValueError(
+            f"a card cannot name the input transformation {preprocess!r}: it must be a dataclass, "
+            "whose fields are its options"
+        )
+    options = dataclasses.asdict(preprocess)
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the options of {preprocess!r} are not plain values: {error}") from error
+    name = kind.__name__ if ours else f"{kind.__module__}:{kind.__qualname__}"
+    return {"preprocess": {"name": name, "options": options}}
+
+
+def read_preprocess(
+    record: Mapping[str, Any],
+    where: str | os.PathLike,
+    preprocess: str | Callable[..., Any] | None = None,
+) -> Any:
+    """Returns the input transformation that a card tells of, None where it tells of none.
+
+    Args:
+      record: The card.
+      where: Its file, for errors.
+      preprocess: Makes a transformation that is not of this package, or its name; what a card
+        names itself is never imported.
+    """
+    entry = record.get("preprocess")
+    if entry is None:
+        return None
+    well_formed = isinstance(entry, dict) and isinstance(entry.get("options"), dict)
+    if not well_formed or not isinstance(entry.get("name"), str):
+        raise ValueError(
+            f'{where}: "preprocess" must be {{"name": ..., "options": {{...}}}} with one of the '
+            f"names {sorted(_STEPS)}, got {entry!r}"
+        )
+    step = _STEPS.get(entry["name"]) or (preprocess and resolve(preprocess))
+    if step is None:
+        raise ValueError(
+            f"{where} has the input transformation {entry['name']!r}, which is not one of "
+            f"{sorted(_STEPS)}; if you trust it, pass the class itself as preprocess=, or in a "
+            f'config write {{"path": ..., "preprocess": "module:Class"}}'
+        )
+    try:
+        return step(**entry["options"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: cannot make {entry['name']}: {error}") from error

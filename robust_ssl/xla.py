@@ -1,0 +1,148 @@
+"""What XLA needs of a process: its cores, patience, compile caches and memory maps.
+
+All of it is set for the whole process, as XLA's own settings are.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
+MOST_MEMORY_MAPS = 20_000  # of the 65,530 that Linux gives a process
+PATIENCE = 600  # seconds that one CPU device waits for another
+IN_FLIGHT = 4  # calls of a step on several CPU devices before the host waits for the oldest
+
+
+def use_every_core() -> None:
+    """Gives each CPU core a device of its own; call it before JAX is first used.
+
+    One convolution keeps about one thread busy on XLA:CPU, so two cores are best fed by two
+    devices that run the sharded step.  Takes a power of two, at most `MOST_CPU_DEVICES`, so that
+    the usual batches divide over them.  Does nothing when JAX has already started, and has no
+    effect on accelerators.
+    """
+    wait_for_late_devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = min(1 << (cores.bit_length() - 1), MOST_CPU_DEVICES)
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # the backend is already up, with the devices it has
+        return
+
+
+def wait_for_late_devices(seconds: int = PATIENCE) -> None:
+    """Has CPU devices wait for each other; call it before JAX is first used.
+
+    On a machine that is busy with other work one device may be half a minute behind another.  XLA
+    aborts the whole process where an exchange between them waits for 40 seconds.  What
+    ``XLA_FLAGS`` says of it already stays.
+
+    Args:
+      seconds: After which the process is aborted.
+    """
+    flag, flags = "--xla_cpu_collective_call_terminate_timeout_seconds", os.environ.get("XLA_FLAGS")
+    if flag not in (flags or ""):
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, [flags, f"{flag}={seconds}"]))
+
+
+def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:
+    """Drops all compiled programs if they hold many memory maps; for between two parts of a run.
+
+    On a CPU every compiled program takes memory maps, of which Linux gives a process a fixed
+    number; a comparison of thirty methods needs more, and XLA then dies without an exception.
+    What is needed again is compiled again, or read from the persistent cache.
+
+    Args:
+      most: Memory maps that are few enough.
+
+    Returns:
+      Whether programs were dropped; never where a process cannot count its maps.
+    """
+    try:
+        maps = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return False
+    if maps > most:
+        jax.clear_caches()
+    return maps > most
+
+
+def use_cache(directory: str | None) -> None:
+    """Keeps every compiled program, however small, in a directory; None keeps none.
+
+    A setting of the whole process, as all of JAX's are.
+    """
+    _configure_cache((directory, 0, -1) if directory else (None, 1, 0))
+
+
+@contextlib.contextmanager
+def cache_in(directory: str | None) -> Iterator[None]:
+    """As `use_cache`, until the block is left."""
+    before = [getattr(jax.config, name) for name in _CACHE]
+    use_cache(directory)
+    try:
+        yield
+    finally:
+        _configure_cache(before)
+
+
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Compiles what is alike once, however many steps, attacks or points of a sweep it is part of.
+
+    Where JAX's compilation cache is on (the command line turns it on), nothing is changed; else
+    there is one in a temporary directory until the block is left.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        yield
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="robust_ssl_programs_") as directory,
+        cache_in(directory),
+    ):
+        yield
+
+
+_CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+def _configure_cache(values: Sequence[Any]) -> None:
+    for name, value in zip(_CACHE, values, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at its settings once
+
+
+def limit_in_flight(call: Callable) -> Callable:
+    """Lets few calls be in flight: with 32 of them CPU devices that exchange values lock up.
+
+    A CPU device takes up no more than that; where one is full and the other is not, the exchange
+    of the oldest waits for a call that cannot begin.
+    """
+    in_flight: collections.deque = collections.deque()
+
+    def bounded(state, batch):
+        state, info = call(state, batch)
+        result = (jax.tree.leaves(info) or jax.tree.leaves(state))[:1]
+        if not any(isinstance(x, jax.core.Tracer) for x in result):
+            in_flight.append(result)
+        if len(in_flight) > IN_FLIGHT:  # what was donated to a later call is gone
+            jax.block_until_ready([x for x in in_flight.popleft() if not x.is_deleted()])
+        return state, info
+
+    for name in ("lower", "_cache_size"):  # what a jitted function has besides
+        if hasattr(call, name):
+            setattr(bounded, name, getattr(call, name))
+    return bounded

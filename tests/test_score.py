@@ -1,0 +1,358 @@
+"""The stage `score`: any classifier, the whole suite, resumable, and what it leaves to read."""
+
+import csv
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_recipes
+from tiny_recipes import ATTACKS, FROZEN, context, go
+
+from robust_ssl import evaluation, experiment, models, report, settings, threats, weights
+from robust_ssl.evaluation import PerImage
+from robust_ssl.experiment import examine, groups, score
+from robust_ssl.stopping import Stopped
+
+L2 = {"epsilon": 0.5, "threat": "robust_ssl.threats:L2"}
+
+
+def classifier(seed=0, classes=4, size=8):
+    """A classifier from a function: with random weights in its head."""
+    encoder = tiny.encoder(image_size=size)
+    return models.classifier(jax.random.key(seed), encoder, classes, head="linear")
+
+
+def with_mlp():
+    return models.classifier(jax.random.key(0), tiny.encoder(), 4, head="mlp")
+
+
+def no_classifier():
+    return tiny.encoder()
+
+
+def config():
+    changed = settings.load_config(f"{tiny.CONFIGS}/score.py").unlock()
+    changed.encoder = {"function": "tiny:encoder"}
+    changed.surrogate = {"function": "tiny:unlabelled"}
+    changed.downstream = {"function": "tiny:images", "validation": 0.25}
+    changed.classifiers = {
+        "one": {"function": "test_score:classifier"},
+        "two": {"function": "test_score:classifier", "seed": 1},
+    }
+    changed.suite.attacks = {
+        "universal_pgd": f"{ATTACKS}UniversalPGD",
+        "patch": {
+            "function": f"{ATTACKS}UniversalPGD",
+            "threat": {"function": "robust_ssl.threats:Patch", "location": "fixed"},
+            "epsilon": 0.1,
+        },
+        "random_noise": f"{ATTACKS}RandomNoise",
+    }
+    changed.suite.update(num_steps=2, batch_size=16)
+    changed.scoring = {
+        **{"seeds": (0, 1), "batch_size": 32, "checks": False, "adaptive_curve": True},
+        "per_image": {
+            "attacks": {
+                "tdaa": {"function": f"{ATTACKS}TDAA", "num_steps": 2, "target": 0},
+                "pgd": {"function": f"{ATTACKS}PGD", "num_steps": 2},
+            },
+            "budgets": (8 / 255, L2),
+        },
+        "autoattack": {"budgets": (), "images": 16, "batch_size": 16},
+    }
+    return changed
+
+
+def entries_of(workdir):
+    return report.results.read(workdir / "results.json")["results"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("score")
+    return workdir, go(config(), workdir)
+
+
+def test_every_classifier_is_scored_under_every_attack(finished):
+    entries = entries_of(finished[0])
+    assert {entry["model"] for entry in entries} == {"one", "two"}
+    assert {entry["verdict"] for entry in entries} == {"not examined"}
+    names = ("attack", "family", "threat", "crafted_against")
+    scored = {
+        (*(entry[name] for name in names), round(entry["epsilon"], 3), entry["seed"])
+        for entry in entries
+        if entry["model"] == "one" and entry["attack"] != "worst"
+    }
+    for seed in (0, 1, 2):
+        assert ("patch", "universal", "Patch", "public", 0.1, seed) in scored
+        for epsilon in (0.02, 0.039):
+            assert ("universal_pgd", "universal", "Linf", "public", epsilon, seed) in scored
+            assert ("random_noise", "universal", "Linf", "public", epsilon, seed) in scored
+    for seed in (0, 1):
+        for threat, epsilon in (("Linf", 0.031), ("L2", 0.5)):
+            assert ("tdaa", "per_image", threat, "public", epsilon, seed) in scored
+            assert ("pgd", "per_image", threat, "hardened", epsilon, seed) in scored
+    assert not [key for key in scored if key[0] == "pgd" and key[3] == "public"]
+
+
+def test_what_happened_to_each_image_is_kept_and_made_again(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    file = workdir / "score" / score.OUTCOMES
+    with np.load(file) as stored:
+        outcomes = dict(stored)
+    group = groups.Group("one", "hardened", "universal", "Linf", 10 / 255)
+    wanted = (*group, "worst")
+    fields = (*group._fields, "attack")
+    [entry] = [e for e in entries_of(workdir) if tuple(e[field] for field in fields) == wanted]
+    assert outcomes["one, clean"].mean() == entry["clean_accuracy"]
+    assert outcomes[groups.outcome_name(group)].mean() == entry["robust_accuracy"]
+    file.unlink()
+    monkeypatch.setattr(evaluation, "score", None)  # nothing is attacked again
+    go(config(), workdir)
+    with np.load(file) as stored:
+        assert stored.keys() == outcomes.keys()
+        assert all(np.array_equal(stored[name], outcomes[name]) for name in outcomes)
+
+
+def test_results_are_a_page_and_tables(finished):
+    workdir, _ = finished
+    page = (workdir / "report.md").read_text()
+    assert page.startswith("# Robustness of tiny on images")
+    assert "| one | " in page and "No figure under attack was examined." in page
+    assert "0.5 (L2)" in page and "10 % of the area" in page
+    with open(workdir / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {"one", "two"}
+    assert {row["verdict"] for row in rows} == {"not examined"}
+    assert all(0 <= float(row["robust_accuracy"]) <= float(row["robust_high"]) for row in rows)
+    with open(workdir / "attacks.csv") as file:
+        seeds = {(row["attack"], row["seed"]) for row in csv.DictReader(file)}
+    assert {("universal_pgd", "2"), ("pgd", "1")} <= seeds
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    original, calls = groups.Scorer._score, []
+
+    def counts(self, model, chosen, test):
+        calls.append(sorted(chosen))
+        return original(self, model, chosen, test)
+
+    def dies(*args):
+        if len(calls) == 3:
+            raise Stopped("killed")
+        return counts(*args)
+
+    monkeypatch.setattr(groups.Scorer, "_score", dies)
+    with pytest.raises(Stopped):
+        go(config(), tmp_path)
+    files = sorted((tmp_path / "score" / "groups").glob("*.npz"))
+    assert len(files) == 3
+    files[0].write_bytes(files[0].read_bytes()[:50])  # and one was cut short by the power failure
+    calls.clear()
+    monkeypatch.setattr(groups.Scorer, "_score", counts)
+    go(config(), tmp_path)
+    whole = [f for f in (workdir / "score" / "groups").glob("*.npz") if "-look" not in f.name]
+    assert len(calls) == len(whole) - 2
+
+    def without_seconds(folder):
+        return [{**entry, "seconds": None} for entry in entries_of(folder)]
+
+    assert without_seconds(tmp_path) == without_seconds(workdir)
+
+
+def test_two_seeds_are_compared_and_figures_are_linked_from_the_page(tmp_path, monkeypatch):
+    """Also where the workdir was said from another folder than the page's."""
+    changed = tiny_recipes.config(
+        {"baseline": FROZEN, "full": {}}, "attack", "train", "score", "compare"
+    )
+    changed.training.seeds = (0, 1)
+    changed.compare.claims = ()
+    monkeypatch.chdir(tmp_path)
+    rows = go(changed, pathlib.Path("runs", "one"))["compare"]["rows"]
+    assert {(row["recipe"], row["seed"]) for row in rows} == {
+        (name, seed) for name in ("baseline", "full") for seed in (0, 1)
+    }
+    folder = tmp_path / "runs" / "one"
+    page = (folder / "report.md").read_text()
+    for seed in (0, 1):
+        assert f"| baseline, seed {seed} | " in page and f"| full, seed {seed} | " in page
+    assert "- Seeds of training: 0, 1." in page
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert {"figures/pareto.png", "figures/examples.svg", "figures/stability.csv"} <= {*links}
+    assert all((folder / link).is_file() for link in links), links
+
+
+@pytest.mark.slow
+def test_autoattack_and_the_verdict(tmp_path):
+    changed = config()
+    changed.classifiers = {"one": {"function": "test_score:classifier"}}
+    changed.scoring.autoattack.budgets = (8 / 255, L2)
+    changed.scoring.checks = True
+    go(changed, tmp_path)
+    document = report.results.read(tmp_path / "results.json")
+    verdict = document["verdicts"]["one"]
+    for threat in ("Linf", "L2"):
+        turns = [e for e in document["results"] if e["family"] == "autoattack"]
+        turns = [entry for entry in turns if entry["threat"] == threat]
+        names = ["apgd-ce", "apgd-t", "fab-t", "square", "worst"]
+        assert [entry["attack"] for entry in turns] == names
+        right = [entry["robust_accuracy"] for entry in turns]
+        assert right == sorted(right, reverse=True) and right[-1] == right[-2]
+        assert {entry["n"] for entry in turns} == {16}
+        assert {entry["verdict"] for entry in turns} == {verdict["verdict"]}
+    assert {check["number"] for check in verdict["checks"]} == set(range(1, 28))
+    assert "images" in verdict["examined"]
+    # Its encoder is the public one, so what was crafted again is what was crafted: not a bit less.
+    [again] = [check for check in verdict["checks"] if check["number"] == 25]
+    assert (again["value"], again["status"]) == (0.0, "passed")
+
+
+def test_other_statics_are_another_model():
+    """The same weights behind another normalization are another classifier."""
+    one = classifier()
+    other = one.replace(encoder=one.encoder.replace(mean=(0.9, 0.9, 0.9)))
+    assert groups.identity(one) != groups.identity(other)
+    assert groups.identity(one) == groups.identity(classifier())
+
+
+def test_budgets_that_print_alike_are_kept_apart():
+    group = groups.Group("m", "hardened", "autoattack", "Linf", 0.04996)
+    other = group._replace(epsilon=0.05004)
+    assert groups.file_name(group, ["a"]) != groups.file_name(other, ["a"])
+
+
+def test_a_finished_recipe_is_a_classifier(tmp_path):
+    go(tiny_recipes.config({"baseline": FROZEN}, "train"), tmp_path)
+    folder = tmp_path / "recipes" / "baseline-seed0"
+    assert weights.load_classifier(folder, builder=tiny.encoder).num_classes == 4
+    card = json.loads((folder / "classifier" / "classifier.json").read_text())["card"]
+    assert card["stage"] == "baseline-seed0"
+    saved = {"path": str(folder), "builder": "tiny:encoder"}
+    planned = experiment.plan({**settings.to_json(config()), "classifiers": {"saved": saved}})
+    loaded = planned.classifiers["saved"].load()
+    np.testing.assert_array_equal(
+        tiny_recipes.final(tmp_path, "baseline")["params/head/linear/kernel"],
+        loaded.variables["params"]["head"]["linear"]["kernel"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classifiers": {}}, "config.classifiers is empty"),
+        (
+            {"classifiers": {"a": {"path": "nowhere"}}},
+            r"classifiers\.a: no classifier in now",
+        ),
+        ({"classifiers": {"a": {}}}, r'classifiers\.a: give \{"path": directory\} or .*got \{\}'),
+        ({"classifiers": {"a": "runs/x"}}, r"classifiers\.a: .*no classifier in runs/x"),
+        (
+            {"classifiers": {"a/b": {"function": "test_score:classifier"}}},
+            r"classifiers: 'a/b' cannot be a name",
+        ),
+        (
+            {"classifiers": {"a": {"function": "test_score:classifier", "classes": 3}}},
+            r"has 3 classes and .* 4: it was made for another task.*config\.classifiers\.a",
+        ),
+        (
+            {"classifiers": {"a": {"function": "test_score:classifier", "size": 16}}},
+            r"takes 16 x 16 pixels and the public encoder tiny 8 x 8.*config\.classifiers\.a",
+        ),
+        (
+            {"classifiers": {"a": {"function": "test_score:no_classifier"}}},
+            r"must return a robust_ssl.Classifier, got Encoder.*config\.classifiers\.a",
+        ),
+        (
+            {"scoring.autoattack.budgets": (8.0,)},
+            r"autoattack\.budgets\[0\].*epsilon must lie in \[0, 1\]",
+        ),
+        (
+            {"scoring.autoattack.budgets": ({**L2, "threat": "robust_ssl.threats:Patch"},)},
+            "autoattack: budgets: AutoAttack is for Linf and L2, got Patch",
+        ),
+        ({"scoring.autoattack.batch_size": 0}, r"scoring\.autoattack\.batch_size .*at least 1"),
+        (
+            {"scoring.autoattack.version": "best"},
+            r"version must be .*'rand', got 'best'",
+        ),
+        (
+            {"scoring.autoattack.version": "rand", "scoring.autoattack.budgets": (0.1,)},
+            "eot=20 averages over draws of a randomized model",
+        ),
+        ({"scoring.adaptve": True}, "unknown entry 'adaptve' in config.scoring; .*'adaptive'"),
+        (
+            {"scoring.per_image.attacks": {"t": {"function": f"{ATTACKS}TDAA", "target": 99}}},
+            r"per_image\.attacks\.t: target 99 is not the place of one of the 32",
+        ),
+        (
+            {"scoring.per_image.attacks": {"t": {"fuction": "x"}}},
+            r"per_image\.attacks\.t must be .*\"function\"",
+        ),
+        ({"scoring.per_image.budgets": (8.0,)}, r"budgets\[0\].*epsilon must lie in \[0, 1\]"),
+        ({"scoring.seeds": ()}, "config.scoring: seeds: need at least one seed"),
+        ({"suite.attacks": {"worst": f"{ATTACKS}RandomNoise"}}, r"suite\.attacks: 'worst' cannot"),
+        ({"suite.seeds": (0, 0)}, r"suite\.seeds: .*none twice"),
+        ({"suite.batch_size": 64}, "the surrogate set"),
+    ],
+)
+def test_bad_configs_are_refused_before_the_first_step(tmp_path, change, message):
+    changed = config()
+    for name, value in change.items():
+        *parents, last = name.split(".")
+        place = changed
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    with pytest.raises(experiment.UsageError, match=f"(?s){message}"):
+        go(changed, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_per_image_results_of_a_sample_meet_those_of_the_split():
+    """A figure over AutoAttack's sample and a whole split is that of the sample."""
+    right = np.array([True, False, True, True])
+    whole = PerImage(right, right, ~right)
+    part = PerImage(right[[1, 2]], np.array([True, False]), right[[1, 2]])
+    group = groups.Group("m", "hardened", "per_image", "Linf", 0.1)
+    rows, figure = examine._figure(
+        [
+            groups.Scored(group, (), {"worst": whole}),
+            groups.Scored(group, (), {"worst": part}, np.array([1, 2])),
+        ],
+        4,
+    )
+    assert rows.tolist() == [1, 2]
+    assert figure.robust_correct.tolist() == [False, False]
+
+
+def test_what_is_alike_is_traced_once(tmp_path, monkeypatch):
+    changed = config()
+    changed.classifiers["wide"] = {"function": "test_score:with_mlp"}
+    changed.scoring.autoattack.budgets = (0.02, 0.03, L2)
+    traced = []
+
+    def record(attack, *_):
+        traced.append((type(attack.threat).__name__, type(attack).__name__))
+
+    monkeypatch.setattr(score, "_trace", record)
+    score.check(context(changed, tmp_path))
+    # Two heads; budgets and targets are values of one attack, and so are the weights of a head.
+    names = ["PGD", "TDAA", "APGD", "APGD", "FABT", "Square"]
+    assert sorted(traced) == sorted(2 * [(t, name) for t in ("L2", "Linf") for name in names])
+
+
+def test_a_targeted_attack_takes_a_surrogate_image_and_any_threat():
+    run = context(config(), None, num_devices=1)
+    for budget, threat in zip(
+        run.plan.scoring.per_image.budgets, (threats.Linf(8 / 255), threats.L2(0.5)), strict=True
+    ):
+        built = score.build_per_image(run, budget)
+        assert built["pgd"].threat == built["tdaa"].threat == threat
+        image = built["tdaa"].target_image
+        assert image.shape == (8, 8, 3) and 0 <= float(image.min()) <= float(image.max()) <= 1

@@ -1,0 +1,78 @@
+"""What is set for the whole process: cores, patience, compile caches, memory maps."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import xla
+from robust_ssl.parallel import Parallel
+
+
+def test_asking_for_every_core_after_jax_has_started_changes_nothing():
+    xla.use_every_core()
+    assert jax.device_count() == 4
+
+
+def test_late_devices_are_waited_for_unless_the_user_says_how_long(monkeypatch):
+    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    monkeypatch.delenv("XLA_FLAGS")  # it is set: conftest.py did
+    xla.wait_for_late_devices(70)
+    assert os.environ["XLA_FLAGS"] == f"{flag}=70"
+    xla.wait_for_late_devices()
+    assert os.environ["XLA_FLAGS"] == f"{flag}=70"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    xla.wait_for_late_devices()
+    assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {flag}=600"
+
+
+def test_programs_are_dropped_only_when_they_hold_many_memory_maps():
+    traced = []
+
+    @jax.jit
+    def double(x):
+        traced.append(x)
+        return 2 * x
+
+    double(1.0)
+    assert not xla.release_programs(most=10**9)
+    double(2.0)
+    assert len(traced) == 1
+    assert xla.release_programs(most=0)
+    assert double(3.0) == 6.0 and len(traced) == 2
+
+
+def test_what_is_alike_is_compiled_once_without_a_cache_on_disk(compiled_programs):
+    def programs():
+        for _ in range(2):  # two functions, of which JAX itself knows nothing in common
+            jax.jit(lambda x: jnp.sin(x) + 3)(jnp.ones(7)).block_until_ready()
+
+    with xla.shared_programs():
+        assert jax.config.jax_compilation_cache_dir
+        programs()
+        first = compiled_programs.copy()
+        programs()
+    assert compiled_programs == first
+    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1
+
+
+def test_a_cache_on_disk_stays_the_one_in_use():
+    before = jax.config.jax_compilation_cache_dir
+    with xla.shared_programs():
+        assert before and jax.config.jax_compilation_cache_dir == before
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_few_calls_are_in_flight_on_several_cpu_devices(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: waited.append(x) or x)
+    two = Parallel.create(num_devices=2)
+    add = two.compile(lambda state, batch: (state + 1, {"before": state}), donate=True)
+    state, batch = two.replicate(jnp.zeros(())), two.put({"x": np.zeros(2)})
+    for _ in range(10):
+        state, _ = add(state, batch)
+    steps = [float(info) for (info,) in waited]
+    assert steps == list(range(10 - xla.IN_FLIGHT))
+    assert float(state) == 10
