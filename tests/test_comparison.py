@@ -264,9 +264,6 @@ def test_differences_from_a_leader_have_a_table():
             "recipe": "worse",
             "clean": "+0.0 ± 0.0",
             "public suite": "**-10.0 ± 2.0** NOT BELIEVABLE",
-            "hardened suite": "n/a",
-            "both suites": "n/a",
-            "AutoAttack": "n/a",
         }
     ]
 

@@ -365,7 +365,8 @@ def _images(summary: Summary, name: str) -> str:
 def difference_rows(lines: Sequence[Mapping[str, str]]) -> Rows:
     """Returns what `robust_ssl.report.comparison.differences` found as a table, in points."""
     rows: dict[str, dict[str, str]] = {}
-    blank = dict.fromkeys((column.heading for column in SHARES.values()), "n/a")
+    known = {line["share"] for line in lines}  # a share that no recipe has needs no column
+    blank = {column.heading: "n/a" for share, column in SHARES.items() if share in known}
     for line in lines:
         row = rows.setdefault(line["recipe"], {"recipe": label(line["recipe"]), **blank})
         value, half = (100 * float(line[name]) for name in ("difference", "half_width"))
