@@ -258,9 +258,12 @@ def encoder_shape(planned: Plan) -> Encoder:
 
 def _shape(source: EncoderSource) -> Encoder:
     builder, _ = source.own_builder
-    if source.function is None or builder is not None:  # yours may keep what it has made once
-        return source.load(jax.random.key(0))
-    return jax.eval_shape(source.load, jax.random.key(0))  # no weights are made
+    try:
+        if source.function is None or builder is not None:  # yours may keep what it has made once
+            return source.load(jax.random.key(0))
+        return jax.eval_shape(source.load, jax.random.key(0))  # no weights are made
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the encoder cannot be built: {error}") from error
 
 
 def check_recipe_text(planned: Plan, name: str) -> None:
