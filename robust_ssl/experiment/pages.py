@@ -16,6 +16,7 @@ from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.score import saved_classifiers, score
+from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import StageDirectory, fingerprint, load_arrays, save_arrays
 
@@ -41,15 +42,17 @@ def write(context: Context, comparison: StageDirectory | None = None) -> pathlib
     page, file = context.workdir / "report.md", context.workdir / "results.json"
     scored = score(context)
     document = _document(context, scored, comparison)
-    if page.exists() and _same(file, document):
+    if everywhere(page.exists() and _same(file, document)):
         return page
     looks = {name: _look(context, scored, name, model) for name, model in _models(context).items()}
+    # What opens stages comes first: all processes have to, and only one writes the page.
+    right = None if comparison is None else outcomes(context)
+    layers = _layers(context)
     if jax.process_index():
         return page
     report.results.write(file, **document)
     written = report.results.read(file)
-    figures = _figures(context, written, looks)
-    right = None if comparison is None else outcomes(context)
+    figures = _figures(context, written, looks, layers)
     shown = _shown(context, written)
     curves = {name: _curve(written["results"], name) for name in shown}
     if max(map(len, curves.values())) <= 2:
@@ -124,7 +127,10 @@ def _document(
 
 
 def _figures(
-    context: Context, document: Mapping[str, Any], looks: Mapping[str, Mapping[str, np.ndarray]]
+    context: Context,
+    document: Mapping[str, Any],
+    looks: Mapping[str, Mapping[str, np.ndarray]],
+    layers: Mapping[str, Mapping[str, Any]],
 ) -> list[pathlib.Path]:
     folder, shown = context.workdir / "figures", _shown(context, document)
     first = looks[next(iter(shown))]
@@ -135,14 +141,21 @@ def _figures(
     )
     drifts = {label: _drift(looks[name]) for name, label in shown.items()}
     paths.append(report.figure_stability(folder, drifts))
-    for recipe, seed in _pairs(context):
-        if recipe.select is not None and seed == context.plan.training.seeds[0]:
-            results = train.layers_of(context, recipe, seed)
-            name = f"sensitivity-{recipe.name}"
-            paths.append(
-                report.figure_sensitivity(folder, results["scores"], results["selected"], name=name)
-            )
+    for recipe, results in layers.items():
+        name = f"sensitivity-{recipe}"
+        paths.append(
+            report.figure_sensitivity(folder, results["scores"], results["selected"], name=name)
+        )
     return paths
+
+
+def _layers(context: Context) -> dict[str, Mapping[str, Any]]:
+    """What each recipe that chooses its layers chose with the first seed."""
+    return {
+        recipe.name: train.layers_of(context, recipe, seed)
+        for recipe, seed in _pairs(context)
+        if recipe.select is not None and seed == context.plan.training.seeds[0]
+    }
 
 
 def _shown(context: Context, document: Mapping[str, Any]) -> dict[str, str]:

@@ -94,16 +94,16 @@ def run(
         if {"score", "compare"} & results.keys():
             comparison = compare(context) if "compare" in results else None
             pages.write(context, comparison)
+    right = pages.outcomes(context) if "compare" in results else None  # all processes read it
     if jax.process_index() == 0:
-        _print(context, results)
+        _print(context, results, right)
     return results
 
 
-def _print(context: Context, results: Mapping[str, Any]) -> None:
+def _print(context: Context, results: Mapping[str, Any], right: Any) -> None:
     """Prints the answer, and where everything else is."""
     if {"score", "compare"} & results.keys():
         document = report.results.read(context.workdir / "results.json")
-        right = pages.outcomes(context) if "compare" in results else None
         report.print_summary(document, outcomes=right)
         print(f"everything else: {context.workdir / 'report.md'}")
     elif "sweep" in results:
