@@ -277,6 +277,8 @@ def _try(context: Context, recipe: Recipe, seed: int, results: dict, failed: dic
     except (ConfigChangedError, WorkdirError):
         raise
     except (FloatingPointError, ValueError, TypeError, KeyError, JaxRuntimeError) as error:
+        if jax.process_count() > 1 and not isinstance(error, FloatingPointError):
+            raise  # another process may be gone, which says nothing of the recipe
         failed[model] = str(error)
         _log.error("%s failed, the others go on: %s", model, error)
 
