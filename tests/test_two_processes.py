@@ -58,6 +58,8 @@ def accident(act, place, count):
     calls = iter(range(1, 1_000_000))
     def make(function):
         def wrapped(*args, **kwargs):
+            if act == "blind" and "/groups/" not in str(args[0]):
+                return function(*args, **kwargs)
             call = next(calls)
             if act == "blind":  # an old view of a shared folder: the file is not there yet
                 return None if call == count else function(*args, **kwargs)
