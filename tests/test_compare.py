@@ -294,12 +294,7 @@ def test_without_the_reference_there_are_no_cost_factors(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused_before_the_first_step(tmp_path, change, message):
     changed = config({**RECIPES, "universal": {**UNIVERSAL, "batch_size": 16}})
-    for path, value in change.items():
-        *parents, last = path.split(".")
-        place = changed
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
+    tiny_recipes.put(changed, change)
     with pytest.raises(experiment.UsageError, match=f"(?s){message}"):
         go(changed, tmp_path)
     assert not list(tmp_path.iterdir())

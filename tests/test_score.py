@@ -303,12 +303,7 @@ def test_a_finished_recipe_is_a_classifier(tmp_path):
 )
 def test_bad_configs_are_refused_before_the_first_step(tmp_path, change, message):
     changed = config()
-    for name, value in change.items():
-        *parents, last = name.split(".")
-        place = changed
-        for parent in parents:
-            place = place[parent]
-        place[last] = value
+    tiny_recipes.put(changed, change)
     with pytest.raises(experiment.UsageError, match=f"(?s){message}"):
         go(changed, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def test_a_point_that_the_workdir_has_with_other_values_is_named(tmp_path):
 
     run, *_ = with_points(0.02)
     recipe = run.plan.recipes[POINTS[0]]
-    run.open(train.directory(recipe, 0), train.settings_of(run, recipe), {}).close()
+    run.open(train.directory(recipe, 0), fitting.settings_of(run, recipe), {}).close()
     assert not with_points(0.02)[2]
     with pytest.raises(ConfigChangedError) as caught:
         with_points(0.020001)

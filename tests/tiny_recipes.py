@@ -65,6 +65,16 @@ def config(recipes, *stages):
     return config
 
 
+def put(config, change):
+    """Sets entries of a config by their dotted paths."""
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+
+
 def context(config, workdir, num_devices=2):
     """What the stages are called with."""
     return experiment.Context(experiment.plan(config), workdir, layout(num_devices), QUIET)

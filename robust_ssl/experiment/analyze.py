@@ -144,14 +144,11 @@ def _run_parts(subject: _Subject) -> tuple[dict[str, Any], list[pathlib.Path]]:
 
 def _models(context: Context) -> dict[str, Classifier | Encoder]:
     """The compared recipes' classifiers with the first seed."""
-    if not context.plan.recipes:
-        return {PUBLIC: context.encoder}
-    seed = context.plan.training.seeds[0]
-    failed = train.trained_of(train.train(context)).failed
+    first = context.plan.training.seeds[0]
     models = {
         recipe.name: train.load_trained(context, recipe, seed)
-        for recipe in context.plan.scored
-        if train.model_name(recipe, seed) not in failed
+        for recipe, seed in train.scored(context, train.trained(context))
+        if seed == first
     }
     return models or {PUBLIC: context.encoder}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,13 +25,9 @@ def compare(context: Context) -> StageDirectory:
     Returns:
       The stage's directory; its results are the ``comparison`` of ``results.json``.
     """
-    scored, trained = score(context), train.trained_of(train.train(context))
-    pairs = [
-        (recipe, seed)
-        for recipe, seed in itertools.product(context.plan.scored, context.plan.training.seeds)
-        if train.model_name(recipe, seed) in trained.results
-    ]
-    measured = _costs(context, pairs)
+    scored, trained = score(context), train.trained(context)
+    pairs = train.scored(context, trained)
+    measured = _costs(context, trained, pairs)
     right = outcomes_of(context, scored, pairs)
     inputs = {train.model_name(*pair): "scored" for pair in pairs}
     inputs |= dict.fromkeys(trained.failed, "failed")
@@ -45,10 +40,12 @@ def compare(context: Context) -> StageDirectory:
     return stage
 
 
-def _costs(context: Context, pairs: Sequence[tuple[Recipe, int]]) -> dict[Recipe, Any]:
+def _costs(
+    context: Context, trained: train.Trained, pairs: Sequence[tuple[Recipe, int]]
+) -> dict[Recipe, Any]:
     """What each recipe costs, with the first seed that it was made with."""
     reference = context.plan.recipes[context.plan.compare.reference]
-    trained, seeds = train.trained_of(train.train(context)), context.plan.training.seeds
+    seeds = context.plan.training.seeds
 
     def has(recipe: Recipe, seed: int) -> bool:
         return train.model_name(recipe, seed) in trained.results

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, struct, weights
+from robust_ssl.build import text_of
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
@@ -85,6 +86,13 @@ def build_step(
     return state, step
 
 
+def settings_of(context: Context, recipe: Recipe) -> dict[str, Any]:
+    """Returns what a recipe's directory keeps as its config."""
+    if not recipe.is_trained:
+        return {"recipe": recipe.text}
+    return {"recipe": dict(recipe.text), "validation": text_of(context.plan.training.validation)}
+
+
 def fit(
     context: Context,
     name: str,
@@ -116,10 +124,8 @@ def fit(
         "train": train_set.fingerprint(),
         "validation": validation.fingerprint(),
     }
-    settings = {
-        "recipe": {**recipe.text, "rates": dict(rates)},
-        "validation": context.plan.training.validation,
-    }
+    settings = settings_of(context, recipe)
+    settings["recipe"]["rates"] = dict(rates)  # of a recipe that chooses its layers, those it chose
     with context.open(name, settings, inputs, seed) as stage:
         if stage.done:
             return stage

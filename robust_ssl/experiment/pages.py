@@ -15,6 +15,7 @@ from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
+from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.score import saved_classifiers, score
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier
@@ -24,12 +25,12 @@ IMAGES = 256  # test images by which the outputs of layers are compared
 PICTURES = 8
 
 
-def outcomes(context: Context) -> dict[str, dict[str, np.ndarray]]:
-    """Returns in what part of the seeds each test image was right, by recipe and share."""
-    return over_seeds(outcomes_of(context, score(context), _pairs(context)))
+Pairs = Sequence[tuple[Recipe, int]]
 
 
-def write(context: Context, comparison: StageDirectory | None = None) -> pathlib.Path:
+def write(
+    context: Context, comparison: StageDirectory | None = None
+) -> dict[str, dict[str, np.ndarray]] | None:
     """Writes ``results.json``, ``report.md``, its tables and figures, unless they are there.
 
     Args:
@@ -37,19 +38,23 @@ def write(context: Context, comparison: StageDirectory | None = None) -> pathlib
       comparison: What `compare` left; None writes the page without it.
 
     Returns:
-      The path of ``report.md``.
+      In what part of the seeds each test image was right, by recipe and share; None without a
+      comparison.
     """
     page, file = context.workdir / "report.md", context.workdir / "results.json"
-    scored = score(context)
-    document = _document(context, scored, comparison)
+    scored, pairs = score(context), train.scored(context, train.trained(context))
+    right = None
+    if comparison is not None:
+        right = over_seeds(outcomes_of(context, scored, pairs))
+    document = _document(context, scored, comparison, pairs)
     if everywhere(page.exists() and _same(file, document)):
-        return page
-    looks = {name: _look(context, scored, name, model) for name, model in _models(context).items()}
+        return right
     # What opens stages comes first: all processes have to, and only one writes the page.
-    right = None if comparison is None else outcomes(context)
-    layers = _layers(context)
+    models = _models(context, pairs)
+    looks = {name: _look(context, scored, name, model) for name, model in models.items()}
+    layers = _layers(context, pairs)
     if jax.process_index():
-        return page
+        return right
     report.results.write(file, **document)
     written = report.results.read(file)
     figures = _figures(context, written, looks, layers)
@@ -58,7 +63,7 @@ def write(context: Context, comparison: StageDirectory | None = None) -> pathlib
     if max(map(len, curves.values())) <= 2:
         curves = {}  # a line between two points says nothing more
     report.write_report(context.workdir, written, curves=curves, outcomes=right, figures=figures)
-    return page
+    return right
 
 
 def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
@@ -70,28 +75,16 @@ def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
     return all(written[part] == new[part] for part in ("results", "verdicts", "comparison"))
 
 
-def _pairs(context: Context) -> list[tuple[Any, int]]:
-    results = train.trained_of(train.train(context)).results
-    return [
-        (recipe, seed)
-        for recipe in context.plan.scored
-        for seed in context.plan.training.seeds
-        if train.model_name(recipe, seed) in results
-    ]
-
-
-def _models(context: Context) -> dict[str, Classifier]:
-    pairs = _pairs(context) if context.plan.recipes else []
+def _models(context: Context, pairs: Pairs) -> dict[str, Classifier]:
     trained = {train.model_name(r, s): train.load_trained(context, r, s) for r, s in pairs}
     return {**trained, **saved_classifiers(context)}
 
 
 def _document(
-    context: Context, scored: StageDirectory, comparison: StageDirectory | None
+    context: Context, scored: StageDirectory, comparison: StageDirectory | None, pairs: Pairs
 ) -> dict[str, Any]:
     train_set, validation = context.downstream
     manifest, suite = attack(context).manifest, context.plan.suite
-    pairs = _pairs(context) if context.plan.recipes else []
     models = {train.model_name(r, s): {"recipe": r.name, "seed": s} for r, s in pairs}
     models |= {name: {"recipe": None, "seed": None} for name in context.plan.classifiers}
     encoder = context.encoder
@@ -149,11 +142,11 @@ def _figures(
     return paths
 
 
-def _layers(context: Context) -> dict[str, Mapping[str, Any]]:
+def _layers(context: Context, pairs: Pairs) -> dict[str, Mapping[str, Any]]:
     """What each recipe that chooses its layers chose with the first seed."""
     return {
         recipe.name: train.layers_of(context, recipe, seed)
-        for recipe, seed in _pairs(context)
+        for recipe, seed in pairs
         if recipe.select is not None and seed == context.plan.training.seeds[0]
     }
 

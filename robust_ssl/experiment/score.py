@@ -70,14 +70,9 @@ def _load_saved(context: Context) -> dict[str, Classifier]:
 
 def _trained(context: Context) -> dict[str, Classifier]:
     """The classifiers of the scored recipes, with every seed, by model name."""
-    if not context.plan.recipes:
-        return {}
-    failed = train.trained_of(train.train(context)).failed
-    pairs = itertools.product(context.plan.scored, context.plan.training.seeds)
     return {
-        train.model_name(recipe, seed): train.load_trained(context, recipe, seed)
-        for recipe, seed in pairs
-        if train.model_name(recipe, seed) not in failed
+        train.model_name(*pair): train.load_trained(context, *pair)
+        for pair in train.scored(context, train.trained(context))
     }
 
 

@@ -85,16 +85,15 @@ def run(
     check_layout(context.workdir)
     check(context)
     make_directory(workdir)
-    results: dict[str, Any] = {}
+    finished: dict[str, StageDirectory] = {}
+    right = None
     with shared_programs():
         for name in planned.stages:
-            stage = _RUN[name](context)
-            results[name] = stage.results
+            finished[name] = stage = _RUN[name](context)
             _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
-        if {"score", "compare"} & results.keys():
-            comparison = compare(context) if "compare" in results else None
-            pages.write(context, comparison)
-    right = pages.outcomes(context) if "compare" in results else None  # all processes read it
+        if {"score", "compare"} & finished.keys():
+            right = pages.write(context, finished.get("compare"))
+    results = {name: stage.results for name, stage in finished.items()}
     if jax.process_index() == 0:
         _print(context, results, right)
     return results

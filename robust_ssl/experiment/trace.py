@@ -22,7 +22,6 @@ from robust_ssl.experiment.train import (
     load_saved,
     model_name,
     public_encoder,
-    settings_of,
     untrained,
 )
 from robust_ssl.workdir import check_unchanged, json_ready, read_manifest
@@ -112,10 +111,10 @@ def is_made(context: Context, recipe: Recipe) -> bool:
     Raises:
       WorkdirError: If a manifest cannot be read.
     """
-    code = code_inputs(settings_of(context, recipe))
+    code = code_inputs(fitting.settings_of(context, recipe))
     for seed in context.plan.training.seeds:
-        manifest, asked = _begun(context, recipe, seed)
-        if manifest is None or manifest["status"] != "done" or manifest["config"] != asked:
+        manifest, expected = _begun(context, recipe, seed)
+        if manifest is None or manifest["status"] != "done" or manifest["config"] != expected:
             return False
         if {n: v for n, v in manifest["inputs"].items() if n.startswith("code/")} != code:
             return False
@@ -127,21 +126,21 @@ def _begun(
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The manifest of a recipe, None where there is none, and the config it should have."""
     path = context.workdir / directory(recipe, seed)
-    asked = json_ready(settings_of(context, recipe))
+    expected = json_ready(fitting.settings_of(context, recipe))
     if not (path / "manifest.json").exists():
-        return None, asked
+        return None, expected
     manifest = read_manifest(path)
     if recipe.select is not None:  # which layers move was learned on the way
-        asked["recipe"]["rates"] = manifest["config"].get("recipe", {}).get("rates")
-    return manifest, asked
+        expected["recipe"]["rates"] = manifest["config"].get("recipe", {}).get("rates")
+    return manifest, expected
 
 
 def _check_not_begun_otherwise(context: Context, recipe: Recipe) -> None:
     """Raises ConfigChangedError, with what differs; what has failed may be changed."""
     inputs = collected(context)
     for seed in context.plan.training.seeds:
-        manifest, asked = _begun(context, recipe, seed)
+        manifest, expected = _begun(context, recipe, seed)
         if manifest is not None and FAILED + model_name(recipe, seed) not in inputs:
             path = context.workdir / directory(recipe, seed)
-            now = {"config": asked, "inputs": code_inputs(asked)}
+            now = {"config": expected, "inputs": code_inputs(expected)}
             check_unchanged(path, manifest, now, collects=True)

@@ -14,7 +14,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from robust_ssl import finetuning, models, optimizers, weights
-from robust_ssl.build import Function, text_of
+from robust_ssl.build import Function
 from robust_ssl.experiment import fitting, selection
 from robust_ssl.experiment.context import Context, code_inputs
 from robust_ssl.experiment.recipe import Recipe
@@ -55,13 +55,6 @@ def model_name(recipe: Recipe, seed: int) -> str:
 def directory(recipe: Recipe, seed: int) -> str:
     """Returns the stage name of a recipe with a seed."""
     return f"recipes/{model_name(recipe, seed)}"
-
-
-def settings_of(context: Context, recipe: Recipe) -> dict[str, Any]:
-    """Returns what a recipe's directory keeps as its config."""
-    if not recipe.is_trained:
-        return {"recipe": recipe.text}
-    return {"recipe": dict(recipe.text), "validation": text_of(context.plan.training.validation)}
 
 
 def collected(context: Context) -> dict[str, str]:
@@ -184,7 +177,7 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
 def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifier):
     """A stage that trains nothing: an ensemble, an input transformation."""
     inputs = {"start": fingerprint(classifier.variables)}
-    settings = settings_of(context, recipe)
+    settings = fitting.settings_of(context, recipe)
     with context.open(directory(recipe, seed), settings, inputs, seed) as stage:
         if not stage.done:
             counters = ("epochs", "steps", "skipped", "gradient_evaluations_per_image")
@@ -213,7 +206,7 @@ def train(context: Context) -> StageDirectory:
     }
     before, recipes = collected(context), list(context.plan.recipes.values())
     for recipe, seed in itertools.product(recipes, training.seeds):
-        settings = settings_of(context, recipe)
+        settings = fitting.settings_of(context, recipe)
         text = digest([json_ready(settings), code_inputs(settings)])
         model = model_name(recipe, seed)
         failed_with = before.get(FAILED + model)
@@ -243,9 +236,18 @@ def layers_of(context: Context, recipe: Recipe, seed: int) -> dict[str, Any]:
     return read_manifest(context.workdir / f"{directory(recipe, seed)}-layers")["results"]
 
 
-def trained_of(stage: StageDirectory) -> Trained:
-    """Returns what `train` left."""
+def trained(context: Context) -> Trained:
+    """Returns what `train` leaves; nothing where the plan has no recipes."""
+    if not context.plan.recipes:
+        return Trained({}, {})
+    stage = train(context)
     return Trained(stage.results["trained"], stage.results["failed"])
+
+
+def scored(context: Context, done: Trained) -> list[tuple[Recipe, int]]:
+    """Returns the scored recipes with each seed that they were made with."""
+    pairs = itertools.product(context.plan.scored, context.plan.training.seeds)
+    return [(recipe, seed) for recipe, seed in pairs if model_name(recipe, seed) in done.results]
 
 
 def train_all(context: Context, recipes: list[Recipe], seeds: Any = None) -> Trained:
