@@ -102,15 +102,6 @@ def test_broken_objectives_fail(objective, law):
 
 # ------------------------------------------------------------------------------ universal attacks
 
-QUICK = {
-    "step_size": 0.02,
-    "fine_step_size": 0.005,
-    "learning_rate": 0.01,
-    "num_steps": 2,
-    "width": 4,
-    "noise_vectors": 2,
-    "num_clusters": 3,
-}
 UNIVERSAL = (
     pytest.param("AdvEncoderPER", marks=pytest.mark.slow),  # `AdvEncoderPAT` is the same code
     *("FFF", "L4ABase", "L4AFuse", "L4AUGS", "RandomNoise", "SSP", "STD"),
@@ -118,21 +109,15 @@ UNIVERSAL = (
 )
 
 
-def _quick(name):
-    kind = getattr(attacks, name)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{key: value for key, value in QUICK.items() if key in fields})
-
-
 @pytest.mark.parametrize("name", UNIVERSAL)
 def test_universal_attacks_pass(name):
-    check("universal_attack", _quick(name))
+    check("universal_attack", tiny.quick_attack(name))
 
 
 @pytest.mark.parametrize("name", ["AdvEncoderPAT", "UAP"])
 def test_universal_attacks_pass_in_a_patch_of_random_location(name):
     threat = functools.partial(threats.Patch, location="random")
-    check("universal_attack", _quick(name), threat=threat, epsilon=0.25)
+    check("universal_attack", tiny.quick_attack(name), threat=threat, epsilon=0.25)
 
 
 @struct.dataclass

@@ -1,6 +1,5 @@
 """Every universal attack under bands and patches, the gradients it sees, and what `fit` refuses."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from robust_ssl import attacks, struct, threats
 from robust_ssl.attacks import accumulated, perturbation, universal
@@ -82,20 +82,6 @@ UNIVERSAL = {
     and kind is not attacks.UniversalAttack
     and all(hasattr(kind, method) for method in ("init", "step", "delta"))
 }
-QUICK = {
-    "step_size": 0.02,
-    "fine_step_size": 0.005,
-    "learning_rate": 0.01,
-    "num_steps": 2,
-    "width": 4,
-    "noise_vectors": 2,
-    "num_clusters": 3,
-}
-
-
-def _quick(name):
-    fields = {field.name for field in dataclasses.fields(UNIVERSAL[name])}
-    return UNIVERSAL[name](**{key: value for key, value in QUICK.items() if key in fields})
 
 
 def _check_rises(attack, fitted):
@@ -123,24 +109,24 @@ def test_all_universal_attacks_are_found():
 
 @pytest.mark.parametrize("name", sorted(set(UNIVERSAL) - {"AdvEncoderPAT"}))
 def test_every_attack_keeps_its_band_and_its_budget_and_rises(name):
-    fitted = _fit(_quick(name), _low_pass, (0.05, 0.2))
+    fitted = _fit(tiny.quick_attack(name), _low_pass, (0.05, 0.2))
     for index, budget in enumerate((0.05, 0.2)):
         delta = np.asarray(fitted.member(index).delta)
         assert _outside(delta) < 1e-5
         assert 0.2 * budget < np.abs(delta).max() <= budget * (1 + 1e-6)
     assert np.isfinite(fitted.curve).all() and (name != "UAP" or fitted.curve[-1, 1] > 0)
-    _check_rises(_quick(name), fitted)
+    _check_rises(tiny.quick_attack(name), fitted)
 
 
 @pytest.mark.parametrize("name", sorted(UNIVERSAL))
 def test_every_attack_keeps_its_patch_of_random_location_and_rises(name):
-    fitted = _fit(_quick(name), _random_patch, (0.1, 0.25))
+    fitted = _fit(tiny.quick_attack(name), _random_patch, (0.1, 0.25))
     for index in range(2):
         member = fitted.member(index)
         delta, mask = np.asarray(member.delta), np.asarray(member.threat.mask(8, 8))[..., 0]
         assert delta.min() >= 0 and delta.max() <= 1 and np.all(delta[~mask] == 0)
     assert np.isfinite(fitted.curve).all()
-    _check_rises(_quick(name), fitted)
+    _check_rises(tiny.quick_attack(name), fitted)
 
 
 def test_fast_feature_fool_in_a_band_beats_noise_of_the_same_band():
@@ -257,8 +243,11 @@ def test_uap_sees_the_patch_at_the_place_of_each_image():
 
 
 def test_uap_with_a_random_patch_does_not_depend_on_the_devices():
-    one, parallel = _fit(_quick("UAP"), _random_patch, (0.1, 0.25)), Parallel.create(num_devices=4)
-    several = _fit(_quick("UAP"), _random_patch, (0.1, 0.25), parallel=parallel)
+    one, parallel = (
+        _fit(tiny.quick_attack("UAP"), _random_patch, (0.1, 0.25)),
+        Parallel.create(num_devices=4),
+    )
+    several = _fit(tiny.quick_attack("UAP"), _random_patch, (0.1, 0.25), parallel=parallel)
     np.testing.assert_allclose(several.perturbations.delta, one.perturbations.delta, atol=1e-5)
 
 
@@ -270,7 +259,7 @@ def test_a_model_that_gives_nan_is_an_error_and_not_a_perturbation(name):
     broken = jax.tree.map(lambda weight: weight.at[0, 0].set(jnp.nan), _model())
     words = r"member\(s\) \[0, 1\] of 2 is not finite, first in step 0; look at what the encoder"
     with pytest.raises(ValueError, match=words):
-        _fit(_quick(name), _low_pass, (0.05, 0.2), steps=2, model=broken)
+        _fit(tiny.quick_attack(name), _low_pass, (0.05, 0.2), steps=2, model=broken)
 
 
 def test_the_first_bad_step_and_member_are_named():

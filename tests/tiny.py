@@ -1,5 +1,6 @@
 """What a user might bring, in a few lines each: an encoder, images, a config around them."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -8,12 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import settings, struct
+from robust_ssl import attacks, settings, struct
 from robust_ssl.types import Encoder, Outputs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SIZE = 8
 STEP = {"step_size": 2 / 255}
+# Options of universal attacks by which a fit is over soon.
+QUICK = {
+    "step_size": 0.02,
+    "fine_step_size": 0.005,
+    "learning_rate": 0.01,
+    "num_steps": 2,
+    "width": 4,
+    "noise_vectors": 2,
+    "num_clusters": 3,
+}
+
+
+def quick_attack(name):
+    """A universal attack of the package by its name, small and short."""
+    kind = getattr(attacks, name)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{option: value for option, value in QUICK.items() if option in fields})
 
 
 class TwoConvolutions(nn.Module):

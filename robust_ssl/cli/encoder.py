@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from robust_ssl import settings
+from robust_ssl.cli.flags import add_command, add_debug
 
 DONE, USAGE = 0, 2
 
@@ -35,15 +36,17 @@ Nothing in a file is executed.  Exit codes: 0 done (inspect: it can be converted
 
 def add_parser(commands: Any) -> None:
     """Adds the command to argparse's `commands`."""
-    command = _command(commands, "encoder", "inspect, convert and export the weights of encoders")
+    command = add_command(
+        commands, "encoder", "inspect, convert and export the weights of encoders", _EXAMPLES
+    )
     actions = command.add_subparsers(
         dest="action", required=True, metavar="inspect | convert | export"
     )
     # Inspecting and converting take the same file and the same names for what it does not tell.
     text = "say what a file of weights holds and whether it can be converted"
-    inspect = _command(actions, "inspect", text)
+    inspect = add_command(actions, "inspect", text, _EXAMPLES)
     text = "write a foreign encoder as this package has it"
-    convert = _command(actions, "convert", text)
+    convert = add_command(actions, "convert", text, _EXAMPLES)
     for action in (inspect, convert):
         action.add_argument(
             "file",
@@ -51,12 +54,12 @@ def add_parser(commands: Any) -> None:
             help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON",
         )
         _add_names(action)
-        _add_debug(action)
+        add_debug(action)
     convert.add_argument("--out", required=True, metavar="DIR", help="the encoder's new directory")
     convert.add_argument("--name", help="for tables and manifests (default: the file's)")
     text = "write an encoder for PyTorch, or a whole model as a StableHLO program"
-    export = _command(actions, "export", text)
-    _add_debug(export)
+    export = add_command(actions, "export", text, _EXAMPLES)
+    add_debug(export)
     export.add_argument(
         "encoder", metavar="NAME_OR_DIR", help="a shipped encoder, or a directory of one"
     )
@@ -77,22 +80,6 @@ def add_parser(commands: Any) -> None:
     export.add_argument(
         "--batch", type=int, metavar="N", help="images per call of the program (default: any)"
     )
-
-
-def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    return command
-
-
-def _add_debug(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--debug", action="store_true", help="show where an error came from")
 
 
 def _add_names(command: argparse.ArgumentParser) -> None:

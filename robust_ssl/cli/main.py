@@ -18,6 +18,7 @@ from typing import Any
 
 from robust_ssl import progress, settings, stopping
 from robust_ssl.cli import encoder
+from robust_ssl.cli.flags import add_command, add_debug
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
 
@@ -102,14 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run(commands, "sweep", text)
     text = "print a config's settings and what the functions in it do"
-    _add_config(_add_command(commands, "describe", text))
+    _add_config(add_command(commands, "describe", text, _EXAMPLES))
     encoder.add_parser(commands)
-    zoo = _add_command(commands, "zoo", "pre-train a list of encoders, each with its card")
+    zoo = add_command(
+        commands, "zoo", "pre-train a list of encoders, each with its card", _EXAMPLES
+    )
     actions = zoo.add_subparsers(dest="action", required=True, metavar="build")
     text = (
         "pre-train an encoder for each config; finished ones are kept, an interrupted one goes on"
     )
-    build = _add_command(actions, "build", text)
+    build = add_command(actions, "build", text, _EXAMPLES)
     _add_config(build, action="append")
     build.add_argument(
         "--out", required=True, metavar="DIR", help="gets a folder for each encoder, and a table"
@@ -118,19 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands, name: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def _add_run(commands, name: str, text: str) -> None:
-    command = _add_command(commands, name, text)
+    command = add_command(commands, name, text, _EXAMPLES)
     _add_config(command)
     command.add_argument(
         "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
@@ -154,7 +146,7 @@ def _add_config(command: argparse.ArgumentParser, action: str = "store") -> None
         "--config.KEY=VALUE  replaces one setting of the config, for example "
         "--config.suite.epsilon=8/255; `describe` lists them",
     )
-    command.add_argument("--debug", action="store_true", help="show where an error came from")
+    add_debug(command)
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:

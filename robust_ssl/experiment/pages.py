@@ -11,7 +11,7 @@ import numpy as np
 
 from robust_ssl import evaluation, report
 from robust_ssl.experiment import train
-from robust_ssl.experiment.attack import at_main_budget, attack
+from robust_ssl.experiment.attack import Fitted, at_main_budget, attack
 from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
@@ -51,7 +51,8 @@ def write(
         return right
     # What opens stages comes first: all processes have to, and only one writes the page.
     models = _models(context, pairs)
-    looks = {name: _look(context, scored, name, model) for name, model in models.items()}
+    public = at_main_budget(context, attack(context))
+    looks = {n: _look(context, scored, n, model, public) for n, model in models.items()}
     layers = _layers(context, pairs)
     if jax.process_index():
         return right
@@ -176,7 +177,11 @@ def _curve(
 
 
 def _look(
-    context: Context, scored: StageDirectory, name: str, model: Classifier
+    context: Context,
+    scored: StageDirectory,
+    name: str,
+    model: Classifier,
+    public: Sequence[Fitted],
 ) -> dict[str, np.ndarray]:
     """Returns what the strongest public perturbation does to some images; kept once made.
 
@@ -188,7 +193,7 @@ def _look(
     arrays = load_arrays(file)
     if arrays is not None:
         return arrays
-    perturbation = _strongest(context, scored, name)
+    perturbation = _strongest(scored, name, public)
     count = min(IMAGES, len(context.test))
     clean = evaluation.to_pixels(context.test.read(np.arange(count))["images"])
     key = stage_key(context.plan.seed, "score")
@@ -219,14 +224,10 @@ def _drift(look: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     return {tap: dict(zip(look["measures"].tolist(), row, strict=True)) for tap, row in rows}
 
 
-def _strongest(context: Context, scored: StageDirectory, model: str):
+def _strongest(scored: StageDirectory, model: str, public: Sequence[Fitted]):
     """Returns the public perturbation that costs a model the most accuracy."""
-    robust = {}
+    group, robust = (model, "universal", "public"), {}
     for entry in scored.results["results"]:
-        if (entry["model"], entry["family"], entry["crafted_against"]) == (
-            *(model, "universal"),
-            "public",
-        ):
+        if (entry["model"], entry["family"], entry["crafted_against"]) == group:
             robust[entry["attack"], entry["seed"], entry["epsilon"]] = entry["robust_accuracy"]
-    fitted = at_main_budget(context, attack(context))
-    return min(fitted, key=lambda f: robust[f.attack, f.seed, float(f.epsilon)]).perturbation
+    return min(public, key=lambda f: robust[f.attack, f.seed, float(f.epsilon)]).perturbation

@@ -18,7 +18,7 @@ from robust_ssl.attacks import autoattack
 from robust_ssl.build import inside
 from robust_ssl.evaluation import PerImage
 from robust_ssl.experiment import train
-from robust_ssl.experiment.attack import attack, load_perturbations
+from robust_ssl.experiment.attack import Fitted, attack, load_perturbations
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.examine import examine
 from robust_ssl.experiment.groups import (
@@ -119,9 +119,9 @@ def build_per_image(context: Context, budget: Budget) -> dict[str, Any]:
 
 def build_autoattack(context: Context, num_classes: int) -> list[tuple[Budget, Mapping[str, Any]]]:
     """Returns AutoAttack at each of its budgets."""
-    asked = context.plan.scoring.autoattack
-    ensemble = _ENSEMBLES[asked.version]
-    return [(budget, ensemble(budget.threat, num_classes)) for budget in asked.budgets]
+    settings = context.plan.scoring.autoattack
+    ensemble = _ENSEMBLES[settings.version]
+    return [(budget, ensemble(budget.threat, num_classes)) for budget in settings.budgets]
 
 
 def check(context: Context) -> None:
@@ -187,7 +187,13 @@ def score(context: Context) -> StageDirectory:
         if stage.done and load_arrays(stage.path / OUTCOMES) is not None:
             return stage
         results, verdicts, right = [], {}, {}
-        jobs = {n: _jobs(context, n, model, public, crafted[n]) for n, model in models.items()}
+        # Where an encoder did not move, what was crafted again is the public stage.
+        stages = {made.path: made for made in (public, *crafted.values()) if made is not None}
+        fitted = {path: load_perturbations(context, made) for path, made in stages.items()}
+        jobs = {}
+        for name, model in models.items():
+            again = [] if crafted[name] is None else fitted[crafted[name].path]
+            jobs[name] = _jobs(context, name, model, fitted[public.path], again)
         total = sum(job.parts for some in jobs.values() for job in some)
         with context.progress.stage("score", total) as bar:
             done = itertools.count(1)
@@ -256,8 +262,8 @@ def _jobs(
     context: Context,
     name: str,
     model: Classifier,
-    public: StageDirectory,
-    crafted: StageDirectory | None,
+    public: Sequence[Fitted],
+    crafted: Sequence[Fitted],
 ) -> list[_Job]:
     scoring, jobs = context.plan.scoring, []
 
@@ -266,8 +272,8 @@ def _jobs(
         run = functools.partial(_score, group, model, members)
         jobs.append(_Job(_words(group), parts, run))
 
-    for against, stage in (("public", public), ("hardened", crafted)):
-        for (threat, epsilon), members in _universal(context, stage, against).items():
+    for against, fitted in (("public", public), ("hardened", crafted)):
+        for (threat, epsilon), members in _universal(context, fitted, against).items():
             add(Group(name, against, "universal", threat, epsilon), members)
     for against in ("public", "hardened"):
         for budget in scoring.per_image.budgets:
@@ -295,22 +301,20 @@ def _words(group: Group) -> str:
 
 
 def _universal(
-    context: Context, stage: StageDirectory | None, against: str
+    context: Context, fitted: Sequence[Fitted], against: str
 ) -> dict[tuple[str, float], list[Member]]:
     """A stage's perturbations by threat and budget, those that are worth scoring."""
-    if stage is None:
-        return {}
     suite, adaptive_curve = context.plan.suite, context.plan.scoring.adaptive_curve
-    fitted = []
-    for one in load_perturbations(context, stage):
+    scored = []
+    for one in fitted:
         member = suite.attacks[one.attack]
         if against == "hardened":
             # Noise looks at no encoder: the public one is scored already.
             on_curve = one.epsilon != member.budgets[0]
             if member.is_noise or (on_curve and not adaptive_curve):
                 continue
-        fitted.append(one)
-    return by_budget(fitted)
+        scored.append(one)
+    return by_budget(scored)
 
 
 def _in_turn(
@@ -318,8 +322,8 @@ def _in_turn(
 ) -> Scored:
     """Scores AutoAttack: each attack on what the ones before have left, kept one by one."""
     context = scorer.context
-    asked = context.plan.scoring.autoattack
-    rows = sample(context, asked.images or len(context.test))
+    settings = context.plan.scoring.autoattack
+    rows = sample(context, settings.images or len(context.test))
     part = context.test.read(rows)
     examples = {
         "images": part["images"],
@@ -329,11 +333,11 @@ def _in_turn(
     shared = {
         "key": stage_key(context.plan.seed, "autoattack"),
         "parallel": context.parallel,
-        "batch_size": asked.batch_size,
+        "batch_size": settings.batch_size,
     }
     before, members, results = None, [], {}
     for name, parts in ensemble.items():
-        file = file_name(group, [asked.version, name, f"{len(rows)} images"])
+        file = file_name(group, [settings.version, name, f"{len(rows)} images"])
         after = scorer.kept(
             file, lambda p=parts, b=before: {"after": _after(model, examples, p, b, shared)}
         )["after"]

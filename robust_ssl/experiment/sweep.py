@@ -82,12 +82,16 @@ def sweep(context: Context) -> StageDirectory:
     baseline, reference = (
         planned.recipes[name] for name in (planned.compare.baseline, planned.compare.reference)
     )
-    asked = [planned.recipes[name] for name in grid.entries if name not in impossible]
-    wanted = list(dict.fromkeys([baseline, reference, *asked]))
-    trained, public = train.train_all(context, wanted), attack(context)
+    possible = [planned.recipes[name] for name in grid.entries if name not in impossible]
+    wanted = list(dict.fromkeys([baseline, reference, *possible]))
+    trained = train.train_all(context, wanted)
+    fitted = {
+        f"{one.attack}, seed {one.seed}": one.perturbation
+        for one in at_main_budget(context, attack(context))
+    }
     scores = {
-        recipe: _score(context, recipe, public)
-        for recipe in dict.fromkeys([baseline, *asked])
+        recipe: _score(context, recipe, fitted)
+        for recipe in dict.fromkeys([baseline, *possible])
         if train.model_name(recipe, seed) in trained.results
     }
     failed = {**impossible}
@@ -111,11 +115,7 @@ def sweep(context: Context) -> StageDirectory:
     return stage
 
 
-def _score(context: Context, recipe: Recipe, public: StageDirectory) -> dict[str, float]:
-    fitted = {
-        f"{one.attack}, seed {one.seed}": one.perturbation
-        for one in at_main_budget(context, public)
-    }
+def _score(context: Context, recipe: Recipe, fitted: Mapping[str, Any]) -> dict[str, float]:
     results = evaluation.score(
         train.load_trained(context, recipe, context.plan.seed),
         data.epoch_batches(context.downstream[1], context.plan.training.batch_size),
