@@ -20,6 +20,7 @@ FLOORS = (
         *("settings", "report", "schemas", "recipes"),
     },
     {"experiment"},
+    {"api"},
     {"cli", "__init__"},
 )
 LIGHT = {"jax", "flax", "optax", "chex", "numpy"}
