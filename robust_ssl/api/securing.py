@@ -60,6 +60,7 @@ def secure(
     labels: Any = None,
     *,
     recipe: Any = "gen_af",
+    head: Any = "mlp",
     epsilon: float = 8 / 255,
     epochs: int = 8,
     batch_size: int = 64,
@@ -81,6 +82,7 @@ def secure(
       labels: Integers ``[n]``; None where `images` has its own.
       recipe: A name of ``robust_ssl.list("recipes")``, ``"module:function"``, or a mapping of
         entries of `experiment.Recipe`.
+      head: ``"mlp"``, ``"linear"``, or the name of a function of the number of classes.
       epsilon: Budget of every attack of training and validation, pixel units.
       epochs: Passes over the images, of each recipe on the way.
       batch_size: Images of an update.
@@ -88,7 +90,7 @@ def secure(
       seed: Of the head's first weights, the batches and the keys.
       parallel: The devices; None is the first one.
       progress: ``"auto"``, or ``"quiet"`` for none.
-      **options: Options and entries of the recipe, for example ``adv_ratio=0.5``.
+      **options: Options and entries of this recipe alone, for example ``adv_ratio=0.5``.
 
     Returns:
       The classifier: call it on pixels in [0, 1], save it with `robust_ssl.save_classifier`.
@@ -108,7 +110,7 @@ def secure(
         raise ValueError(f"only a robust_ssl.Encoder can be trained, got {type(encoder).__name__}")
     examples = inputs.examples_of(images, labels, encoder.image_size, "train")
     left = len(examples) - round(len(examples) * validation)
-    common = {"epochs": epochs, "batch_size": max(1, min(batch_size, left))}
+    common = {"epochs": epochs, "batch_size": max(1, min(batch_size, left)), "head": head}
     name, recipes = _recipes(recipe, options, common, epsilon)
     if not examples.class_names:
         raise ValueError("labels are needed to train a head: secure(encoder, images, labels)")
