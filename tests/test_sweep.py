@@ -12,6 +12,7 @@ from tiny_recipes import BROKEN, FROZEN, UNIVERSAL, context, go, manifest
 
 from robust_ssl import evaluation, experiment, progress, settings, stopping
 from robust_ssl.cli import main
+from robust_ssl.cli import run as cli_run
 from robust_ssl.experiment import fitting, sweep, trace, train
 from robust_ssl.finetuning import cost
 from robust_ssl.stopping import Stopped
@@ -273,7 +274,7 @@ def get_config():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    monkeypatch.setattr(main, "_start_jax", lambda arguments, several: None)
+    monkeypatch.setattr(cli_run, "_start_jax", lambda arguments, several: None)
     (tmp_path / "config.py").write_text(CONFIG)
 
     def call(*overrides, file=tmp_path / "config.py"):
