@@ -66,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (settings are --config.KEY=VALUE)")
     _log_to_stderr()
-    # As `python -m` does: "my_losses:tilted" means my_losses.py of the working directory.
-    sys.path.insert(0, os.getcwd())
     try:
         return _COMMANDS[arguments.command](arguments, overrides)
     except KeyboardInterrupt:
@@ -78,9 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         return _say_failed(error, _is_usage(error), arguments.debug)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(os.getcwd())
 
 
 def _parser() -> argparse.ArgumentParser:
