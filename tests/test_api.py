@@ -184,7 +184,7 @@ def test_securing_is_the_stage_train_of_a_run(tmp_path):
 @pytest.mark.slow
 def test_gen_af_brings_its_first_stage():
     images, labels = tiny.images()
-    small = {**SMALL, "num_steps": 1}
+    small = {**SMALL, "num_steps": 1, "select": {"layers": 1}}  # of three
     secured = robust_ssl.secure(tiny.encoder(), images, labels, recipe="gen_af", **small)
     assert secured.num_classes == 4
 

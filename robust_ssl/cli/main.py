@@ -7,9 +7,7 @@ once, and so that devices are set up before JAX first looks for them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -58,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments, unknown = _parser().parse_known_args(argv)
     _log_to_stderr()
-    # As `python -m` does: "my_losses:tilted" means my_losses.py of the working directory.
-    sys.path.insert(0, os.getcwd())
     try:
         overrides = take_settings(arguments, unknown, argv)
         return _COMMANDS[arguments.command].run(arguments, overrides)
@@ -71,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         return _say_failed(error, _is_usage(error), arguments.debug)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(os.getcwd())
 
 
 def _parser() -> argparse.ArgumentParser:
