@@ -5,6 +5,28 @@ A public encoder goes in, a secured classifier and the proof come out:
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
+    from robust_ssl.conformance import check, check_attack, check_loss
+    from robust_ssl.types import (
+        AttackInputs,
+        Classifier,
+        Encoder,
+        LossInputs,
+        Outputs,
+        TrainState,
+    )
+    from robust_ssl.weights import (
+        encoder_card,
+        export_safetensors,
+        export_stablehlo,
+        import_encoder,
+        list_encoders,
+        load_encoder,
+        load_stablehlo,
+        save_encoder,
+    )
 
 __version__ = "0.2.0"
 
@@ -30,10 +52,28 @@ _HOMES = {
     "save_encoder": "weights",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "AttackInputs",
+    "Classifier",
+    "Encoder",
+    "LossInputs",
+    "Outputs",
+    "TrainState",
+    "check",
+    "check_attack",
+    "check_loss",
+    "encoder_card",
+    "export_safetensors",
+    "export_stablehlo",
+    "import_encoder",
+    "list_encoders",
+    "load_encoder",
+    "load_stablehlo",
+    "save_encoder",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Imports a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'robust_ssl' has no attribute {name!r}")

@@ -30,7 +30,7 @@ Lines = Iterator[tuple[str, str]]
 def add_parser(commands: Any) -> None:
     """Adds the command to argparse's `commands`."""
     command = add_command(commands, "list", "say what there is of a kind, by name", _EXAMPLES)
-    command.add_argument("kind", choices=_KINDS, help="of what")
+    command.add_argument("kind", choices=tuple(_KINDS), help="of what")
     command.add_argument(
         "--data-dir", metavar="DIR", help="where data sets are (default: as for a run)"
     )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import robust_ssl
 from robust_ssl import settings, stopping
-from robust_ssl.cli import check, config_files, encoder, listing, run, show
+from robust_ssl.cli import check, completion, config_files, encoder, listing, run, show, track
 from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, take_settings
 
 _COMMANDS = {
@@ -26,9 +26,11 @@ _COMMANDS = {
     "describe": check,
     "check": check,
     "show": show,
+    "track": track,
     "list": listing,
     "config": config_files,
     "encoder": encoder,
+    "completion": completion,
 }
 
 _EXAMPLES = """\
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in dict.fromkeys(_COMMANDS.values()):
         module.add_parser(commands)
+    parser.set_defaults(root=parser)  # for what describes the whole command line
     return parser
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -23,11 +22,6 @@ examples:
   robust-ssl show zoo
       the table of a zoo, and the runs behind it"""
 
-# A stage by itself, those of a run, its recipes, and the runs of a zoo.
-_PLACES = (
-    *("manifest.json", "*/manifest.json", "recipes/*/manifest.json"),
-    "runs/*/pretrain/manifest.json",
-)
 _SHOWN = 4  # metrics of the last line
 
 
@@ -100,9 +94,10 @@ def _runs_in(folder: pathlib.Path) -> str:
 
 def stages(folder: pathlib.Path) -> Iterator[Stage]:
     """Yields the stages in a directory, as far as their files can be read."""
-    for pattern in _PLACES:
-        for file in folder.glob(pattern):
-            yield from read_stage(folder, file.parent)
+    from robust_ssl.report import metrics
+
+    for path in metrics.stage_directories(folder):
+        yield from read_stage(folder, path)
 
 
 def read_stage(folder: pathlib.Path, path: pathlib.Path) -> Iterator[Stage]:
@@ -110,6 +105,7 @@ def read_stage(folder: pathlib.Path, path: pathlib.Path) -> Iterator[Stage]:
 
     Nothing where the manifest is another program's.
     """
+    from robust_ssl.report import metrics
     from robust_ssl.workdir import WorkdirError, read_manifest
 
     name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
@@ -119,8 +115,8 @@ def read_stage(folder: pathlib.Path, path: pathlib.Path) -> Iterator[Stage]:
         if _is_ours(path):
             yield Stage(name, f"cannot be read: {error}")
         return
-    metrics = path / "metrics.jsonl"
-    entries = list(read_metrics(metrics))
+    file = path / "metrics.jsonl"
+    entries = [entry for _, entry in metrics.read_metrics(file) if entry is not None]
     done = manifest["status"] == "done"
     yield Stage(
         name,
@@ -128,7 +124,7 @@ def read_stage(folder: pathlib.Path, path: pathlib.Path) -> Iterator[Stage]:
         manifest["seconds"],
         manifest["started"],
         "" if done else _place(manifest, entries),
-        "" if done else _news(entries, metrics),
+        "" if done else _news(entries, file),
     )
     failed = (manifest.get("results") or {}).get("failed") or {}
     for model, why in failed.items() if name == "train" else ():
@@ -138,21 +134,6 @@ def read_stage(folder: pathlib.Path, path: pathlib.Path) -> Iterator[Stage]:
 def _is_ours(path: pathlib.Path) -> bool:
     """Whether a directory with an unreadable manifest is nonetheless a stage's."""
     return any((path / name).exists() for name in ("metrics.jsonl", "checkpoints", "classifier"))
-
-
-def read_metrics(file: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a stage's metrics; a line that is none is left out."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # it is being written now, or was cut short by a sudden end
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            yield entry
 
 
 def _place(manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
