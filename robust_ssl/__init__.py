@@ -8,6 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
+    from robust_ssl.api import Perturbation, Result, attack, measure, secure
+    from robust_ssl.api import list_names as list
     from robust_ssl.conformance import check, check_attack, check_loss
     from robust_ssl.types import (
         AttackInputs,
@@ -23,8 +25,10 @@ if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
         export_stablehlo,
         import_encoder,
         list_encoders,
+        load_classifier,
         load_encoder,
         load_stablehlo,
+        save_classifier,
         save_encoder,
     )
 
@@ -38,7 +42,10 @@ _HOMES = {
     "Encoder": "types",
     "LossInputs": "types",
     "Outputs": "types",
+    "Perturbation": "api",
+    "Result": "api",
     "TrainState": "types",
+    "attack": "api",
     "check": "conformance",
     "check_attack": "conformance",
     "check_loss": "conformance",
@@ -46,10 +53,15 @@ _HOMES = {
     "export_safetensors": "weights",
     "export_stablehlo": "weights",
     "import_encoder": "weights",
+    "list": "api",
     "list_encoders": "weights",
+    "load_classifier": "weights",
     "load_encoder": "weights",
     "load_stablehlo": "weights",
+    "measure": "api",
+    "save_classifier": "weights",
     "save_encoder": "weights",
+    "secure": "api",
 }
 
 __all__ = [
@@ -58,7 +70,10 @@ __all__ = [
     "Encoder",
     "LossInputs",
     "Outputs",
+    "Perturbation",
+    "Result",
     "TrainState",
+    "attack",
     "check",
     "check_attack",
     "check_loss",
@@ -66,10 +81,15 @@ __all__ = [
     "export_safetensors",
     "export_stablehlo",
     "import_encoder",
+    "list",
     "list_encoders",
+    "load_classifier",
     "load_encoder",
     "load_stablehlo",
+    "measure",
+    "save_classifier",
     "save_encoder",
+    "secure",
 ]
 
 
@@ -77,7 +97,8 @@ def __getattr__(name: str) -> Any:
     """Imports a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'robust_ssl' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robust_ssl.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"robust_ssl.{_HOMES[name]}")
+    return getattr(home, "list_names" if name == "list" else name)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from robust_ssl import shipped
+from robust_ssl import shipped, working_directory
 
 _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
@@ -221,6 +221,7 @@ def _get_config(name: str, arguments: tuple[str, ...]) -> Any:
 
 def _run_file(path: str) -> Any:
     name = "config_" + re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
+    working_directory.trust(name)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

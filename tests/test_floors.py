@@ -11,7 +11,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_ssl"
 
 FLOORS = (
-    {"types", "struct", "build"},
+    {"types", "struct", "build", "working_directory"},
     {"threats", "frequencies", "objectives", "losses", "models", "parallel", "xla"},
     {"attacks", "optimizers"},
     {"pretraining", "finetuning", "evaluation", "conformance"},
@@ -20,6 +20,7 @@ FLOORS = (
         *("settings", "shipped", "report", "schemas", "recipes"),
     },
     {"experiment"},
+    {"api"},
     {"cli", "__init__"},
 )
 LIGHT = {"jax", "flax", "optax", "chex", "numpy"}

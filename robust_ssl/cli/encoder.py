@@ -130,7 +130,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Raises:
       SettingsError: If a file or a flag cannot be used.
     """
-    with _as_usage():
+    from robust_ssl import xla
+
+    # Little is compiled here, and JAX would read any directory that the environment names.
+    with _as_usage(), xla.cache_in(None):
         return _ACTIONS[arguments.action](arguments)
 
 

@@ -107,27 +107,15 @@ def _is_attack(value: type) -> bool:
     return hasattr(value, "step") or any("__call__" in vars(base) for base in value.__mro__)
 
 
-def _losses() -> Lines:
-    from robust_ssl import losses
+def _named(kind: str) -> Callable[[], Lines]:
+    """As `robust_ssl.list` has them."""
 
-    return _functions(losses, vars(losses))
+    def lines() -> Lines:
+        from robust_ssl.api.names import list_names
 
+        return iter(list_names(kind).purposes.items())
 
-def _recipes() -> Lines:
-    from robust_ssl import recipes
-
-    # `parts` has what recipes are made of: their inner attacks.
-    names = [n for n in recipes.__all__ if "parts" not in getattr(recipes, n).__module__]
-    return _functions(recipes, names)
-
-
-def _functions(module: Any, names: Any) -> Lines:
-    """Public functions that a module, or a package, defines itself."""
-    for name in names:
-        value = getattr(module, name)
-        own = inspect.isfunction(value) and value.__module__.startswith(module.__name__)
-        if own and not name.startswith("_"):
-            yield name, first_line(value)
+    return lines
 
 
 def _data(data_dir: str | None = None) -> Lines:
@@ -169,9 +157,10 @@ _KINDS: dict[str, Callable[..., Lines]] = {
     "configs": _configs,
     "encoders": _encoders,
     "attacks": _attacks,
-    "losses": _losses,
-    "recipes": _recipes,
+    "losses": _named("losses"),
+    "objectives": _named("objectives"),
+    "recipes": _named("recipes"),
     "data": _data,
 }
 # Where a config finds what is listed.
-_HOMES = {name: f"robust_ssl.{name}" for name in ("attacks", "losses", "recipes")}
+_HOMES = {name: f"robust_ssl.{name}" for name in ("attacks", "losses", "objectives", "recipes")}

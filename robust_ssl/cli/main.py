@@ -64,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_what_can_be()
     arguments, unknown = _parser().parse_known_args(argv)
     _log_to_stderr()
-    # As `python -m` does: "my_losses:tilted" means my_losses.py of the working directory.
-    sys.path.insert(0, os.getcwd())
     try:
         overrides = take_settings(arguments, unknown, argv)
         code = _COMMANDS[arguments.command].run(arguments, overrides)
@@ -82,9 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         return _say_failed(error, _is_usage(error), arguments.debug)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(os.getcwd())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -197,9 +197,8 @@ def _start_jax(arguments: argparse.Namespace, several: bool) -> None:
     from robust_ssl import xla
 
     xla.use_every_core()
-    cache = _cache_directory(arguments.cache_dir)
-    if cache:
-        xla.use_cache(cache)
+    # None too: JAX would take what JAX_COMPILATION_CACHE_DIR says, refused or not.
+    xla.use_cache(_cache_directory(arguments.cache_dir))
 
 
 def _cache_directory(flag: str | None) -> str | None:
@@ -208,10 +207,11 @@ def _cache_directory(flag: str | None) -> str | None:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     named = flag or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    path = pathlib.Path(named or pathlib.Path(home) / "robust_ssl" / "xla").expanduser()
+    path = named or pathlib.Path(home) / "robust_ssl" / "xla"
+    from robust_ssl import xla
+
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        return xla.private_directory(path, tighten=not named)
     except OSError as error:  # only costs time
         logging.getLogger(__name__).warning("no compilation cache: %s", error)
         return None
-    return str(path)
