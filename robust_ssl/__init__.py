@@ -5,6 +5,7 @@ A public encoder goes in, a secured classifier and the proof come out:
 """
 
 import importlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
@@ -101,6 +102,6 @@ def __getattr__(name: str) -> Any:
     return getattr(home, "list_names" if name == "list" else name)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> Iterable[str]:
     """Lists the public names."""
     return [*globals(), *_HOMES]
