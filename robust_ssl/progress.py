@@ -78,6 +78,9 @@ class Progress:
         try:
             yield bar
             bar.finish()
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"at step {bar.finished_steps} of {total_steps} of {name}")
+            raise
         finally:
             display.close()
 
@@ -159,8 +162,8 @@ class Bar:
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4g}")
         if self.seconds_left is not None:
-            parts.append(f"{_duration(self.seconds_left)} left")
-        return ", ".join(filter(None, parts)) or f"{_duration(self.seconds)} so far"
+            parts.append(f"{duration(self.seconds_left)} left")
+        return ", ".join(filter(None, parts)) or f"{duration(self.seconds)} so far"
 
     def _pace(self) -> str:
         if not self.rate:
@@ -226,7 +229,7 @@ class _Lines(_Nothing):
             if now < self._printed + HEARTBEAT_SECONDS:
                 return
             known = ", ".join(
-                filter(None, [bar.doing, f"{_duration(bar.seconds_of_step)} in this step"])
+                filter(None, [bar.doing, f"{duration(bar.seconds_of_step)} in this step"])
             )
         self._news, self._printed = news, now
         place = f"{bar.finished_steps} of {bar.total}"
@@ -297,14 +300,14 @@ class _Notebook(_Lines):
 
 def _end(bar: Bar) -> str:
     loss = "" if bar.loss is None else f", loss {bar.loss:.4g}"
-    return f"{bar.name}: {bar.finished_steps}/{bar.total} steps in {_duration(bar.seconds)}{loss}"
+    return f"{bar.name}: {bar.finished_steps}/{bar.total} steps in {duration(bar.seconds)}{loss}"
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Returns ``42 s``, ``3:05`` (minutes) or ``2:03:05`` (hours)."""
     if seconds < 60:
         return f"{seconds:.0f} s"

@@ -42,12 +42,12 @@ def _count(variables: Any) -> str:
 
 def _lines(*lines: str) -> str:
     """Joins lines, of which none is longer than `_COLUMNS` nor has a line break in it."""
-    lines = [line if "\n" not in line else " ".join(line.split()) for line in lines]
-    return "\n".join(x if len(x) <= _COLUMNS else x[: _COLUMNS - 3] + "..." for x in lines)
+    whole = [line if "\n" not in line else " ".join(line.split()) for line in lines]
+    return "\n".join(x if len(x) <= _COLUMNS else x[: _COLUMNS - 3] + "..." for x in whole)
 
 
 @struct.dataclass
-class Outputs:
+class Outputs(struct.Value):
     """What a model says about a batch of images (or about one image, without the batch axis).
 
     Attributes:
@@ -88,7 +88,7 @@ def _with_batch_axis(images: jax.Array, apply: Callable[[jax.Array], Outputs]) -
 
 
 @struct.dataclass
-class Encoder:
+class Encoder(struct.Value):
     """A feature extractor with its weights and its own normalization.
 
     Calling it is evaluation mode: batch statistics are read, never written.  Images are pixels in
@@ -204,7 +204,7 @@ class Encoder:
 
 
 @struct.dataclass
-class Classifier:
+class Classifier(struct.Value):
     """An encoder with a head: what a downstream team ships.
 
     Attributes:
@@ -280,7 +280,7 @@ class Classifier:
 
 
 @struct.dataclass
-class AttackInputs:
+class AttackInputs(struct.Value):
     """What an attack objective may look at; every array has a batch axis (of one, per image).
 
     Attributes:
@@ -301,7 +301,7 @@ class AttackInputs:
 
 
 @struct.dataclass
-class LossInputs:
+class LossInputs(struct.Value):
     """What a training loss may look at, for the *global* batch, whatever the device count.
 
     Attributes:
@@ -319,7 +319,7 @@ class LossInputs:
 
 
 @struct.dataclass
-class TrainState:
+class TrainState(struct.Value):
     """All that training needs to go on: arrays only, so orbax saves it as it is.
 
     Attributes:

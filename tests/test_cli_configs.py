@@ -8,7 +8,7 @@ import types
 import pytest
 
 import robust_ssl
-from robust_ssl import settings, shipped
+from robust_ssl import progress, settings, shipped, stopping
 from robust_ssl.cli import flags, main, run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,7 +25,9 @@ def seen(monkeypatch, tmp_path):
     monkeypatch.setattr(robust_ssl, "experiment", fake, raising=False)
     monkeypatch.setattr(run, "_start_jax", lambda arguments, several: None)
     monkeypatch.chdir(tmp_path)
-    return calls
+    yield calls
+    progress.set_mode("auto")
+    stopping.clear_stop()
 
 
 # --- Names ----------------------------------------------------------------------------------------

@@ -422,7 +422,8 @@ def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
     [
         (["inspect", "nowhere.pth"], "nowhere.pth is not there"),
         (["convert", "nowhere.pth", "--out=x"], "nowhere.pth is not there"),
-        (["inspect", "simclr-cifar10-r18w24"], "an encoder of this package already"),
+        (["convert", "simclr-cifar10-r18w24", "--out=x"], "an encoder of this package already"),
+        (["inspect", "simclr-cifar10-r18"], "no encoder named"),
         (["export", "simclr-cifar10-r18w24"], "say where to"),
         (["export", "no-such-encoder", "--out=x"], "no encoder named"),
         (["inspect", "nowhere.pth", "--config.seed=1"], "there is no config here"),

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.resources
+import json
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from robust_ssl import settings
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
+from robust_ssl.cli.listing import describe_encoder
 
 _EXAMPLES = """\
 examples:
+  robust-ssl encoder inspect simclr-cifar10-r18w24
+      the card of a shipped encoder
+
   robust-ssl encoder inspect resnet18.pth
       what the file holds, and what must be named before it can be converted
 
@@ -49,7 +56,8 @@ def add_parser(commands: Any) -> None:
         action.add_argument(
             "file",
             metavar="FILE",
-            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON",
+            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON"
+            + ("; or a shipped encoder's name" if action is inspect else ""),
         )
         _add_names(action)
         add_debug(action)
@@ -147,9 +155,27 @@ def _named(arguments: argparse.Namespace) -> dict[str, Any]:
 def _inspect(arguments: argparse.Namespace) -> int:
     from robust_ssl import weights
 
+    path = pathlib.Path(arguments.file)
+    # One word is a name, if a misspelt one; resnet18.pth is a file that is not there.
+    if not weights.is_foreign(path) and (path.exists() or not path.suffix):
+        print(_card(arguments.file))
+        return DONE
     inspection = weights.inspect_file(arguments.file, **_named(arguments))
     print(inspection)
     return USAGE if inspection.problems else DONE
+
+
+def _card(name_or_path: str) -> str:
+    """Returns what an encoder of this package says of itself: its page, or else its card."""
+    from robust_ssl import weights
+
+    card = weights.encoder_card(name_or_path)
+    folder = importlib.resources.files("robust_ssl.zoo").joinpath(name_or_path)
+    if name_or_path not in weights.list_encoders():
+        folder = pathlib.Path(name_or_path)
+    page = folder.joinpath("README.md")
+    text = page.read_text(encoding="utf-8") if page.is_file() else json.dumps(card, indent=2)
+    return f"{card['name']}: {describe_encoder(card)}\n\n{text.rstrip()}"
 
 
 def _convert(arguments: argparse.Namespace) -> int:

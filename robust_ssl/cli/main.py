@@ -7,23 +7,30 @@ once, and so that devices are set up before JAX first looks for them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 import robust_ssl
 from robust_ssl import settings, stopping
-from robust_ssl.cli import check, config_files, encoder, run
-from robust_ssl.cli.flags import FAILED, STOPPED, USAGE, take_settings
+from robust_ssl.cli import check, completion, config_files, encoder, listing, run, show, track
+from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, take_settings
 
 _COMMANDS = {
     "run": run,
     "sweep": run,
     "zoo": run,
     "describe": check,
+    "check": check,
+    "show": show,
+    "track": track,
+    "list": listing,
     "config": config_files,
     "encoder": encoder,
+    "completion": completion,
 }
 
 _EXAMPLES = """\
@@ -54,13 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    _print_what_can_be()
     arguments, unknown = _parser().parse_known_args(argv)
     _log_to_stderr()
     try:
         overrides = take_settings(arguments, unknown, argv)
-        return _COMMANDS[arguments.command].run(arguments, overrides)
-    except KeyboardInterrupt:
-        return _say_stopped("interrupted; the last checkpoint is kept")
+        code = _COMMANDS[arguments.command].run(arguments, overrides)
+        sys.stdout.flush()  # here, where a closed pipe is no error yet
+        return code
+    except BrokenPipeError:
+        return _reader_left(arguments)
+    except KeyboardInterrupt as interrupt:
+        where = " ".join(["interrupted", *getattr(interrupt, "__notes__", ())])
+        return _say_stopped(f"{where}; the last checkpoint is kept")
     except stopping.Stopped as stopped:
         return _say_stopped(str(stopped))
     except Exception as error:
@@ -83,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in dict.fromkeys(_COMMANDS.values()):
         module.add_parser(commands)
+    parser.set_defaults(root=parser)  # for what describes the whole command line
     return parser
 
 
@@ -99,6 +113,25 @@ def _is_usage(error: Exception) -> bool:
         if loaded and isinstance(error, tuple(getattr(loaded, name) for name in names)):
             return True
     return False
+
+
+def _print_what_can_be() -> None:
+    """Has a question mark printed for what the terminal's encoding lacks, and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        # A notebook's streams have neither.
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if hasattr(stream, "reconfigure") and not encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")
+
+
+def _reader_left(arguments: argparse.Namespace) -> int:
+    """Ends quietly where who read the output has seen enough, as `head` has."""
+    for stream in (sys.stdout, sys.stderr):
+        # Else Python tries once more at its end, and says that it failed.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    # What trains is not done: its next call goes on.
+    return STOPPED if _COMMANDS[arguments.command] is run else DONE
 
 
 def _say_stopped(message: str) -> int:

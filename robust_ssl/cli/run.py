@@ -140,20 +140,36 @@ def _build_zoo(arguments: argparse.Namespace, overrides: list[str], several: boo
 def _started(arguments: argparse.Namespace, several: bool) -> Iterator[Any]:
     """JAX, progress and signals as the flags say; yields the devices."""
     _start_jax(arguments, several)
+    layout = _layout(arguments.devices, arguments.parallel)
 
     import jax
 
-    from robust_ssl import parallel
-
-    try:
-        layout = parallel.Parallel.create(num_devices=arguments.devices, kind=arguments.parallel)
-    except ValueError as error:
-        raise settings.SettingsError(f"--devices: {error}") from None
     quiet = arguments.no_progress or jax.process_index() > 0
     progress.set_mode("quiet" if quiet else "auto")
     # Among several processes JAX passes a signal on, so that all stop at the same step.
     with contextlib.nullcontext() if several else stopping.stop_on_signals():
         yield layout
+
+
+def devices(count: int | None) -> Any:
+    """Returns the devices for a command that runs nothing, of which it uses so many; None is all.
+
+    Raises:
+      SettingsError: If there are not so many.
+    """
+    from robust_ssl import xla
+
+    xla.use_every_core()
+    return _layout(count)
+
+
+def _layout(count: int | None, kind: str = "pmap") -> Any:
+    from robust_ssl import parallel
+
+    try:
+        return parallel.Parallel.create(num_devices=count, kind=kind)
+    except ValueError as error:
+        raise settings.SettingsError(f"--devices: {error}") from None
 
 
 def _check_cluster(arguments: argparse.Namespace) -> bool:

@@ -164,7 +164,7 @@ def describe_preprocess(preprocess: Any) -> dict[str, Any]:
     kind = type(preprocess)
     # By identity: a subclass of the same name may compute something else.
     ours = _STEPS.get(kind.__name__) is kind
-    if not dataclasses.is_dataclass(preprocess):
+    if not dataclasses.is_dataclass(preprocess) or isinstance(preprocess, type):
         raise ValueError(
             f"a card cannot name the input transformation {preprocess!r}: it must be a dataclass, "
             "whose fields are its options"
@@ -200,7 +200,7 @@ def read_preprocess(
             f'{where}: "preprocess" must be {{"name": ..., "options": {{...}}}} with one of the '
             f"names {sorted(_STEPS)}, got {entry!r}"
         )
-    step = _STEPS.get(entry["name"]) or (preprocess and resolve(preprocess))
+    step = _STEPS.get(entry["name"]) or (resolve(preprocess) if preprocess else None)
     if step is None:
         raise ValueError(
             f"{where} has the input transformation {entry['name']!r}, which is not one of "

@@ -136,7 +136,8 @@ def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) 
     rebuilt = ensembles.confidence_ensemble(members, temperature=temperature)
     # Name and input transformation are written beside the members; all else must come from them.
     outer = rebuilt.encoder.replace(name=encoder.name, preprocess=encoder.preprocess)
-    if jax.tree.structure(rebuilt.replace(encoder=outer)) != jax.tree.structure(classifier):
+    structure: Any = jax.tree.structure(rebuilt.replace(encoder=outer))
+    if structure != jax.tree.structure(classifier):
         raise ValueError(
             "the ensemble is not one of its members any more (its encoder was replaced); save the "
             "members, or the ensemble as confidence_ensemble made it"

@@ -35,7 +35,7 @@ _BUILDERS = {
     f"robust_ssl.models:{name}": getattr(models, name)
     for name in (*resnet.VARIANTS, *(f"vit_{size}" for size in vit.SIZES), "vision_transformer")
 }
-RESNETS = {blocks: name for name, blocks in resnet.VARIANTS.items()}
+RESNETS: dict[Any, str] = {blocks: name for name, blocks in resnet.VARIANTS.items()}
 # Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
 _VIT_OPTIONS = tuple(
     field.name
@@ -244,13 +244,13 @@ def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
             "and apply it yourself"
         )
     module = encoder.module
+    name: str | None = None
+    keys: tuple[str, ...] = ()
     if isinstance(module, resnet.ResNet):
         name = RESNETS.get((module.block, tuple(module.depths)))
         keys = ("width", "stem", "stem_padding")
     elif isinstance(module, vit.ViT):
         name, keys = "vision_transformer", _VIT_OPTIONS
-    else:
-        name, keys = None, ()
     if name is None:
         raise ValueError(
             f"no builder of robust_ssl.models makes {type(module).__name__}; pass the function "
