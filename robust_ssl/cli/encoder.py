@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from robust_ssl import settings
+from robust_ssl import settings, words
 from robust_ssl.cli.flags import add_command, add_debug
 
 DONE, USAGE = 0, 2
@@ -152,7 +152,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from robust_ssl import weights
 
     inspection = weights.inspect_file(arguments.file, **_named(arguments))
-    print(inspection)
+    words.say(inspection, sys.stdout, margin="")
     return USAGE if inspection.problems else DONE
 
 
@@ -162,7 +162,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     place = weights.convert_encoder(
         arguments.file, arguments.out, name=arguments.name, **_named(arguments)
     )
-    print(f"written: {place}", file=sys.stderr)
+    words.say(f"written: {place}")
     return DONE
 
 
@@ -187,10 +187,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.out:
         # PyTorch's layouts have no place for our heads.
         only = model.encoder if arguments.classifier else encoder
-        print(f"written: {weights.export_safetensors(only, arguments.out)}", file=sys.stderr)
+        words.say(f"written: {weights.export_safetensors(only, arguments.out)}")
     if arguments.stablehlo:
         file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
-        print(f"written: {file}", file=sys.stderr)
+        words.say(f"written: {file}")
     return DONE
 
 

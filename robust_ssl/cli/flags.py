@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import sys
+from typing import Any, NoReturn
+
+from robust_ssl import words
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse has it, but what it repeats of the arguments cannot write to the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with the message as one line."""
+        super().error(words.line(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # A shell's * gives the names of files, which may hold escape sequences.
+        if message:
+            words.say(message.rstrip("\n"), file or sys.stderr, margin="")
 
 
 def add_command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:

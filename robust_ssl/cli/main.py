@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from robust_ssl import progress, settings, stopping
+from robust_ssl import progress, settings, stopping, words
 from robust_ssl.cli import encoder
-from robust_ssl.cli.flags import add_command, add_debug
+from robust_ssl.cli.flags import Parser, add_command, add_debug
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
 
@@ -74,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say_stopped(str(stopped))
     except Exception as error:
         if arguments.debug:
-            traceback.print_exc()
+            words.say(traceback.format_exc())
         return _say_failed(error, _is_usage(error), arguments.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="robust-ssl",
         description="Attacks a pre-trained image encoder, secures a classifier built on it, and "
         "leaves the evidence.",
@@ -187,7 +187,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from robust_ssl import experiment
 
         experiment.run(config, arguments.workdir, parallel=layout)
-    print(f"done: {arguments.workdir}", file=sys.stderr)
+    words.say(f"done: {arguments.workdir}")
     return DONE
 
 
@@ -199,8 +199,9 @@ def _zoo(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         failures = zoo.build(configs, arguments.out, parallel=layout)
     for name, failure in failures.items():
-        print(f"robust-ssl: {name} was not made: {failure}", file=sys.stderr)
-    print(pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8"), end="")
+        words.say(f"robust-ssl: {name} was not made: {failure}")
+    table = pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8")
+    words.say(table.rstrip("\n"), sys.stdout, margin="")
     return FAILED if failures else DONE
 
 
@@ -228,7 +229,7 @@ def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = settings.load_config(arguments.config, overrides)
     from robust_ssl import experiment
 
-    print(experiment.describe(config))
+    words.say(experiment.describe(config), sys.stdout, margin="")
     return DONE
 
 
@@ -302,17 +303,18 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _say_stopped(message: str) -> int:
-    print(f"robust-ssl: {message}\nrun the same command again to go on", file=sys.stderr)
+    words.say(f"robust-ssl: {message}")
+    words.say("run the same command again to go on")
     return STOPPED
 
 
 def _say_failed(error: Exception, is_usage: bool, debug: bool) -> int:
     kind = "" if is_usage else f"{type(error).__name__}: "
-    print(f"robust-ssl: error: {kind}{error}", file=sys.stderr)
+    words.say(f"robust-ssl: error: {kind}{error}")
     for note in () if is_usage else getattr(error, "__notes__", ()):
-        print(note, file=sys.stderr)
+        words.say(note)
     if not (is_usage or debug):
-        print("add --debug to see where it came from", file=sys.stderr)
+        words.say("add --debug to see where it came from")
     return USAGE if is_usage else FAILED
 
 
@@ -320,7 +322,7 @@ class _StderrHandler(logging.Handler):
     """Writes to what `sys.stderr` is now: a progress bar replaces it to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        words.say(self.format(record))
 
 
 def _log_to_stderr() -> None:
