@@ -11,7 +11,7 @@ import re
 import sys
 from typing import Any
 
-MOST_IN_FIGURE = 60  # characters of a name in a figure; more than that leaves no room for the rest
+MOST_IN_FIGURE = 80  # characters of a name in a figure; more than that leaves no room for the rest
 
 # Control characters, lone halves of a surrogate pair (a file name that is no UTF-8), and what turns
 # the direction of writing or is not seen at all.
