@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from robust_ssl import working_directory
+from robust_ssl import disk, working_directory
 
 _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
@@ -26,6 +26,7 @@ _PLAIN = re.compile(
 _QUOTED_OR_FRACTION = re.compile(
     rf"({_QUOTED})|(?<![\w./]){_NUMBER}/{_NUMBER}(?![\w./])", re.IGNORECASE
 )
+_MOST_CONFIG = 2**24  # bytes of a config file
 _FUNCTION = re.compile(r"[\w./-]+:[A-Za-z_]\w*")
 
 
@@ -179,6 +180,9 @@ def _get_config(path: str, arguments: tuple[str, ...]) -> Any:
         files = [os.path.join(folder, name) for name in names if name.endswith(".py")]
         raise SettingsError(f"there is no config file {path}{_near(path, files)}")
     try:
+        # Some files of /proc have no end and say that they are empty: Python would wait for it.
+        if not disk.read_bytes(path, _MOST_CONFIG).strip():
+            raise SettingsError("is empty")
         module = _run_file(path)
         if not hasattr(module, "get_config"):
             raise SettingsError("defines no get_config()")

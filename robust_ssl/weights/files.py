@@ -216,6 +216,8 @@ def _read_open(path: pathlib.Path, under: str | None, reader: str) -> WeightsFil
         with disk.open_regular(path) as file:
             # Some files of /proc have no end, and say that they are empty.
             head = file.read(512) if os.fstat(file.fileno()).st_size else b""
+            if not head:
+                raise RefusedError(f"it is empty; {_FETCH_AGAIN}")
             sha256 = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
             _rewound(file)
             if head[5:9] == b"\0\0\0{":  # a length of eight bytes, then JSON
@@ -243,8 +245,6 @@ def _rewound(file: BinaryIO) -> BinaryIO:
 
 def _other_format(head: bytes) -> str:
     """What a file is that is not one of weights, and what to do."""
-    if not head:
-        return f"it is empty; {_FETCH_AGAIN}"
     for magic, what, remedy in _OTHER_FORMATS:
         if head.startswith(magic):
             return f"it {what}; {remedy}"
