@@ -21,10 +21,13 @@ _UNSEEN = re.compile(
 )
 _FORMULA = re.compile(r"(^|[;|,\t])(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _AUTOLINK = re.compile(r"://|www\.|@", re.IGNORECASE)
-_MARKUP = re.compile(r"[\\`*\[\]|$~]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+# Brackets alone are no link: "[0, 1]" stays readable in the file, too.
+_MARKUP = re.compile(
+    r"[\\`*|$~]|\](?=[(\[:])|\[(?=\^)|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=#?\w+;)"
+)
 # At the start of a line: a heading, a quotation, an item of a list, a rule.
 _LEADING = re.compile(
-    r"^(\s*(?:\d+(?=[.)](?:\s|$)))?)(?=#{1,6}(?:\s|$)|>|[-+](?:\s|$)|[-=]{2}|[.)])"
+    r"^(\s*(?:\d+(?=[.)](?:\s|$)))?)(?=#{1,6}(?:\s|$)|>|[-+](?:\s|$)|[-=]{2}|[.)]|\[[ xX]\])"
 )
 
 
@@ -85,7 +88,7 @@ def markdown(text: Any) -> str:
 
     Example:
       >>> markdown("gen_af, 8/255"), markdown("[x](y)"), markdown("a|b")
-      ('gen_af, 8/255', '\\[x\\](y)', 'a\\|b')
+      ('gen_af, 8/255', '[x\\](y)', 'a\\|b')
     """
     if isinstance(text, Markup):
         return text

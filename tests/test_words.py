@@ -42,6 +42,9 @@ MARKDOWN = (
     "___",
     "1. first",
     "> quoted",
+    "[x]",
+    "[a][b] [^1] [c]: http://evil.example",
+    "[ ] to do",
 )
 FORMULAS = ("=1+1", "+1+1", "-1+cmd|' /C calc'!A0", "@SUM(1)", "\t=1+1", " =1", "a;=1", "\uff1d1+1")
 NAMES = (r"$\frac{$", "$10_$20", "caf\udce9", "犬と猫", "x" * 5000, "\x1b[2J", "=1", "")

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -145,7 +144,7 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stage = work / "pretrain"
     for file in (stage / "encoder").iterdir():
-        shutil.copyfile(file, folder / file.name)
+        disk.replace(folder / file.name, file.read_bytes())
     lines = (stage / "metrics.jsonl").read_text().splitlines()
     epochs = [line for line in lines if "epoch" in json.loads(line)]
     disk.replace(folder / "training_log.jsonl", "\n".join(epochs) + "\n")
