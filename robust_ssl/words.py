@@ -70,9 +70,19 @@ def lines(text: Any, margin: str = "  ") -> str:
 def say(text: Any, file: Any = None, margin: str = "  ") -> None:
     """Prints `lines` to standard error, or to a file; what its encoding lacks is escaped."""
     file = file or sys.stderr
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    shown = lines(text, margin).encode(encoding, "backslashreplace").decode(encoding)
+    shown = encodable(lines(text, margin), getattr(file, "encoding", None))
     print(shown, file=file, flush=True)
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    r"""Returns a text with an escape for every character that an encoding lacks.
+
+    Example:
+      >>> print(encodable("\u72ac 1 %", "ascii"))
+      \u72ac 1 %
+    """
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class LogFormatter(logging.Formatter):

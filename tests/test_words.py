@@ -1,5 +1,6 @@
 """Words of strangers are words everywhere: no command, link, markup, formula or picture of it."""
 
+import copy
 import csv
 import html
 import io
@@ -8,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+import rich.console
 from markdown_it import MarkdownIt
 from test_report import a_comparison, a_document, entry, three
 
@@ -47,7 +49,7 @@ MARKDOWN = (
     "[ ] to do",
 )
 FORMULAS = ("=1+1", "+1+1", "-1+cmd|' /C calc'!A0", "@SUM(1)", "\t=1+1", " =1", "a;=1", "\uff1d1+1")
-NAMES = (r"$\frac{$", "$10_$20", "caf\udce9", "犬と猫", "x" * 5000, "\x1b[2J", "=1", "")
+NAMES = (r"$\frac{$", "$10_$20", "caf\udce9", "犬" * 5000, "x" * 5000, "\x1b[2J", "=1", "")
 
 
 def terminal_only(text):
@@ -170,7 +172,7 @@ def test_a_figure_that_fails_is_a_warning(tmp_path, caplog, monkeypatch):
 
 @pytest.mark.parametrize("name", ["[x](http://evil.example)", "caf\udce9", "=1+1|\n# h", "<b>"])
 def test_a_report_holds_names_as_they_are(name, tmp_path, capsys):
-    document = a_document([entry(f"{name}-seed0")])
+    document = copy.deepcopy(a_document([entry(f"{name}-seed0")]))
     document["models"] = {f"{name}-seed0": {"recipe": name, "seed": 0}}
     document["run"]["encoder"]["name"] = document["run"]["downstream"]["name"] = name
     report.write_report(tmp_path, document)
@@ -179,3 +181,21 @@ def test_a_report_holds_names_as_they_are(name, tmp_path, capsys):
     assert words.markdown(name) in page
     report.print_summary(document)
     assert terminal_only(capsys.readouterr().out)
+
+
+def test_a_terminal_without_the_letters_of_a_name_still_shows_the_answer():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    document = a_document([entry("犬-seed0")])
+    document["models"] = {"犬-seed0": {"recipe": "犬", "seed": 0}}
+    report.print_summary(document, rich.console.Console(file=file, width=80))
+    file.flush()
+    assert rb"\u72ac" in file.buffer.getvalue()
+
+
+def test_texts_of_any_container_are_drawn(tmp_path):
+    images, name = np.zeros((1, 2, 2, 3), np.float32), "caf\udce9"
+    for i, pairs in enumerate((np.array([[name, "b"]]), zip([name], ["b"], strict=True))):
+        assert report.figure_examples(tmp_path, images, images, predictions=pairs, name=f"p{i}")
+    scores = {name: 1.0}
+    for i, selected in enumerate(({name}, scores.keys(), (name,))):
+        assert report.figure_sensitivity(tmp_path, scores, selected, name=f"s{i}").exists()

@@ -14,7 +14,15 @@ import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Any
 
 import numpy as np
@@ -86,8 +94,12 @@ def _drawable(value: Any) -> Any:
         return {_drawable(key): _drawable(entry) for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_drawable, value))
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return type(value)(map(_drawable, value))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OSU":
+        return _drawable(value.tolist())
+    if isinstance(value, Iterator | KeysView | ValuesView):
+        return [_drawable(entry) for entry in value]
     return value
 
 

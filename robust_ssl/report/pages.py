@@ -146,7 +146,8 @@ def print_summary(
     comparison = document["comparison"]
     summary = summarize(comparison["rows"], outcomes) if comparison else {}
     for sentence in [*sentences.answer(document, summary), *_claim_sentences(comparison)]:
-        console.print(words.line(sentence), markup=False, highlight=False, emoji=False)
+        text = words.encodable(words.line(sentence), console.encoding)
+        console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def _differences(document: Document, summary: Summary) -> tuple[list[dict[str, str]], str]:

@@ -275,6 +275,7 @@ def print_headline(document: Document, console: Any) -> None:
     for row in rows:
         # In two lines each, so that six columns fit eighty characters.
         cells = ["\n".join(map(words.line, cell)) for cell in row.values()]
+        cells = [words.encodable(cell, console.encoding) for cell in cells]
         cells = [cell.replace(MARK, "NOT\nBELIEVABLE") for cell in cells]
         # As text: rich would read a name in brackets as a color or a link.
         table.add_row(*(rich.text.Text(cell.replace(", with", ",\nwith")) for cell in cells))
