@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robust_ssl import settings
+from robust_ssl import settings, words
 from robust_ssl.cli import run as running
 from robust_ssl.cli.flags import DONE, add_command, add_config
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.command == "describe":
         from robust_ssl import experiment
 
-        print(experiment.describe(config))
+        words.say(experiment.describe(config), sys.stdout, margin="")
         return DONE
     layout = running.devices(arguments.devices)
     from robust_ssl import experiment, progress
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         workdir = pathlib.Path(arguments.workdir or nowhere)
         context = experiment.Context(planned, workdir, layout, progress.Progress())
         experiment.check(context)
-        print("\n\n".join(_parts(context, arguments.memory)))
+        words.say("\n\n".join(_parts(context, arguments.memory)), sys.stdout, margin="")
     print("\nnothing was found wrong, and nothing was written")
     return DONE
 

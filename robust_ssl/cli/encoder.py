@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from robust_ssl import settings
+from robust_ssl import settings, words
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
 from robust_ssl.cli.listing import describe_encoder
 
@@ -161,7 +161,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(_card(arguments.file))
         return DONE
     inspection = weights.inspect_file(arguments.file, **_named(arguments))
-    print(inspection)
+    words.say(inspection, sys.stdout, margin="")
     return USAGE if inspection.problems else DONE
 
 
@@ -184,7 +184,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     place = weights.convert_encoder(
         arguments.file, arguments.out, name=arguments.name, **_named(arguments)
     )
-    print(f"written: {place}", file=sys.stderr)
+    words.say(f"written: {place}")
     return DONE
 
 
@@ -209,10 +209,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.out:
         # PyTorch's layouts have no place for our heads.
         only = model.encoder if arguments.classifier else encoder
-        print(f"written: {weights.export_safetensors(only, arguments.out)}", file=sys.stderr)
+        words.say(f"written: {weights.export_safetensors(only, arguments.out)}")
     if arguments.stablehlo:
         file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
-        print(f"written: {file}", file=sys.stderr)
+        words.say(f"written: {file}")
     return DONE
 
 

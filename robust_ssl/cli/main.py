@@ -15,9 +15,9 @@ import traceback
 from collections.abc import Sequence
 
 import robust_ssl
-from robust_ssl import settings, stopping
+from robust_ssl import settings, stopping, words
 from robust_ssl.cli import check, completion, config_files, encoder, listing, run, show, track
-from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, take_settings
+from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, Parser, take_settings
 
 _COMMANDS = {
     "run": run,
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say_stopped(str(stopped))
     except Exception as error:
         if arguments.debug:
-            traceback.print_exc()
+            words.say(traceback.format_exc())
         return _say_failed(error, _is_usage(error), arguments.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="robust-ssl",
         description="Attacks a pre-trained image encoder, secures a classifier built on it, and "
         "leaves the evidence.",
@@ -135,17 +135,17 @@ def _reader_left(arguments: argparse.Namespace) -> int:
 
 
 def _say_stopped(message: str) -> int:
-    print(f"robust-ssl: {message}; run the same command again to go on", file=sys.stderr)
+    words.say(f"robust-ssl: {message}; run the same command again to go on")
     return STOPPED
 
 
 def _say_failed(error: Exception, is_usage: bool, debug: bool) -> int:
     kind = "" if is_usage else f"{type(error).__name__}: "
-    print(f"robust-ssl: error: {kind}{error}", file=sys.stderr)
+    words.say(f"robust-ssl: error: {kind}{error}")
     for note in () if is_usage else getattr(error, "__notes__", ()):
-        print(note, file=sys.stderr)
+        words.say(note)
     if not (is_usage or debug):
-        print("add --debug to see where it came from", file=sys.stderr)
+        words.say("add --debug to see where it came from")
     return USAGE if is_usage else FAILED
 
 
@@ -153,7 +153,7 @@ class _StderrHandler(logging.Handler):
     """Writes to what `sys.stderr` is now: a progress bar replaces it to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        words.say(self.format(record))
 
 
 def _log_to_stderr() -> None:

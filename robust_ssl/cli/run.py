@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from robust_ssl import progress, settings, stopping
+from robust_ssl import progress, settings, stopping, words
 from robust_ssl.cli.flags import DONE, FAILED, add_command, add_config
 
 _EXAMPLES = """\
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from robust_ssl import experiment
 
         experiment.run(config, arguments.workdir, parallel=layout)
-    print(f"done: {arguments.workdir}", file=sys.stderr)
+    words.say(f"done: {arguments.workdir}")
     return DONE
 
 
@@ -131,8 +131,9 @@ def _build_zoo(arguments: argparse.Namespace, overrides: list[str], several: boo
 
         failures = zoo.build(configs, arguments.out, parallel=layout)
     for name, failure in failures.items():
-        print(f"robust-ssl: {name} was not made: {failure}", file=sys.stderr)
-    print(pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8"), end="")
+        words.say(f"robust-ssl: {name} was not made: {failure}")
+    table = pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8")
+    words.say(table.rstrip("\n"), sys.stdout, margin="")
     return FAILED if failures else DONE
 
 

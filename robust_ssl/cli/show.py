@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from robust_ssl import settings
+from robust_ssl import settings, words
 from robust_ssl.cli.flags import DONE, add_command, add_debug
 from robust_ssl.progress import duration
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_run(folder)
     found = sorted(stages(folder), key=lambda stage: (stage.started, stage.name))
     for line in lines(found):
-        print(line)
+        words.say(line, sys.stdout)
     _print_results(folder)
     return DONE
 
@@ -190,14 +190,15 @@ def _print_results(folder: pathlib.Path) -> None:
         try:
             document = report.results.read(file)
         except (OSError, ValueError) as error:
-            print(f"robust-ssl: {file} cannot be read: {error}", file=sys.stderr)
+            words.say(f"robust-ssl: {file} cannot be read: {error}")
         else:
             report.print_summary(document)
     # A sweep's page and a zoo's table are read as they are.
     pages = ["sweep.md", *(["README.md"] if any(folder.glob("*/encoder.json")) else [])]
     for page in pages:
         if (folder / page).is_file():
-            print(f"\n{(folder / page).read_text(encoding='utf-8').rstrip()}")
+            text = (folder / page).read_text(encoding="utf-8").rstrip()
+            words.say(f"\n{text}", sys.stdout, margin="")
     for page in ("report.md", "analysis/analysis.md"):
         if (folder / page).is_file():
-            print(f"everything else: {folder / page}")
+            words.say(f"everything else: {folder / page}", sys.stdout)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import data, evaluation
+from robust_ssl import data, evaluation, report
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.evaluation import analysis
 from robust_ssl.experiment import train
@@ -184,8 +184,8 @@ def _layers(subject: _Subject):
         }
         taps = next(iter(stability[name].values()))
         by_tap = analysis.sensitivity_by_tap(sensitivity, taps)
-        paths.append(
-            figures.figure_layers(subject.directory, stability[name], by_tap, name=f"layers-{name}")
+        paths += report.attempt(
+            figures.figure_layers, subject.directory, stability[name], by_tap, name=f"layers-{name}"
         )
     return {"layers": stability, "sensitivity": sensitivity}, paths
 
@@ -205,8 +205,8 @@ def _energy(subject: _Subject):
         name: np.asarray(analysis.energy_by_band(perturbation.delta, edges))
         for name, perturbation in subject.perturbations.items()
     }
-    figure = figures.figure_energy(subject.directory, energy, edges)
-    return {"edges": edges, "energy": energy}, [figure]
+    paths = report.attempt(figures.figure_energy, subject.directory, energy, edges)
+    return {"edges": edges, "energy": energy}, paths
 
 
 def _fourier(subject: _Subject):
@@ -231,8 +231,8 @@ def _fourier(subject: _Subject):
             "harm_by_band": analysis.harm_by_band(maps[name], edges),
             "most_harmful_band": dataclasses.asdict(bands[name]),
         }
-    figure = figures.figure_fourier(subject.directory, maps, bands)
-    return {"edges": edges, "fourier": numbers}, [figure]
+    paths = report.attempt(figures.figure_fourier, subject.directory, maps, bands)
+    return {"edges": edges, "fourier": numbers}, paths
 
 
 def _stop_if_asked(done: int, total: int) -> None:
@@ -260,7 +260,7 @@ def _filtering(subject: _Subject):
         }
         numbers[name] = {attack_name: _points(curve) for attack_name, curve in curves.items()}
         file = f"filtering-{name}"
-        paths.append(figures.figure_filtering(subject.directory, curves, name=file))
+        paths += report.attempt(figures.figure_filtering, subject.directory, curves, name=file)
     return {"filtering": numbers}, paths
 
 
@@ -294,11 +294,11 @@ def _transfer(subject: _Subject):
         parallel=subject.context.parallel,
         resize=settings.resize,
     )
-    figure = figures.figure_transfer(subject.directory, matrix)
+    paths = report.attempt(figures.figure_transfer, subject.directory, matrix)
     counts = {}
     for row_name, row in matrix.items():
         counts[row_name] = {column: cell.as_dict() for column, cell in row.items()}
-    return {"transfer": counts}, [figure]
+    return {"transfer": counts}, paths
 
 
 def _batches(context: Context, images):

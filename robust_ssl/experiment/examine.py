@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import evaluation, threats
+from robust_ssl import disk, evaluation, threats
 from robust_ssl.attacks import attack_batch
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment.context import Context
@@ -77,7 +77,7 @@ def _stored(file: pathlib.Path) -> dict[str, Any] | None:
     """Returns a verdict stored before; None if there is none, or it is damaged or outdated."""
     words = (checks.BELIEVABLE, checks.WITH_NOTES, checks.NOT_BELIEVABLE, checks.NOT_EXAMINED)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = disk.read_json(file)
         complete = {"verdict", "checks", "examined"} <= document.keys()
         return document if complete and document["verdict"] in words else None
     except (OSError, ValueError, AttributeError):

@@ -49,6 +49,9 @@ def write(
     document = _document(context, scored, comparison, pairs)
     if everywhere(page.exists() and _same(file, document)):
         return right
+    if jax.process_index() == 0:
+        # Before the page and its figures: whatever becomes of them, the numbers are there.
+        report.results.write(file, **document)
     # What opens stages comes first: all processes have to, and only one writes the page.
     models = _models(context, pairs)
     public = at_main_budget(context, attack(context))
@@ -56,7 +59,6 @@ def write(
     layers = _layers(context, pairs)
     if jax.process_index():
         return right
-    report.results.write(file, **document)
     written = report.results.read(file)
     figures = _figures(context, written, looks, layers)
     shown = _shown(context, written)
@@ -129,17 +131,13 @@ def _figures(
     folder, shown = context.workdir / "figures", _shown(context, document)
     first = looks[next(iter(shown))]
     answers = [tuple(pair) for pair in first["answers"].tolist()]
-    paths = []
-    paths.append(
-        report.figure_examples(folder, first["clean"], first["attacked"], predictions=answers)
-    )
+    examples = (first["clean"], first["attacked"])
+    paths = report.attempt(report.figure_examples, folder, *examples, predictions=answers)
     drifts = {label: _drift(looks[name]) for name, label in shown.items()}
-    paths.append(report.figure_stability(folder, drifts))
+    paths += report.attempt(report.figure_stability, folder, drifts)
     for recipe, results in layers.items():
-        name = f"sensitivity-{recipe}"
-        paths.append(
-            report.figure_sensitivity(folder, results["scores"], results["selected"], name=name)
-        )
+        chosen, name = (results["scores"], results["selected"]), f"sensitivity-{recipe}"
+        paths += report.attempt(report.figure_sensitivity, folder, *chosen, name=name)
     return paths
 
 
@@ -204,7 +202,8 @@ def _look(
     answers = []
     for images in (clean[spread], attacked[spread]):
         labels = np.asarray(evaluation.predictions(model, images))
-        answers.append([names[label] if names else str(label) for label in labels])
+        # A function of a user may name fewer classes than its labels have.
+        answers.append([names[n] if names and n < len(names) else str(n) for n in labels])
     measures = list(next(iter(stability.values())))
     arrays = {
         "clean": np.asarray(clean[spread]),

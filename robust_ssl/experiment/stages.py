@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from robust_ssl import report
+from robust_ssl import report, words
 from robust_ssl.experiment import pages, sweep
 from robust_ssl.experiment.analyze import analyze
 from robust_ssl.experiment.attack import attack
@@ -104,9 +105,10 @@ def _print(context: Context, results: Mapping[str, Any], right: Any) -> None:
     if {"score", "compare"} & results.keys():
         document = report.results.read(context.workdir / "results.json")
         report.print_summary(document, outcomes=right)
-        print(f"everything else: {context.workdir / 'report.md'}")
+        words.say(f"everything else: {context.workdir / 'report.md'}", sys.stdout)
     elif "sweep" in results:
-        print((context.workdir / "sweep.md").read_text(encoding="utf-8"))
+        page = (context.workdir / "sweep.md").read_text(encoding="utf-8")
+        words.say(page, sys.stdout, margin="")
 
 
 def check(context: Context) -> None:

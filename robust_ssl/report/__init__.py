@@ -3,6 +3,7 @@
 from robust_ssl.report import claims, results
 from robust_ssl.report.comparison import summarize
 from robust_ssl.report.figures import (
+    attempt,
     draw_examples,
     figure_epsilon,
     figure_examples,
@@ -19,6 +20,7 @@ __all__ = [
     "advice",
     "answer",
     "area_under_front",
+    "attempt",
     "budget",
     "claims",
     "csv_text",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from robust_ssl import words
 from robust_ssl.evaluation import WORST
 from robust_ssl.report import claims, sentences, tables
 from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, differences, summarize
-from robust_ssl.report.figures import Folder, figure_epsilon
+from robust_ssl.report.figures import Folder, attempt, figure_epsilon
 from robust_ssl.report.pareto import figure_pareto, points_of
 from robust_ssl.report.tables import Document, Entry, budget, names, worst_cases
 from robust_ssl.workdir import json_ready, write_atomically
@@ -99,16 +101,16 @@ def write_report(
         points = points_of(summary)
         texts = {"label_clean": "clean accuracy", "label_robust": "accuracy under both suites"}
         if len(points) > 1:  # one point has no trade-off
-            figures.insert(0, figure_pareto(workdir / "figures", points, **texts))
+            figures[:0] = attempt(figure_pareto, workdir / "figures", points, **texts)
     if curves:
-        figures.append(_epsilon(workdir / "figures", document, curves))
+        figures += attempt(_epsilon, workdir / "figures", document, curves, name="epsilon")
+    names_of = (document["run"][part]["name"] for part in ("encoder", "downstream"))
     sections = [
-        f"# Robustness of {document['run']['encoder']['name']} on "
-        f"{document['run']['downstream']['name']}",
+        "# Robustness of {} on {}".format(*map(words.markdown, names_of)),
         _bullets(sentences.answer(document, summary)),
         _claims(comparison),
         _markdown_headline(document),
-        tables.headline_caption(document),
+        words.markdown(tables.headline_caption(document)),
         _notes(comparison),
         *_section("Plots", [figure_section(figure, workdir) for figure in figures]),
         *_section("Can the figures under attack be believed?", [_verdicts(document)]),
@@ -144,7 +146,8 @@ def print_summary(
     comparison = document["comparison"]
     summary = summarize(comparison["rows"], outcomes) if comparison else {}
     for sentence in [*sentences.answer(document, summary), *_claim_sentences(comparison)]:
-        console.print(sentence, markup=False, highlight=False)
+        text = words.encodable(words.line(sentence), console.encoding)
+        console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def _differences(document: Document, summary: Summary) -> tuple[list[dict[str, str]], str]:
@@ -156,15 +159,15 @@ def _differences(document: Document, summary: Summary) -> tuple[list[dict[str, s
     return (differences(summary, leader), leader) if leader in summary else ([], "")
 
 
-def _epsilon(directory: pathlib.Path, document: Document, curves) -> pathlib.Path:
+def _epsilon(directory: pathlib.Path, document: Document, curves, *, name: str) -> pathlib.Path:
     shown = names(document["models"])
     verdicts = {shown[model]: verdict for model, verdict in document["verdicts"].items()}
     named = {shown.get(model, model): curve for model, curve in curves.items()}
-    return figure_epsilon(directory, named, verdicts=verdicts)
+    return figure_epsilon(directory, named, verdicts=verdicts, name=name)
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {words.markdown(line)}" for line in lines)
 
 
 def _section(title: str, parts: Sequence[str]) -> list[str]:
@@ -201,7 +204,9 @@ def _notes(comparison: Mapping[str, Any] | None) -> str:
 
 def _verdicts(document: Document) -> str:
     lines = sentences.verdict_lines(document)
-    return "\n".join(f"  - {line[2:]}" if line[:2] == "  " else f"- {line}" for line in lines)
+    return "\n".join(
+        f"{'  ' * line.startswith('  ')}- {words.markdown(line.strip())}" for line in lines
+    )
 
 
 def _tables(document: Document, summary: Summary, lines, leader: str) -> list[str]:
@@ -212,6 +217,7 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
         parts.append(tables.markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
         parts.append(tables.legend(summary))
     if lines:
+        leader = words.markdown(leader)
         parts += [f"### Against {leader}", tables.markdown_table(tables.difference_rows(lines))]
         parts.append(DIFFERENCES.format(leader=leader))
     rows = tables.attack_rows(_worst(document), shown)
@@ -268,7 +274,7 @@ def figure_section(figure: Folder, folder: Folder) -> str:
     # Of absolute paths: a reader opens the page from its folder, not from where the run was begun.
     path = pathlib.Path(os.path.relpath(os.path.abspath(figure), os.path.abspath(folder)))
     caption = next((text for word, text in CAPTIONS.items() if path.stem.startswith(word)), "")
-    stem = path.with_suffix("").as_posix()
+    stem = urllib.parse.quote(path.with_suffix("").as_posix(), errors="surrogateescape")
     links = f"[SVG]({stem}.svg) [CSV]({stem}.csv)"
     text = f"*{caption}* {links}" if caption else links
-    return f"![{path.stem}]({path.as_posix()})\n\n{text}"
+    return f"![{words.markdown(path.stem)}]({stem}{path.suffix})\n\n{text}"

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from robust_ssl import words
 from robust_ssl.evaluation import WORST, wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
 from robust_ssl.report.comparison import COLUMNS, COSTS, SHARES, VERDICTS, Estimate, Summary
@@ -263,17 +264,21 @@ def print_headline(document: Document, console: Any) -> None:
     """Prints the first table to a ``rich.console.Console``, 80 columns wide."""
     import rich.box
     import rich.table
+    import rich.text
 
     rows = headline_cells(document)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in rows[0]:
-        words = heading in ("recipe", "verdict")
+        is_text = heading in ("recipe", "verdict")
         # Folded: two names that are cut short may look alike.
-        table.add_column(heading, justify="left" if words else "right", overflow="fold")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         # In two lines each, so that six columns fit eighty characters.
-        cells = ["\n".join(cell).replace(MARK, "NOT\nBELIEVABLE") for cell in row.values()]
-        table.add_row(*(cell.replace(", with", ",\nwith") for cell in cells))
+        cells = ["\n".join(map(words.line, cell)) for cell in row.values()]
+        cells = [words.encodable(cell, console.encoding) for cell in cells]
+        cells = [cell.replace(MARK, "NOT\nBELIEVABLE") for cell in cells]
+        # As text: rich would read a name in brackets as a color or a link.
+        table.add_row(*(rich.text.Text(cell.replace(", with", ",\nwith")) for cell in cells))
     console.print(table)
 
 
@@ -372,15 +377,16 @@ def difference_rows(lines: Sequence[Mapping[str, str]]) -> Rows:
         value, half = (100 * float(line[name]) for name in ("difference", "half_width"))
         text = f"{value:+.1f} ± {half:.1f}"
         text = f"**{text}**" if line["decided"] == "yes" else text
-        row[SHARES[line["share"]].heading] = text + (f" {MARK}" if line["verdict"] else "")
+        mark = f" {MARK}" if line["verdict"] else ""
+        row[SHARES[line["share"]].heading] = words.Markup(text + mark)
     return list(rows.values())
 
 
 def markdown_table(rows: Rows) -> str:
-    """Returns rows as a Markdown table."""
+    """Returns rows as a Markdown table; a cell is shown as it is, unless it is `words.Markup`."""
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[row[column].replace("|", "\\|") for column in columns] for row in rows]
+    lines = [[*map(words.markdown, columns)], ["---"] * len(columns)]
+    lines += [[words.markdown(row[column]) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -389,5 +395,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> 
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: words.csv_cell(cell) for name, cell in row.items()})
     return text.getvalue()

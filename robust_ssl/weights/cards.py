@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from robust_ssl import disk
 from robust_ssl.build import resolve
 from robust_ssl.models import preprocessing
 
@@ -43,12 +44,9 @@ def decode(content: bytes, where: str | os.PathLike) -> Any:
     """Returns the JSON value of a card's file.
 
     Raises:
-      ValueError: If it is not JSON, or not UTF-8.
+      ValueError: If it is not JSON, or not UTF-8, or larger or deeper than any card.
     """
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    return disk.parse_json(content, where)
 
 
 def check_card(record: Any, kinds: Mapping[str, type], where: str | os.PathLike) -> None:
@@ -114,16 +112,13 @@ def read_bytes(folder, name: str) -> bytes:
         raise FileNotFoundError(
             f"{folder} has no {name}; save_encoder and save_classifier write a card and its weights"
         )
-    return file.read_bytes()
+    return disk.read_bytes(file) if isinstance(file, os.PathLike) else file.read_bytes()
 
 
 def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Writes beside the file and renames, so that nobody ever reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, because a rename across file systems is a copy.
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    disk.replace(file, content)
 
 
 def flatten(variables) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
             f"no classifier in {folder} (there is no {CARD_FILE}); give a directory that "
             "save_classifier wrote, or a finished recipe such as runs/gtsrb/recipes/gen_af-seed0"
         )
-    record = cards.decode(file.read_bytes(), file)
+    record = cards.decode(cards.read_bytes(folder, CARD_FILE), file)
     kinds = {"schema": int, "head": str, "num_classes": int}
     if isinstance(record, dict) and record.get("head") == _FUSION:
         kinds |= {"name": str, "members": int, "temperature": float}

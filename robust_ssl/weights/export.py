@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from robust_ssl import disk
 from robust_ssl.models import ResNet
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
@@ -118,7 +119,7 @@ def load_stablehlo(file: str | os.PathLike) -> Callable[[jax.Array], jax.Array]:
     from jax import export
 
     _need_flatbuffers()
-    content = pathlib.Path(file).read_bytes()
+    content = disk.read_bytes(file)
     try:
         exported = export.deserialize(bytearray(content))
     except Exception as error:  # flatbuffers says it in many ways

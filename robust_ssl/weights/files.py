@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from robust_ssl import disk, words
 from robust_ssl.weights import torch_pickle, torch_reader
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
 
@@ -129,12 +130,12 @@ def read_weights(
 def _locate(path: pathlib.Path) -> pathlib.Path:
     """The file of tensors that a path means."""
     if not path.is_dir():
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path} is not there; give a file of weights or its folder")
-        return path
+        return path  # a pipe too: what opens it says so
     for name in _FOLDER_FILES:
         for file in (path / name, path / (name + _INDEX)):
-            if file.is_file():
+            if file.exists():
                 return file
     suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
@@ -154,9 +155,9 @@ def _read_neighbours(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
-        raise ValueError(f"{file} is not JSON ({error}); {_FETCH_AGAIN}") from error
+        value = disk.read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_FETCH_AGAIN}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must be a JSON object; {_FETCH_AGAIN}")
     return value
@@ -175,6 +176,9 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> Weights
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise ValueError(f"{index} names shards that are not beside it: {absent}; fetch them too")
+    total = sum((index.parent / name).stat().st_size for name in names)
+    if total > disk.memory():
+        raise ValueError(f"{index} and its shards have {total:,} bytes, more than there is memory")
     tensors, contents, digests = {}, set(), hashlib.sha256()
     notes = [f"{len(names)} shards; the SHA-256 is that of their SHA-256 in order"]
     shards = [_read_file(index.parent / name, under, reader) for name in names]
@@ -197,9 +201,23 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> Weights
 
 def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
     """Reads one file by what its first bytes say it is."""
+    weights = _read_open(path, under, reader)
+    forged = [name for name in weights.tensors if words.line(name) != name]
+    if forged:
+        raise ValueError(
+            f"cannot read {path}: names of tensors hold characters that no network has, "
+            f"{words.line(forged[0])[:200]}; it is forged"
+        )
+    return weights
+
+
+def _read_open(path: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
+        with disk.open_regular(path) as file:
+            # Some files of /proc have no end, and say that they are empty.
+            head = file.read(512) if os.fstat(file.fileno()).st_size else b""
+            if not head:
+                raise RefusedError(f"it is empty; {_FETCH_AGAIN}")
             sha256 = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
             _rewound(file)
             if head[5:9] == b"\0\0\0{":  # a length of eight bytes, then JSON
@@ -217,7 +235,7 @@ def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFil
                 notes.append("this format has no checksum: compare the SHA-256 with its maker's")
             return WeightsFile(str(path), kind, sha256, tensors, place, notes=(*notes, *more))
     except ValueError as error:  # a refusal, or what NumPy has against forged sizes
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise ValueError(f"cannot read {path}: {words.line(error)}") from error
 
 
 def _rewound(file: BinaryIO) -> BinaryIO:
@@ -227,8 +245,6 @@ def _rewound(file: BinaryIO) -> BinaryIO:
 
 def _other_format(head: bytes) -> str:
     """What a file is that is not one of weights, and what to do."""
-    if not head:
-        return f"it is empty; {_FETCH_AGAIN}"
     for magic, what, remedy in _OTHER_FORMATS:
         if head.startswith(magic):
             return f"it {what}; {remedy}"

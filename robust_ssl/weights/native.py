@@ -35,6 +35,7 @@ _BUILDERS = {
     f"robust_ssl.models:{name}": getattr(models, name)
     for name in (*resnet.VARIANTS, *(f"vit_{size}" for size in vit.SIZES), "vision_transformer")
 }
+_DEEPEST = 512  # layers; a card that asks for a billion would have them built for ever
 RESNETS: dict[Any, str] = {blocks: name for name, blocks in resnet.VARIANTS.items()}
 # Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
 _VIT_OPTIONS = tuple(
@@ -154,8 +155,10 @@ def load_encoder(
     folder = _locate(name_or_path)
     record = _read_card(folder)
     # A name from the caller is resolved and imported; one from the card never is.
+    where, depth = f"{folder}/{CARD_FILE}", record["options"].get("depth")
+    if builder is None and isinstance(depth, int) and depth > _DEEPEST:
+        raise ValueError(f"{where} asks for {depth} layers; at most {_DEEPEST} are built")
     builder = _allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
-    where = f"{folder}/{CARD_FILE}"
     skeleton = build_skeleton(builder, record["options"], where)
     preprocess = cards.read_preprocess(record, where, preprocess) or skeleton.preprocess
     variables = cards.read_variables(folder, record["weights"], WEIGHTS_FILE, skeleton.variables)
