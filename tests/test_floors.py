@@ -17,7 +17,7 @@ FLOORS = (
     {"pretraining", "finetuning", "evaluation", "conformance"},
     {
         *("data", "weights", "zoo", "workdir", "progress", "stopping"),
-        *("settings", "report", "schemas", "recipes"),
+        *("settings", "report", "schemas", "recipes", "pickles"),
     },
     {"experiment"},
     {"cli", "__init__"},
