@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from robust_ssl import progress, settings, stopping
-from robust_ssl.cli import encoder
+from robust_ssl.cli import data, encoder
 from robust_ssl.cli.flags import add_command, add_debug
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | sweep | describe | encoder | zoo"
+        dest="command", required=True, metavar="run | sweep | describe | data | encoder | zoo"
     )
     text = "run a config's stages: finished ones are skipped, an interrupted one goes on"
     _add_run(commands, "run", text)
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands, "sweep", text)
     text = "print a config's settings and what the functions in it do"
     _add_config(add_command(commands, "describe", text, _EXAMPLES))
+    data.add_parser(commands)
     encoder.add_parser(commands)
     zoo = add_command(
         commands, "zoo", "pre-train a list of encoders, each with its card", _EXAMPLES
@@ -241,6 +242,7 @@ _COMMANDS = {
     "run": _run,
     "sweep": _run,
     "describe": _describe,
+    "data": data.run,
     "encoder": encoder.run,
     "zoo": _zoo,
 }
