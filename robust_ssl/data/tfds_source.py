@@ -114,7 +114,7 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
     if find_set(base) is not None:
         return FileNotFoundError(
             f"data set {name!r} is not prepared under {str(data_dir)!r}; prepare it once:\n  "
-            f"{_command(name, data_dir)}"
+            f"{_command(name, data_dir)}\n(--from ARCHIVE takes a copy that you have)"
         )
     builders = tfds.list_builders(with_community_datasets=False)
     if dataset in builders:

@@ -4,7 +4,7 @@ No TensorFlow, and nothing but the archives themselves is fetched.
 """
 
 from robust_ssl.data.public.digests import image_digest, pixel_digest
-from robust_ssl.data.public.prepare import Prepared, named, prepare
+from robust_ssl.data.public.preparation import Prepared, named, prepare
 from robust_ssl.data.public.table import SETS, find_set
 from robust_ssl.data.public.values import Archive, Content, PublicSet
 

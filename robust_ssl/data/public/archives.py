@@ -17,7 +17,10 @@ from typing import BinaryIO
 
 GROWTH_LIMIT = 100  # times the archive's size; the sets of the table stay below two
 _SLACK = 2**22  # bytes that any archive may hold: a tar of a few records is mostly padding
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile)
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile),
+    NotImplementedError,  # what zipfile says of a compression that it does not know
+)
 
 
 @contextlib.contextmanager
@@ -62,7 +65,19 @@ class _Bounded:
         return content
 
 
-def tar_members(path: pathlib.Path) -> Iterator[tuple[str, BinaryIO]]:
+class Member:
+    """A file in an archive, open for reading."""
+
+    def __init__(self, file: BinaryIO, path: pathlib.Path):
+        self._file, self._path = file, path
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns the next bytes, all by default; damage is an error that names the archive."""
+        with naming(self._path):
+            return self._file.read(size)
+
+
+def tar_members(path: pathlib.Path) -> Iterator[tuple[str, Member]]:
     """Yields name and content of each plain file of a tar, gzipped or not, in its order.
 
     A content must be read before the next member is asked for.
@@ -81,7 +96,7 @@ def tar_members(path: pathlib.Path) -> Iterator[tuple[str, BinaryIO]]:
         for member in archive:
             # Sparse ones invent bytes that are not in the archive.
             if member.isreg() and not member.issparse():
-                yield member.name.removeprefix("./"), archive.extractfile(member)
+                yield member.name.removeprefix("./"), Member(archive.extractfile(member), path)
 
 
 def tar_files(path: pathlib.Path, names: Collection[str]) -> dict[str, bytes]:

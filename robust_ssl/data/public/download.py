@@ -38,6 +38,7 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, file, code, message, headers, url):
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            file.close()
             raise DownloadError(f"{request.full_url} leads to {url}, which is not on the web")
         return super().redirect_request(request, file, code, message, headers, url)
 

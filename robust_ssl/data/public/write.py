@@ -44,12 +44,17 @@ def write(
             builder.download_and_prepare()
     for split, expected in public.images.items():
         if len(seen.get(split, ())) != expected:
-            raise ValueError(
-                f"{public.name} has {len(seen.get(split, ())):,} images in split {split!r}, not "
-                f"{expected:,}; its archives are not the published ones"
-            )
+            raise ValueError(_miscounted(public, split, len(seen.get(split, ()))))
     digests = {split: pixel_digest(images) for split, images in seen.items()}
     return folder / public.stored / public.version, digests
+
+
+def _miscounted(public: PublicSet, split: str, count: int) -> str:
+    archives = ", ".join(archive.file for archive in public.archives[0])
+    return (
+        f"{public.name} has {count:,} images in split {split!r}, not {public.images[split]:,}; not "
+        f"the published ones: {archives}"
+    )
 
 
 def _builder(public: PublicSet, content: Content, seen: dict[str, list[bytes]], bar: Bar) -> type:
@@ -83,6 +88,8 @@ def _builder(public: PublicSet, content: Content, seen: dict[str, list[bytes]], 
                 digests.append(digest)
                 bar.update(sum(map(len, seen.values())), doing=f"{split}: {len(digests):,} images")
                 yield key, encoded
+            if not digests:  # which TFDS would say in words of its own
+                raise ValueError(_miscounted(public, split, 0))
 
     return Builder
 
