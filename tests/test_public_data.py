@@ -246,6 +246,7 @@ def test_a_prepared_set_is_kept_unless_told_otherwise(tmp_path):
     [
         (KeyboardInterrupt(), KeyboardInterrupt, None),
         (OSError(errno.ENOSPC, "No space left on device"), OSError, "eurosat cannot be prepared"),
+        (RuntimeError("write() failed: No space left; writing x"), OSError, "No space left\nmake"),
         (ValueError("a broken picture"), ValueError, "a broken picture"),
     ],
 )
@@ -540,3 +541,13 @@ def test_wrong_usage_is_a_few_lines(tmp_path, capsys, arguments, message):
     assert main(["data", *arguments, "--data-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) <= 5 and "Traceback" not in error
+
+
+def test_an_interrupted_command_may_be_repeated(tmp_path, capsys, monkeypatch):
+    def obtain(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "obtain", obtain)
+    assert main(["data", "prepare", "gtsrb32", "--data-dir", str(tmp_path)]) == 75
+    error = capsys.readouterr().err
+    assert "what was downloaded is kept" in error and "run the same command again" in error

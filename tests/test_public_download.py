@@ -169,7 +169,7 @@ def test_a_full_disk_is_named_with_a_way_out(server, tmp_path, monkeypatch):
     monkeypatch.setattr(
         module.pathlib.Path,
         "open",
-        lambda path, *a, **k: FullDisk() if path.suffix == ".part" else real(path, *a, **k),
+        lambda path, *a, **k: FullDisk() if a == ("wb",) else real(path, *a, **k),
     )
     message = error_of(server, tmp_path / "a.zip")
     assert "a.zip.part cannot be written: No space left on device" in message
@@ -180,6 +180,16 @@ def test_a_folder_that_cannot_be_made_is_named(server, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DownloadError, match="cannot be written"):
         fetch(server, tmp_path / "file" / "a.zip")
+
+
+def test_two_processes_do_not_write_into_one_part(server, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / "a.zip.part").open("ab") as other:
+        other.write(b"begun")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process is fetching" in error_of(server, tmp_path / "a.zip")
+    assert (tmp_path / "a.zip.part").read_bytes() == b"begun"
 
 
 def test_an_interrupt_keeps_what_has_arrived(server, tmp_path):

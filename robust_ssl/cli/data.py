@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from robust_ssl import progress, settings
+from robust_ssl import progress, settings, stopping
 from robust_ssl.cli.flags import add_command, add_debug
 
 DONE = 0
@@ -25,8 +25,8 @@ examples:
   robust-ssl data prepare cifar10 --from ~/Downloads/cifar-10-python.tar.gz
       from a copy you have; a folder where a set has several archives.  Nothing is fetched
 
-No TensorFlow is needed.  Archives stay in DATA_DIR/downloads.  Exit codes: 0 done, 2 wrong usage,
-or something that could not be fetched, read or written."""
+No TensorFlow is needed.  Archives stay in DATA_DIR/downloads.  Exit codes: 0 done, 2 wrong usage
+or something that could not be fetched, read or written, 75 interrupted."""
 
 
 def add_parser(commands: Any) -> None:
@@ -62,11 +62,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     Raises:
       SettingsError: If a name is unknown, or a set cannot be fetched, read or written.
+      Stopped: If it was interrupted; the same command goes on.
     """
     if overrides:
         raise settings.SettingsError(f"there is no config here: {' '.join(overrides)}")
     try:
         return _ACTIONS[arguments.action](arguments)
+    except KeyboardInterrupt:
+        raise stopping.Stopped(
+            "interrupted; what was downloaded is kept, nothing half-made is left"
+        ) from None
     # What can be mended by another command is a few lines and exit code 2.
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise settings.SettingsError(str(error)) from error

@@ -19,6 +19,11 @@ from collections.abc import Callable
 
 from robust_ssl.progress import Progress
 
+try:
+    import fcntl
+except ImportError:  # where there are no locks of files
+    fcntl = None
+
 ATTEMPTS = 5  # in a row without a single new byte
 TIMEOUT = 60.0  # seconds without an answer
 _CHUNK = 2**20
@@ -77,7 +82,8 @@ def download(
         path.parent.mkdir(parents=True, exist_ok=True)
     # Its steps are MiB, so that rate and time left mean something.
     total = max(1, -(-(size or _CHUNK) // _CHUNK))
-    with (progress or Progress()).stage(f"download {path.name}", total) as bar:
+    bars = progress or Progress()
+    with _alone(part), bars.stage(f"download {path.name}", total) as bar:
         failures = 0
         while True:
             before = _length(part)
@@ -90,10 +96,29 @@ def download(
                 if failures >= attempts:
                     raise DownloadError(_gave_up(url, part, size, str(error))) from error
                 wait(min(2.0**failures, 30.0))
-    with _writing(path):
-        os.replace(part, path)
-        _state(part).unlink(missing_ok=True)
+        with _writing(path):
+            os.replace(part, path)
+            _state(part).unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def _alone(part: pathlib.Path):
+    """Keeps a second process from writing into the same part; one that is empty is not left."""
+    with _writing(part):
+        file = part.open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise DownloadError(
+            f"another process is fetching {part}; wait until it is done, then run this again"
+        ) from error
+    finally:
+        file.close()
+        if part.exists() and not _length(part):
+            part.unlink()
 
 
 def _fetch(url, part, size, timeout, report) -> None:
@@ -124,8 +149,8 @@ def _fetch(url, part, size, timeout, report) -> None:
 
 def _judge(error: urllib.error.HTTPError, url: str, part: pathlib.Path) -> None:
     """Raises what an answer of 400 and above means."""
-    if error.code == 416 and part.exists():  # what is here is no beginning of what is there
-        part.unlink()
+    if error.code == 416 and _length(part):  # what is here is no beginning of what is there
+        os.truncate(part, 0)
         raise _Broken("what had arrived was not the beginning of the file") from error
     if error.code in _WORTH_ANOTHER_TRY:
         raise _Broken(f"the server answered {error.code} {error.reason}") from error
@@ -140,7 +165,7 @@ def _receive(response, url, part, have, size, report) -> None:
     if response.status == 206:
         match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if not match or int(match[1]) != have:
-            part.unlink(missing_ok=True)
+            os.truncate(part, 0)
             raise _Broken("the server sent another part than was asked for")
         start, total = have, _number(match[2])
     if None not in (size, total) and total != size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def write(
             data_dir=str(folder), file_format="array_record"
         )
         # TFDS says what it does on standard output, which is the caller's.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _disk_errors():
             builder.download_and_prepare()
     for split, expected in public.images.items():
         if len(seen.get(split, ())) != expected:
@@ -116,6 +117,18 @@ def _encode(example: dict[str, Any], where: str) -> tuple[dict[str, Any], bytes]
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(file, "PNG", compress_level=1)
     return {**example, "image": file.getvalue()}, image_digest(image, label)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turns what array_record says of a full or broken disk into an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        match = re.search(r"\b(?:open|write|close)\(\) failed: ([^;]+)", str(error))
+        if match is None:
+            raise
+        raise OSError(match[1]) from error
 
 
 @contextlib.contextmanager
