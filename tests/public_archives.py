@@ -15,6 +15,9 @@ import numpy as np
 from PIL import Image
 
 from robust_ssl.data import public
+from robust_ssl.progress import Progress
+
+QUIET = Progress("quiet")
 
 
 def pixels(count, size=32, seed=0):
@@ -243,6 +246,41 @@ def imagenette():
             content[split][0].append(decoded(body))
             content[split][1].append(label)
     return {"imagenette-160.tgz": tar(files)}, content
+
+
+FORMATS = {
+    "cifar10": cifar10_binary,
+    "cifar10 python": cifar10_python,
+    "gtsrb": gtsrb,
+    "stl10": stl10,
+    "svhn": svhn,
+    "eurosat": eurosat,
+    "tiny_imagenet": tiny_imagenet,
+    "flowers102": flowers102,
+    "imagenette": imagenette,
+}
+
+
+def stored(folder, bodies):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, body in bodies.items():
+        (folder / name).write_bytes(body)
+    return folder
+
+
+def prepared(tmp_path, described, bodies, **options):
+    source = stored(tmp_path / "copies", bodies)
+    options = {"source": source, "progress": QUIET, **options}
+    return public.prepare(described, data_dir=tmp_path / "sets", **options)
+
+
+def pairs(images, labels):
+    labels = [None] * len(images) if labels is None else labels
+    return sorted((str(label), im.tobytes()) for im, label in zip(images, labels, strict=True))
+
+
+def counts(content):
+    return {split: len(part[0]) for split, part in content.items()}
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ try:
 except ImportError:  # where there are no locks of files
     fcntl = None
 
-ATTEMPTS = 5  # in a row without a single new byte
+ATTEMPTS = 4  # in a row without a single new byte
 TIMEOUT = 60.0  # seconds without an answer
 _CHUNK = 2**20
 _WORTH_ANOTHER_TRY = (408, 425, 429, 500, 502, 503, 504)
@@ -95,7 +95,11 @@ def download(
                 failures = 1 if _length(part) > before else failures + 1
                 if failures >= attempts:
                     raise DownloadError(_gave_up(url, part, size, str(error))) from error
-                wait(min(2.0**failures, 30.0))
+                pause = min(2.0**failures, 30.0)
+                # Said at once: the pauses are longer than most people wait without a word.
+                bar.update(_length(part) // _CHUNK, doing=f"{error}; again in {pause:.0f} s")
+                bar.display.show(bar)
+                wait(pause)
         with _writing(path):
             os.replace(part, path)
             _state(part).unlink(missing_ok=True)

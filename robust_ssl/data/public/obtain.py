@@ -71,7 +71,7 @@ def _from_copies(public, downloads, source: pathlib.Path, say: Say) -> Files:
         else:
             return files
     raise ValueError(
-        f"{source} cannot be used for {public.name}: {'; '.join(problems)}\nwhat is needed: "
+        f"{source} cannot be used for {public.name}:\n{chr(10).join(problems)}\nwhat is needed: "
         + ", or ".join(" and ".join(a.file for a in group) for group in public.archives)
     )
 
@@ -85,7 +85,8 @@ def _copy(archive: Archive, group: Sequence[Archive], downloads, source, say):
     if not path.is_file():
         return None, f"there is no {archive.file}"
     wrong = _wrong(archive, path, downloads, say)
-    return (None, f"{path.name} is not {archive.file}: {wrong}") if wrong else (path, "")
+    what = "the published one" if path.name == archive.file else archive.file
+    return (None, f"{path.name} is not {what}: {wrong}") if wrong else (path, "")
 
 
 def _wrong(archive: Archive, path: pathlib.Path, downloads: pathlib.Path, say: Say) -> str:
