@@ -229,7 +229,7 @@ def test_a_misspelt_data_set_is_answered_with_near_ones(workdir, monkeypatch):
 
 def test_a_data_set_not_prepared_yet_is_answered_with_the_command(workdir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(workdir.parent / "tfds"))
-    with pytest.raises(experiment.UsageError, match=r"robust-ssl\[prepare\].* tfds build cifar10 "):
+    with pytest.raises(experiment.UsageError, match=r"robust-ssl data prepare cifar10 "):
         attempt(workdir, {"surrogate": {"source": "cifar10"}})
 
 

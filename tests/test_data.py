@@ -386,7 +386,7 @@ def test_tfds_finds_its_folder_in_the_environment(tfds_dir, monkeypatch):
             "not known to TFDS; near are: tiny.*prepared under .*: tiny",
         ),
         ("cifar11", "train", ValueError, "near are: .*cifar10"),
-        ("gtsrb", "train", ValueError, "near are: visual_domain_decathlon/gtsrb"),
+        ("gtsrb16", "train", ValueError, "near are: gtsrb, gtsrb32"),
         ("visual_domain_decathlon", "train", ValueError, "one of: .*visual_domain_decathlon/dtd"),
         ("visual_domain_decathlon/gtsrp", "train", ValueError, "of: visual_domain_decathlon/gtsrb"),
         ("tiny:2.0.0", "train", FileNotFoundError, r"versions \['1.0.0', '1.10.0'\], not '2.0.0'"),
@@ -394,7 +394,19 @@ def test_tfds_finds_its_folder_in_the_environment(tfds_dir, monkeypatch):
             "cifar10",
             "train",
             FileNotFoundError,
-            r"pip install 'robust-ssl\[prepare\]' && tfds build cifar10 "
+            r"prepare it once:\n  robust-ssl data prepare cifar10 --data-dir=\S+\n",
+        ),
+        (
+            "svhn_cropped",
+            "train",
+            FileNotFoundError,
+            r"prepare it once:\n  robust-ssl data prepare svhn --data-dir=",
+        ),
+        (
+            "cifar10:3.0.1",
+            "train",
+            FileNotFoundError,
+            r"pip install 'robust-ssl\[prepare\]' && tfds build cifar10:3.0.1 "
             r"--file_format=array_record --data_dir=",
         ),
         (
@@ -413,8 +425,10 @@ def test_tfds_errors_say_what_is_near_or_how_to_prepare(tfds_dir, name, split, e
 def test_the_command_leaves_out_the_default_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"--file_format=array_record$"):
+    with pytest.raises(FileNotFoundError, match=r"--file_format=array_record\n"):
         data.load("mnist")
+    with pytest.raises(FileNotFoundError, match=r"robust-ssl data prepare eurosat\n"):
+        data.load("eurosat")
 
 
 def test_a_folder_of_the_same_name_is_pointed_out(tmp_path, monkeypatch):

@@ -16,7 +16,17 @@ from collections.abc import Sequence
 
 import robust_ssl
 from robust_ssl import settings, stopping, words
-from robust_ssl.cli import check, completion, config_files, encoder, listing, run, show, track
+from robust_ssl.cli import (
+    check,
+    completion,
+    config_files,
+    data,
+    encoder,
+    listing,
+    run,
+    show,
+    track,
+)
 from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, Parser, take_settings
 
 _COMMANDS = {
@@ -29,6 +39,7 @@ _COMMANDS = {
     "track": track,
     "list": listing,
     "config": config_files,
+    "data": data,
     "encoder": encoder,
     "completion": completion,
 }

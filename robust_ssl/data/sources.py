@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from robust_ssl.build import resolve
-from robust_ssl.data import pictures, tfds_source
+from robust_ssl.data import hub, pictures, tfds_source
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
@@ -35,7 +35,10 @@ def load(
 
         * a TFDS name, ``"cifar10"``, ``"visual_domain_decathlon/gtsrb"``, ``"cifar10:3.0.2"``:
           any data set prepared under `data_dir` in the array_record format, also one that TFDS
-          itself does not know; read without TensorFlow;
+          itself does not know; read without TensorFlow.  ``robust-ssl data prepare NAME`` prepares
+          the public ones;
+        * a data set of the Hugging Face hub, ``"hf:owner/name"`` or ``"hf:owner/name/config"``,
+          through `datasets` (``pip install 'robust-ssl[hf]'``);
         * a folder, a `pathlib.Path` or a string that starts with ``/``, ``.`` or ``~``:
           ``folder/split/class/*.png``, or ``folder/class/*.png`` for a set that is all training;
         * arrays: ``(images, labels)``, ``{"images": ..., "labels": ..., "class_names": ...}``, or
@@ -79,6 +82,8 @@ def load(
         isinstance(source, str) and source.startswith(("/", ".", "~"))
     ):
         examples = _from_folder(pathlib.Path(source).expanduser(), split, image_size)
+    elif isinstance(source, str) and source.startswith(hub.PREFIX):
+        examples = hub.open_hub(source, split, image_size)
     elif isinstance(source, str):
         examples = tfds_source.open_split(source, split, image_size, data_dir)
     else:
@@ -132,7 +137,7 @@ def _names_function(source: str) -> bool:
     module, colon, function = source.partition(":")
     # "cifar10:3.0.2" is a TFDS name with a version; a function's file ends with ".py".
     # A slash before the colon is a TFDS configuration.
-    is_module = "/" not in module or module.endswith(".py")
+    is_module = ("/" not in module or module.endswith(".py")) and module != "hf"
     return bool(colon) and function.isidentifier() and is_module
 
 
