@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from robust_ssl.evaluation import WORST, wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report import majority
 from robust_ssl.report.comparison import COLUMNS, COSTS, SHARES, VERDICTS, Estimate, Summary
 from robust_ssl.report.results import METRICS
 
@@ -231,7 +230,18 @@ def headline_cells(document: Document) -> list[dict[str, tuple[str, ...]]]:
         if any(each.cost for each in lines):
             row["cost"] = (f"{line.cost:.1f}x" if line.cost else "n/a",)
         rows.append({**row, "verdict": (MARK if mark else line.verdict,)})
-    return rows
+    return [*rows, *_one_answer_cells(document, rows[0])]
+
+
+def _one_answer_cells(document: Document, like: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The line of an imbalanced set: what is reached without looking at an image."""
+    if (largest := majority.largest_class(document)) is None:
+        return []
+    name, images, n = largest
+    share = over_seeds([images / n], n)
+    filled = {"recipe": (f"always {name!r}",), "clean": _share_cell(share)}
+    filled |= {"under attack": _share_cell(share), "verdict": ("no model",)}
+    return [{heading: filled.get(heading, ("n/a",)) for heading in like}]
 
 
 def _share_cell(share: Share, mark: Sequence[str] = ()) -> tuple[str, ...]:
@@ -256,6 +266,8 @@ def headline_caption(document: Document) -> str:
     if reference:
         parts.append(f"Cost: training time relative to {reference}.")
     parts.append("Verdict: whether the figures under attack can be believed.")
+    if (largest := majority.largest_class(document)) is not None:
+        parts.append(f"Always {largest.name!r}, the majority class: one answer for all images.")
     return " ".join(parts)
 
 
@@ -374,20 +386,3 @@ def difference_rows(lines: Sequence[Mapping[str, str]]) -> Rows:
         text = f"**{text}**" if line["decided"] == "yes" else text
         row[SHARES[line["share"]].heading] = text + (f" {MARK}" if line["verdict"] else "")
     return list(rows.values())
-
-
-def markdown_table(rows: Rows) -> str:
-    """Returns rows as a Markdown table."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[row[column].replace("|", "\\|") for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """Returns rows as CSV, in the order of `columns`, else of the first row; None is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
