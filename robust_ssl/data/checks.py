@@ -35,6 +35,7 @@ def as_pixels(images: Any, where: str) -> np.ndarray:
       (2, 8, 6, 3)
     """
     images = _as_array(images, where)
+    _check_numbers(images, where)
     if len(images) == 0:
         raise ValueError(f"{where} is empty: no images; choose another split or folder")
     images = _three_channels_last(images, where)
@@ -62,6 +63,8 @@ def as_array(value: Any, where: str) -> np.ndarray:
         return pictures.to_rgb(value, where)
     if hasattr(value, "detach"):  # torch; one that needs a gradient is no array otherwise
         value = value.detach().cpu()
+    if np.ma.is_masked(value):
+        raise ValueError(f"{where} is masked; fill it: array.filled(0)")
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -81,6 +84,16 @@ def _as_array(images: Any, where: str) -> np.ndarray:
             f"{images.dtype} of shape ()"
         )
     return images
+
+
+def _check_numbers(images: np.ndarray, where: str) -> None:
+    if images.dtype.kind in "US":
+        raise ValueError(f"images of {where} are texts; for files give their folder, or read them")
+    if images.dtype.kind not in "biuf":
+        raise ValueError(
+            f"images of {where} must be uint8 (0 to 255) or float (0 to 1), got {images.dtype}; "
+            "are they of one size?"
+        )
 
 
 def check_one_size(shapes: list[tuple[int, ...]], where: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 # PostScript in a file called .png to Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".gif"),
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
 )
 # Formats of pictures that are not read: a folder of these is no folder without pictures.
@@ -59,13 +59,14 @@ def decode(
             _check_regular(picture)
         source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         with Image.open(source, formats=_formats()) as opened:
-            pixels = to_rgb(opened, where)
-    except _RefusedError:
-        raise
+            refusal = _refusal(opened)
+            pixels = None if refusal else _upright_rgb(opened)
     except Exception as error:  # what broken data and metadata make their readers raise
         raise ValueError(
             f"{where} cannot be read as an image: {error}; replace or remove it"
         ) from error
+    if refusal:
+        raise ValueError(f"{where} {refusal}")
     return resize(pixels, image_size)
 
 
@@ -84,14 +85,24 @@ def to_rgb(picture: Any, where: str) -> np.ndarray:
       >>> to_rgb(Image.new("L", (4, 2), 7), "an example").shape
       (2, 4, 3)
     """
-    from PIL import ImageOps
+    refusal = _refusal(picture)
+    if refusal:
+        raise ValueError(f"{where} {refusal}")
+    return _upright_rgb(picture)
 
+
+def _refusal(picture: Any) -> str:
+    """Says why a picture that can be read is not taken; nothing if it is."""
     if _is_deep(picture):  # Pillow would cut to the upper 8 bits without a word
-        raise _RefusedError(f"{where} has more than 8 bits a channel; convert it to 8-bit RGB")
+        return "has more than 8 bits a channel; convert it to 8-bit RGB"
     # An MPO is a JPEG with previews of itself behind it.
     frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
-    if frames > 1:
-        raise _RefusedError(f"{where} has {frames} frames; save the one that is meant as a picture")
+    return f"has {frames} frames; save the one that is meant as a picture" if frames > 1 else ""
+
+
+def _upright_rgb(picture: Any) -> np.ndarray:
+    from PIL import ImageOps
+
     if picture.getexif().get(_ORIENTATION, 1) in range(2, 9):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("P", "PA"):  # straight to RGB, Pillow warns of a transparent color
@@ -110,10 +121,6 @@ def starts_like_picture(file: str | os.PathLike) -> bool:
     # Two letters are too few to tell a bitmap by; its reserved bytes are zero.
     bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
     return head.startswith(_SIGNATURES) or webp or bitmap
-
-
-class _RefusedError(ValueError):
-    """A picture that can be read, but not as 8-bit RGB."""
 
 
 @functools.cache

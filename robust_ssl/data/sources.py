@@ -158,6 +158,8 @@ def _from_values(value: Any, split: str, name: str) -> Examples:
         return from_arrays(**{"name": name, **value}, split=split)
     if isinstance(value, tuple) and len(value) == 2:
         return from_arrays(*value, name=name, split=split)
+    if isinstance(value, list) and len(value) == 2 and np.ndim(value[0]) > 3:
+        raise ValueError(f"{name!r} is a list of two; images and labels are a tuple: tuple(...)")
     if isinstance(value, list) or hasattr(value, "__array__"):
         return from_arrays(value, name=name, split=split)
     raise ValueError(
