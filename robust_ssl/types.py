@@ -212,12 +212,14 @@ class Classifier(struct.Value):
       head_variables: ``{"params": ...}`` of `head`.
       head: A linen module; ``head.apply(variables, features, train=False)`` returns logits.
       num_classes: Number of logits.
+      class_names: What each logit stands for; empty where nobody has said.
     """
 
     encoder: Encoder
     head_variables: Variables
     head: nn.Module = struct.field(pytree_node=False)
     num_classes: int = struct.field(pytree_node=False)
+    class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
     def __repr__(self) -> str:
         """Shows what the classifier is, without its weights."""

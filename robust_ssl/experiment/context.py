@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from robust_ssl import data, models, weights
 from robust_ssl.build import code_of, text_of
@@ -94,24 +95,37 @@ class Context:
     @functools.cached_property
     def surrogate(self):
         """The attacker's images; their labels, if there are any, are dropped."""
-        images = self.load(self.plan.surrogate, "train")
+        images = self.load_sized(self.plan.surrogate, "train")
         data.check_image_size(images, self.encoder.image_size)
         return without_labels(images)
 
     @functools.cached_property
     def downstream(self):
         """The defender's data: train and validation, carved from the training split."""
-        whole = self.load(self.plan.downstream, "train")
+        whole = self.load_sized(self.plan.downstream, "train")
         data.check_image_size(whole, self.encoder.image_size)
+        data.check_trained(whole)
         return data.carve(whole, self.plan.downstream.validation, seed=self.plan.seed)
 
     @functools.cached_property
     def test(self):
         """The defender's test split; only `score` attacks anything on it."""
-        test = self.load(self.plan.downstream, "test")
+        test = self.load_sized(self.plan.downstream, "test")
         data.check_image_size(test, self.encoder.image_size)
-        data.check_classes(test, self.num_classes)
-        return test
+        return data.with_classes_of(test, self.downstream[0])
+
+    @functools.cached_property
+    def test_labels(self) -> np.ndarray:
+        """The labels of the test split, ``int32 [n]``."""
+        return data.labels_of(self.test)
+
+    @functools.cached_property
+    def shared(self) -> data.Shared:
+        """How many test images are among the training and validation images.
+
+        Of a set that is read on demand, this reads what nobody has read before.
+        """
+        return data.shared(self.test, *self.downstream)
 
     @property
     def num_classes(self) -> int:
@@ -124,7 +138,23 @@ class Context:
     def classifier(self, encoder: Encoder, head: Any, seed: int) -> Classifier:
         """Returns an encoder with a fresh head, the same one for a seed."""
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        return models.classifier(key, encoder, self.num_classes, head=head)
+        names = self.downstream[0].class_names
+        return models.classifier(key, encoder, self.num_classes, head=head, class_names=names)
+
+    def load_sized(
+        self, source: Data, split: Literal["train", "test"], encoder: Encoder | None = None
+    ):
+        """Returns a split; a folder's pictures get the encoder's size, unless told otherwise.
+
+        Args:
+          source: Where it comes from.
+          split: Which one.
+          encoder: Whose size; None is the public one.
+        """
+        if source.image_size is None and data.is_folder(source.source):
+            size = (encoder or self.encoder).image_size
+            source = dataclasses.replace(source, image_size=size)
+        return self.load(source, split)
 
     def load(self, source: Data, split: Literal["train", "test"]):
         """Returns a split, which is read once in a run."""

@@ -24,7 +24,7 @@ from robust_ssl.types import Classifier
 from robust_ssl.workdir import write_atomically
 
 _PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
-_PER_IMAGE = tuple(group for group in checks.GROUPS if group != "universal")
+_PER_IMAGE = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
 # Those that need a perturbation fitted on the public encoder.
 _OF_FITTED = (
     "per_image_not_weaker",
@@ -62,7 +62,7 @@ def examine(
     begun = time.perf_counter()
     examined, verdict = _per_image(scorer.context, model, scored)
     verdict += _universal(scorer, name, model, scored)
-    verdict += checks.Verdict((_unchanged(model, known_as),))
+    verdict += checks.Verdict((_unchanged(model, known_as), *_of_data(scorer.context, scored)))
     document = verdict.as_dict() | {
         "examined": examined,
         "seconds": round(time.perf_counter() - begun, 3),
@@ -88,6 +88,18 @@ def _unchanged(model: Classifier, known_as: str) -> checks.Check:
     # Only a digest was remembered, not the weights, so there is no size of the change to give.
     before, changed = {}, {"changed": np.ones(())}
     return checks.model_unchanged(before, before if identity(model) == known_as else changed)
+
+
+def _of_data(context: Context, scored: Sequence[Scored]) -> tuple[checks.Check, ...]:
+    """Runs the checks of the images themselves, on the whole test split."""
+    shared = context.shared
+    leakage = checks.leakage(shared.count, shared.test, shared.train)
+    whole = next((s.worst.clean_correct for s in scored if s.rows is None), None)
+    if whole is None:
+        reason = "No attack was scored on the whole test split."
+        return (leakage, *checks.not_run("one_answer", reason))
+    names = context.test.class_names
+    return (leakage, checks.one_answer(whole, context.test_labels, names))
 
 
 class _Subject(NamedTuple):
@@ -317,7 +329,7 @@ def _on_new_images(scorer: Scorer, model: Classifier, strongest: Member) -> chec
     """Compares predictions that change on the attacker's images, and on others of their kind."""
     context = scorer.context
     try:
-        others = context.load(context.plan.surrogate, "test")
+        others = context.load_sized(context.plan.surrogate, "test")
     except (ValueError, OSError, KeyError) as error:
         reason = f"The surrogate data have no test split: {error}"
         return checks.not_run("holds_on_new_images", reason)[0]

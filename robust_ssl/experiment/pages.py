@@ -98,6 +98,12 @@ def _document(
             "train": len(train_set),
             "validation": len(validation),
             "test": len(context.test),
+            "classes": context.num_classes,
+            "largest_class": _largest_class(context),
+            "test_among_train": context.shared.count,
+            "notes": [
+                f"{part.split}: {n}" for part in (train_set, context.test) for n in part.notes
+            ],
         },
         "surrogate": {"name": context.surrogate.name, "images": len(context.surrogate)},
         "suite": {
@@ -117,6 +123,13 @@ def _document(
         "verdicts": scored.results["verdicts"],
         "comparison": None if comparison is None else comparison.results,
     }
+
+
+def _largest_class(context: Context) -> dict[str, Any]:
+    """The class that most test images are of: what one answer for all is right about."""
+    counts = np.bincount(context.test_labels)
+    largest = int(np.argmax(counts))
+    return {"name": context.test.class_names[largest], "images": int(counts[largest])}
 
 
 # --- Figures ------------------------------------------------------------------------------------

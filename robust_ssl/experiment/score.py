@@ -19,6 +19,7 @@ from robust_ssl.build import inside
 from robust_ssl.evaluation import PerImage
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, attack, load_perturbations
+from robust_ssl.experiment.class_order import in_order_of_test
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.examine import examine
 from robust_ssl.experiment.groups import (
@@ -60,7 +61,7 @@ def _load_saved(context: Context) -> dict[str, Classifier]:
     classifiers = {}
     for name, source in context.plan.classifiers.items():
         try:
-            classifiers[name] = source.load()
+            classifiers[name] = in_order_of_test(context, name, source.load())
             _check_fits(context, classifiers[name])
         except (ValueError, TypeError, OSError) as error:
             error.add_note(f"in config.classifiers.{name}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from robust_ssl import report, words
+from robust_ssl import data, report, words
 from robust_ssl.experiment import pages, sweep
 from robust_ssl.experiment.analyze import analyze
 from robust_ssl.experiment.attack import attack
@@ -150,6 +150,9 @@ def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
 def check_data(context: Context) -> None:
     """Reads the downstream images; nothing is scored on the test split here."""
     _within("config.downstream", lambda: (context.downstream, context.test))
+    # A set that is read on demand is compared once it has been read: see `examine`.
+    if data.are_known(*context.downstream, context.test) and context.shared.count:
+        _log.warning("config.downstream: %s", context.shared)
 
 
 def _within(section: str, read: Callable[[], Any]) -> None:

@@ -1,7 +1,7 @@
 """Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
 
 from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
-from robust_ssl.models.heads import LinearHead, MLPHead, classifier
+from robust_ssl.models.heads import LinearHead, MLPHead, classifier, in_order_of
 from robust_ssl.models.positions import resize_positions
 from robust_ssl.models.preprocessing import JPEG, Quantize, Smooth
 from robust_ssl.models.resnet import (
@@ -33,6 +33,7 @@ __all__ = [
     "classifier",
     "confidence_ensemble",
     "ensemble_members",
+    "in_order_of",
     "resize_positions",
     "resnet18",
     "resnet34",

@@ -13,7 +13,8 @@ from robust_ssl.report.figures import (
 from robust_ssl.report.pages import print_summary, write_report
 from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front, points_of
 from robust_ssl.report.sentences import advice, answer, verdict_lines
-from robust_ssl.report.tables import budget, csv_text, label, markdown_table, names
+from robust_ssl.report.tables import budget, label, names
+from robust_ssl.report.text import csv_text, markdown_table
 
 __all__ = [
     "Point",

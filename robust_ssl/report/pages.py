@@ -16,6 +16,7 @@ from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, diff
 from robust_ssl.report.figures import Folder, attempt, figure_epsilon
 from robust_ssl.report.pareto import figure_pareto, points_of
 from robust_ssl.report.tables import Document, Entry, budget, names, worst_cases
+from robust_ssl.report.text import csv_text, markdown_table
 from robust_ssl.workdir import json_ready, write_atomically
 
 # How to read a figure, by the word its file name begins with.
@@ -119,13 +120,13 @@ def write_report(
         *_section("How it was run", _run(document["run"])),
     ]
     texts = {
-        "results.csv": tables.csv_text(tables.entry_rows(_worst(document))),
-        "attacks.csv": tables.csv_text(tables.entry_rows(document["results"])),
+        "results.csv": csv_text(tables.entry_rows(_worst(document))),
+        "attacks.csv": csv_text(tables.entry_rows(document["results"])),
     }
     if comparison:
-        texts["comparison.csv"] = tables.csv_text(comparison["rows"], FIELDS)
+        texts["comparison.csv"] = csv_text(comparison["rows"], FIELDS)
     if lines:
-        texts["differences.csv"] = tables.csv_text(lines)
+        texts["differences.csv"] = csv_text(lines)
     texts["report.md"] = "\n\n".join(filter(None, sections)) + "\n"
     for name, text in texts.items():
         write_atomically(workdir / name, text)
@@ -182,7 +183,7 @@ def _markdown_headline(document: Document) -> str:
             intervals = [f"({interval})" for interval in rest[:1]]
             row[heading] = " ".join([value, *intervals, *rest[1:]])
         rows.append(row)
-    return tables.markdown_table(rows)
+    return markdown_table(rows)
 
 
 def _claim_sentences(comparison: Mapping[str, Any] | None) -> list[str]:
@@ -213,20 +214,20 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
     shown = names(document["models"])
     parts = []
     if summary:
-        parts += ["### Recipes", tables.markdown_table(tables.summary_rows(summary, SHARES))]
-        parts.append(tables.markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
+        parts += ["### Recipes", markdown_table(tables.summary_rows(summary, SHARES))]
+        parts.append(markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
         parts.append(tables.legend(summary))
     if lines:
         leader = words.markdown(leader)
-        parts += [f"### Against {leader}", tables.markdown_table(tables.difference_rows(lines))]
+        parts += [f"### Against {leader}", markdown_table(tables.difference_rows(lines))]
         parts.append(DIFFERENCES.format(leader=leader))
     rows = tables.attack_rows(_worst(document), shown)
-    parts += ["### Worst cases per image", tables.markdown_table(rows)]
+    parts += ["### Worst cases per image", markdown_table(rows)]
     parts.append("Attack success: turned wrong, of the images that were right.")
     # Folded: thirty recipes under ten attacks are hundreds of lines, which attacks.csv has too.
     single = [entry for entry in document["results"] if entry["attack"] != WORST]
     rows = tables.attack_rows(single, shown)
-    parts.append(_folded("Every attack", tables.markdown_table(rows)) if rows else "")
+    parts.append(_folded("Every attack", markdown_table(rows)) if rows else "")
     return parts
 
 
@@ -245,7 +246,8 @@ def _run(run: Mapping[str, Any]) -> list[str]:
     attacks, seeds = _cell(suite["attacks"]), _cell(suite["seeds"])
     lines = [
         f"Encoder: {_cell(run['encoder'])}.",
-        f"Downstream set: {_cell(run['downstream'])}.",
+        f"Downstream set: {_cell(_basics(run['downstream']))}.",
+        *(f"Note on {note}." for note in run["downstream"].get("notes", ())),
         f"Surrogate set, the attacker's: {_cell(surrogate)}." if surrogate else "",
         f"Suite, at {budget(suite['epsilon'])}: {attacks}; seeds {seeds}.",
         f"Seeds of training: {_cell(run['seeds'])}." if run["seeds"] else "",
@@ -258,6 +260,12 @@ def _run(run: Mapping[str, Any]) -> list[str]:
         config = json.dumps(json_ready(run["config"]), indent=2)
         parts.append(_folded("Configuration", f"```json\n{config}\n```"))
     return parts
+
+
+def _basics(downstream: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and numbers of images; the rest of the entry is said elsewhere."""
+    said = ("largest_class", "test_among_train", "notes")
+    return {name: entry for name, entry in downstream.items() if name not in said}
 
 
 def _cell(entry: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 from robust_ssl import words
 from robust_ssl.evaluation import WORST, wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report import majority
 from robust_ssl.report.comparison import COLUMNS, COSTS, SHARES, VERDICTS, Estimate, Summary
 from robust_ssl.report.results import METRICS
 
@@ -232,7 +231,18 @@ def headline_cells(document: Document) -> list[dict[str, tuple[str, ...]]]:
         if any(each.cost for each in lines):
             row["cost"] = (f"{line.cost:.1f}x" if line.cost else "n/a",)
         rows.append({**row, "verdict": (MARK if mark else line.verdict,)})
-    return rows
+    return [*rows, *_one_answer_cells(document, rows[0])]
+
+
+def _one_answer_cells(document: Document, like: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The line of an imbalanced set: what is reached without looking at an image."""
+    if (largest := majority.largest_class(document)) is None:
+        return []
+    name, images, n = largest
+    share = over_seeds([images / n], n)
+    filled = {"recipe": (f"always {name!r}",), "clean": _share_cell(share)}
+    filled |= {"under attack": _share_cell(share), "verdict": ("no model",)}
+    return [{heading: filled.get(heading, ("n/a",)) for heading in like}]
 
 
 def _share_cell(share: Share, mark: Sequence[str] = ()) -> tuple[str, ...]:
@@ -257,6 +267,8 @@ def headline_caption(document: Document) -> str:
     if reference:
         parts.append(f"Cost: training time relative to {reference}.")
     parts.append("Verdict: whether the figures under attack can be believed.")
+    if (largest := majority.largest_class(document)) is not None:
+        parts.append(f"Always {largest.name!r}, the majority class: one answer for all images.")
     return " ".join(parts)
 
 
@@ -380,21 +392,3 @@ def difference_rows(lines: Sequence[Mapping[str, str]]) -> Rows:
         mark = f" {MARK}" if line["verdict"] else ""
         row[SHARES[line["share"]].heading] = words.Markup(text + mark)
     return list(rows.values())
-
-
-def markdown_table(rows: Rows) -> str:
-    """Returns rows as a Markdown table; a cell is shown as it is, unless it is `words.Markup`."""
-    columns = list(rows[0])
-    lines = [[*map(words.markdown, columns)], ["---"] * len(columns)]
-    lines += [[words.markdown(row[column]) for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """Returns rows as CSV, in the order of `columns`, else of the first row; None is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: words.csv_cell(cell) for name, cell in row.items()})
-    return text.getvalue()

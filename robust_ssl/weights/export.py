@@ -64,7 +64,8 @@ def export_stablehlo(
     """Writes a whole model as one StableHLO program: pixels in [0, 1] in, numbers out.
 
     Weights and normalization are inside; what runs it needs neither this package nor flax, only
-    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.
+    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.  What the logits of a
+    classifier stand for is written beside it, ``{"class_names": [...]}`` in ``FILE.json``.
 
     Args:
       model: A `Classifier`, whose logits are the output, or an `Encoder`, whose features are.
@@ -100,6 +101,8 @@ def export_stablehlo(
     count = batch if batch is not None else export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
     exported = export.export(jax.jit(apply), platforms=PLATFORMS)(images)
+    if isinstance(model, Classifier) and model.class_names:
+        _write(f"{os.fspath(file)}.json", cards.encode({"class_names": list(model.class_names)}))
     return _write(file, bytes(exported.serialize()))
 
 
