@@ -12,8 +12,9 @@ import logging
 import os
 import pathlib
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from robust_ssl import progress, settings, stopping
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)} (settings are --config.KEY=VALUE)")
     _log_to_stderr()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale may not have every sign
     # As `python -m` does: "my_losses:tilted" means my_losses.py of the working directory.
     sys.path.insert(0, os.getcwd())
     try:
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except stopping.Stopped as stopped:
         return _say_stopped(str(stopped))
     except Exception as error:
+        _tell_others(error)
         if arguments.debug:
             traceback.print_exc()
         return _say_failed(error, _is_usage(error), arguments.debug)
@@ -181,6 +185,16 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     several = _check_cluster(arguments)
+    with stopping.stop_on_signals(several) as install:
+        return _run_config(arguments, overrides, several, install)
+
+
+def _run_config(
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    several: bool,
+    install: Callable[[], None],
+) -> int:
     config = settings.load_config(arguments.config, overrides)
     if arguments.command == "sweep":
         if config.get("sweep") is None:
@@ -188,10 +202,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 f"{arguments.config} has no config.sweep; see configs/compare.py"
             )
         config.stages = ("attack", "sweep")
-    with _started(arguments, several) as layout:
-        from robust_ssl import experiment
+    layout = _started(arguments, several, install)
+    from robust_ssl import experiment
 
-        experiment.run(config, arguments.workdir, parallel=layout)
+    experiment.run(config, arguments.workdir, parallel=layout)
     print(f"done: {arguments.workdir}", file=sys.stderr)
     return DONE
 
@@ -199,7 +213,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _zoo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     several = _check_cluster(arguments)
     configs = [settings.load_config(file, overrides) for file in arguments.config]
-    with _started(arguments, several) as layout:
+    with stopping.stop_on_signals(several) as install:
+        layout = _started(arguments, several, install)
         from robust_ssl.cli import zoo
 
         failures = zoo.build(configs, arguments.out, parallel=layout)
@@ -209,10 +224,10 @@ def _zoo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return FAILED if failures else DONE
 
 
-@contextlib.contextmanager
-def _started(arguments: argparse.Namespace, several: bool) -> Iterator[Any]:
-    """JAX, progress and signals as the flags say; yields the devices."""
+def _started(arguments: argparse.Namespace, several: bool, install: Callable[[], None]) -> Any:
+    """Starts JAX and progress as the flags say; returns the devices."""
     _start_jax(arguments, several)
+    install()  # joining the others has put JAX's handler in place of ours
 
     import jax
 
@@ -224,9 +239,7 @@ def _started(arguments: argparse.Namespace, several: bool) -> Iterator[Any]:
         raise settings.SettingsError(f"--devices: {error}") from None
     quiet = arguments.no_progress or jax.process_index() > 0
     progress.set_mode("quiet" if quiet else "auto")
-    # Among several processes JAX passes a signal on, so that all stop at the same step.
-    with contextlib.nullcontext() if several else stopping.stop_on_signals():
-        yield layout
+    return layout
 
 
 def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -280,15 +293,25 @@ def _cache_directory(flag: str | None) -> str | None:
     """Returns where compiled programs are kept, or None where they cannot or shall not be."""
     if flag == "":
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    named = flag or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    path = pathlib.Path(named or pathlib.Path(home) / "robust_ssl" / "xla").expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named = flag or os.environ.get("JAX_COMPILATION_CACHE_DIR") or f"{home}/robust_ssl/xla"
     try:
+        path = pathlib.Path(named).expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # only costs time
+        with tempfile.TemporaryFile(dir=path):  # it may be there and not be ours
+            pass
+    except (OSError, RuntimeError) as error:  # no home either; it only costs time
         logging.getLogger(__name__).warning("no compilation cache: %s", error)
         return None
     return str(path)
+
+
+def _tell_others(error: Exception) -> None:
+    """Has other processes end too, in place of waiting for this one."""
+    processes = sys.modules.get("robust_ssl.parallel.processes")
+    if processes is not None:
+        with contextlib.suppress(Exception):  # they may be gone themselves
+            processes.say_failed(f"{type(error).__name__}: {error}")
 
 
 def _is_usage(error: Exception) -> bool:
