@@ -13,7 +13,7 @@ import numpy as np
 from robust_ssl import attacks, data, threats
 from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.build import inside
-from robust_ssl.experiment.context import Context, identity
+from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.suites import SuiteAttack
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Encoder
@@ -76,7 +76,7 @@ def attack(
     suite, public = context.plan.suite, encoder is None
     encoder = context.encoder if public else encoder
     inputs = {
-        "encoder": identity(encoder),
+        **model_inputs("encoder", encoder),
         "surrogate": context.surrogate.fingerprint(),
     }
     settings = {"suite": suite, "curve": curve}

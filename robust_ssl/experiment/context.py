@@ -190,10 +190,16 @@ def identity(model: Classifier | Encoder) -> str:
     Two classifiers of the same weights and another normalization, head or module differ, and so
     does one whose module is the user's own, and was edited.
     """
+    return "-".join(model_inputs("model", model).values())
+
+
+def model_inputs(name: str, model: Classifier | Encoder) -> dict[str, str]:
+    """Returns a model as inputs of a stage: its weights, and the network that they are in."""
     made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
     code = code_of(_kinds(model))
-    text = made_of + "".join(map("{0[0]}={0[1]}".format, code.items()))
-    return f"{fingerprint(model.variables)}-{zlib.crc32(text.encode()):08x}"
+    text = made_of + "".join(f"{name}={digest}" for name, digest in code.items())
+    network = f"{zlib.crc32(text.encode()):08x}"
+    return {name: fingerprint(model.variables), f"{name}_network": network}
 
 
 def _kinds(model: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, struct, weights
 from robust_ssl.build import text_of
-from robust_ssl.experiment.context import Context, identity
+from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.finetuning import UniversalPool
@@ -120,8 +120,8 @@ def fit(
     """
     train_set, validation = context.downstream
     inputs = {
-        "start": identity(classifier),
-        "encoder": identity(encoder),
+        **model_inputs("start", classifier),
+        **model_inputs("encoder", encoder),
         "train": train_set.fingerprint(),
         "validation": validation.fingerprint(),
     }

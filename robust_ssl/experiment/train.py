@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 from robust_ssl import finetuning, models, optimizers, weights
 from robust_ssl.build import Function
 from robust_ssl.experiment import fitting, selection
-from robust_ssl.experiment.context import Context, code_inputs, identity
+from robust_ssl.experiment.context import Context, code_inputs, model_inputs
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier, Encoder
@@ -178,7 +178,7 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
 
 def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifier):
     """A stage that trains nothing: an ensemble, an input transformation."""
-    inputs = {"start": identity(classifier)}
+    inputs = model_inputs("start", classifier)
     settings = fitting.settings_of(context, recipe)
     with context.open(directory(recipe, seed), settings, inputs, seed, redo=True) as stage:
         if not stage.done:
@@ -202,7 +202,7 @@ def train(context: Context) -> StageDirectory:
     training = context.plan.training
     train_set, validation = (part.fingerprint() for part in context.downstream)
     inputs = {
-        "encoder": identity(context.encoder),
+        **model_inputs("encoder", context.encoder),
         "train": train_set,
         "validation": validation,
     }
