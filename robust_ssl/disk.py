@@ -76,8 +76,16 @@ def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
     return parse_json(read_bytes(path, most), path)
 
 
-def parse_json(content: str | bytes, where: str | os.PathLike, most: int = MOST_JSON) -> Any:
+def parse_json(
+    content: str | bytes, where: str | os.PathLike, most: int = MOST_JSON, *, finite: bool = False
+) -> Any:
     """Returns a JSON value.
+
+    Args:
+      content: The text.
+      where: What an error calls it.
+      most: Bytes that it may have.
+      finite: Whether NaN and infinity, which Python reads and JSON does not have, are refused.
 
     Raises:
       ValueError: If it is not JSON or not UTF-8, is longer than `most` bytes, or is nested deeper
@@ -86,7 +94,7 @@ def parse_json(content: str | bytes, where: str | os.PathLike, most: int = MOST_
     if len(content) > most:
         raise ValueError(f"{where} has {len(content):,} bytes; at most {most:,} are read")
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_constant=_no_number if finite else None)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     except RecursionError:
@@ -94,6 +102,10 @@ def parse_json(content: str | bytes, where: str | os.PathLike, most: int = MOST_
     if (value is None and content.strip() not in ("null", b"null")) or _is_deep(value):
         raise ValueError(f"{where} is nested deeper than {MOST_NESTED} levels; no file of ours is")
     return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
 
 
 def _is_deep(value: Any) -> bool:

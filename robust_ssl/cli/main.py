@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except stopping.Stopped as stopped:
         return _say_stopped(str(stopped))
     except Exception as error:
+        _tell_others(error)
         if arguments.debug:
             words.say(traceback.format_exc())
         return _say_failed(error, _is_usage(error), arguments.debug)
@@ -109,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         module.add_parser(commands)
     parser.set_defaults(root=parser)  # for what describes the whole command line
     return parser
+
+
+def _tell_others(error: Exception) -> None:
+    """Has other processes end too, in place of waiting for this one."""
+    processes = sys.modules.get("robust_ssl.parallel.processes")
+    if processes is not None:
+        with contextlib.suppress(Exception):  # they may be gone themselves
+            processes.say_failed(f"{type(error).__name__}: {error}")
 
 
 def _is_usage(error: Exception) -> bool:

@@ -15,7 +15,7 @@ from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.evaluation import analysis
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import at_main_budget, attack
-from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.linking import entries_of
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.plan import with_recipes
@@ -26,7 +26,7 @@ from robust_ssl.experiment.suites import Suite
 from robust_ssl.report import analysis as figures
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.workdir import StageDirectory, fingerprint
+from robust_ssl.workdir import StageDirectory
 
 PUBLIC = "public encoder"
 NOISE = "random noise"
@@ -102,22 +102,24 @@ def analyze(context: Context) -> StageDirectory:
         directory=context.workdir / "analysis",
     )
     inputs = {
-        **{name: fingerprint(model.variables) for name, model in subject.models.items()},
+        **{name: identity(model) for name, model in subject.models.items()},
         **{f"transfer_{name}": attack(own).fingerprint for name, own in encoders.items()},
         **{f"classifier_{name}": _probe(own)[0].fingerprint for name, own in encoders.items()},
         "attack": public.fingerprint,
         "images": subject.images.fingerprint(),
     }
-    with context.open("analyze", settings, inputs) as stage:
+    with context.open("analyze", settings, inputs, redo=True) as stage:
         if stage.done:
             return stage
         numbers, paths = _run_parts(subject)
+        written: list[pathlib.Path] = []
         if jax.process_index() == 0:
             figures.write_analysis(subject.directory, _about(subject), numbers, paths)
+            written = [file for file in subject.directory.iterdir() if file.is_file()]
         bands = {
             model: entry["most_harmful_band"] for model, entry in numbers.get("fourier", {}).items()
         }
-        stage.finish({"most_harmful_band": bands})
+        stage.finish({"most_harmful_band": bands}, beside=written)
     return stage
 
 

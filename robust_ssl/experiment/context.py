@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -18,7 +20,14 @@ from robust_ssl.experiment.sources import Data, EncoderSource
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.workdir import StageDirectory, open_stage
+from robust_ssl.workdir import (
+    StageDirectory,
+    WorkdirError,
+    check_left,
+    fingerprint,
+    open_stage,
+    read_manifest,
+)
 from robust_ssl.xla import release_programs
 
 
@@ -47,6 +56,8 @@ class Context:
         seed: int | None = None,
         *,
         collects: bool = False,
+        redo: bool = False,
+        made: str = "made",
     ) -> StageDirectory:
         """Opens the directory of a stage.
 
@@ -57,12 +68,16 @@ class Context:
             comes to them: an edited function is another input.
           seed: Of its keys; None is the run's.
           collects: As for `open_stage`.
+          redo: As for `open_stage`.
+          made: As for `open_stage`.
         """
         release_programs()  # of the stages before
         text = text_of(settings)
         seed = self.plan.seed if seed is None else seed
-        inputs = {**inputs, **code_inputs(text)}
-        return open_stage(self.workdir, name, text, inputs, seed, collects=collects)
+        inputs = {**inputs, **code_inputs(settings)}
+        return open_stage(
+            self.workdir, name, text, inputs, seed, collects=collects, redo=redo, made=made
+        )
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what was made under a key before in this run, also by a replaced copy of it."""
@@ -76,8 +91,24 @@ class Context:
         source = self.plan.encoder
         if not source.is_pretrained:
             return self.load_encoder(source)
-        builder, _ = self.own_builder
-        return weights.load_encoder(self.workdir / "pretrain" / "encoder", builder=builder)
+        return self._pretrained()
+
+    def _pretrained(self) -> Encoder:
+        """The encoder that the stage `pretrain` left, if it is still what was left."""
+        stage, (builder, _) = self.workdir / "pretrain", self.own_builder
+        way_out = f"run the stage pretrain, or bring {stage} back from a copy"
+        if not (stage / "manifest.json").exists():
+            raise WorkdirError(f"there is no encoder in {stage}; {way_out}")
+        manifest = read_manifest(stage)
+        check_left(stage, manifest, made="trained")
+        try:
+            encoder = weights.load_encoder(stage / "encoder", builder=builder)
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"{stage / 'encoder'} cannot be read: {error}; {way_out}") from error
+        left = manifest["fingerprint"]
+        if manifest["status"] != "done" or fingerprint(encoder.variables) != left:
+            raise WorkdirError(f"{stage / 'encoder'} is not what was trained there; {way_out}")
+        return encoder
 
     def load_encoder(self, source: EncoderSource) -> Encoder:
         """Returns an encoder, which is read once in a run."""
@@ -180,4 +211,33 @@ def without_labels(examples):
 
 def code_inputs(settings: Any) -> dict[str, str]:
     """Returns the code of a user's functions among settings, as inputs of a stage."""
-    return {f"code/{name}": digest for name, digest in code_of(text_of(settings)).items()}
+    return {f"code/{name}": digest for name, digest in code_of(settings).items()}
+
+
+def identity(model: Classifier | Encoder) -> str:
+    """Identifies a model by its weights and by everything else it is made of.
+
+    Two classifiers of the same weights and another normalization, head or module differ, and so
+    does one whose module is the user's own, and was edited.
+    """
+    return "-".join(model_inputs("model", model).values())
+
+
+def model_inputs(name: str, model: Classifier | Encoder) -> dict[str, str]:
+    """Returns a model as inputs of a stage: its weights, and the network that they are in."""
+    made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
+    code = code_of(_kinds(model))
+    text = made_of + "".join(f"{name}={digest}" for name, digest in code.items())
+    network = f"{zlib.crc32(text.encode()):08x}"
+    return {name: fingerprint(model.variables), f"{name}_network": network}
+
+
+def _kinds(model: Any) -> list[Any]:
+    """The classes that a model computes with, whose code is a part of it."""
+    kinds: list[Any] = []
+    for owner in (model, getattr(model, "encoder", None)):
+        for name in ("module", "head", "preprocess"):
+            value = getattr(owner, name, None)
+            if value is not None:
+                kinds += [value, type(value)]
+    return kinds

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +16,15 @@ import numpy as np
 from robust_ssl import disk, evaluation, threats
 from robust_ssl.attacks import attack_batch
 from robust_ssl.evaluation import PerImage, checks
-from robust_ssl.experiment.context import Context
-from robust_ssl.experiment.groups import Member, Scored, Scorer, identity, sample
+from robust_ssl.experiment.context import Context, identity
+from robust_ssl.experiment.groups import Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import write_atomically
+from robust_ssl.workdir import digest, write_atomically
+
+_log = logging.getLogger(__name__)
 
 _PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
 _PER_IMAGE = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
@@ -53,7 +56,7 @@ def examine(
       known_as: Its `groups.identity` before anything attacked it.
     """
     file = scorer.stage.path / "groups" / f"{name}-verdict.json"
-    stored = _stored(file)
+    stored = _stored(file, scorer.origin)
     # Asked of every process: one that examines alone would wait for the others forever.
     if everywhere(stored is not None):
         return stored
@@ -69,19 +72,32 @@ def examine(
     }
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        # As JSON has it: what is read again must have the same checksum.
+        document = json.loads(json.dumps(document, allow_nan=False))
+        sealed = {**document, "origin": scorer.origin, "sha256": _sum(document, scorer.origin)}
+        write_atomically(file, json.dumps(sealed, indent=2, allow_nan=False) + "\n")
     return document
 
 
-def _stored(file: pathlib.Path) -> dict[str, Any] | None:
-    """Returns a verdict stored before; None if there is none, or it is damaged or outdated."""
+def _sum(document: Mapping[str, Any], origin: str) -> str:
+    return digest([document, origin])
+
+
+def _stored(file: pathlib.Path, origin: str) -> dict[str, Any] | None:
+    """Returns a verdict stored before; None if there is none, it is damaged or of other work."""
     words = (checks.BELIEVABLE, checks.WITH_NOTES, checks.NOT_BELIEVABLE, checks.NOT_EXAMINED)
     try:
         document = disk.read_json(file)
+        own = document.pop("origin", None), document.pop("sha256", None)
         complete = {"verdict", "checks", "examined"} <= document.keys()
-        return document if complete and document["verdict"] in words else None
-    except (OSError, ValueError, AttributeError):
+        if complete and document["verdict"] in words and own == (origin, _sum(document, origin)):
+            return document
+    except OSError:
         return None
+    except (ValueError, AttributeError, TypeError):
+        pass
+    _log.warning("%s is damaged, or of other work; the model is examined again", file)
+    return None
 
 
 def _unchanged(model: Classifier, known_as: str) -> checks.Check:

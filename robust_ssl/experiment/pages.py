@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +19,25 @@ from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.recipe import Recipe
-from robust_ssl.experiment.score import saved_classifiers, score
+from robust_ssl.experiment.score import origin_of, saved_classifiers, score
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import StageDirectory, fingerprint, load_arrays, save_arrays
+from robust_ssl.workdir import (
+    StageDirectory,
+    changed_files,
+    digest,
+    fingerprint,
+    load_arrays,
+    save_arrays,
+    sum_files,
+    write_atomically,
+)
+
+_log = logging.getLogger(__name__)
 
 IMAGES = 256  # test images by which the outputs of layers are compared
 PICTURES = 8
+WRITTEN = ".pages.json"  # checksums of all that is written for reading
 
 
 Pairs = Sequence[tuple[Recipe, int]]
@@ -47,7 +62,7 @@ def write(
     if comparison is not None:
         right = over_seeds(outcomes_of(context, scored, pairs))
     document = _document(context, scored, comparison, pairs)
-    if everywhere(page.exists() and _same(file, document)):
+    if everywhere(page.exists() and _same(file, document) and _as_written(context.workdir)):
         return right
     if jax.process_index() == 0:
         # Before the page and its figures: whatever becomes of them, the numbers are there.
@@ -65,8 +80,37 @@ def write(
     curves = {name: _curve(written["results"], name) for name in shown}
     if max(map(len, curves.values())) <= 2:
         curves = {}  # a line between two points says nothing more
-    report.write_report(context.workdir, written, curves=curves, outcomes=right, figures=figures)
+    paths = report.write_report(
+        context.workdir, written, curves=curves, outcomes=right, figures=figures
+    )
+    drawn = (entry for entry in (context.workdir / "figures").glob("*") if entry.is_file())
+    sums = sum_files(context.workdir, [file, *paths, *drawn])
+    record = {"files": sums, "sha256": digest(sums)}
+    write_atomically(context.workdir / WRITTEN, json.dumps(record, indent=1) + "\n")
     return right
+
+
+def _as_written(workdir: pathlib.Path) -> bool:
+    """Whether pages, tables and figures are there as they were written; says which are not.
+
+    What somebody has edited since is kept under another name.
+    """
+    if jax.process_index():
+        return True  # the first process looks
+    try:
+        record = json.loads((workdir / WRITTEN).read_text(encoding="utf-8"))
+        if digest(record["files"]) != record["sha256"]:
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    changed = changed_files(workdir, record["files"])
+    for line in changed:
+        _log.warning("%s: %s; the report is written again", workdir, line)
+    for name in {line.partition(" ")[0] for line in changed}:
+        file = workdir / name
+        if file.is_file() and file.suffix == ".md" and file.stat().st_size:
+            os.replace(file, file.with_name(f"{file.name}.changed"))
+    return not changed
 
 
 def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
@@ -116,6 +160,8 @@ def _document(
         "versions": manifest["versions"],
         "config": context.plan.text,
     }
+    if skipped := _skipped(context):
+        run["skipped_updates"] = skipped
     return {
         "run": run,
         "models": models,
@@ -130,6 +176,16 @@ def _largest_class(context: Context) -> dict[str, Any]:
     counts = np.bincount(context.test_labels)
     largest = int(np.argmax(counts))
     return {"name": context.test.class_names[largest], "images": int(counts[largest])}
+
+
+def _skipped(context: Context) -> dict[str, str]:
+    """How many updates of each model's training were not finite, where some were."""
+    results = train.trained(context).results
+    return {
+        model: f"{one['skipped']} of {one['steps']}"
+        for model, one in results.items()
+        if one.get("skipped")
+    }
 
 
 # --- Figures ------------------------------------------------------------------------------------
@@ -201,7 +257,8 @@ def _look(
       output of each layer moves: ``taps``, ``measures`` and ``drift`` ``[taps, measures]``.
     """
     file = scored.path / "groups" / f"{name}-look.npz"
-    arrays = load_arrays(file)
+    origin = origin_of(scored, scored.manifest["inputs"], name)
+    arrays = load_arrays(file, origin)
     if arrays is not None:
         return arrays
     perturbation = _strongest(scored, name, public)
@@ -227,7 +284,7 @@ def _look(
         "drift": np.asarray([[tap[m] for m in measures] for tap in stability.values()]),
     }
     if jax.process_index() == 0:
-        save_arrays(file, arrays)
+        save_arrays(file, arrays, origin)
     return arrays
 
 

@@ -142,7 +142,7 @@ def pretrain(context: Context) -> StageDirectory:
     settings = context.plan.pretrain
     train_set, test_set = _splits(context)
     inputs = {"train": train_set.fingerprint(), "test": test_set.fingerprint()}
-    with context.open("pretrain", settings, inputs) as stage:
+    with context.open("pretrain", settings, inputs, made="trained") as stage:
         if stage.done:
             return stage
         key = stage_key(context.plan.seed, "pretrain")
@@ -203,6 +203,10 @@ def _train(context: Context, stage, encoder: Encoder, method, train_set, test_se
             _monitor, encoder, train_set, test_set, settings.monitor, context.parallel
         ),
     )
+    if skipped := int(state.counters["skipped"]):
+        _log.warning(
+            "pretrain: %d of %d updates were not finite and were skipped", skipped, int(state.step)
+        )
     return pretraining.trained_encoder(encoder, jax.device_get(state.variables))
 
 

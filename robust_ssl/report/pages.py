@@ -112,7 +112,7 @@ def write_report(
         _claims(comparison),
         _markdown_headline(document),
         words.markdown(tables.headline_caption(document)),
-        _notes(comparison),
+        _notes(comparison) or _skipped(document["run"]),
         *_section("Plots", [figure_section(figure, workdir) for figure in figures]),
         *_section("Can the figures under attack be believed?", [_verdicts(document)]),
         *_section("All tables", _tables(document, summary, lines, leader)),
@@ -201,6 +201,13 @@ def _notes(comparison: Mapping[str, Any] | None) -> str:
         return ""
     failed = [f"{name} failed: {why}" for name, why in comparison["failed"].items()]
     return _bullets([*comparison["sentences"], *failed])
+
+
+def _skipped(run: Mapping[str, Any]) -> str:
+    return _bullets(
+        f"{model}: {how_many} updates were not finite and were skipped."
+        for model, how_many in run.get("skipped_updates", {}).items()
+    )
 
 
 def _verdicts(document: Document) -> str:

@@ -137,6 +137,7 @@ def load_classifier(
     module = make_head(record["num_classes"])
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, encoder.dim)))
     variables = cards.read_variables(folder, record["weights"], HEAD_FILE, like)
+    cards.check_seal(record, folder / CARD_FILE)
     names = tuple(record.get("class_names", ()))
     return Classifier(encoder, variables, module, record["num_classes"], names)
 
@@ -191,6 +192,7 @@ def _load_ensemble(
         )
     outer = cards.read_preprocess(record, where, preprocess)
     encoder = ensemble.encoder.replace(name=record["name"], preprocess=outer)
+    cards.check_seal(record, where)
     return ensemble.replace(encoder=encoder)
 
 

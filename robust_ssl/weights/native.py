@@ -2,8 +2,8 @@
 
 A saved encoder is a directory of two files.  ``encoder.safetensors`` holds every variable in
 float32 under its path, ``params/stem/conv/kernel``.  ``encoder.json`` says how to build the network
-those belong to, the SHA-256 of the weights (safetensors itself does not notice a flipped bit), and
-whatever its maker wants to tell: how it was trained, how accurate it is.
+those belong to, the SHA-256 of the weights (safetensors itself does not notice a flipped bit) and
+of itself, and whatever its maker wants to tell: how it was trained, how accurate it is.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def save_encoder(
         options = dict(options or {})
     arrays = cards.to_arrays(encoder.variables)
     # Rebuilt while the encoder is at hand: what could not be loaded is refused here.
+    cards.check_normalization(encoder.mean, encoder.std, "the encoder to save")
     skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
     preprocess = {}
     if encoder.preprocess not in (None, skeleton.preprocess):
@@ -161,7 +162,9 @@ def load_encoder(
     builder = _allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
     skeleton = build_skeleton(builder, record["options"], where)
     preprocess = cards.read_preprocess(record, where, preprocess) or skeleton.preprocess
+    cards.check_normalization(skeleton.mean, skeleton.std, where)
     variables = cards.read_variables(folder, record["weights"], WEIGHTS_FILE, skeleton.variables)
+    cards.check_seal(record, where)  # last: what is wrong in itself says more of it
     return skeleton.replace(variables=variables, name=record["name"], preprocess=preprocess)
 
 
@@ -178,7 +181,10 @@ def encoder_card(name_or_path: str | os.PathLike) -> dict[str, Any]:
       ValueError: If the name is not known or the card is not valid.
       FileNotFoundError: If the directory or its card is not there.
     """
-    return _read_card(_locate(name_or_path))
+    folder = _locate(name_or_path)
+    record = _read_card(folder)
+    cards.check_seal(record, f"{folder}/{CARD_FILE}")
+    return record
 
 
 def list_encoders() -> list[str]:
