@@ -164,7 +164,7 @@ def _places(names: Collection[str], layouts: Sequence[Layout]) -> dict[str, Layo
         for count in range(1, len(parts)):
             below[".".join(parts[:count]) + "."].add(".".join(parts[count:]))
     places: dict[str, Layout] = {}
-    for prefix in sorted(below, key=lambda prefix: prefix.count(".")):
+    for prefix in sorted(below, key=lambda prefix: (prefix.count("."), _is_copy(prefix), prefix)):
         # Parts of an encoder may look like a small one.
         if prefix.startswith(tuple(places)):
             continue
@@ -182,12 +182,16 @@ def _first(places: Mapping[str, Any], names, tensors) -> tuple[str, list[str]]:
         # Trainers often call the same module by two names.
         if not any(_equal(content[place], content[other]) for other in distinct):
             distinct.append(place)
-    own = [place for place in distinct if _COPIES.isdisjoint(re.split(r"[._]", place))]
+    own = [place for place in distinct if not _is_copy(place)]
     if len(own) != 1 and len(distinct) > 1:
         listed = " or ".join(place[:-1] for place in own or distinct)
         raise ValueError(f"several encoders are in the file; name one: --prefix {listed}")
     (start,) = own or distinct
     return start, [place for place in distinct if place != start]
+
+
+def _is_copy(place: str) -> bool:
+    return not _COPIES.isdisjoint(re.split(r"[._]", place))
 
 
 def _content(place: str, names: Mapping[str, str], tensors) -> dict[str, np.ndarray]:
