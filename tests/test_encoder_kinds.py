@@ -129,7 +129,7 @@ def test_what_is_assumed_is_noted_until_it_is_named(tmp_path):
     assert not weights.inspect_file(own).notes  # its header tells
 
 
-# --- variants of a ResNet --------------------------------------------------------------------------
+# --- variants of a ResNet ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_stands_beside_speaks_of_variants_too(beside):
         variants.check(beside)
 
 
-# --- positions -------------------------------------------------------------------------------------
+# --- positions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resizing", models.RESIZINGS)
@@ -246,7 +246,7 @@ def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
     assert prepare(usual) == usual
 
 
-# --- what stands beside ----------------------------------------------------------------------------
+# --- what stands beside --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_blue_first_is_noted_and_can_be_named(tmp_path):
         weights.import_encoder(file, **FACTS, channels="grb")
 
 
-# --- wrappers and other parts ----------------------------------------------------------------------
+# --- wrappers and other parts --------------------------------------------------------------------
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 _FEW = {"conv1": "0", "bn1": "1", "layer1": "2", "layer2": "3", "layer3": "4", "layer4": "5"}
@@ -418,7 +418,7 @@ def test_a_part_that_looks_like_an_encoder_is_not_searched_for_in_one():
     assert list(places) == ["a.b."]
 
 
-# --- pickles --------------------------------------------------------------------------------------
+# --- pickles -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def resize_positions(encoder: Encoder, image_size: int, resizing: str = "bicubic
     old, new = (size // module.patch_size for size in (encoder.module.image_size, image_size))
     if old == new:
         return encoder
+    if module.rotary is not None:  # computed from where a patch is, in an image of any size
+        return encoder.replace(module=module, image_size=image_size)
     params = dict(encoder.variables["params"])
     # On the host in float64, rounded once: the resized positions are stored like trained ones.
     position = np.asarray(params["embed"]["position"])

@@ -18,8 +18,10 @@ from robust_ssl.weights.state_dicts import SAVE_AGAIN
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
 
 _INDEX = ".index.json"
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+_FOLDER_FILES += ("open_clip_pytorch_model.bin",)
 _NEIGHBOURS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_NEIGHBOURS += ("open_clip_config.json",)
 _OLDEST_TORCH = (2, 10)
 _MOST_SHARING = 8  # tied weights are stored once and used a few times
 _FETCH_AGAIN = "fetch it again"

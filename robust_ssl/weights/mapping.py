@@ -173,7 +173,11 @@ def read_config(configs: Mapping[str, Any], tells: str) -> Mapping[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
+def check_config(
+    config: Mapping[str, Any],
+    choices: Mapping[str, tuple[Any, ...]],
+    file: str = "config.json",
+) -> None:
     """Raises ValueError where a network's config asks for what no network of this package does.
 
     transformers leaves out what is its default, which is the first of each key's choices.
@@ -184,7 +188,7 @@ def check_config(config: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...
         if config.get(key, values[0]) not in values
     ]
     if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
+        raise ValueError(f"{file}: " + "; ".join(wrong))
 
 
 def join(

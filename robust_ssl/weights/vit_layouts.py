@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from robust_ssl.weights import mapping, timm_layouts
+from robust_ssl.weights import mapping, timm_layouts, tower_layouts
 from robust_ssl.weights.mapping import Kind, Layout, Network
 from robust_ssl.weights.vit_names import (
     Configs,
@@ -146,6 +146,7 @@ _HF_BLOCK = r"(\w+\.)?(encoder\.layer|layers)\.0\."
 # In the order in which they are tried: the barest names come after those with a prefix.
 LAYOUTS: tuple[Layout, ...] = (
     *timm_layouts.LAYOUTS,
+    *tower_layouts.LAYOUTS,
     Layout(
         "huggingface-vit",
         "transformers' ViT and ViTMAE models, with their names before and since version 5",

@@ -72,11 +72,23 @@ def names(table: Mapping[str, str | tuple[str, ...]], **options: Any) -> Names:
     return Names(tuples, **options)
 
 
-def shape_options(tensors: Tensors, names: Names, gated: bool = False) -> dict[str, Any]:
-    """What the shapes say about the network."""
+def shape_options(
+    tensors: Tensors, names: Names, gated: bool = False, image_size: int | None = None
+) -> dict[str, Any]:
+    """Returns what the shapes say about a network.
+
+    Args:
+      tensors: By their names in the scheme.
+      names: The scheme.
+      gated: Whether its MLPs are.
+      image_size: Of a network without positions, whose shapes do not tell it, pixels.
+
+    Raises:
+      ValueError: If a tensor that tells something is missing or of no sensible shape.
+    """
 
     def tensor(where: str, leaf: str = "") -> np.ndarray:
-        (name,) = names.of(where, leaf)
+        name = names.of(where, leaf)[0]
         if name not in tensors:
             raise ValueError(f"missing {name}, which tells the shape of the network")
         return tensors[name]
@@ -87,27 +99,36 @@ def shape_options(tensors: Tensors, names: Names, gated: bool = False) -> dict[s
             f"{names.of('embed/patch', 'kernel')[0]} has shape {patch}, a ViT needs "
             "[width, 3, patch, patch] (are its axes transposed?)"
         )
-    position = tensor("embed/position")
-    count = position.size // patch[0]
-    side = math.isqrt(count)
-    # A square of patches, or a square and one: no number above 1 is both.
-    class_token = side * side != count
-    if position.size % patch[0] or (class_token and side * side + 1 != count):
-        raise ValueError(
-            f"{names.of('embed/position')[0]} has shape {position.shape}, which is not positions "
-            f"of width {patch[0]} for a square of patches, with or without one class token"
-        )
-    # The gate and the gated values lie in one tensor, half each.
-    hidden = tensor("block/gated/dense1" if gated else "block/mlp/dense1", "kernel").shape[0]
-    return {
+    # Of two names, gate and values; one holds both, half each.
+    dense = "block/gated/dense1" if gated else "block/mlp/dense1"
+    halves = 2 if gated and len(names.table[dense]) == 1 else 1
+    options = {
         "width": patch[0],
         "depth": _depth(tensors, names),
         "patch_size": patch[2],
-        "image_size": side * patch[2],
-        "mlp_width": hidden // 2 if gated else hidden,
-        "class_token": class_token,
-        "pooling": "token" if class_token else "mean",
+        "mlp_width": tensor(dense, "kernel").shape[0] // halves,
     }
+    if image_size is not None:
+        return options | {"image_size": image_size}
+    side, class_token = _grid(names.of("embed/position")[0], tensor("embed/position"), patch[0])
+    pooling = "token" if class_token else "mean"
+    return options | {
+        "image_size": side * patch[2], "class_token": class_token, "pooling": pooling
+    }  # fmt: skip
+
+
+def _grid(name: str, position: np.ndarray, width: int) -> tuple[int, bool]:
+    """How many patches are along a side, and whether there is a class token."""
+    count = position.size // width
+    side = math.isqrt(count)
+    # A square of patches, or a square and one: no number above 1 is both.
+    class_token = side * side != count
+    if position.size % width or (class_token and side * side + 1 != count):
+        raise ValueError(
+            f"{name} has shape {position.shape}, which is not positions of width {width} for a "
+            "square of patches, with or without one class token"
+        )
+    return side, class_token
 
 
 def _depth(tensors: Tensors, names: Names) -> int:
