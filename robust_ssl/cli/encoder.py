@@ -98,6 +98,18 @@ def _add_names(command: argparse.ArgumentParser) -> None:
         choices=("safe", "torch"),
         help="of PyTorch files: this package's own (default), or torch.load(weights_only=True)",
     )
+    where.add_argument(
+        "--prefix", metavar="NAME", help="what the encoder's names begin with (default: found out)"
+    )
+    where.add_argument(
+        "--drop", action="append", metavar="PART", help="leave out a part; may be given many times"
+    )
+    where.add_argument(
+        "--inert",
+        action="append",
+        metavar="NAME",
+        help="pass over a harmless name in a pickle, module.name; never imported",
+    )
     images = command.add_argument_group(
         "images", "a part of the encoder; needed where no file beside the weights says it"
     )
@@ -109,12 +121,20 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     images.add_argument("--mean", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
     images.add_argument("--std", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
     images.add_argument("--image-size", type=int, metavar="N", help="height and width, pixels")
+    images.add_argument("--channels", choices=("rgb", "bgr"), help="the order of colors")
     network = command.add_argument_group("network", "what weights do not tell")
+    network.add_argument("--variant", metavar="plain", help="of a ResNet whose name says otherwise")
     network.add_argument("--stem", help="of a ResNet: cifar, cifar_half or imagenet")
     network.add_argument("--stem-padding", type=int, metavar="N", help="zeros around the image")
     network.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT")
     network.add_argument("--pooling", help="of a ViT: token or mean")
     network.add_argument("--activation", help="of a ViT: gelu or quick_gelu")
+    network.add_argument("--norm-epsilon", type=float, metavar="X", help="of a ViT's norms")
+    network.add_argument(
+        "--position-resizing",
+        metavar="NAME",
+        help="of a ViT, with --image-size: bicubic, antialias, offset or corners",
+    )
 
 
 def _three(text: str) -> tuple[float, ...]:
@@ -148,7 +168,8 @@ def _as_usage() -> Iterator[None]:
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("layout", "under", "reader", "normalization", "mean", "std", "image_size")
-    keys += ("stem", "stem_padding", "heads", "pooling", "activation")
+    keys += ("inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads")
+    keys += ("pooling", "activation", "norm_epsilon", "position_resizing")
     return {key: getattr(arguments, key) for key in keys}
 
 

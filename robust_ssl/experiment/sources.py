@@ -24,7 +24,8 @@ from robust_ssl.types import Encoder
 # What a foreign file may have to be told; `weights.import_encoder` says what each means.
 ENCODER_WORDS = (
     *("path", "function", "layout", "under", "normalization", "mean", "std", "image_size", "name"),
-    *("reader", "stem", "stem_padding", "heads", "pooling", "activation"),
+    *("reader", "inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads"),
+    *("pooling", "activation", "norm_epsilon", "position_resizing"),
 )
 
 

@@ -2,7 +2,7 @@
 
 from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
 from robust_ssl.models.heads import LinearHead, MLPHead, classifier, in_order_of
-from robust_ssl.models.positions import resize_positions
+from robust_ssl.models.positions import RESIZINGS, resize_positions
 from robust_ssl.models.preprocessing import JPEG, Quantize, Smooth
 from robust_ssl.models.resnet import (
     CIFAR10_MEAN,
@@ -24,6 +24,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "JPEG",
+    "RESIZINGS",
     "LinearHead",
     "MLPHead",
     "Quantize",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -47,25 +47,36 @@ for _module in ("torch", "torch.cuda", "torch.storage"):
         _STORAGE_TYPES[f"{_module}.{_kind}Storage"] = DTYPES[_dtype]
 # Names that stand beside weights and are of no use to us; none of them is imported.
 _BUILTINS = "bool bytearray bytes complex float frozenset int list long object set slice str tuple"
+_PATHS = "PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath Path"
 _INERT = {
     # Python 2, and every pickle of protocol 2, says __builtin__ and copy_reg.
     *(f"builtins.{name}" for name in _BUILTINS.split()),
     *(f"__builtin__.{name}" for name in (*_BUILTINS.split(), "unicode")),
     *("builtins.unicode", "copyreg._reconstructor", "copy_reg._reconstructor"),
-    *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+    # Python 3.13 has paths in a module of its own, those of the other system among them.
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS.split()),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *("collections.deque", "decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+    *("zoneinfo.ZoneInfo", "zoneinfo.ZoneInfo._unpickle", "copyreg.__newobj__"),
     *("numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct"),  # before NumPy 2
     *("numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"),
     *("numpy.dtype", "numpy.ndarray", "_codecs.encode", "types.SimpleNamespace", "typing.Any"),
-    *("argparse.Namespace", "collections.Counter", "datetime.datetime", "datetime.timedelta"),
+    *("argparse.Namespace", "collections.Counter"),
     *("torch.Size", "torch.Tensor", "torch.device"),
     *("torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter"),
 }
-# Lightning's and OmegaConf's own classes hold hyper-parameters and callbacks' counters.
-_INERT_PACKAGES = ("lightning.", "lightning_fabric.", "omegaconf.", "pytorch_lightning.")
+# Classes of hyper-parameters, of callbacks' counters and of schedules.
+_INERT_PACKAGES = (
+    *("lightning.", "lightning_fabric.", "omegaconf.", "pytorch_lightning."),
+    *("addict.", "easydict.", "yacs.config.", "ml_collections.", "fvcore.common.config."),
+    *("mmcv.utils.config.", "mmengine.config.", "mmengine.logging.", "torch.optim."),
+    "numpy.random.",
+)
 _ADVICE = (
     "If that is a network's class, the file is a whole pickled model: where it was made, save "
-    "model.state_dict() instead, best as safetensors. If not, the file may be hostile: open it "
-    "with nothing else"
+    "model.state_dict() instead, best as safetensors. If it stands beside the weights and you know "
+    "it, name it and it is passed over, never run: --inert NAME (inert= in Python). If not, the "
+    "file may be hostile: open it with nothing else"
 )
 
 
@@ -189,8 +200,8 @@ _BUILDERS = {
 _KNOWN = _STORAGE_TYPES.keys() | _DTYPE_NAMES.keys() | _BUILDERS.keys() | DICTS | _INERT
 
 
-def _known(path: str) -> bool:
-    return path in _KNOWN or path.startswith(_INERT_PACKAGES)
+def _known(path: str, inert: Collection[str] = ()) -> bool:
+    return path in _KNOWN or path.startswith(_INERT_PACKAGES) or path in inert
 
 
 def _call(name: Name, args: tuple) -> Any:
@@ -214,13 +225,19 @@ def _refer(pid: Any, fetch: Fetch, storages: dict[str, Storage]) -> tuple[Storag
     return first, dtype
 
 
-def load(file: BinaryIO, fetch: Fetch, storages: dict[str, Storage] | None = None) -> Any:
+def load(
+    file: BinaryIO,
+    fetch: Fetch,
+    storages: dict[str, Storage] | None = None,
+    inert: Collection[str] = (),
+) -> Any:
     """Reads one pickle.
 
     Args:
       file: Where the pickle starts; read up to its end and no further.
       fetch: Gives a storage's bytes, uint8 ``[nbytes]``, once a tensor's numbers are asked for.
       storages: Filled with those that the pickle mentions, by key.
+      inert: Further names, ``"module.name"``, that may stand in it; they become inert like all.
 
     Returns:
       Dictionaries, lists, numbers and strings as they are, each tensor a `Tensor`, all else inert.
@@ -238,6 +255,5 @@ def load(file: BinaryIO, fetch: Fetch, storages: dict[str, Storage] | None = Non
     """
     kept = {} if storages is None else storages
     refer = functools.partial(_refer, fetch=fetch, storages=kept)
-    return pickles.load(
-        file, pickles.Rules("file of weights", _known, _call, refer, advice=_ADVICE)
-    )
+    known = functools.partial(_known, inert=inert)
+    return pickles.load(file, pickles.Rules("file of weights", known, _call, refer, advice=_ADVICE))
