@@ -47,6 +47,14 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
         ],
+        "docs": [
+            "sphinx>=9",
+            "myst-nb>=1.4",
+            "sphinx-book-theme>=1.4",
+            "sphinx-autoapi>=3.9",
+            "sphinx-copybutton>=0.5",
+            "sphinx-intl>=2.3",
+        ],
         "torch": ["torch>=2.10", "transformers>=5"],  # parity tests and benchmarks
         "prepare": ["tensorflow"],  # to prepare TFDS data sets from the network, once
         "cuda12": ["jax[cuda12]>=0.10"],
