@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_ssl.xla import cache_in, release_programs, wait_for_late_devices
+from robust_ssl.xla import cache_in, private_directory, release_programs, wait_for_late_devices
 
 collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
+
+USER = os.getuid() if hasattr(os, "getuid") else "own"
 
 wait_for_late_devices()  # with two workers on two cores eight devices share them
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(
     "jax_compilation_cache_dir",
-    os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR",
-        str(pathlib.Path(tempfile.gettempdir()) / "robust_ssl_test_cache"),
-    ),
+    os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    or private_directory(pathlib.Path(tempfile.gettempdir()) / f"robust_ssl_test_cache_{USER}"),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,8 +1,8 @@
 r"""Where attacks work: layer by layer, frequency by frequency, from encoder to encoder.
 
-    robust-ssl run --config=configs/analyze.py:downstream=gtsrb32 --workdir=runs/gtsrb
-    robust-ssl run --config=configs/analyze.py:downstream=cifar10,epochs=5,train_limit=5000 \
-        --config.analyze.fourier.stride=4 --workdir=runs/look
+    robust-ssl run analyze:downstream=gtsrb32 --workdir=runs/gtsrb
+    robust-ssl run analyze:downstream=cifar10,epochs=5,train_limit=5000 \
+        analyze.fourier.stride=4 --workdir=runs/look
 
 Everything but the last stage is `gen_af.py`, with its arguments: in a workdir where that has run,
 only the analysis is computed.  Leaves ``analysis/analysis.md`` with all figures, their numbers

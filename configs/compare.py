@@ -1,7 +1,7 @@
 r"""Every baseline and every defence by one protocol: one table, one trade-off picture.
 
-    robust-ssl run --config=configs/compare.py:downstream=cifar10 --workdir=runs/compare
-    robust-ssl sweep --config=configs/compare.py:downstream=cifar10 --workdir=runs/sweep
+    robust-ssl run compare:downstream=cifar10 --workdir=runs/compare
+    robust-ssl sweep compare:downstream=cifar10 --workdir=runs/sweep
 
 Arguments: ``encoder``, ``surrogate`` and ``downstream`` as in ``gen_af.py``; ``epochs``,
 ``train_limit`` and ``test_limit`` (0 takes all); ``scale``: ``research`` has the published numbers
@@ -10,7 +10,7 @@ of steps, ``small`` is for a CPU; ``recipes``: a part of them, as
 these, for example
 ``without=twins`` for an encoder without batch norm; ``other``: the ensemble's second encoder, which
 must take images of the same size; ``band``: where `universal_band` has its perturbations, in
-cycles per pixel: the worst band of the page that ``configs/analyze.py`` leaves for your encoder.
+cycles per pixel: the worst band of the page that the config ``analyze`` leaves for your encoder.
 
 Time and figure: on two CPU cores at ``scale=small``, five epochs of 2,700 CIFAR-10 images and 1,000
 test images, all recipes take half an hour to make, each some two minutes to score, all together

@@ -1,8 +1,8 @@
 r"""Gen-AF on real color images: attack, usual and secure fine-tuning, evaluation.
 
-    robust-ssl run --config=configs/gen_af.py:downstream=gtsrb32 --workdir=runs/gtsrb
-    robust-ssl run --config=configs/gen_af.py:downstream=cifar10,epsilon=10/255 \
-        --config.recipes.gen_af_stage1.adv_ratio=0.5 --workdir=runs/cifar10
+    robust-ssl run gen_af:downstream=gtsrb32 --workdir=runs/gtsrb
+    robust-ssl run gen_af:downstream=cifar10,epsilon=10/255 \
+        recipes.gen_af_stage1.adv_ratio=0.5 --workdir=runs/cifar10
 
 The encoder was pre-trained on CIFAR-10; the attacker fits perturbations on CIFAR-100, which the
 defender does not have.  Arguments: ``downstream`` and ``surrogate`` (data sets), ``encoder`` (a

@@ -1,6 +1,6 @@
 """Self-supervised pre-training of a public encoder, by any of fifteen methods.
 
-robust-ssl run --config=configs/pretrain.py:method=byol --workdir=runs/byol
+robust-ssl run pretrain:method=byol --workdir=runs/byol
 
 The scale ``small`` (the default) is for two CPU cores: a ResNet-18 of width 16 with a strided stem,
 AdamW, narrow heads.  The scale ``research`` is solo-learn's CIFAR-10 recipe for one accelerator

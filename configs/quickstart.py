@@ -1,6 +1,6 @@
 """The main job on handwritten digits: offline, no accelerator.
 
-    robust-ssl run --config=configs/quickstart.py --workdir=runs/quickstart
+    robust-ssl run quickstart --workdir=runs/quickstart
 
 The shipped encoder (SimCLR on CIFAR-10) is attacked with crops of two photographs.  It is
 fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and both are scored on

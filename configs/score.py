@@ -1,10 +1,10 @@
 r"""Any saved classifiers under the whole suite of attacks, with a verdict on every figure.
 
-    robust-ssl run --config=configs/score.py:classifier=runs/gtsrb/recipes/gen_af-seed0 \
+    robust-ssl run score:classifier=runs/gtsrb/recipes/gen_af-seed0 \
         --workdir=runs/score
-    robust-ssl run --config=configs/score.py:scale=small --workdir=runs/score \
-        --config.classifiers.secured.path=runs/gtsrb/recipes/gen_af-seed0 \
-        --config.classifiers.usual.path=runs/gtsrb/recipes/baseline-seed0
+    robust-ssl run score:scale=small --workdir=runs/score \
+        classifiers.secured.path=runs/gtsrb/recipes/gen_af-seed0 \
+        classifiers.usual.path=runs/gtsrb/recipes/baseline-seed0
 
 ``classifier`` is a finished recipe's directory or what `robust_ssl.weights.save_classifier` wrote;
 more of them go under ``config.classifiers``, each with a ``path`` (and the ``builder`` and ``head``

@@ -12,7 +12,9 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
+
+from setup import HOME  # of the repository
 
 project = "robust_ssl"
 author = "the robust_ssl authors"
@@ -69,7 +71,7 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
-    "repository_url": "https://github.com/robust-ssl/robust_ssl",
+    "repository_url": HOME,
     "repository_branch": "main",
     "path_to_docs": "docs",
     "use_repository_button": True,

@@ -16,7 +16,10 @@ _HOMES = {
     "Encoder": "types",
     "LossInputs": "types",
     "Outputs": "types",
+    "Perturbation": "api",
+    "Result": "api",
     "TrainState": "types",
+    "attack": "api",
     "check": "conformance",
     "check_attack": "conformance",
     "check_loss": "conformance",
@@ -24,10 +27,15 @@ _HOMES = {
     "export_safetensors": "weights",
     "export_stablehlo": "weights",
     "import_encoder": "weights",
+    "list": "api",
     "list_encoders": "weights",
+    "load_classifier": "weights",
     "load_encoder": "weights",
     "load_stablehlo": "weights",
+    "measure": "api",
+    "save_classifier": "weights",
     "save_encoder": "weights",
+    "secure": "api",
 }
 
 __all__ = sorted(_HOMES)
@@ -37,7 +45,8 @@ def __getattr__(name: str):
     """Imports a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'robust_ssl' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robust_ssl.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"robust_ssl.{_HOMES[name]}")
+    return getattr(home, "list_names" if name == "list" else name)
 
 
 def __dir__() -> list[str]:

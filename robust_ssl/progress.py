@@ -1,8 +1,8 @@
 """What a person sees while a stage runs.
 
-On a terminal this is one bar.  Elsewhere it is a line every few seconds where there is news, and a
-sign of life every minute where there is none.  Neither makes the host wait for the devices: a loss
-is shown once it is there, which may be some steps later.
+On a terminal and in a notebook this is one bar.  Elsewhere it is a line every few seconds where
+there is news, and a sign of life every minute where there is none.  Neither makes the host wait
+for the devices: a loss is shown once it is there, which may be some steps later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def set_mode(mode: str) -> None:
     """Says how stages report from now on.
 
     Args:
-      mode: ``"auto"`` (a bar on a terminal, lines elsewhere), ``"bar"``, ``"log"`` or ``"quiet"``.
+      mode: ``"auto"`` (a bar on a terminal or in a notebook, lines elsewhere), ``"bar"``,
+        ``"log"`` or ``"quiet"``.
 
     Raises:
       ValueError: If the mode is another.
@@ -186,8 +187,16 @@ class Bar:
 
 def _display(mode: str) -> Any:
     if mode == "auto":
-        mode = "bar" if sys.stderr.isatty() else "log"
+        mode = "bar" if sys.stderr.isatty() or _in_notebook() else "log"
+    if mode == "bar" and _in_notebook():
+        return _Notebook()
     return {"bar": _Terminal, "log": _Lines, "quiet": _Nothing}[mode]()
+
+
+def _in_notebook() -> bool:
+    """Whether this is a notebook's kernel; IPython is there only if it has been imported."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 class _Nothing:
@@ -226,10 +235,7 @@ class _Lines(_Nothing):
         _say(f"{bar.name}: {place}, {known}")
 
     def end(self, bar: Bar) -> None:
-        loss = "" if bar.loss is None else f", loss {bar.loss:.4g}"
-        _say(
-            f"{bar.name}: {bar.finished_steps}/{bar.total} steps in {_duration(bar.seconds)}{loss}"
-        )
+        _say(_end(bar))
 
 
 class _Terminal(_Lines):
@@ -262,6 +268,36 @@ class _Terminal(_Lines):
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class _Notebook(_Lines):
+    """A bar of text under the cell, which is written over as it grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = BAR_SECONDS
+        self._shown = None
+
+    def show(self, bar: Bar) -> None:
+        filled = round(20 * bar.finished_steps / max(bar.total, 1))
+        place = f"{'█' * filled}{'░' * (20 - filled)} {bar.finished_steps}/{bar.total}"
+        self._write(f"{bar.name} {place} {bar.describe()}")
+
+    def end(self, bar: Bar) -> None:
+        self._write(_end(bar))
+
+    def _write(self, line: str) -> None:
+        from IPython.display import display
+
+        if self._shown is None:
+            self._shown = display({"text/plain": line}, raw=True, display_id=True)
+        else:
+            self._shown.update({"text/plain": line}, raw=True)
+
+
+def _end(bar: Bar) -> str:
+    loss = "" if bar.loss is None else f", loss {bar.loss:.4g}"
+    return f"{bar.name}: {bar.finished_steps}/{bar.total} steps in {_duration(bar.seconds)}{loss}"
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import config_dict
+
+from robust_ssl import shipped, working_directory
 
 _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
@@ -75,7 +78,7 @@ def expand_fractions(argv: Iterable[str]) -> list[str]:
 
 
 def parse_arguments(text: str | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads what follows the colon in ``configs/gen_af.py:downstream=cifar10,epsilon=10/255``.
+    """Reads what follows the colon in ``gen_af:downstream=cifar10,epsilon=10/255``.
 
     Args:
       text: ``name=value`` pairs between commas; None or empty for the defaults.
@@ -97,7 +100,7 @@ def parse_arguments(text: str | None, defaults: Mapping[str, Any]) -> dict[str, 
         if not equals:
             raise SettingsError(f"{pair!r} is no name=value; known names: {', '.join(defaults)}")
         if name not in defaults:
-            raise SettingsError(f"unknown argument {name!r}{_near(name, defaults)}")
+            raise SettingsError(f"unknown argument {name!r}{near(name, defaults)}")
         if name in given:
             raise SettingsError(f"argument {name!r} is given twice")
         given[name] = _like(name, value, defaults[name])
@@ -135,7 +138,8 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
     """Loads a config file and applies what the command line says over it.
 
     Args:
-      path_with_arguments: ``configs/gen_af.py`` or ``configs/gen_af.py:downstream=gtsrb32``; the
+      path_with_arguments: ``gen_af`` or ``gen_af:downstream=gtsrb32`` for a shipped config; a
+        text that ends in ``.py`` or has a slash is a file, ``mine.py:downstream=gtsrb32``.  The
         file defines ``get_config()`` or ``get_config(text)``, and gets what follows the colon.
       overrides: ``--config.KEY=VALUE`` texts, with the meaning of `ml_collections.config_flags`:
         a value that is there keeps its type, and fractions may be written as such.  A key that is
@@ -147,7 +151,9 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
     Raises:
       SettingsError: If there is no such file, it fails, or a value does not fit.
     """
-    path, colon, text = path_with_arguments.partition(":")
+    drive, rest = os.path.splitdrive(path_with_arguments)
+    path, colon, text = rest.partition(":")
+    path = drive + path
     config = _get_config(path, (text,) if colon else ())
     if not isinstance(config, config_dict.ConfigDict):
         raise SettingsError(
@@ -170,27 +176,52 @@ def load_beside(file: str, name: str) -> Any:
     return _run_file(os.path.join(os.path.dirname(os.path.abspath(file)), f"{name}.py"))
 
 
-def _get_config(path: str, arguments: tuple[str, ...]) -> Any:
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        files = [os.path.join(folder, name) for name in names if name.endswith(".py")]
-        raise SettingsError(f"there is no config file {path}{_near(path, files)}")
+def find_config(name: str) -> str:
+    """Returns the file that the name of a config stands for.
+
+    Raises:
+      SettingsError: If there is none, with near names.
+    """
+    known = shipped.configs()
+    if not (name.endswith(".py") or "/" in name or os.sep in name):
+        if name not in known:
+            raise SettingsError(
+                f"there is no shipped config {name!r}{near(name, known)}; `robust-ssl list "
+                "configs` says what they are for; a file of yours ends in .py or has a slash"
+            )
+        return str(known[name])
+    if os.path.isfile(name):
+        return name
+    stem = os.path.splitext(os.path.basename(name))[0]
+    if stem in known:
+        raise SettingsError(f"there is no config file {name}; the shipped one is called {stem}")
+    folder = os.path.dirname(name) or "."
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    files = [os.path.join(folder, other) for other in names if other.endswith(".py")]
+    raise SettingsError(f"there is no config file {name}{near(name, files)}")
+
+
+def _get_config(name: str, arguments: tuple[str, ...]) -> Any:
+    file = find_config(name)
     try:
-        module = _run_file(path)
+        module = _run_file(file)
         if not hasattr(module, "get_config"):
             raise SettingsError("defines no get_config()")
+        if arguments and not inspect.signature(module.get_config).parameters:
+            raise SettingsError(f"takes no arguments, got {arguments[0]!r} after the colon")
         return module.get_config(*arguments)
     except SettingsError as error:
-        raise SettingsError(f"{path}: {error}") from error
+        raise SettingsError(f"{name}: {error}") from error
     except Exception as error:
-        places = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        where = f"{path}, line {places[-1]}" if places else path
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [frame.lineno for frame in frames if frame.filename == file]
+        where = f"{name}, line {places[-1]}" if places else name
         raise SettingsError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def _run_file(path: str) -> Any:
     name = "config_" + re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0])
+    working_directory.trust(name)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -278,7 +309,7 @@ def _set_typed(config: config_dict.ConfigDict, overrides: list[str]) -> None:
         raise SettingsError(str(error).replace("flag --", "--")) from error
 
 
-def _near(name: Any, known: Iterable[Any]) -> str:
+def near(name: Any, known: Iterable[Any]) -> str:
     """Returns what to say after naming something unknown."""
     known = [str(entry) for entry in known]
     close = difflib.get_close_matches(str(name), known, n=3)

@@ -12,6 +12,9 @@ classes.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -61,6 +64,39 @@ def dataclass(cls: type[T]) -> type[T]:
         return frozen(**dict(zip([*children, *static], [*leaves, *rest], strict=True)))
 
     frozen.replace = dataclasses.replace
+    frozen.__init__ = _naming_what_it_takes(frozen, [*children, *static])
     # `flatten` besides, since it is what every call of a compiled function does, and is faster.
     jax.tree_util.register_pytree_with_keys(frozen, flatten_with_keys, unflatten, flatten)
     return frozen
+
+
+def _naming_what_it_takes(cls: type, fields: Sequence[str]) -> Callable[..., None]:
+    """Returns ``cls.__init__`` whose error for an unknown argument says what it takes."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def init_or_say(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except TypeError as error:
+            unknown = next((name for name in kwargs if name not in fields), None)
+            if unknown is None:
+                raise
+            raise TypeError(_unknown(cls, unknown, fields)) from error
+
+    return init_or_say
+
+
+def _unknown(cls: type, name: str, fields: Sequence[str]) -> str:
+    takes = f"{cls.__name__} takes no {name!r}; it takes {', '.join(fields) or 'nothing'}"
+    # What is guessed first, since other libraries have the budget in the attack.
+    if name in ("eps", "epsilon", "epsilons"):
+        if "threat" in fields:
+            return f"{takes}. Its budget is a threat: threat=robust_ssl.threats.Linf(8 / 255)"
+        if hasattr(cls, "step") and hasattr(cls, "delta"):
+            return (
+                f"{takes}. Its budget is said where it is fitted: robust_ssl.attack(encoder, "
+                f"images, attack={cls.__name__}(), epsilon=8 / 255)"
+            )
+    close = difflib.get_close_matches(name, fields, n=1)
+    return f"{takes}; did you mean {close[0]!r}?" if close else takes

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -82,6 +83,54 @@ def use_cache(directory: str | None) -> None:
     A setting of the whole process, as all of JAX's are.
     """
     _configure_cache((directory, 0, -1) if directory else (None, 1, 0))
+
+
+def private_directory(path: str | os.PathLike, *, tighten: bool = False) -> str:
+    """Makes a directory for compiled programs that nobody else can write, and returns its path.
+
+    What lies there is machine code, which is run without a look.
+
+    Args:
+      path: Made with mode 0700 if it is not there.
+      tighten: Whether a directory of one's own that others may write is closed to them; one that a
+        user has named may be shared on purpose, so it is refused.
+
+    Returns:
+      The path without symbolic links: one that is turned elsewhere later has no effect.
+
+    Raises:
+      OSError: If it cannot be made, belongs to somebody else, holds something of somebody else, or
+        others could write it or put another in its place.
+    """
+    path = pathlib.Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    path = path.resolve(strict=True)
+    if not hasattr(os, "geteuid"):  # Windows has no such bits
+        return str(path)
+    status, safe_owners = path.stat(), {os.geteuid(), 0}
+    if tighten and status.st_uid == os.geteuid() and status.st_mode & _OTHERS_WRITE:
+        path.chmod(0o700)
+        status = path.stat()
+    if status.st_uid not in safe_owners:
+        raise PermissionError(f"{path} belongs to somebody else; {_NAME_ANOTHER}")
+    if status.st_mode & _OTHERS_WRITE:
+        raise PermissionError(f"others can write {path}; chmod go-w it, or {_NAME_ANOTHER}")
+    for parent in path.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # sticky: each renames their own only
+            raise PermissionError(f"anybody can replace what is in {parent}; {_NAME_ANOTHER}")
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.stat(follow_symlinks=False).st_uid not in safe_owners:
+                raise PermissionError(
+                    f"{entry.path} belongs to somebody else; remove it, or {_NAME_ANOTHER}"
+                )
+    return str(path)
+
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_NAME_ANOTHER = "name another directory for compiled programs, which are run as they lie there"
 
 
 @contextlib.contextmanager

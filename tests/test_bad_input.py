@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from robust_ssl import experiment, parallel, progress, stopping
-from robust_ssl.cli import main
+from robust_ssl.cli import main, run
 from robust_ssl.experiment import stages
 from robust_ssl.workdir import WorkdirError
 
@@ -254,7 +254,7 @@ def test_a_read_only_workdir_is_named(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch):
-    monkeypatch.setattr(main, "_start_jax", lambda arguments, several: jax.devices())
+    monkeypatch.setattr(run, "_start_jax", lambda arguments, several: jax.devices())
     yield lambda *arguments: main.main(["run", f"--config={QUICKSTART}", *arguments])
     progress.set_mode("auto")
     stopping.clear_stop()

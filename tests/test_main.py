@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 import robust_ssl
 from robust_ssl import progress, settings, stopping
-from robust_ssl.cli import main
+from robust_ssl.cli import main, run
 from robust_ssl.experiment import UsageError
 from robust_ssl.workdir import ConfigChangedError, WorkdirError, open_stage
 
@@ -52,7 +52,7 @@ def experiment(monkeypatch, tmp_path):
     fake.describe = settings.describe
     monkeypatch.setitem(sys.modules, "robust_ssl.experiment", fake)
     monkeypatch.setattr(robust_ssl, "experiment", fake, raising=False)
-    monkeypatch.setattr(main, "_start_jax", lambda arguments, several: None)
+    monkeypatch.setattr(run, "_start_jax", lambda arguments, several: None)
     yield fake
     progress.set_mode("auto")
     stopping.clear_stop()
@@ -234,7 +234,7 @@ def test_zoo_build_takes_many_configs_and_says_which_failed(
     monkeypatch.setattr(zoo, "build", build)
     flags = [f"--config={config_file}", f"--config={config_file}", "--config.seed=7"]
     flags += [f"--out={tmp_path / 'zoo'}", "--devices=2"]
-    assert main.main(["zoo", "build", *flags]) == main.FAILED
+    assert main.main(["zoo", "build", *flags]) == 1
     assert [config.seed for config in seen["configs"]] == [7, 7]
     assert len(seen["parallel"].devices) == 2
     out, err = capsys.readouterr()
@@ -242,10 +242,10 @@ def test_zoo_build_takes_many_configs_and_says_which_failed(
 
 
 def _raise(error):
-    def run(config, workdir, *, parallel):
+    def fail(config, workdir, *, parallel):
         raise error
 
-    return run
+    return fail
 
 
 def test_errors_have_their_exit_code_and_no_traceback(experiment, config_file, tmp_path, capsys):
@@ -287,10 +287,10 @@ def test_wrong_usage_is_2_and_says_what_to_do(
 def test_a_changed_config_is_refused_through_the_command_line(
     experiment, config_file, tmp_path, capsys
 ):
-    def run(config, workdir, *, parallel):
+    def open_one(config, workdir, *, parallel):
         open_stage(workdir, "stage1", settings.to_json(config), {}, config.seed)
 
-    experiment.run = run
+    experiment.run = open_one
     assert _call("run", config_file, tmp_path) == 0
     assert _call("run", config_file, tmp_path) == 0
     assert _call("run", config_file, tmp_path, "--config.common.adv_ratio=1/2") == 2
@@ -309,12 +309,12 @@ def test_flags_argparse_does_not_know_are_2(argv):
 def test_the_cache_has_a_home(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert main._cache_directory(None) == str(tmp_path / "robust_ssl" / "xla")
+    assert run._cache_directory(None) == str(tmp_path / "robust_ssl" / "xla")
     assert (tmp_path / "robust_ssl" / "xla").is_dir()
-    assert main._cache_directory("") is None
-    assert main._cache_directory(str(tmp_path / "own")) == str(tmp_path / "own")
+    assert run._cache_directory("") is None
+    assert run._cache_directory(str(tmp_path / "own")) == str(tmp_path / "own")
     (tmp_path / "file").write_text("")
-    assert main._cache_directory(str(tmp_path / "file" / "no")) is None
+    assert run._cache_directory(str(tmp_path / "file" / "no")) is None
 
 
 def test_help_and_mistakes_do_not_wait_for_jax():

@@ -18,6 +18,9 @@ from robust_ssl.progress import Progress
 
 pytestmark = pytest.mark.slow  # three compilations for each of some thirty recipes
 STEPS, BATCH = 2, 8
+# Sums differ by 1e-7 between layouts.  Where a gradient is that small, the sign of a pixel's step
+# differs, and the weights by up to 3e-5.  A mean over devices that is forgotten moves them by 0.09.
+ATOL, RTOL = 2e-4, 1e-3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,11 +118,11 @@ def assert_same(ours, expected):
     (variables, metrics), (wanted, wanted_metrics) = ours, expected
     assert variables.keys() == wanted.keys()
     for path, leaf in wanted.items():
-        np.testing.assert_allclose(variables[path], leaf, atol=2e-5, rtol=0, err_msg=path)
+        np.testing.assert_allclose(variables[path], leaf, atol=ATOL, rtol=0, err_msg=path)
     for step, wanted_step in zip(metrics, wanted_metrics, strict=True):
         assert step.keys() == wanted_step.keys()
         for name, value in wanted_step.items():
-            np.testing.assert_allclose(step[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(step[name], value, rtol=RTOL, atol=1e-5, err_msg=name)
 
 
 def test_every_recipe_that_trains_is_looked_at():

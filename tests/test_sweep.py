@@ -11,7 +11,8 @@ import tiny_recipes
 from tiny_recipes import BROKEN, FROZEN, UNIVERSAL, context, go, manifest
 
 from robust_ssl import evaluation, experiment, progress, settings, stopping
-from robust_ssl.cli import main
+from robust_ssl.cli import flags, main
+from robust_ssl.cli import run as cli_run
 from robust_ssl.experiment import fitting, sweep, trace, train
 from robust_ssl.finetuning import cost
 from robust_ssl.stopping import Stopped
@@ -273,7 +274,7 @@ def get_config():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    monkeypatch.setattr(main, "_start_jax", lambda arguments, several: None)
+    monkeypatch.setattr(cli_run, "_start_jax", lambda arguments, several: None)
     (tmp_path / "config.py").write_text(CONFIG)
 
     def call(*overrides, file=tmp_path / "config.py"):
@@ -287,7 +288,7 @@ def command(monkeypatch, tmp_path):
 
 def test_the_command_ends_with_the_table(finished, command, tmp_path, capsys):
     """Whatever stages the config names, a sweep attacks and sweeps."""
-    assert command("--config.stages=('train','score')") == main.DONE
+    assert command("--config.stages=('train','score')") == flags.DONE
     printed = capsys.readouterr()
     assert "| universal epsilon 0.02 |" in printed.out
     assert "is impossible and left out" in printed.err
@@ -318,11 +319,11 @@ def test_text_between_quotes_and_names_are_not_expanded():
 
 
 def test_wrong_usage_is_2(command, capsys, tmp_path):
-    assert command("--config.sweep.grid=(('attack.epsilon',(7.0,)),)") == main.USAGE
+    assert command("--config.sweep.grid=(('attack.epsilon',(7.0,)),)") == flags.USAGE
     assert "no point of the sweep is possible" in capsys.readouterr().err
-    assert command(file=tiny.CONFIGS / "quickstart.py") == main.USAGE
+    assert command(file=tiny.CONFIGS / "quickstart.py") == flags.USAGE
     printed = capsys.readouterr().err
-    assert "quickstart.py has no config.sweep; see configs/compare.py" in printed
+    assert "quickstart.py has no config.sweep; the shipped config `compare` has one" in printed
     assert "Traceback" not in printed
     assert not list(tmp_path.glob("run/*"))
 

@@ -1,10 +1,12 @@
 """What is set for the whole process: cores, patience, compile caches, memory maps."""
 
+import contextlib
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from robust_ssl import xla
 from robust_ssl.parallel import Parallel
@@ -76,3 +78,68 @@ def test_few_calls_are_in_flight_on_several_cpu_devices(monkeypatch):
     steps = [float(info) for (info,) in waited]
     assert steps == list(range(10 - xla.IN_FLIGHT))
     assert float(state) == 10
+
+
+def test_the_directory_of_compiled_programs_is_made_for_oneself_alone(tmp_path):
+    made = tmp_path / "a" / "cache"
+    assert xla.private_directory(made) == str(made)
+    assert made.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(made)
+    assert xla.private_directory(tmp_path / "link") == str(made)
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    wide.chmod(0o775)
+    (tmp_path / "link-to-wide").symlink_to(wide)
+    for path in (wide, tmp_path / "link-to-wide"):
+        with pytest.raises(PermissionError, match="others can write"):
+            xla.private_directory(path)
+    assert wide.stat().st_mode & 0o777 == 0o775  # a user's own may be shared on purpose
+    assert xla.private_directory(wide, tighten=True) == str(wide)
+    assert wide.stat().st_mode & 0o777 == 0o700
+
+
+def test_programs_that_others_could_put_there_are_not_run(tmp_path):
+    anybodys = tmp_path / "anybodys"
+    anybodys.mkdir()
+    anybodys.chmod(0o777)
+    with pytest.raises(PermissionError, match="anybody can replace"):
+        xla.private_directory(anybodys / "cache")
+    anybodys.chmod(0o1777)  # as /tmp is
+    assert xla.private_directory(anybodys / "cache") == str(anybodys / "cache")
+    with pytest.raises(PermissionError, match="others can write"):
+        xla.private_directory(anybodys)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        xla.private_directory(tmp_path / "file")
+    if os.geteuid() == 0:  # who else could give a directory away
+        os.chown(anybodys / "cache", 4321, -1)
+        with pytest.raises(PermissionError, match="belongs to somebody else"):
+            xla.private_directory(anybodys / "cache")
+
+
+def test_a_strangers_program_among_ones_own_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "jit_step-cache").write_bytes(b"")
+    tmp_path.chmod(0o700)
+    real = os.DirEntry.stat
+
+    class Entry:
+        """As `os.DirEntry`, of another owner."""
+
+        def __init__(self, entry):
+            self.entry, self.path = entry, entry.path
+
+        def stat(self, follow_symlinks=True):
+            fields = list(real(self.entry, follow_symlinks=follow_symlinks))
+            fields[4] = os.geteuid() + 4321
+            return os.stat_result(fields)
+
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def foreign(path):
+        with scandir(path) as entries:
+            yield [Entry(entry) for entry in entries]
+
+    monkeypatch.setattr(os, "scandir", foreign)
+    with pytest.raises(PermissionError, match="jit_step-cache belongs to somebody else"):
+        xla.private_directory(tmp_path)

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from robust_ssl import working_directory
 from robust_ssl.build.entries import inside, name_of, near
 from robust_ssl.build.options import limited, may_be_function, read_option
 
@@ -25,7 +26,7 @@ def resolve(name: str | Callable) -> Callable:
     """Turns ``"module:function"`` into the function.
 
     Args:
-      name: ``"my_losses:tilted"`` (an installed module, or ``my_losses.py`` in the working
+      name: ``"my_losses:tilted"`` (an installed module, else ``my_losses.py`` in the working
         directory), ``"path/to/file.py:tilted"``, ``"__main__:tilted"`` (a notebook cell), or a
         callable, which is returned as it is.
 
@@ -53,7 +54,10 @@ def resolve(name: str | Callable) -> Callable:
         known = [n for n in vars(module) if not n.startswith("_")]
         close = difflib.get_close_matches(attribute, known, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"{name!r}: {module_name} has no function {attribute!r}{hint}")
+        raise ValueError(
+            f"{name!r}: {module_name} has no function {attribute!r}{hint}"
+            f"{working_directory.passed_over(module)}"
+        )
     if not callable(function):
         raise ValueError(f"{name!r} is a {type(function).__name__}, not a function")
     return function
@@ -64,17 +68,16 @@ def _import(module_name: str, name: str) -> Any:
         return sys.modules["__main__"]
     if module_name.endswith(".py"):
         return _load_file(pathlib.Path(module_name), name)
+    working_directory.find_modules()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # A module that exists but fails to import something else must say so itself.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-    beside = pathlib.Path(*module_name.split(".")).with_suffix(".py")
-    if beside.is_file():
-        return _load_file(beside, name)
+    file = pathlib.Path(*module_name.split(".")).with_suffix(".py")
     raise ValueError(
-        f"{name!r}: there is no module {module_name!r}, neither installed nor as {beside} in "
+        f"{name!r}: there is no module {module_name!r}, neither installed nor as {file} in "
         f"{pathlib.Path.cwd()}{_near_modules(module_name)}"
     )
 
@@ -96,10 +99,12 @@ def _near_modules(name: str) -> str:
 def _load_file(path: pathlib.Path, name: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{name!r}: there is no file {path} (from {pathlib.Path.cwd()})")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_name = working_directory.own_name(path)
+    working_directory.trust(module_name)
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up by name while they are being made.
-    sys.modules.setdefault(path.stem, module)
+    sys.modules.setdefault(module_name, module)
     spec.loader.exec_module(module)
     return module
 

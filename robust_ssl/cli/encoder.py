@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from robust_ssl import settings
-from robust_ssl.cli.flags import add_command, add_debug
-
-DONE, USAGE = 0, 2
+from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
 
 _EXAMPLES = """\
 examples:
@@ -124,9 +122,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Raises:
       SettingsError: If a file or a flag cannot be used.
     """
-    if overrides:
-        raise settings.SettingsError(f"there is no config here: {' '.join(overrides)}")
-    with _as_usage():
+    from robust_ssl import xla
+
+    # Little is compiled here, and JAX would read any directory that the environment names.
+    with _as_usage(), xla.cache_in(None):
         return _ACTIONS[arguments.action](arguments)
 
 

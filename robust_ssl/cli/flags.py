@@ -1,14 +1,24 @@
-"""What the commands share: how one is added to the command line, and a flag of all."""
+"""What the commands share: exit codes, how one is added, the config and the settings over it."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from typing import Any
+
+from robust_ssl import settings
+
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
+
+# What stands before the "=" of a setting: names, dots, and keys in brackets.  A config with
+# arguments, `gen_af:epochs=5`, has a colon there and a file, `a/b=c.py`, a slash.
+_KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w[\w-]*|\[[^\]]*\])*=")
 
 
 def add_command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
     """Adds a command to argparse's `commands`, with what it does and examples below its flags."""
-    return commands.add_parser(
+    command = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
@@ -16,8 +26,100 @@ def add_command(commands: Any, name: str, text: str, examples: str) -> argparse.
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    command.set_defaults(parser=command)  # whose usage is shown with an error
+    return command
 
 
 def add_debug(command: argparse.ArgumentParser) -> None:
     """Adds ``--debug``."""
     command.add_argument("--debug", action="store_true", help="show where an error came from")
+
+
+def add_config(command: argparse.ArgumentParser, *, many: bool = False) -> None:
+    """Adds the same words for all that read a config; a stage's own settings are in its file.
+
+    Args:
+      command: What they are added to.
+      many: Whether it takes more than one config.
+    """
+    command.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG | KEY=VALUE",
+        help="a shipped config (`robust-ssl list configs`) or a file, with arguments of its "
+        "get_config() after a colon: gen_af:downstream=cifar10; and settings over it: seed=1"
+        + ("; more than one config may be given" if many else ""),
+    )
+    command.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME_OR_FILE[:NAME=VALUE,...]",
+        help="the same as the word CONFIG",
+    )
+    # argparse leaves --config.KEY=VALUE alone; the line below is there to be read.
+    command.add_argument_group(
+        "settings",
+        "KEY=VALUE or --config.KEY=VALUE  replaces one setting of the config, for example "
+        "suite.epsilon=8/255; `describe` lists them",
+    )
+    command.set_defaults(many=many)
+    add_debug(command)
+
+
+def take_settings(
+    arguments: argparse.Namespace, unknown: Sequence[str], argv: Sequence[str]
+) -> list[str]:
+    """Tells settings from configs among what was typed, in place, and refuses the rest.
+
+    Args:
+      arguments: What argparse understood.  Where the command reads a config, ``config`` becomes
+        its name, or the list of names where it takes many.
+      unknown: What argparse left over.
+      argv: All that was typed: the last of two settings of one key counts.
+
+    Returns:
+      The settings, each as ``--config.KEY=VALUE``.
+
+    Raises:
+      SettingsError: If there are settings and the command reads no config.
+      SystemExit: With 2, from argparse, for what is neither and where a config is missing.
+    """
+    reads_config = hasattr(arguments, "words")
+    words = [*getattr(arguments, "words", ()), *(t for t in unknown if not t.startswith("-"))]
+    flags = [text for text in unknown if text.startswith("-")]
+    wrong = [text for text in flags if not text.startswith("--config.")]
+    if not reads_config:
+        wrong += words
+    if wrong:
+        _refuse(arguments.parser, wrong, reads_config)
+    if not reads_config:
+        if flags:
+            raise settings.SettingsError(f"there is no config here: {' '.join(flags)}")
+        return []
+    bare = {text for text in words if _KEY.match(text)}
+    configs = [*arguments.config, *(text for text in words if text not in bare)]
+    arguments.config = _configs(arguments, configs)
+    typed = [text for text in argv if text in bare or text in flags]
+    return [f"--config.{text}" if text in bare else text for text in typed]
+
+
+def _configs(arguments: argparse.Namespace, configs: list[str]) -> str | list[str]:
+    if not configs:
+        arguments.parser.error("which config? `robust-ssl list configs` says which there are")
+    if arguments.many:
+        return configs
+    if len(configs) > 1:
+        arguments.parser.error(
+            f"one config, not {len(configs)}: {' '.join(configs)} (settings are KEY=VALUE, "
+            "without spaces)"
+        )
+    return configs[0]
+
+
+def _refuse(parser: argparse.ArgumentParser, wrong: list[str], reads_config: bool) -> None:
+    known = [option for action in parser._actions for option in action.option_strings]
+    first = wrong[0].partition("=")[0]
+    near = settings.near(first, known) if first.startswith("-") else ""
+    hint = " (settings are KEY=VALUE or --config.KEY=VALUE)" if reads_config else ""
+    parser.error(f"unknown: {' '.join(wrong)}{near or hint}")

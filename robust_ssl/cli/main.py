@@ -1,4 +1,4 @@
-"""The command line: ``robust-ssl run``, ``sweep``, ``describe``, ``encoder`` and ``zoo``.
+"""The command line: one module beside this one for each group of commands.
 
 JAX is imported only once the arguments are understood, so that help and mistakes are answered at
 once, and so that devices are set up before JAX first looks for them.
@@ -7,45 +7,38 @@ once, and so that devices are set up before JAX first looks for them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import os
-import pathlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from robust_ssl import progress, settings, stopping
-from robust_ssl.cli import encoder
-from robust_ssl.cli.flags import add_command, add_debug
+import robust_ssl
+from robust_ssl import settings, stopping
+from robust_ssl.cli import check, config_files, encoder, run
+from robust_ssl.cli.flags import FAILED, STOPPED, USAGE, take_settings
 
-DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
+_COMMANDS = {
+    "run": run,
+    "sweep": run,
+    "zoo": run,
+    "describe": check,
+    "config": config_files,
+    "encoder": encoder,
+}
 
 _EXAMPLES = """\
 examples:
-  robust-ssl run --config=configs/quickstart.py --workdir=runs/quickstart
+  robust-ssl run quickstart --workdir=runs/quickstart
       the whole job on handwritten digits, offline, without an accelerator
 
-  robust-ssl run --config=configs/gen_af.py:downstream=cifar10,epsilon=10/255 \\
-      --config.recipes.gen_af_stage1.adv_ratio=0.5 --workdir=runs/cifar10
-      arguments of the config file after the colon, single settings after --config.
-
-  robust-ssl sweep --config=configs/compare.py:downstream=gtsrb32 --workdir=runs/sweep
-      a grid over a recipe's settings: one table, the trade-off, and what to take
-
-  robust-ssl describe --config=configs/quickstart.py
+  robust-ssl describe quickstart
       every setting and what the functions it names are for
 
-  robust-ssl encoder --help
-      other people's weights in, secured encoders out
+  robust-ssl COMMAND --help
+      more of them
 
-  robust-ssl zoo build --out=zoo --config=configs/pretrain.py:method={byol,dino,swav}
-      an encoder from each config, with its log, its card and a table of all (the shell repeats
-      --config for each of the names in braces)
-
-The same command again goes on where the last one ended.  Exit codes: 0 done, 1 failed, 2 wrong
-usage, 75 stopped by SIGTERM or Ctrl-C (run the same command again to go on)."""
+Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by SIGTERM or Ctrl-C (run the same command
+again to go on)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,16 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
     """
-    parser = _parser()
-    arguments, overrides = parser.parse_known_args(argv)
-    unknown = [text for text in overrides if not text.startswith("--config.")]
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)} (settings are --config.KEY=VALUE)")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
     _log_to_stderr()
-    # As `python -m` does: "my_losses:tilted" means my_losses.py of the working directory.
-    sys.path.insert(0, os.getcwd())
     try:
-        return _COMMANDS[arguments.command](arguments, overrides)
+        overrides = take_settings(arguments, unknown, argv)
+        return _COMMANDS[arguments.command].run(arguments, overrides)
     except KeyboardInterrupt:
         return _say_stopped("interrupted; the last checkpoint is kept")
     except stopping.Stopped as stopped:
@@ -78,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         return _say_failed(error, _is_usage(error), arguments.debug)
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(os.getcwd())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,203 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="run | sweep | describe | encoder | zoo"
-    )
-    text = "run a config's stages: finished ones are skipped, an interrupted one goes on"
-    _add_run(commands, "run", text)
-    text = (
-        "train and score every point of config.sweep.grid on validation images; finished points "
-        "are kept, impossible ones are named and left out"
-    )
-    _add_run(commands, "sweep", text)
-    text = "print a config's settings and what the functions in it do"
-    _add_config(add_command(commands, "describe", text, _EXAMPLES))
-    encoder.add_parser(commands)
-    zoo = add_command(
-        commands, "zoo", "pre-train a list of encoders, each with its card", _EXAMPLES
-    )
-    actions = zoo.add_subparsers(dest="action", required=True, metavar="build")
-    text = (
-        "pre-train an encoder for each config; finished ones are kept, an interrupted one goes on"
-    )
-    build = add_command(actions, "build", text, _EXAMPLES)
-    _add_config(build, action="append")
-    build.add_argument(
-        "--out", required=True, metavar="DIR", help="gets a folder for each encoder, and a table"
-    )
-    _add_run_flags(build)
+    version = f"robust-ssl {robust_ssl.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in dict.fromkeys(_COMMANDS.values()):
+        module.add_parser(commands)
     return parser
-
-
-def _add_run(commands, name: str, text: str) -> None:
-    command = add_command(commands, name, text, _EXAMPLES)
-    _add_config(command)
-    command.add_argument(
-        "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
-    )
-    _add_run_flags(command)
-
-
-def _add_config(command: argparse.ArgumentParser, action: str = "store") -> None:
-    """The same flags for all that read a config; a stage's own settings are in its file."""
-    command.add_argument(
-        "--config",
-        required=True,
-        action=action,
-        metavar="FILE[:NAME=VALUE,...]",
-        help="the config file; what follows the colon goes to its get_config()"
-        + ("; may be given many times" if action == "append" else ""),
-    )
-    # argparse leaves --config.KEY=VALUE alone; the line below is there to be read.
-    command.add_argument_group(
-        "settings",
-        "--config.KEY=VALUE  replaces one setting of the config, for example "
-        "--config.suite.epsilon=8/255; `describe` lists them",
-    )
-    add_debug(command)
-
-
-def _add_run_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--devices", type=int, metavar="N", help="how many devices to use (default: all)"
-    )
-    command.add_argument(
-        "--parallel",
-        choices=("pmap", "shard_map", "jit"),
-        default="pmap",
-        help="how a step is spread over devices; results agree (default: pmap)",
-    )
-    command.add_argument("--no-progress", action="store_true", help="show no progress")
-    command.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help="where compiled programs are kept for the next run; empty for nowhere "
-        "(default: ~/.cache/robust_ssl/xla)",
-    )
-    cluster = command.add_argument_group(
-        "several hosts", "start the same command on every host, with a workdir they all see"
-    )
-    cluster.add_argument(
-        "--distributed",
-        action="store_true",
-        help="under SLURM, Open MPI, GKE or on Cloud TPU, which say the rest themselves",
-    )
-    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    cluster.add_argument("--num-processes", type=int, metavar="N", help="how many processes")
-    cluster.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
-
-
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    several = _check_cluster(arguments)
-    config = settings.load_config(arguments.config, overrides)
-    if arguments.command == "sweep":
-        if config.get("sweep") is None:
-            raise settings.SettingsError(
-                f"{arguments.config} has no config.sweep; see configs/compare.py"
-            )
-        config.stages = ("attack", "sweep")
-    with _started(arguments, several) as layout:
-        from robust_ssl import experiment
-
-        experiment.run(config, arguments.workdir, parallel=layout)
-    print(f"done: {arguments.workdir}", file=sys.stderr)
-    return DONE
-
-
-def _zoo(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    several = _check_cluster(arguments)
-    configs = [settings.load_config(file, overrides) for file in arguments.config]
-    with _started(arguments, several) as layout:
-        from robust_ssl.cli import zoo
-
-        failures = zoo.build(configs, arguments.out, parallel=layout)
-    for name, failure in failures.items():
-        print(f"robust-ssl: {name} was not made: {failure}", file=sys.stderr)
-    print(pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8"), end="")
-    return FAILED if failures else DONE
-
-
-@contextlib.contextmanager
-def _started(arguments: argparse.Namespace, several: bool) -> Iterator[Any]:
-    """JAX, progress and signals as the flags say; yields the devices."""
-    _start_jax(arguments, several)
-
-    import jax
-
-    from robust_ssl import parallel
-
-    try:
-        layout = parallel.Parallel.create(num_devices=arguments.devices, kind=arguments.parallel)
-    except ValueError as error:
-        raise settings.SettingsError(f"--devices: {error}") from None
-    quiet = arguments.no_progress or jax.process_index() > 0
-    progress.set_mode("quiet" if quiet else "auto")
-    # Among several processes JAX passes a signal on, so that all stop at the same step.
-    with contextlib.nullcontext() if several else stopping.stop_on_signals():
-        yield layout
-
-
-def _describe(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    config = settings.load_config(arguments.config, overrides)
-    from robust_ssl import experiment
-
-    print(experiment.describe(config))
-    return DONE
-
-
-_COMMANDS = {
-    "run": _run,
-    "sweep": _run,
-    "describe": _describe,
-    "encoder": encoder.run,
-    "zoo": _zoo,
-}
-
-
-def _check_cluster(arguments: argparse.Namespace) -> bool:
-    """Returns whether this is one of several processes; half a set of flags is an error."""
-    given = [arguments.coordinator, arguments.num_processes, arguments.process_id]
-    some = any(value is not None for value in given)
-    if some and None in given:
-        raise settings.SettingsError(
-            "--coordinator, --num-processes and --process-id belong together: give all three"
-        )
-    several = some or arguments.distributed
-    if several and arguments.devices is not None:
-        raise settings.SettingsError("--devices is for one process; several use all they have")
-    return several
-
-
-def _start_jax(arguments: argparse.Namespace, several: bool) -> None:
-    """Joins the other processes, gives each core a device and turns the compilation cache on."""
-    import jax
-
-    if several:  # first of all: it must come before anything asks for devices
-        jax.distributed.initialize(
-            arguments.coordinator, arguments.num_processes, arguments.process_id
-        )
-    from robust_ssl import xla
-
-    xla.use_every_core()
-    cache = _cache_directory(arguments.cache_dir)
-    if cache:
-        xla.use_cache(cache)
-
-
-def _cache_directory(flag: str | None) -> str | None:
-    """Returns where compiled programs are kept, or None where they cannot or shall not be."""
-    if flag == "":
-        return None
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    named = flag or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    path = pathlib.Path(named or pathlib.Path(home) / "robust_ssl" / "xla").expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # only costs time
-        logging.getLogger(__name__).warning("no compilation cache: %s", error)
-        return None
-    return str(path)
 
 
 def _is_usage(error: Exception) -> bool:
@@ -307,7 +102,7 @@ def _is_usage(error: Exception) -> bool:
 
 
 def _say_stopped(message: str) -> int:
-    print(f"robust-ssl: {message}\nrun the same command again to go on", file=sys.stderr)
+    print(f"robust-ssl: {message}; run the same command again to go on", file=sys.stderr)
     return STOPPED
 
 

@@ -15,6 +15,7 @@ from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.build import inside
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.suites import SuiteAttack
+from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Encoder
 from robust_ssl.workdir import StageDirectory, WorkdirError, fingerprint, load_arrays, save_arrays
@@ -179,7 +180,11 @@ def _fit(
         return attacks.fit(
             member.attack,
             encoder,
-            _surrogate_batches(context, steps, member.batch_size),
+            surrogate_batches(
+                *(context.surrogate, steps, member.batch_size),
+                seed=context.plan.seed,
+                parallel=context.parallel,
+            ),
             keys=keys,
             epsilons=epsilons,
             image_shape=context.surrogate.image_shape,
@@ -189,16 +194,17 @@ def _fit(
         )
 
 
-def _surrogate_batches(
-    context: Context, steps: int, batch_size: int
+def surrogate_batches(
+    surrogate: data.Examples | data.StreamedExamples,
+    steps: int,
+    batch_size: int,
+    *,
+    seed: int,
+    parallel: Parallel,
 ) -> Iterator[dict[str, jax.Array]]:
-    batches = data.Batches(
-        context.surrogate,
-        batch_size,
-        seed=context.plan.seed,
-        stage="attack",  # of every attack stage: a fit on a hardened encoder sees the same images
-        parallel=context.parallel,
-    )
+    """Yields the batches of a fit, pixels in [0, 1]: the same images for each attack of a seed."""
+    # Of every attack stage: a fit on a hardened encoder sees the same images.
+    batches = data.Batches(surrogate, batch_size, seed=seed, stage="attack", parallel=parallel)
     pixels = jax.jit(lambda images: images.astype(jnp.float32) / 255.0)
     for step in range(steps):
         yield {"images": pixels(batches(step)["images"])}

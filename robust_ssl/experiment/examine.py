@@ -149,7 +149,7 @@ def _per_image(
     if subject is None:
         reason = "Nothing was scored that checks of one image could look at."
         return "nothing", checks.Verdict(checks.not_run(_PER_IMAGE, reason))
-    steps, queries, count = _plan(subject.spent)
+    steps, queries, count = affordable(subject.spent)
     chosen = np.intersect1d(subject.rows, sample(context, count))
     batch = context.test.read(chosen)
     options: dict[str, Any] = {}
@@ -175,7 +175,7 @@ def _per_image(
     return f"{subject.words}, {len(chosen)} images", verdict
 
 
-def _plan(spent: float) -> tuple[int, int, int]:
+def affordable(spent: float) -> tuple[int, int, int]:
     """Returns steps, queries and images of an examination that costs a quarter of `spent`.
 
     A small evaluation gets a short examination of few images, which may cost more than that.

@@ -3,6 +3,7 @@
 from robust_ssl.report import claims, results
 from robust_ssl.report.comparison import summarize
 from robust_ssl.report.figures import (
+    draw_examples,
     figure_epsilon,
     figure_examples,
     figure_sensitivity,
@@ -21,6 +22,7 @@ __all__ = [
     "budget",
     "claims",
     "csv_text",
+    "draw_examples",
     "figure_epsilon",
     "figure_examples",
     "figure_pareto",

@@ -47,7 +47,7 @@ SETTINGS = {
 }
 
 
-def styled(draw: Callable[..., pathlib.Path]) -> Callable[..., pathlib.Path]:
+def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     """Draws under `SETTINGS`, which matplotlib reads when axes are made and when they are saved."""
 
     @functools.wraps(draw)
@@ -73,13 +73,21 @@ def figure_examples(
     Raises:
       ValueError: If the shapes differ or there is no image.
     """
+    figure = draw_examples(clean, adversarial, predictions=predictions)
+    delta = _change(clean, adversarial)
+    texts = [("", "")] * len(delta) if predictions is None else list(predictions)
+    numbers = [
+        (i, *texts[i], np.abs(d).max() * 255, np.abs(d).mean() * 255) for i, d in enumerate(delta)
+    ]
+    header = ("image", "clean", "under_attack", "largest_change_255", "mean_change_255")
+    return save_figure(figure, directory, name, header, numbers)
+
+
+@styled
+def draw_examples(clean, adversarial, *, predictions=None):
+    """Returns the figure that `figure_examples` writes."""
+    delta = _change(clean, adversarial)
     clean, adversarial = np.asarray(clean)[:8], np.asarray(adversarial)[:8]
-    if clean.shape != adversarial.shape or clean.ndim != 4 or len(clean) == 0:
-        raise ValueError(
-            "clean and adversarial must be the same images [n, H, W, 3], got "
-            f"{clean.shape} and {adversarial.shape}"
-        )
-    delta = adversarial.astype(np.float64) - clean  # exact, where float32 would round
     largest = np.abs(delta).max()
     gain = 0.5 / largest if largest > 0 else 1.0  # no change is plain gray, not NaN
     texts = [("", "")] * len(clean) if predictions is None else list(predictions)[: len(clean)]
@@ -88,12 +96,18 @@ def figure_examples(
         ("under attack", adversarial, [(str(after), after != before) for before, after in texts]),
         (f"change\n(x {gain:.0f})", np.clip(0.5 + gain * delta, 0, 1), [("", False)] * len(clean)),
     )
-    figure = _draw_images(rows, len(clean), has_text=predictions is not None)
-    numbers = [
-        (i, *texts[i], np.abs(d).max() * 255, np.abs(d).mean() * 255) for i, d in enumerate(delta)
-    ]
-    header = ("image", "clean", "under_attack", "largest_change_255", "mean_change_255")
-    return save_figure(figure, directory, name, header, numbers)
+    return _draw_images(rows, len(clean), has_text=predictions is not None)
+
+
+def _change(clean, adversarial) -> np.ndarray:
+    """Returns the perturbations of the first eight images."""
+    clean, adversarial = np.asarray(clean)[:8], np.asarray(adversarial)[:8]
+    if clean.shape != adversarial.shape or clean.ndim != 4 or len(clean) == 0:
+        raise ValueError(
+            "clean and adversarial must be the same images [n, H, W, 3], got "
+            f"{clean.shape} and {adversarial.shape}"
+        )
+    return adversarial.astype(np.float64) - clean  # exact, where float32 would round
 
 
 def _draw_images(rows, columns: int, *, has_text: bool):

@@ -1,0 +1,111 @@
+"""What the three calls are given, as the values that they work on."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from robust_ssl import data, weights
+from robust_ssl.api.names import BUILTIN
+from robust_ssl.parallel import Parallel
+from robust_ssl.types import Encoder
+
+
+def encoder_of(encoder: Any) -> Any:
+    """Returns an encoder: what is given, or the one of a shipped name or a path.
+
+    Raises:
+      ValueError: If it is a class or an integer, or a path without an encoder.
+    """
+    if isinstance(encoder, (str, os.PathLike)):
+        if weights.is_foreign(os.fspath(encoder)):
+            return weights.import_encoder(encoder)
+        return weights.load_encoder(encoder)
+    if isinstance(encoder, type) or not callable(encoder):
+        raise ValueError(
+            f"the encoder must be a robust_ssl.Encoder, a shipped name (robust_ssl.list"
+            f'("encoders")) or a path, got {encoder!r}'
+        )
+    return encoder
+
+
+def classifier_of(classifier: Any) -> Any:
+    """Returns a classifier: what is given, or the one that a directory holds.
+
+    Raises:
+      ValueError: If it has no logits, as an encoder has none.
+    """
+    if isinstance(classifier, (str, os.PathLike)):
+        return weights.load_classifier(classifier)
+    if isinstance(classifier, Encoder):
+        raise ValueError(
+            "an encoder has no classes to measure; put a head on it: "
+            "robust_ssl.secure(encoder, images, labels, recipe='linear_probe')"
+        )
+    if isinstance(classifier, type) or not callable(classifier):
+        raise ValueError(
+            f"the classifier must be a robust_ssl.Classifier, or the directory of a saved one, got "
+            f"{classifier!r}"
+        )
+    return classifier
+
+
+def examples_of(images: Any, labels: Any, image_size: int | None, split: str) -> Any:
+    """Returns examples of arrays, `data.Examples`, or a data set's name or folder.
+
+    Args:
+      images: Anything that `data.load` takes; ``"digits"`` and ``"photo_crops"`` are there
+        without a download.
+      labels: Of arrays; None where `images` has its own, or there are none.
+      image_size: What the model takes, pixels; a data set by name is brought to it.
+      split: Of a data set by name.
+
+    Raises:
+      ValueError: If arrays have another size, with the line that resizes them.
+    """
+    if isinstance(images, (str, pathlib.Path)):
+        if labels is not None:
+            raise ValueError(f"{str(images)!r} has its own labels; leave out `labels`")
+        named = BUILTIN.get(str(images), images)
+        examples = data.load(named, split=split, image_size=image_size)
+    elif isinstance(images, (data.Examples, data.StreamedExamples)):
+        examples = images
+    else:
+        examples = data.from_arrays(images, labels, name="images", split=split)
+    height, width, _ = examples.image_shape
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"the images are {height}x{width} pixels and the model takes {image_size}x{image_size};"
+            f" resize them: robust_ssl.data.load((images, labels), image_size={image_size})"
+        )
+    return examples
+
+
+def size_of(model: Any) -> int | None:
+    """Returns the height and width that a model takes, None where it does not say."""
+    return getattr(model, "image_size", None)
+
+
+def pixels_of(images: Any) -> np.ndarray:
+    """Returns images as float32 pixels in [0, 1], ``[n, H, W, 3]``; floats are not rounded.
+
+    Raises:
+      ValueError: If they are neither 8-bit images nor floats in [0, 1], with the line that
+        converts them.
+    """
+    if isinstance(images, (data.Examples, data.StreamedExamples)):
+        images = images.read(np.arange(len(images)))["images"]
+    rounded = data.from_arrays(images).images
+    array = np.asarray(images) if hasattr(images, "dtype") else None
+    # Checked above; what was converted there (channels first, gray) has another shape.
+    if array is not None and array.dtype.kind == "f" and array.shape == rounded.shape:
+        return array.astype(np.float32)
+    return rounded.astype(np.float32) / 255
+
+
+def devices_of(parallel: Parallel | None) -> Parallel:
+    """Returns the devices: what is given, or the first one."""
+    return parallel or Parallel.create(num_devices=1)

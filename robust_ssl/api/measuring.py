@@ -1,0 +1,388 @@
+"""`measure`: what attacks leave of a classifier, and whether the figure can be believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from robust_ssl import data, evaluation, report, threats
+from robust_ssl.api import inputs
+from robust_ssl.api.attacking import Perturbation
+from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
+from robust_ssl.attacks import UniversalPerturbation, autoattack
+from robust_ssl.build import Function, near
+from robust_ssl.evaluation import PerImage, checks
+from robust_ssl.evaluation.checks import Verdict
+from robust_ssl.experiment.examine import affordable
+from robust_ssl.experiment.groups import Group, Member, Scored, threat_name
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Bar, Progress
+
+EPSILON = 8 / 255  # the usual budget of attacks on single images
+_NAME = "classifier"  # of the one model, among entries
+_EXAMINED = tuple(group for group in checks.GROUPS if group != "universal")
+
+
+class Row(NamedTuple):
+    """A line of a `Result`: what is left under an attack.
+
+    `low` and `high` bound the accuracy with 95 % confidence; `success_rate` is the share of the
+    right answers that the attack turned.
+    """
+
+    attack: str
+    budget: str
+    accuracy: float
+    low: float
+    high: float
+    success_rate: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """What happened to every image; prints as a table.
+
+    Attributes:
+      groups: Attacks of one kind and budget, with what happened to each image.
+      verdict: Whether the figures can be believed, with every check.
+    """
+
+    groups: tuple[Scored, ...]
+    verdict: Verdict
+
+    @functools.cached_property
+    def worst(self) -> PerImage:
+        """What is left in the worst case per image over all attacks."""
+        return evaluation.worst_case(group.worst for group in self.groups)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of the images that are right when nobody attacks."""
+        return self.worst.counts.clean_accuracy
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Share of the images that are right under every attack."""
+        return self.worst.counts.robust_accuracy
+
+    @property
+    def rows(self) -> list[Row]:
+        """The lines of the table: no attack, each attack, the worst case."""
+        n = self.worst.counts.n
+        correct = self.worst.counts.clean_correct
+        interval = evaluation.wilson_interval(correct, n)
+        rows = [Row("none", "", self.clean_accuracy, *interval, 0.0, 0.0)]
+        for group in self.groups:
+            budget = report.budget(group.group.epsilon, group.group.threat)
+            rows += [_row(m.label, budget, group.results[m.label]) for m in group.members]
+        if len(rows) > 2:
+            rows.append(_row("worst case per image", "", self.worst))
+        return rows
+
+    def __repr__(self) -> str:
+        """Shows the table and the verdict, with the checks that did not pass."""
+        width = max(len(row.attack) for row in self.rows)
+        lines = [f"{'attack':<{width}}  {'budget':>8}  accuracy  95 % interval   seconds"]
+        for row in self.rows:
+            accuracy, interval = f"{100 * row.accuracy:.1f} %", _interval(row)
+            line = f"{row.attack:<{width}}  {row.budget:>8}  {accuracy:>8}  {interval:<15}"
+            lines.append(f"{line} {row.seconds:.1f}".rstrip() if row.seconds else line.rstrip())
+        return "\n".join([*lines, f"{self.worst.counts.n} images; {self.verdict}"])
+
+    def _repr_html_(self) -> str:
+        """Shows the same in a notebook."""
+        head = ("attack", "budget", "accuracy", "95 % interval", "seconds")
+        rows = [
+            (r.attack, r.budget, f"{100 * r.accuracy:.1f} %", _interval(r), f"{r.seconds:.1f}")
+            for r in self.rows
+        ]
+        cells = "".join(_html_row("td", row) for row in rows)
+        verdict = "<br>".join(html.escape(line) for line in str(self.verdict).splitlines())
+        images = self.worst.counts.n
+        return f"<table>{_html_row('th', head)}{cells}</table><p>{images} images; {verdict}</p>"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON: entries as in ``results.json``, and the verdict."""
+        word = self.verdict.word
+        entries = [entry for group in self.groups for entry in group.entries(word)]
+        worst = self.worst.counts.as_dict()
+        return {"worst": worst, "results": entries, "verdict": self.verdict.as_dict()}
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """Returns `as_dict` as text, and writes it if a path is given."""
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
+        if path is not None:
+            pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+
+def _row(name: str, budget: str, result: PerImage) -> Row:
+    counts = result.counts
+    interval = evaluation.wilson_interval(counts.robust_correct, counts.n)
+    success = counts.attack_success_rate
+    return Row(name, budget, counts.robust_accuracy, *interval, success, result.seconds)
+
+
+def _interval(row: Row) -> str:
+    return f"{100 * row.low:.1f} to {100 * row.high:.1f}"
+
+
+def _html_row(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def measure(
+    classifier: Any,
+    images: Any,
+    labels: Any = None,
+    *,
+    attacks: Any = "pgd",
+    epsilon: float | None = None,
+    examine: bool = True,
+    batch_size: int = 250,
+    seed: int = 0,
+    parallel: Parallel | None = None,
+    progress: str = "auto",
+) -> Result:
+    """Attacks every image and counts what is left, exactly and with intervals.
+
+    The classifier is then examined (has it an honest gradient, does anything cheap beat the
+    figure?), and the verdict says whether the figure can be believed.
+
+    Args:
+      classifier: A `Classifier`, or the directory of a saved one.
+      images: ``uint8`` or float in [0, 1], ``[n, H, W, 3]``; `data.Examples`; or a name, such as
+        ``"digits"``, whose test split is taken.
+      labels: Integers ``[n]``; None where `images` has its own.
+      attacks: One or several of: a name of ``robust_ssl.list("attacks")`` that attacks single
+        images, or ``"autoattack"``; a `Perturbation`; a value of `robust_ssl.attacks`.  A mapping
+        says what they are called.
+      epsilon: Budget of attacks by name, pixel units, under `threats.Linf`; None is that of the
+        perturbations, and 8/255 where there are none.
+      examine: Whether the figure is examined; it costs a quarter of the attacks, or 32 images.
+      batch_size: Images at a time.
+      seed: Of every random choice.
+      parallel: The devices; None is the first one.
+      progress: ``"auto"``, or ``"quiet"`` for none.
+
+    Returns:
+      The result; ``print`` shows it as a table.
+
+    Raises:
+      ValueError: If there is no such attack, or images, labels and classifier do not fit.
+
+    Example:
+      >>> from robust_ssl import models
+      >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
+      >>> net = models.classifier(jax.random.key(1), encoder, 3, head="linear")
+      >>> images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+      >>> result = measure(net, images, labels, attacks="fgsm", examine=False, progress="quiet")
+      >>> result.clean_accuracy == 1 / 3, result.robust_accuracy <= 1 / 3
+      (True, True)
+    """
+    classifier, parallel = inputs.classifier_of(classifier), inputs.devices_of(parallel)
+    examples = inputs.examples_of(images, labels, inputs.size_of(classifier), "test")
+    if not examples.class_names:
+        raise ValueError("labels are needed to count right answers: measure(net, images, labels)")
+    num_classes = _classes(classifier, examples)
+    named = _named(attacks)
+    epsilon = _budget(named) if epsilon is None else epsilon
+    groups = _groups(named, epsilon, num_classes)
+    scorer = _Scorer(classifier, examples, batch_size, jax.random.key(seed), parallel)
+    parts = sum(len(members) for members in groups.values())
+    with Progress(progress).stage("measure", parts + examine) as bar:
+        scored = tuple(scorer.score(group, members, bar) for group, members in groups.items())
+        bar.update(bar.finished_steps, doing="examining the figure")
+        verdict = scorer.examine(scored) if examine else Verdict(())
+        bar.update(parts + examine)
+    return Result(scored, verdict)
+
+
+def _classes(classifier: Any, examples: Any) -> int:
+    classes = getattr(classifier, "num_classes", examples.num_classes)
+    if examples.labels is not None and examples.labels.max() >= classes:
+        raise ValueError(
+            f"there is a label {examples.labels.max()}, and the classifier has {classes} classes, "
+            f"0 to {classes - 1}"
+        )
+    return classes
+
+
+# --- Which attacks ------------------------------------------------------------------------------
+
+
+def _named(given: Any) -> dict[str, Any]:
+    """Returns attacks by what they are called."""
+    if isinstance(given, Mapping):
+        named = dict(given)
+    else:
+        alone = isinstance(given, str) or not isinstance(given, Iterable)
+        named = {}
+        for attack in [given] if alone else given:
+            name = _name_of(attack)
+            # Two of one name are two attacks.
+            number = sum(other.partition(" (")[0] == name for other in named)
+            named[f"{name} ({number + 1})" if number else name] = attack
+    if not named:
+        raise ValueError('name at least one attack; see robust_ssl.list("attacks")')
+    return {name: _value(attack) for name, attack in named.items()}
+
+
+def _name_of(attack: Any) -> str:
+    if isinstance(attack, str):
+        return attack.rpartition(":")[2]
+    value = _value(attack)
+    return getattr(value, "name", type(value).__name__.lower())
+
+
+def _value(attack: Any) -> Any:
+    return attack.value if isinstance(attack, Perturbation) else attack
+
+
+def _budget(named: Mapping[str, Any]) -> float:
+    """Returns the largest budget of the perturbations under Linf, else the usual one."""
+    budgets = [
+        float(attack.threat.epsilon)
+        for attack in named.values()
+        if isinstance(getattr(attack, "threat", None), threats.Linf)
+    ]
+    return max(budgets, default=EPSILON)
+
+
+def _groups(
+    named: Mapping[str, Any], epsilon: float, num_classes: int
+) -> dict[Group, list[tuple[str, Any]]]:
+    """Returns attacks by family, threat and budget: of each group there is a worst case."""
+    groups: dict[Group, list[tuple[str, Any]]] = {}
+    linf = threats.Linf(epsilon)
+    with_budget = {n: _built(a, linf, num_classes) for n, a in named.items()}
+    for name, value in with_budget.items():
+        if isinstance(value, Mapping):
+            group = Group(_NAME, "hardened", AUTOATTACK, "Linf", epsilon)
+        else:
+            universal = isinstance(value, UniversalPerturbation)
+            threat = getattr(value, "threat", None)
+            budget = getattr(threat, "epsilon", getattr(threat, "area", 0.0))
+            family, against = ("universal", "public") if universal else ("per_image", "hardened")
+            group = Group(_NAME, against, family, threat_name(threat), float(budget))
+        groups.setdefault(group, []).append((name, value))
+    return groups
+
+
+def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
+    """Returns an attack by name under a threat; AutoAttack is a mapping of several."""
+    if not isinstance(attack, str):
+        if hasattr(attack, "init") and hasattr(attack, "step"):
+            raise ValueError(
+                f"{type(attack).__name__} is yet to be fitted: measure(..., "
+                "attacks=robust_ssl.attack(encoder, surrogate_images, attack=...))"
+            )
+        return attack
+    if attack == AUTOATTACK:
+        return autoattack.standard(linf, num_classes)
+    if attack in UNIVERSAL:
+        raise ValueError(
+            f"{attack!r} is one perturbation for all images, fitted before: measure(..., attacks="
+            f"robust_ssl.attack(encoder, surrogate_images, attack={attack!r}))"
+        )
+    if attack not in PER_IMAGE and ":" not in attack:
+        known = [*PER_IMAGE, AUTOATTACK]
+        raise ValueError(
+            f'no attack {attack!r}{near(attack, known)}; see robust_ssl.list("attacks")'
+        )
+    return Function.read(PER_IMAGE.get(attack, attack), f"attack {attack!r}")(linf)
+
+
+# --- Scoring and examining ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """A classifier and the images that it is measured on."""
+
+    classifier: Any
+    examples: Any
+    batch_size: int
+    key: jax.Array
+    parallel: Parallel
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every scoring is told."""
+        return {"key": self.key, "parallel": self.parallel}
+
+    def batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """Yields the images in order."""
+        devices = len(self.parallel.devices)
+        size = min(self.batch_size, -(-len(self.examples) // devices) * devices)
+        return data.epoch_batches(self.examples, size)
+
+    def score(self, group: Group, members: list[tuple[str, Any]], bar: Bar) -> Scored:
+        """Scores the attacks of a group, each by itself."""
+        results, done = {}, []
+        for name, value in members:
+            bar.update(bar.finished_steps, doing=name)
+            ensemble = isinstance(value, Mapping)
+            run: Callable = evaluation.score_in_turn if ensemble else evaluation.score
+            attacks = value if ensemble else {name: value}
+            results[name] = run(self.classifier, self.batches(), attacks, **self.shared)[
+                evaluation.WORST
+            ]
+            done.append(Member(name, None, value, 0.0, self._gradients(value)))
+            bar.update(bar.finished_steps + 1, doing=name)
+        worst = evaluation.worst_case(results.values())
+        return Scored(group, tuple(done), {**results, evaluation.WORST: worst})
+
+    def _gradients(self, value: Any) -> int:
+        """Input gradients over all images, at most: AutoAttack leaves out what has fallen."""
+        parts = (
+            [value] if not isinstance(value, Mapping) else [p for m in value.values() for p in m]
+        )
+        each = sum(getattr(part, "gradient_evaluations", 0) for part in parts)
+        return each * len(self.examples)
+
+    def examine(self, scored: Iterable[Scored]) -> Verdict:
+        """Says whether the figure can be believed: the one per image, of the largest budget.
+
+        Where no attack was per image, the examination's own PGD is looked at, at the budget of the
+        perturbations.
+        """
+        linf = [s for s in scored if s.group.threat == "Linf" and s.group.epsilon > 0]
+        if not linf:
+            reason = "Nothing was scored under Linf, which is what is examined."
+            return Verdict(checks.not_run(_EXAMINED, reason))
+        per_image = [s for s in linf if s.group.family != "universal"]
+        epsilon = max(s.group.epsilon for s in per_image or linf)
+        figures = [s for s in per_image if s.group.epsilon == epsilon]
+        spent = sum(m.gradient_evaluations for s in figures for m in s.members)
+        steps, queries, count = affordable(spent)
+        order = np.random.default_rng(20).permutation(len(self.examples))
+        rows = np.sort(order[:count])
+        batch, options = self.examples.read(rows), {}
+        if figures:
+            figure = evaluation.worst_case(s.worst for s in figures)
+            options = {"reported": figure.robust_correct[rows], "counts": figure.counts}
+        try:
+            return checks.examine(
+                self.classifier,
+                batch["images"],
+                batch["labels"],
+                threat=threats.Linf(epsilon),
+                key=self.key,
+                num_steps=steps,
+                num_queries=queries,
+                parallel=self.parallel,
+                **options,
+            )
+        except ValueError as error:  # the figures stand, whatever cannot be examined
+            return Verdict(checks.not_run(_EXAMINED, str(error)))

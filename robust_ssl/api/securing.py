@@ -1,0 +1,171 @@
+"""`secure`: an encoder and labelled images in, a fine-tuned classifier out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from robust_ssl import data
+from robust_ssl.api import inputs
+from robust_ssl.build import near
+from robust_ssl.experiment import Context, Plan, Recipe, linking
+from robust_ssl.experiment.sections import Training
+from robust_ssl.experiment.suites import InnerAttack
+from robust_ssl.experiment.train import load_trained
+from robust_ssl.parallel import Parallel
+from robust_ssl.progress import Progress
+from robust_ssl.recipes import pgd
+from robust_ssl.types import Classifier, Encoder
+
+_RECIPES = "robust_ssl.recipes:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given(Context):
+    """A run whose encoder and images are values, and not named by a config."""
+
+    given: Encoder
+    images: tuple[Any, Any]
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """What was given."""
+        return self.given
+
+    @functools.cached_property
+    def downstream(self) -> tuple[Any, Any]:
+        """Training and validation images."""
+        return self.images
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the images."""
+        return self.images[0].num_classes
+
+    @property
+    def own_builder(self) -> tuple[Callable[..., Encoder] | None, dict[str, Any]]:
+        """An encoder of another module is its own builder: it is never read from elsewhere."""
+        if type(self.given.module).__module__.startswith("robust_ssl.models"):
+            return None, {}
+        return lambda key: self.given, {}
+
+
+def secure(
+    encoder: Any,
+    images: Any,
+    labels: Any = None,
+    *,
+    recipe: Any = "gen_af",
+    head: Any = "mlp",
+    epsilon: float = 8 / 255,
+    epochs: int = 8,
+    batch_size: int = 64,
+    validation: float = 0.1,
+    seed: int = 0,
+    parallel: Parallel | None = None,
+    progress: str = "auto",
+    **options: Any,
+) -> Classifier:
+    """Fine-tunes an encoder into a classifier by a recipe, and keeps the best epoch.
+
+    It is the stage `train` of a run: the same seed gives the same weights.  What the recipe starts
+    from is made first; nothing is left on disk.
+
+    Args:
+      encoder: An `Encoder`, a shipped name, or a path.
+      images: ``uint8`` or float in [0, 1], ``[n, H, W, 3]``; `data.Examples`; or a name, such as
+        ``"digits"``, whose training split is taken.
+      labels: Integers ``[n]``; None where `images` has its own.
+      recipe: A name of ``robust_ssl.list("recipes")``, ``"module:function"``, or a mapping of
+        entries of `experiment.Recipe`.
+      head: ``"mlp"``, ``"linear"``, or the name of a function of the number of classes.
+      epsilon: Budget of every attack of training and validation, pixel units.
+      epochs: Passes over the images, of each recipe on the way.
+      batch_size: Images of an update.
+      validation: Share of the images by which epochs are chosen.
+      seed: Of the head's first weights, the batches and the keys.
+      parallel: The devices; None is the first one.
+      progress: ``"auto"``, or ``"quiet"`` for none.
+      **options: Options and entries of this recipe alone, for example ``adv_ratio=0.5``.
+
+    Returns:
+      The classifier: call it on pixels in [0, 1], save it with `robust_ssl.save_classifier`.
+
+    Raises:
+      ValueError: If there is no such recipe, an option is wrong, or images do not fit the encoder.
+      FloatingPointError: If training had no finite update.
+
+    Example:
+      >>> net = secure("simclr-cifar10-r18w24", "digits", recipe="linear_probe", epochs=1,
+      ...              progress="quiet")
+      >>> net.num_classes
+      10
+    """
+    encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"only a robust_ssl.Encoder can be trained, got {type(encoder).__name__}")
+    examples = inputs.examples_of(images, labels, encoder.image_size, "train")
+    left = len(examples) - round(len(examples) * validation)
+    common = {"epochs": epochs, "batch_size": max(1, min(batch_size, left)), "head": head}
+    name, recipes = _recipes(recipe, options, common, epsilon)
+    if not examples.class_names:
+        raise ValueError("labels are needed to train a head: secure(encoder, images, labels)")
+    parts = data.carve(examples, validation, seed=seed)
+    for each in recipes.values():
+        linking.check_against(each, encoder, f"recipe {each.name}")
+    attack = InnerAttack.read(pgd(epsilon), "validation")
+    plan = Plan(stages=("train",), seed=seed, recipes=recipes, training=Training(validation=attack))
+    with tempfile.TemporaryDirectory(prefix="robust_ssl-") as folder:
+        run = _Given(
+            plan=plan,
+            workdir=pathlib.Path(folder),
+            parallel=parallel,
+            progress=Progress(progress),
+            given=encoder,
+            images=parts,
+        )
+        return load_trained(run, recipes[name], seed)
+
+
+def _recipes(
+    recipe: Any, options: Mapping[str, Any], common: Mapping[str, Any], epsilon: float
+) -> tuple[str, dict[str, Recipe]]:
+    """Returns the recipe's name, and it with all that it is made from."""
+    if isinstance(recipe, Mapping):
+        name, value = "mine", {**recipe, **options}
+    else:
+        name, value = recipe.rpartition(":")[2], {"function": _function(recipe), **options}
+    whole, missing = {}, {name: value}
+    while missing:
+        other, value = missing.popitem()
+        whole[other] = entries = _entries(value, common, epsilon, other)
+        needed = [*entries.get("members", ()), *filter(None, [entries.get("start")])]
+        missing |= {n: {"function": _function(n)} for n in needed if n not in whole}
+    return name, linking.link(whole, "recipes")
+
+
+def _function(name: str) -> str:
+    from robust_ssl import recipes
+
+    if ":" in name:
+        return name
+    if name not in recipes.__all__:
+        raise ValueError(
+            f'no recipe {name!r}{near(name, recipes.__all__)}; see robust_ssl.list("recipes")'
+        )
+    return f"{_RECIPES}{name}"
+
+
+def _entries(
+    value: Mapping[str, Any], common: Mapping[str, Any], epsilon: float, name: str
+) -> dict[str, Any]:
+    """Returns all entries of a recipe, its attack at the one budget."""
+    where = f"recipe {name}"
+    entries = linking.entries_of(value, common, where)
+    if entries.get("attack"):
+        entries["attack"] = {**entries["attack"], "epsilon": epsilon}
+    return entries

@@ -1,0 +1,311 @@
+"""The three calls: what they return, that they are what a run does, and what people guess first."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import robust_ssl
+from robust_ssl import attacks, data, experiment, models, progress, threats
+from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
+from robust_ssl.attacks import UniversalPerturbation
+from robust_ssl.experiment.train import load_trained
+from robust_ssl.parallel import Parallel
+from robust_ssl.workdir import fingerprint
+
+QUIET = {"progress": "quiet"}
+SMALL = {"epochs": 1, "batch_size": 16, "head": "linear", **QUIET}
+INNER = {"attack": {"num_steps": 1}}
+
+
+@pytest.fixture(scope="module")
+def perturbation():
+    images, _ = tiny.images()
+    return robust_ssl.attack(tiny.encoder(), images, num_steps=3, batch_size=16, **QUIET)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return models.classifier(jax.random.key(0), tiny.encoder(), 4, head="linear")
+
+
+# --- attack -------------------------------------------------------------------------------------
+
+
+def test_a_perturbation_keeps_its_budget_and_is_applied_to_any_images(perturbation):
+    images, _ = tiny.images("test", n=5)
+    attacked = perturbation.apply(images)
+    assert attacked.shape == (5, 8, 8, 3) and attacked.dtype == np.float32
+    assert np.abs(attacked - images / 255).max() <= 10 / 255 + 1e-6
+    assert np.abs(attacked - images / 255).max() > 9 / 255
+    np.testing.assert_array_equal(perturbation.apply(images[0]), attacked[0])
+    # Floats are not rounded to 8 bits.
+    fine = np.full((1, 8, 8, 3), 0.5001, np.float32)
+    np.testing.assert_allclose(
+        perturbation.apply(fine)[0] - fine[0], perturbation.numpy(), atol=1e-6
+    )
+
+
+def test_a_perturbation_is_what_a_fit_returns(perturbation):
+    images, _ = tiny.images()
+    keys, epsilons = attacks.members(seeds=[0], epsilons=[10 / 255])
+    parallel = Parallel.create(num_devices=1)
+    batches = data.Batches(data.from_arrays(images), 16, seed=0, stage="attack", parallel=parallel)
+    fitted = attacks.fit(
+        attacks.UniversalPGD(),
+        tiny.encoder(),
+        [{"images": np.asarray(batches(step)["images"], np.float32) / 255} for step in range(3)],
+        keys=keys,
+        epsilons=epsilons,
+        image_shape=(8, 8, 3),
+        parallel=parallel,
+    )
+    np.testing.assert_allclose(perturbation.numpy(), fitted.member(0).delta, atol=1e-6)
+    np.testing.assert_allclose(perturbation.curve, fitted.curve[:, 0], rtol=1e-5)
+
+
+def test_a_perturbation_is_saved_loaded_resized_and_drawn(perturbation, tmp_path):
+    perturbation.save(tmp_path / "p.npz")
+    loaded = robust_ssl.Perturbation.load(tmp_path / "p.npz")
+    np.testing.assert_array_equal(loaded.numpy(), perturbation.numpy())
+    assert repr(loaded) == "Perturbation('universal_pgd', 8x8 pixels, budget 10/255)"
+    assert loaded.resized(16).numpy().shape == (16, 16, 3)
+    perturbation.plot(tiny.images("test", n=3)[0]).savefig(tmp_path / "images.png")
+    perturbation.plot().savefig(tmp_path / "alone.png")
+    assert (tmp_path / "images.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", sorted(UNIVERSAL))
+def test_every_universal_attack_has_its_name(name):
+    value = robust_ssl.api.attacking.universal_attack(name, {})
+    assert value.name == name
+    assert {*UNIVERSAL} == {
+        kind().name
+        for kind in vars(attacks).values()
+        if isinstance(kind, type) and hasattr(kind, "init") and hasattr(kind, "delta")
+        if kind is not attacks.UniversalAttack
+    }
+
+
+def test_other_threats_and_options(perturbation):
+    images, _ = tiny.images()
+    patch = robust_ssl.attack(
+        tiny.encoder(),
+        images,
+        epsilon=0.1,
+        threat=threats.Patch,
+        num_steps=1,
+        batch_size=8,
+        **QUIET,
+    )
+    assert patch.epsilon == pytest.approx(0.1) and "10 % of the area" in repr(patch)
+    value = attacks.UniversalPGD(step_size=0.01)
+    by_value = robust_ssl.attack(
+        tiny.encoder(), images, attack=value, num_steps=3, batch_size=16, **QUIET
+    )
+    by_name = robust_ssl.attack(
+        tiny.encoder(), images, step_size=0.01, num_steps=3, batch_size=16, **QUIET
+    )
+    np.testing.assert_array_equal(by_value.numpy(), by_name.numpy())
+    assert not np.array_equal(by_value.numpy(), perturbation.numpy())
+
+
+# --- measure ------------------------------------------------------------------------------------
+
+
+def test_a_result_counts_what_is_right(classifier, perturbation):
+    images, labels = tiny.images("test", n=10)
+    result = robust_ssl.measure(
+        classifier, images, labels, attacks=[perturbation, "fgsm"], examine=False, **QUIET
+    )
+    right = np.asarray(classifier(images / np.float32(255)).logits).argmax(1) == labels
+    attacked = np.round(perturbation.apply(images) * 255) / np.float32(255)
+    after = np.asarray(classifier(attacked.astype("f4")).logits).argmax(1) == labels
+    assert result.clean_accuracy == right.mean()
+    rows = {row.attack: row for row in result.rows}
+    assert rows["universal_pgd"].accuracy == after.mean()
+    assert result.robust_accuracy <= min(row.accuracy for row in result.rows)
+    assert list(rows) == ["none", "universal_pgd", "fgsm", "worst case per image"]
+    assert rows["fgsm"].budget == "10/255"  # of the perturbation
+    assert result.verdict.word == "not examined"
+
+
+def test_a_result_is_shown_and_written(classifier, tmp_path):
+    images, labels = tiny.images("test", n=8)
+    result = robust_ssl.measure(classifier, images, labels, attacks={"<b>": "fgsm"}, **QUIET)
+    assert "8/255" in repr(result) and result.verdict.word in repr(result)
+    assert "&lt;b&gt;" in result._repr_html_() and "<b>" not in result._repr_html_()
+    result.to_json(tmp_path / "result.json")
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["worst"]["n"] == 8 and document["results"][0]["attack"] == "<b>"
+    assert document["verdict"]["verdict"] == result.verdict.word != "not examined"
+    assert len(document["verdict"]["checks"]) > 15
+
+
+@pytest.mark.slow
+def test_autoattack_is_one_line(classifier):
+    images, labels = tiny.images("test", n=8)
+    result = robust_ssl.measure(
+        classifier, images, labels, attacks="autoattack", examine=False, **QUIET
+    )
+    assert [row.attack for row in result.rows] == ["none", "autoattack"]
+    [entry] = result.as_dict()["results"]
+    assert entry["family"] == "autoattack" and entry["gradient_evaluations"] > 1000
+
+
+# --- secure -------------------------------------------------------------------------------------
+
+
+def test_securing_is_the_stage_train_of_a_run(tmp_path):
+    images, labels = tiny.images()
+    secured = robust_ssl.secure(
+        tiny.encoder(), images, labels, recipe="pgd_at", validation=0.25, **SMALL, **INNER
+    )
+    config = {
+        "stages": ["train"],
+        "encoder": "tiny:encoder",
+        "downstream": {"function": "tiny:images", "validation": 0.25},
+        "common": {"epochs": 1, "batch_size": 16, "head": "linear"},
+        "recipes": {"pgd_at": {"function": "robust_ssl.recipes:pgd_at", **INNER}},
+    }
+    run = experiment.Context(
+        experiment.plan(config),
+        tmp_path,
+        Parallel.create(num_devices=1),
+        progress.Progress("quiet"),
+    )
+    trained = load_trained(run, run.plan.recipes["pgd_at"], 0)
+    assert fingerprint(secured.variables) == fingerprint(trained.variables)
+
+
+@pytest.mark.slow
+def test_gen_af_brings_its_first_stage():
+    images, labels = tiny.images()
+    small = {**SMALL, "num_steps": 1, "select": {"layers": 1}}  # of three
+    secured = robust_ssl.secure(tiny.encoder(), images, labels, recipe="gen_af", **small)
+    assert secured.num_classes == 4
+
+
+def test_a_recipe_of_ones_own_is_a_mapping():
+    images, labels = tiny.images()
+    losses = {"mine": "robust_ssl.losses:clean_cross_entropy"}
+    secured = robust_ssl.secure(
+        tiny.encoder(), images, labels, recipe={"losses": losses, "best": "last"}, **SMALL
+    )
+    fresh = models.classifier(jax.random.key(1), tiny.encoder(), 4, head="linear")
+    assert fingerprint(secured.encoder.variables) != fingerprint(fresh.encoder.variables)
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_name_has_a_purpose(kind):
+    names = robust_ssl.list(kind)
+    assert len(names) >= 2 and all(names.purposes.values())
+    assert "(no docstring)" not in names.purposes.values()
+    assert repr(names).count("\n") == len(names) - 1
+
+
+def test_every_attack_on_single_images_is_listed():
+    named = {path.rpartition(":")[2] for path in PER_IMAGE.values()}
+    unlisted = {"DriftPGD", "TDAA"}  # which need a source, and a target image
+    assert named | unlisted == {"FGSM", "PGD", "APGD", "FABT", "Square", "EmbedAttack", *unlisted}
+
+
+# --- what people guess first --------------------------------------------------------------------
+
+IMAGES, LABELS = tiny.images("test", n=4)
+CALLS = {
+    "budget in a universal attack": (
+        lambda _: attacks.UniversalPGD(epsilon=8 / 255),
+        "UniversalPGD takes no 'epsilon'.*robust_ssl.attack\\(encoder, images, attack=Univ",
+    ),
+    "budget in PGD": (lambda _: attacks.PGD(eps=8 / 255), "threat=robust_ssl.threats.Linf"),
+    "misspelt field": (lambda _: attacks.UniversalPGD(step_sise=1), "did you mean 'step_size'"),
+    "a name that is not there": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, attack="universal_pdg"),
+        "did you mean 'universal_pgd'.*robust_ssl.list",
+    ),
+    "a per-image attack on an encoder": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, attack="pgd"),
+        "measure\\(classifier, images, labels, attacks='pgd'\\)",
+    ),
+    "a universal attack on a classifier": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks="uap"),
+        "robust_ssl.attack\\(encoder, surrogate_images, attack='uap'\\)",
+    ),
+    "an unfitted attack": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=attacks.UniversalPGD()),
+        "yet to be fitted",
+    ),
+    "no labels": (lambda net: robust_ssl.measure(net, IMAGES), "labels are needed"),
+    "too large a label": (
+        lambda net: robust_ssl.measure(net, IMAGES, [0, 1, 2, 9]),
+        "label 9, and the classifier has 4 classes",
+    ),
+    "an encoder to measure": (
+        lambda _: robust_ssl.measure(tiny.encoder(), IMAGES, LABELS),
+        "put a head on it",
+    ),
+    "a recipe that is not there": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, recipe="gen_fa"),
+        "did you mean 'gen_af'.*robust_ssl.list",
+    ),
+    "an option that is not there": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, recipe="trades", epoch=3),
+        "epoch",
+    ),
+    "another size": (
+        lambda net: robust_ssl.measure(net, np.zeros((4, 9, 9, 3), np.uint8), LABELS),
+        "resize them: robust_ssl.data.load\\(\\(images, labels\\), image_size=8\\)",
+    ),
+    "pixels of 0 to 255": (
+        lambda net: robust_ssl.measure(net, IMAGES.astype(np.float32), LABELS),
+        "divide by 255",
+    ),
+    "an encoder's class": (lambda _: robust_ssl.attack(robust_ssl.Encoder, IMAGES), "shipped name"),
+    "a kind that is not there": (lambda _: robust_ssl.list("attack"), "did you mean 'attacks'"),
+}
+
+
+@pytest.mark.parametrize("guess", CALLS)
+def test_a_guess_is_answered(guess, classifier):
+    call, message = CALLS[guess]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(classifier)
+
+
+def test_progress_in_a_notebook_is_one_line_that_is_written_over(monkeypatch):
+    lines = []
+
+    class Handle:
+        def update(self, line, raw):
+            lines[-1] = line["text/plain"]
+
+    def display(line, raw, display_id):
+        lines.append(line["text/plain"])
+        return Handle()
+
+    shell = types.SimpleNamespace(kernel=None)
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(progress.sys.modules, "IPython", ipython)
+    monkeypatch.setitem(
+        progress.sys.modules, "IPython.display", types.SimpleNamespace(display=display)
+    )
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0.0)
+    with progress.Progress().stage("fit", 4) as bar:
+        bar.update(1, loss=2.0)
+        bar.update(2, loss=1.0)
+        assert len(lines) == 1 and lines[0].startswith("fit █████")
+        bar.update(4, loss=0.5)
+    assert len(lines) == 1 and lines[0].startswith("fit: 4/4 steps in ")
+
+
+def test_a_perturbation_can_be_measured_as_a_value(classifier, perturbation):
+    value = UniversalPerturbation(perturbation.value.delta, threats.Linf(10 / 255), name="mine")
+    result = robust_ssl.measure(classifier, IMAGES, LABELS, attacks=value, examine=False, **QUIET)
+    assert [row.attack for row in result.rows] == ["none", "mine"]
