@@ -1,11 +1,9 @@
 """Settings of the documentation site.
 
     pip install -e '.[docs]'
-    sphinx-build -W --keep-going -b html docs site
-    sphinx-build -W --keep-going -b html -D language=ja docs site/ja
+    docs/build site
 
-Nothing is fetched while the site is built, and nothing while it is read.  The Japanese site has
-its task pages in Japanese.
+Nothing is fetched while the site is built, and nothing while it is read.
 """
 
 import pathlib
@@ -14,7 +12,7 @@ import sys
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
-from setup import HOME  # of the repository
+from setup import HOME  # noqa: E402  # of the repository
 
 project = "robust_ssl"
 author = "the robust_ssl authors"
@@ -57,10 +55,14 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 
-# Languages
+# Languages: docs/build says what is translated.
 locale_dirs = ["locale"]
 gettext_compact = False
-gettext_uuid = False
+gettext_location = False
+if tags.has("translated"):  # noqa: F821  # Sphinx puts it here
+    extensions = [name for name in extensions if name not in ("autoapi.extension", "reference")]
+    exclude_patterns += ["api.md"]
+    suppress_warnings += ["toc.not_readable"]  # of this one; the English build looks at all
 
 # Looks
 html_theme = "sphinx_book_theme"
@@ -69,6 +71,14 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
+html_sidebars = {
+    "**": [
+        "navbar-logo.html",
+        "language.html",
+        "search-button-field.html",
+        "sbt-sidebar-nav.html",
+    ]
+}
 html_show_sourcelink = False
 html_theme_options = {
     "repository_url": HOME,

@@ -9,7 +9,9 @@ import jax
 import pytest
 
 import robust_ssl
-from robust_ssl import data
+from robust_ssl import data, models, settings, weights
+from robust_ssl.cli import main
+from robust_ssl.cli.flags import take_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/tasks").glob("*.md"))
@@ -29,6 +31,13 @@ def _small(text):
     return text
 
 
+def _encoder(name):
+    """A network that compiles quickly, in place of a shipped one."""
+    return models.vision_transformer(
+        jax.random.key(0), width=16, heads=2, depth=2, patch_size=16, image_size=32
+    )
+
+
 @pytest.fixture
 def smoke(monkeypatch, tmp_path):
     """Few images and steps, in an empty folder."""
@@ -40,6 +49,15 @@ def smoke(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "digits", few)
     quick = functools.partial(robust_ssl.attack, num_steps=2)
     monkeypatch.setattr(robust_ssl, "attack", quick, raising=False)
+    load = weights.load_encoder
+    shipped = set(weights.list_encoders())
+    for module in (weights, robust_ssl):
+        monkeypatch.setattr(
+            module,
+            "load_encoder",
+            lambda name, **options: _encoder(name) if name in shipped else load(name, **options),
+            raising=False,
+        )
     monkeypatch.chdir(tmp_path)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of it
     yield
@@ -61,6 +79,19 @@ def test_python_blocks_run_in_order(page, smoke):
         exec(code, names)
 
 
-def _commands(page):
-    lines = "\n".join(_blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("robust-ssl ")]
+def _commands():
+    for page in PAGES:
+        text = "\n".join(_blocks(page, "bash")).replace("\\\n", " ")
+        for line in filter(None, text.splitlines()):
+            yield pytest.param(line, id=f"{page.stem}: {' '.join(line.split())[:60]}")
+
+
+@pytest.mark.parametrize("line", list(_commands()))
+def test_commands_are_understood(line):
+    program, *argv = shlex.split(line)
+    assert program == "robust-ssl"
+    arguments, unknown = main._parser().parse_known_args(argv)
+    overrides = take_settings(arguments, unknown, argv)
+    configs = getattr(arguments, "config", [])
+    for config in [configs] if isinstance(configs, str) else configs:
+        settings.load_config(config, overrides)

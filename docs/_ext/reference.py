@@ -1,10 +1,13 @@
 """The API reference: which modules have a page, and the signatures of dataclasses."""
 
 import ast
+import pathlib
 
+ROOT = pathlib.Path(__file__).parents[2]
 # Those whose names are meant to be imported.  What they import from others has its page here.
 PUBLIC = (
     "robust_ssl",
+    "robust_ssl.api",
     "robust_ssl.attacks",
     "robust_ssl.attacks.autoattack",
     "robust_ssl.build",
@@ -66,6 +69,31 @@ def fields(cls) -> str:
     return ", ".join(arguments)
 
 
+def homes() -> dict[str, str]:
+    """Returns the names of `robust_ssl` itself, which it imports late, and where each is described.
+
+    Example:
+      >>> homes()["Encoder"]
+      'robust_ssl.types.Encoder'
+    """
+    tree = ast.parse((ROOT / "robust_ssl/__init__.py").read_text(encoding="utf-8"))
+    values = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    modules = ast.literal_eval(values["_HOMES"])
+    renamed = {"list": "list_names"}
+    return {
+        name: f"robust_ssl.{module}.{renamed.get(name, name)}" for name, module in modules.items()
+    }
+
+
+def _prepare(environment):
+    environment.filters["fields"] = fields
+    environment.globals["homes"] = homes()
+
+
 def _skip(app, what, name, obj, skip, options):
     if what in ("module", "package"):
         return name not in PUBLIC
@@ -73,7 +101,7 @@ def _skip(app, what, name, obj, skip, options):
 
 
 def setup(app):
-    """Leaves out modules that are not public, and gives the templates the filter `fields`."""
-    app.config.autoapi_prepare_jinja_env = lambda env: env.filters.update(fields=fields)
+    """Leaves out modules that are not public, and gives the templates `fields` and `homes`."""
+    app.config.autoapi_prepare_jinja_env = _prepare
     app.connect("autoapi-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -49,13 +49,14 @@ def on_site(place: str) -> str | None:
     return f"{COPIES}/{place}" if place in copied() else None
 
 
-def site_link(page: str, link: str, url: str) -> str:
+def site_link(page: str, link: str, url: str, has_api: bool = True) -> str:
     """Returns a link as the site needs it.
 
     Args:
       page: The page that has the link, as a path of the repository.
       link: What is written there.
       url: Of the repository, for files that have no page.
+      has_api: Whether the site has the API reference.
 
     Example:
       >>> site_link("docs/attacks.md", "../CHANGELOG.md#changed", "https://here")
@@ -68,7 +69,7 @@ def site_link(page: str, link: str, url: str) -> str:
     if not path or ":" in path or not (ROOT / place).exists():
         return link
     target = on_site(place)
-    if target is None:
+    if target is None or (not has_api and (place.endswith(".py") or target == "api.md")):
         return f"{url}/blob/main/{place}"
     return posixpath.relpath(target, posixpath.dirname(on_site(page))) + mark + anchor
 
@@ -85,7 +86,8 @@ def _rewrite_links(app, docname, source):
     path = pathlib.Path(app.env.doc2path(docname)).relative_to(app.srcdir).as_posix()
     page = path.removeprefix(f"{COPIES}/") if path.startswith(f"{COPIES}/") else f"docs/{path}"
     url = app.config.html_theme_options["repository_url"]
-    source[0] = _LINK.sub(lambda match: site_link(page, match[0], url), source[0])
+    has_api = "autoapi.extension" in app.extensions
+    source[0] = _LINK.sub(lambda match: site_link(page, match[0], url, has_api), source[0])
 
 
 def setup(app):
