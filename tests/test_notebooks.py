@@ -1,4 +1,4 @@
-"""Each notebook runs from its first cell to its last, with tiny settings, in a kernel of its own."""
+"""Each notebook runs from first to last cell, with tiny settings, in a kernel of its own."""
 
 import os
 import pathlib

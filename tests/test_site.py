@@ -1,5 +1,6 @@
 """Links of the pages hold in the repository, and the site turns them into its own."""
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -72,3 +73,35 @@ def test_reference_names_modules_that_say_what_they_export():
     for name in _extension("reference").PUBLIC:
         assert importlib.util.find_spec(name), name
         assert (importlib.import_module(name).__doc__ or "").strip(), name
+
+
+TASKS = sorted((ROOT / "docs/tasks").glob("*.md"))
+CATALOGS = ROOT / "docs/locale/ja/LC_MESSAGES/tasks"
+ENTRY = re.compile(r'^msgid ((?:".*"\n)+)msgstr ((?:".*"\n)+)', re.MULTILINE)
+
+
+def _catalog(page):
+    """Returns the Japanese of a page by its English."""
+    text = (CATALOGS / f"{page.stem}.po").read_text(encoding="utf-8")
+    assert "#, fuzzy" not in text.partition("\n\n")[2], "a translation is to be looked at again"
+    pairs = [[ast.literal_eval(f"({lines})") for lines in pair] for pair in ENTRY.findall(text)]
+    return {english: japanese for english, japanese in pairs if english}
+
+
+def _sentences(page):
+    """Returns the paragraphs, headings and cells of a page that have words."""
+    for block in FENCE.sub("", page.read_text(encoding="utf-8")).split("\n\n"):
+        lines = block.strip().splitlines()
+        cells = [cell for line in lines for cell in line.strip("|").split("|")]
+        table = block.lstrip().startswith("|")
+        for text in cells if table else [" ".join(lines)]:
+            plain = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
+            if re.search("[a-z]{3} [a-z]", plain):
+                yield text.strip("# ")
+
+
+@pytest.mark.parametrize("page", TASKS, ids=lambda page: page.stem)
+def test_every_sentence_of_a_task_page_has_its_japanese(page):
+    catalog = _catalog(page)
+    missing = [text for text in _sentences(page) if not catalog.get(text)]
+    assert not missing, f"run docs/build --catalogs, and translate: {missing}"
