@@ -38,6 +38,7 @@ def _run(path, scratch):
         # Another process: it shares the tests' compilation cache, but not their settings.
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of it
         "TMPDIR": str(scratch),  # where a notebook makes its folders
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
