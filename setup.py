@@ -114,7 +114,9 @@ if __name__ == "__main__":
                 "myst-nb",
                 "sphinx-book-theme",
                 "sphinx-autoapi",
+                "sphinx-copybutton",
                 "sphinx-intl",
+                "docutils>=0.22",  # which reads formulas
             ],
             "completion": ["shtab>=1.7"],
             # Where `robust-ssl track` sends the metrics of a run.

@@ -1,0 +1,97 @@
+"""Every block of code on the task pages is run, or at least read, as it stands there."""
+
+import functools
+import pathlib
+import re
+import shlex
+
+import jax
+import pytest
+
+import robust_ssl
+from robust_ssl import data, models, settings, weights
+from robust_ssl.cli import main
+from robust_ssl.cli.flags import take_settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs/tasks").glob("*.md"))
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The pages have sizes that mean something; here they only have to run.
+SMOKE = {r"\bnum_steps=\d+": "num_steps=2", r"\bepochs=\d+": "epochs=1"}
+
+
+def _blocks(page, language):
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [text for of, text in blocks if of == language]
+
+
+def _small(text):
+    for pattern, size in SMOKE.items():
+        text = re.sub(pattern, size, text)
+    return text
+
+
+def _encoder(name):
+    """A network that compiles quickly, in place of a shipped one."""
+    return models.vision_transformer(
+        jax.random.key(0), width=16, heads=2, depth=2, patch_size=16, image_size=32
+    )
+
+
+@pytest.fixture
+def smoke(monkeypatch, tmp_path):
+    """Few images and steps, in an empty folder."""
+    digits = data.digits
+
+    def few(split="train", *, image_size=32):
+        return digits(split, image_size=image_size).subset(80 if split == "train" else 40, 0)
+
+    monkeypatch.setattr(data, "digits", few)
+    quick = functools.partial(robust_ssl.attack, num_steps=2)
+    monkeypatch.setattr(robust_ssl, "attack", quick, raising=False)
+    load = weights.load_encoder
+    shipped = set(weights.list_encoders())
+    for module in (weights, robust_ssl):
+        monkeypatch.setattr(
+            module,
+            "load_encoder",
+            lambda name, **options: _encoder(name) if name in shipped else load(name, **options),
+            raising=False,
+        )
+    monkeypatch.chdir(tmp_path)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of it
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of torch
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page, smoke):
+    if "import torch" in page.read_text(encoding="utf-8"):
+        pytest.importorskip("torch")
+    names = {"__name__": page.stem}
+    for number, text in enumerate(_blocks(page, "python"), start=1):
+        file = re.match(r"# (\w+\.py)\n", text)
+        if file:
+            pathlib.Path(file[1]).write_text(text, encoding="utf-8")
+        code = compile(_small(text), f"{page.name}, python block {number}", "exec")
+        exec(code, names)
+
+
+def _commands():
+    for page in PAGES:
+        text = "\n".join(_blocks(page, "bash")).replace("\\\n", " ")
+        for line in filter(None, text.splitlines()):
+            yield pytest.param(line, id=f"{page.stem}: {' '.join(line.split())[:60]}")
+
+
+@pytest.mark.parametrize("line", list(_commands()))
+def test_commands_are_understood(line):
+    program, *argv = shlex.split(line)
+    assert program == "robust-ssl"
+    arguments, unknown = main._parser().parse_known_args(argv)
+    overrides = take_settings(arguments, unknown, argv)
+    configs = getattr(arguments, "config", [])
+    for config in [configs] if isinstance(configs, str) else configs:
+        settings.load_config(config, overrides)
