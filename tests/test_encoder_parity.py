@@ -64,7 +64,7 @@ def check(case, path, expected, **named):
     return encoder
 
 
-# --- timm -----------------------------------------------------------------------------------------
+# --- timm ---
 
 TIMM = {
     "plain": {},
@@ -126,7 +126,7 @@ def test_timm_variants_with_a_plain_networks_tensors_are_refused(kind, tmp_path)
         weights.import_encoder(path, **NAMED, image_size=64)
 
 
-# --- positions, by torch's own function -------------------------------------------------------------
+# --- positions, by torch's own function ---
 
 
 @pytest.mark.parametrize("old,new", [(37, 16), (37, 7), (37, 24), (14, 20), (8, 3)])
@@ -145,7 +145,7 @@ def test_positions_are_torchs(old, new, resizing):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-# --- open_clip, torchvision -------------------------------------------------------------------------
+# --- open_clip, torchvision ---
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -176,7 +176,7 @@ def test_torchvision_vit(tmp_path):
     check("torchvision ViT", save(model.state_dict(), tmp_path), expected, heads=2)
 
 
-# --- transformers -----------------------------------------------------------------------------------
+# --- transformers ---
 
 
 def pooled(model, x):
@@ -239,4 +239,4 @@ def test_dinov3(gated, tmp_path):
     assert encoder.image_size == SIZE
 
 
-# --- ConvNeXt ---------------------------------------------------------------------------------------
+# --- ConvNeXt ---
