@@ -28,9 +28,12 @@ OFFLINE = [
     "downstream.source=robust_ssl.data:digits",
     "surrogate.source=robust_ssl.data:photo_crops",
 ]
-FEW = ["common.epochs=1", "common.batch_size=128", "suite.num_steps=2", "suite.curve=()"]
+FEW = [f"recipes.{name}.epochs=1" for name in ("baseline", "gen_af_stage1", "gen_af")]
+FEW += ["common.batch_size=128", "suite.num_steps=2"]
 LIMITS = ["downstream.train_limit=300", "downstream.test_limit=60", "surrogate.train_limit=128"]
 SMALL = [*FEW, *LIMITS, "--no-progress"]
+# Without the checkout, which is where the tests of this session may come from.
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 # By the longest beginning of a command: the command that is run for it, and what is added to make
 # it small.  None leaves the command as it is.
 COMMANDS = {
@@ -100,10 +103,14 @@ def test_commands_are_found():
 def built(tmp_path_factory):
     """The folder with sdist and wheel, the wheel made from the sdist as an installer would."""
     pytest.importorskip("build")
-    out = tmp_path_factory.mktemp("dist")
+    place = tmp_path_factory.mktemp("dist")
+    left_out = shutil.ignore_patterns(".git", "runs", "__pycache__", "*.egg-info", ".*_cache")
+    # A copy: building leaves files behind, by which an installer would take the checkout for it.
+    tree = shutil.copytree(ROOT, place / "tree", ignore=left_out)
+    out = place / "out"
     # Without isolation: setuptools is here, and nothing has to be fetched.
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ALONE)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -116,12 +123,14 @@ def python(built, tmp_path_factory):
     python = place / "bin" / "python"
     site = pathlib.Path(
         subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            text=True,
+            env=ALONE,
         ).strip()
     )
     [wheel] = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "-q"]
-    subprocess.run([*pip, str(wheel)], check=True)
+    subprocess.run([*pip, str(wheel)], check=True, env=ALONE)
     # A plain path: no .pth file of that folder is read, so no editable install is in the way.
     (site / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
@@ -131,8 +140,7 @@ def python(built, tmp_path_factory):
 def call(python, tmp_path_factory):
     """Runs a command in an empty folder, as somebody who has the wheel."""
     folder = tmp_path_factory.mktemp("empty")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
+    environment = {**ALONE, "PATH": f"{python.parent}{os.pathsep}{ALONE['PATH']}"}
 
     def call(command):
         done = subprocess.run(
