@@ -65,12 +65,14 @@ def test_a_file_is_what_ends_in_py_or_has_a_slash(tmp_path, seen):
         ("quickstrat", r"no shipped config 'quickstrat'; did you mean quickstart\?.*list configs"),
         ("configs/quickstart.py", "the shipped one is called quickstart"),
         ("common", "no shipped config 'common'"),
-        ("quickstart:epochs=2", "takes no arguments, got 'epochs=2'"),
+        ("mine/plain.py:epochs=2", "takes no arguments, got 'epochs=2'"),
         ("gen_af:epoch=2", r"^gen_af: unknown argument 'epoch'; did you mean epochs"),
         ("nowhere/mine.py", "no config file nowhere/mine.py"),
     ],
 )
-def test_an_unknown_name_is_told_with_near_ones(seen, name, message):
+def test_an_unknown_name_is_told_with_near_ones(seen, tmp_path, name, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plain.py").write_text("def get_config(): pass")
     with pytest.raises(settings.SettingsError, match=message):
         settings.load_config(name)
 

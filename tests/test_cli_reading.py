@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ import pytest
 
 import robust_ssl
 from robust_ssl import report
-from robust_ssl.cli import listing, main
+from robust_ssl.cli import flags, listing, main
 from robust_ssl.report import trackers
 from robust_ssl.report.metrics import read_metrics
 from robust_ssl.workdir import open_stage
@@ -461,6 +462,18 @@ def test_every_command_explains_itself(capsys):
         assert caught.value.code == 0
         out = capsys.readouterr().out
         assert "examples:" in out and "usage: robust-ssl" in out
+
+
+def test_the_page_of_the_command_line_has_every_command_as_it_is():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    for command in main._COMMANDS:
+        assert f"`{command}" in page, f"docs/command-line.md has nothing of {command}"
+    parser, lines = main._parser(), re.findall(r"^robust-ssl (.*)$", page, re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        argv = shlex.split(line.partition(" > ")[0])
+        arguments, unknown = parser.parse_known_args(argv)
+        flags.take_settings(arguments, unknown, argv)
 
 
 # --- What type checkers see -----------------------------------------------------------------------

@@ -368,6 +368,17 @@ def test_tfds_streams_what_is_large(tfds_dir):
     assert large.in_memory().fingerprint() == data.load("tiny", data_dir=tfds_dir).fingerprint()
 
 
+def test_a_platform_without_array_record_is_told_what_to_give(tfds_dir, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def missing(self, split, decoders):
+        raise ImportError("No module named 'array_record'")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"'tiny' needs the package array-record.*folder"):
+        data.load("tiny", data_dir=tfds_dir)
+
+
 def test_tfds_finds_its_folder_in_the_environment(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
     assert len(data.load("tiny", split="test")) == 3

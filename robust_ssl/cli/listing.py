@@ -129,7 +129,7 @@ def _data(data_dir: str | None = None) -> Lines:
     public = {one.name: one for one in _public_sets()}
     for name in sorted(here | public.keys()):
         size = _size(public[name]) if name in public else ""
-        place = f"[in {folder}]" if name in here else f"[robust-ssl data fetch {name}]"
+        place = f"[in {folder}]" if name in here else f"[robust-ssl data prepare {name}]"
         yield name, " ".join(filter(None, [size, place]))
 
 

@@ -45,6 +45,12 @@ def open_split(
             f"data set {name!r} in {str(folder)!r} is not stored as array_record, which reading "
             f"without TensorFlow needs; prepare it anew:\n  {_command(name, data_dir)} --overwrite"
         ) from error
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"reading the data set {name!r} needs the package array-record ({error}): pip install "
+            "array-record. There is none for Windows and for Macs before Apple's processors; "
+            "there, give a folder of pictures or a function as the source"
+        ) from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"data set {name!r} has no split {split!r}; its splits are "
