@@ -184,7 +184,7 @@ def _receive(response, url, part, have, size, report) -> None:
         got = start
         while True:
             try:
-                chunk = response.read(_CHUNK)
+                chunk = response.read1(_CHUNK)  # what is there, not a whole chunk or nothing
             except (OSError, http.client.HTTPException) as error:
                 raise _Broken(_reason(error)) from error
             if not chunk:
