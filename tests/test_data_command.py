@@ -85,6 +85,7 @@ def test_the_command_prepares_from_a_copy_and_says_what_it_made(tmp_path, capsys
     ("arguments", "message"),
     [
         (["prepare", "cifar11"], "unknown data set 'cifar11'; did you mean 'cifar10'"),
+        (["prepare", "CIFAR-10"], "did you mean 'cifar10'"),
         (["prepare", "cifar10", "--from", "/nowhere.zip"], "/nowhere.zip does not exist"),
         (["prepare", "cifar10", "--config.seed=1"], "there is no config here"),
     ],

@@ -48,6 +48,19 @@ def test_a_small_archive_that_grows_is_refused(tmp_path):
         matrices.load_matrices(folder / "bomb.mat", ("X",))
 
 
+def test_one_file_must_fit_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MEMBER_LIMIT", 1000)
+    files = {"train.bin": np.random.default_rng(0).bytes(1001)}
+    folder = stored(tmp_path, {"large.tgz": made.tar(files), "large.zip": made.zipped(files)})
+    with pytest.raises(ValueError, match="a file too large"):
+        archives.tar_files(folder / "large.tgz", set(files))
+    with (
+        pytest.raises(ValueError, match="a file too large"),
+        archives.zip_members(folder / "large.zip"),
+    ):
+        pass
+
+
 def test_links_and_names_that_lead_out_are_not_followed(tmp_path):
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
 GROWTH_LIMIT = 100  # times the archive's size; the sets of the table stay below two
+MEMBER_LIMIT = 2**28  # bytes of a file that is read at once; CIFAR-100's largest has 0.6 of it
 _SLACK = 2**22  # bytes that any archive may hold: a tar of a few records is mostly padding
 _DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile),
@@ -46,8 +47,8 @@ def limit_of(path: pathlib.Path) -> int:
 def refuse_growth(path: pathlib.Path) -> ValueError:
     """Returns the error for an archive that grows too much."""
     return ValueError(
-        f"{path} holds more than {GROWTH_LIMIT} times its own size; it is not the published file "
-        "and may be hostile: nothing of it is used"
+        f"{path} holds more than {GROWTH_LIMIT} times its own size, or a file too large to be of "
+        "the set; it is not the published file and may be hostile: nothing of it is used"
     )
 
 
@@ -109,7 +110,9 @@ def tar_files(path: pathlib.Path, names: Collection[str]) -> dict[str, bytes]:
     for name, file in tar_members(path):
         base = name.rpartition("/")[2]
         if base in names:
-            contents[base] = file.read()
+            contents[base] = file.read(MEMBER_LIMIT + 1)
+            if len(contents[base]) > MEMBER_LIMIT:
+                raise refuse_growth(path)
     missing = sorted(set(names) - set(contents))
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; it is not the published file")
@@ -129,7 +132,8 @@ def zip_members(path: pathlib.Path) -> Iterator[dict[str, Read]]:
     with naming(path), zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if not (m.is_dir() or _is_hidden(m.filename))]
         # Before anything is read: members may overlap, and each of them then counts.
-        if sum(member.file_size for member in members) > limit_of(path):
+        sizes = [member.file_size for member in members]
+        if sum(sizes) > limit_of(path) or max(sizes, default=0) > MEMBER_LIMIT:
             raise refuse_growth(path)
         if any(member.flag_bits & 1 for member in members):
             raise ValueError(f"{path} is encrypted; it is not the published file")

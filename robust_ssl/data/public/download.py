@@ -109,20 +109,23 @@ def download(
 @contextlib.contextmanager
 def _alone(part: pathlib.Path):
     """Keeps a second process from writing into the same part; one that is empty is not left."""
+    if fcntl is None:
+        yield
+        return
     with _writing(part):
         file = part.open("ab")
-    try:
-        if fcntl is not None:
+    with file:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise DownloadError(
-            f"another process is fetching {part}; wait until it is done, then run this again"
-        ) from error
-    finally:
-        file.close()
-        if part.exists() and not _length(part):
-            part.unlink()
+        except BlockingIOError as error:
+            raise DownloadError(
+                f"another process is fetching {part}; wait until it is done, then run this again"
+            ) from error
+        try:
+            yield
+        finally:
+            if part.exists() and not _length(part):
+                part.unlink()
 
 
 def _fetch(url, part, size, timeout, report) -> None:
@@ -184,7 +187,7 @@ def _receive(response, url, part, have, size, report) -> None:
         got = start
         while True:
             try:
-                chunk = response.read(_CHUNK)
+                chunk = response.read1(_CHUNK)  # what is there, not a whole chunk or nothing
             except (OSError, http.client.HTTPException) as error:
                 raise _Broken(_reason(error)) from error
             if not chunk:
