@@ -7,12 +7,11 @@ Nothing is fetched while the site is built, and nothing while it is read.
 """
 
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
-
-from setup import HOME  # noqa: E402  # of the repository
+sys.path.insert(0, str(HERE / "_ext"))
 
 project = "robust_ssl"
 author = "the robust_ssl authors"
@@ -81,7 +80,10 @@ html_sidebars = {
 }
 html_show_sourcelink = False
 html_theme_options = {
-    "repository_url": HOME,
+    # The address stands in one place.
+    "repository_url": re.search(
+        r'^HOME = "(.*)"', (HERE.parent / "setup.py").read_text(), re.MULTILINE
+    )[1],
     "repository_branch": "main",
     "path_to_docs": "docs",
     "use_repository_button": True,

@@ -1,6 +1,6 @@
 """What an attacker maximizes: ``AttackInputs -> scalar``, the mean over the batch.
 
-An objective is a plain function of named arrays, so one's own is written in a few lines:
+An objective is a plain function of named arrays, so one's own is written in a few lines::
 
     def towards_zero(inputs):
         return -jnp.mean(jnp.sum(inputs.adversarial.features**2, axis=-1))
