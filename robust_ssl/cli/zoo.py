@@ -16,6 +16,7 @@ from robust_ssl import experiment, settings, weights
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
+from robust_ssl.workdir import read_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -145,8 +146,8 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
     stage = work / "pretrain"
     for file in (stage / "encoder").iterdir():
         shutil.copyfile(file, folder / file.name)
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    epochs = [line for line in lines if "epoch" in json.loads(line)]
+    entries = read_metrics(stage / "metrics.jsonl")
+    epochs = [json.dumps(entry) for entry in entries if "epoch" in entry]
     (folder / "training_log.jsonl").write_text("\n".join(epochs) + "\n")
     card = weights.encoder_card(folder)
     text = json.dumps(card["card"].get("config", {}), indent=2)
