@@ -155,10 +155,19 @@ class _Reader:
         if isinstance(value, type) or callable(value):
             if self._is_users(value):
                 yield value
-        elif not path[0].startswith("__") and _is_plain(value):
-            filled = isinstance(value, list | dict | set)  # perhaps while running, as a cache is
-            text = _assignment(names, path[0]) if filled and len(path) == 1 else None
-            yield value if text is None else text
+        elif not path[0].startswith("__"):
+            yield from self._of_constant(names, path[0], value)
+
+    def _of_constant(self, names: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
+        if isinstance(value, list | dict | set):  # perhaps filled while running, as a cache is
+            text = _assignment(names, name) if value is names[name] else None
+            entries = value.values() if isinstance(value, dict) else value
+            yield from (entry for entry in entries if callable(entry) and self._is_users(entry))
+            if text is not None:
+                yield text
+                return
+        if _is_plain(value):
+            yield value
 
     def _is_users(self, value: Any) -> bool:
         module = sys.modules.get(_module_of(value))

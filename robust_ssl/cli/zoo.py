@@ -15,6 +15,7 @@ from robust_ssl import disk, experiment, settings, weights, words
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
+from robust_ssl.workdir import read_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -152,8 +153,8 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
     stage = work / "pretrain"
     for file in (stage / "encoder").iterdir():
         disk.replace(folder / file.name, file.read_bytes())
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    epochs = [line for line in lines if "epoch" in json.loads(line)]
+    entries = read_metrics(stage / "metrics.jsonl")
+    epochs = [json.dumps(entry) for entry in entries if "epoch" in entry]
     disk.replace(folder / "training_log.jsonl", "\n".join(epochs) + "\n")
     card = weights.encoder_card(folder)
     text = json.dumps(card["card"].get("config", {}), indent=2)

@@ -27,6 +27,7 @@ from robust_ssl.workdir.manifest import (
     versions,
     write_atomically,
 )
+from robust_ssl.workdir.metrics import read_metrics
 from robust_ssl.workdir.opening import check_left, open_stage
 from robust_ssl.workdir.paths import WorkdirError, workdir_path
 from robust_ssl.workdir.stage import StageDirectory
@@ -50,6 +51,7 @@ __all__ = [
     "make_directory",
     "open_stage",
     "read_manifest",
+    "read_metrics",
     "read_tree",
     "save_arrays",
     "sum_files",

@@ -149,7 +149,7 @@ class StageDirectory:
                 checkpointable_name=TREE,
                 custom_metadata=metadata,
             )
-        except OSError as error:
+        except Exception as error:  # a full disk is a ValueError of tensorstore's, too
             raise unwritable(self.checkpoints / str(step), error) from error
         self._saving.on_complete(lambda _: self._remove_old())
         self._saved_step = step

@@ -81,7 +81,8 @@ def campaign(case, nightly):
 def run(nightly=False, only="", minutes=None):
     """Runs the campaign; returns rows of name, tried, survived, and what went wrong."""
     rows, failures, end = [], [], None if minutes is None else time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp()  # no context: a forked process would remove it when it ends
+    try:
         case = Case(folder, nightly)
         for name, trials in campaign(case, nightly):
             if only not in name:
@@ -98,6 +99,8 @@ def run(nightly=False, only="", minutes=None):
             rows.append((name, tried, survived))
             spent = time.monotonic() - begun
             print(f"{name}: {survived} of {tried}, {spent:.0f} s", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return rows, failures
 
 

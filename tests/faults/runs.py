@@ -35,8 +35,8 @@ def get_config():
     stages = {stages}
     config = tiny_recipes.config({{"baseline": tiny_recipes.FROZEN}}, *stages)
     config.suite.attacks = {{"random_noise": tiny_recipes.ATTACKS + "RandomNoise"}}
-    config.scoring.adaptive = False
-    config.compare = None
+    config.scoring["adaptive"] = False
+    del config.compare
     return config
 """
 TRAIN, WHOLE = ("attack", "train"), ("attack", "train", "score")
