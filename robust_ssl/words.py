@@ -6,7 +6,6 @@ name ends, it must be read as it is: by a terminal, a spreadsheet, a Markdown pa
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from typing import Any
@@ -83,14 +82,6 @@ def encodable(text: str, encoding: str | None) -> str:
     """
     encoding = encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-class LogFormatter(logging.Formatter):
-    """Formats a record as `lines`, a traceback below it too."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Returns the record's text."""
-        return lines(super().format(record))
 
 
 def markdown(text: Any) -> str:

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import robust_ssl
 from robust_ssl import build, disk, settings, weights, working_directory
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.report import results
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # What is installed, what libraries try whether it is installed, and what Python itself looks for.
 PLANTED = (
@@ -322,3 +325,20 @@ def test_half_a_file_is_never_left_behind(tmp_path):
     finally:
         os.umask(umask)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640  # as any file that is made
+
+
+# ---------------------------------------------------------------------------- what we say of ours
+
+
+def test_every_shipped_encoder_says_its_license():
+    cards = sorted((ROOT / "robust_ssl" / "zoo").glob("*/README.md"))
+    assert [card.parent.name for card in cards] == weights.list_encoders()
+    for card in cards:
+        text = " ".join(card.read_text().split())
+        assert (
+            "Apache License 2.0" in text and "CIFAR-10, on which they were trained, has no" in text
+        )
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {robust_ssl.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -180,10 +180,12 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str, inert) -> 
     # An index is foreign data: "../" in it could read any file of this machine.
     outside = [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]
     if outside:
-        raise ValueError(f"{index} names files outside its folder: {outside}; do not use it")
+        raise ValueError(f"{index} names files outside its folder: {outside[:5]}; do not use it")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
-        raise ValueError(f"{index} names shards that are not beside it: {absent}; fetch them too")
+        raise ValueError(
+            f"{index} names shards that are not beside it: {absent[:5]}; fetch them too"
+        )
     total = sum((index.parent / name).stat().st_size for name in names)
     if total > disk.memory():
         raise ValueError(f"{index} and its shards have {total:,} bytes, more than there is memory")
