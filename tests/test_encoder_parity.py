@@ -56,7 +56,7 @@ def save(state, folder, wrap="", name="model.safetensors"):
 
 
 def check(case, path, expected, **named):
-    pixels = cases.images()
+    pixels = conv_images() if "image_size" in named else cases.images()
     encoder = weights.import_encoder(path, **{**NAMED, **named})
     error = cases.largest_error(encoder, expected, pixels)
     print(f"\n{case} ({weights.inspect_file(path, **{**NAMED, **named}).layout.name}): {error:.1e}")
@@ -64,7 +64,7 @@ def check(case, path, expected, **named):
     return encoder
 
 
-# --- timm ---
+# --- timm ----------------------------------------------------------------------------------------
 
 TIMM = {
     "plain": {},
@@ -126,7 +126,7 @@ def test_timm_variants_with_a_plain_networks_tensors_are_refused(kind, tmp_path)
         weights.import_encoder(path, **NAMED, image_size=64)
 
 
-# --- positions, by torch's own function ---
+# --- positions, by torch's own function ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("old,new", [(37, 16), (37, 7), (37, 24), (14, 20), (8, 3)])
@@ -145,7 +145,7 @@ def test_positions_are_torchs(old, new, resizing):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-# --- open_clip, torchvision ---
+# --- open_clip, torchvision ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
@@ -176,7 +176,7 @@ def test_torchvision_vit(tmp_path):
     check("torchvision ViT", save(model.state_dict(), tmp_path), expected, heads=2)
 
 
-# --- transformers ---
+# --- transformers --------------------------------------------------------------------------------
 
 
 def pooled(model, x):
@@ -239,4 +239,101 @@ def test_dinov3(gated, tmp_path):
     assert encoder.image_size == SIZE
 
 
-# --- ConvNeXt ---
+# --- ConvNeXt ------------------------------------------------------------------------------------
+
+DEPTHS, WIDTHS, CONV_SIZE = (2, 1, 2, 1), (8, 16, 12, 8), 64
+
+
+def conv_images():
+    return np.random.default_rng(0).uniform(size=(2, CONV_SIZE, CONV_SIZE, 3)).astype(np.float32)
+
+
+def watched_convnext(model, stem, stages, features, pixels):
+    taps = {}
+
+    def keep(name):
+        return lambda module, inputs, output: taps.__setitem__(
+            name, output.permute(0, 2, 3, 1).clone().numpy()
+        )
+
+    stem.register_forward_hook(keep("stem"))
+    for s, blocks in enumerate(stages, 1):
+        for b, block in enumerate(blocks, 1):
+            block.register_forward_hook(keep(f"stage{s}/block{b}"))
+    with torch.no_grad():
+        pooled = features(model, normalized(pixels))
+    return {"features": pooled.numpy(), **taps}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_grn": True, "ls_init_value": None},
+                                     {"conv_mlp": True}], ids=["V1", "V2", "1x1"])  # fmt: skip
+def test_timm_convnext(options, tmp_path):
+    timm = pytest.importorskip("timm")
+    shape = {"depths": DEPTHS, "dims": WIDTHS, "num_classes": 0}
+    model = cases.randomize(timm.models.ConvNeXt(**shape, **options))
+    stages = [stage.blocks for stage in model.stages]
+    expected = watched_convnext(model, model.stem, stages, timm_features, conv_images())
+    path = save(model.state_dict(), tmp_path)
+    check(f"timm ConvNeXt {options}", path, expected, image_size=CONV_SIZE)
+
+
+def test_torchvision_convnext(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    settings = [
+        torchvision.models.convnext.CNBlockConfig(width, following, depth)
+        for width, following, depth in zip(WIDTHS, (*WIDTHS[1:], None), DEPTHS, strict=True)
+    ]
+    model = cases.randomize(torchvision.models.ConvNeXt(settings, num_classes=3))
+
+    def features(model, x):
+        return model.classifier[1](model.classifier[0](model.avgpool(model.features(x))))
+
+    stages = [model.features[2 * s + 1] for s in range(len(DEPTHS))]
+    expected = watched_convnext(model, model.features[0], stages, features, conv_images())
+    path = save(model.state_dict(), tmp_path)
+    encoder = check("torchvision ConvNeXt", path, expected, image_size=CONV_SIZE)
+    again = weights.export_safetensors(encoder, tmp_path / "out.safetensors")
+    back = weights.import_encoder(again)
+    assert back.module == encoder.module
+    for a, b in zip(jax.tree.leaves(encoder), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["ConvNext", "ConvNextV2", "DINOv3ConvNext"])
+def test_huggingface_convnext(kind, tmp_path):
+    config = getattr(transformers, kind + "Config")(
+        depths=list(DEPTHS), hidden_sizes=list(WIDTHS), image_size=CONV_SIZE
+    )
+    model = cases.randomize(getattr(transformers, kind + "Model")(config))
+    model.save_pretrained(tmp_path)
+    if kind == "DINOv3ConvNext":
+        stem, stages = model.model.stages[0].downsample_layers, model.model.stages
+        stem = stem[1]
+    else:
+        stem, stages = model.embeddings, model.encoder.stages
+    expected = watched_convnext(
+        model, stem, [stage.layers for stage in stages], pooled, conv_images()
+    )
+    check(kind, tmp_path, expected, image_size=CONV_SIZE)
+
+
+# --- the way back --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Siglip", "DINOv3"])
+def test_what_is_exported_comes_back(kind, tmp_path):
+    if kind == "Siglip":
+        config = transformers.SiglipVisionConfig(**cases.HUGGINGFACE, intermediate_size=40)
+        model = transformers.SiglipVisionModel(config)
+    else:
+        config = transformers.DINOv3ViTConfig(**cases.HUGGINGFACE, intermediate_size=40)
+        model = transformers.DINOv3ViTModel(config)
+    cases.randomize(model).save_pretrained(tmp_path)
+    encoder = weights.import_encoder(tmp_path, **NAMED)
+    for back in (
+        weights.import_encoder(weights.export_safetensors(encoder, tmp_path / "out.safetensors")),
+        weights.load_encoder(weights.save_encoder(encoder, tmp_path / "ours")),
+    ):
+        assert back.module == encoder.module
+        for a, b in zip(jax.tree.leaves(encoder), jax.tree.leaves(back), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -1,5 +1,6 @@
 """Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
 
+from robust_ssl.models.convnext import ConvNeXt, convnext
 from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
 from robust_ssl.models.heads import LinearHead, MLPHead, classifier, in_order_of
 from robust_ssl.models.positions import RESIZINGS, resize_positions
@@ -25,6 +26,7 @@ __all__ = [
     "IMAGENET_STD",
     "JPEG",
     "RESIZINGS",
+    "ConvNeXt",
     "LinearHead",
     "MLPHead",
     "Quantize",
@@ -33,6 +35,7 @@ __all__ = [
     "ViT",
     "classifier",
     "confidence_ensemble",
+    "convnext",
     "ensemble_members",
     "in_order_of",
     "resize_positions",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from robust_ssl.workdir.metrics import lines
 
 # A stage by itself, those of a run, its recipes, and the runs of a zoo.
 _PLACES = (
@@ -28,22 +29,10 @@ def read_metrics(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | Non
     A last line without an end is left out: it is being written now, or was cut short by a sudden
     end.  Nothing is yielded where there is no file.
     """
-    if not file.is_file():
-        return
-    # By bytes: a damaged one costs its own line.
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
+    if file.is_file():
+        for number, (line, entry) in enumerate(lines(file), 1):
             if line.endswith(b"\n"):
-                yield number, _entry(line)
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line.decode("utf-8"))
-    except ValueError:
-        return None
-    whole = isinstance(entry, dict) and type(entry.get("step")) is int
-    return entry if whole else None
+                yield number, entry
 
 
 def numbers(entry: Mapping[str, Any]) -> dict[str, float]:

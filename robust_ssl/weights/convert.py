@@ -23,6 +23,7 @@ from robust_ssl.build import near
 from robust_ssl.types import Encoder
 from robust_ssl.weights import (
     adjustments,
+    convnext_layouts,
     mapping,
     native,
     normalization,
@@ -34,7 +35,11 @@ from robust_ssl.weights.files import read_weights
 from robust_ssl.weights.inspection import Inspection, Report
 from robust_ssl.weights.normalization import Normalization
 
-LAYOUTS: tuple[mapping.Layout, ...] = (*resnet_layouts.LAYOUTS, *vit_layouts.LAYOUTS)
+LAYOUTS: tuple[mapping.Layout, ...] = (
+    *resnet_layouts.LAYOUTS,
+    *vit_layouts.LAYOUTS,
+    *convnext_layouts.LAYOUTS,
+)
 
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")

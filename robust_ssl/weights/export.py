@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import disk
-from robust_ssl.models import ResNet
+from robust_ssl.models import ConvNeXt, ResNet
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
 from robust_ssl.weights.convert import LAYOUTS
@@ -20,7 +20,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Path:
-    """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for a ViT.
+    """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for others.
+
+    A ViT with pooling by attention or rotary positions gets transformers' names, of SigLIP and
+    DINOv3.
 
     ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
     has no classification layer.  The header says what weights do not (stem, padding, normalization,
@@ -49,13 +52,25 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     from safetensors.numpy import save
 
     builder, options = native.builder_of(encoder)
-    name = "torchvision-resnet" if isinstance(encoder.module, ResNet) else "timm-vit"
+    name = _layout_of(encoder)
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)
     tensors = mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
     record = {"name": encoder.name, "builder": builder, "options": options, "layout": name}
     # transformers and timm refuse a file whose header does not say "pt".
     metadata = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
     return _write(file, save(tensors, metadata))
+
+
+def _layout_of(encoder: Encoder) -> str:
+    """The best-known layout that has a name for every variable of a network."""
+    module = encoder.module
+    if isinstance(module, ResNet):
+        return "torchvision-resnet"
+    if isinstance(module, ConvNeXt):
+        return "timm-convnext"
+    if module.rotary is not None:
+        return "huggingface-dinov3"
+    return "huggingface-siglip-vision" if module.pooling == "attention" else "timm-vit"
 
 
 def export_stablehlo(

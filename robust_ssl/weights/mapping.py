@@ -165,6 +165,8 @@ def is_other_part(name: str) -> bool:
 def read_config(configs: Mapping[str, Any], tells: str) -> Mapping[str, Any]:
     """Returns the ``config.json`` that transformers writes; `tells` is what it is needed for."""
     config = configs.get("config.json")
+    if config is None and "robust_ssl" in (configs.get("__metadata__") or {}):
+        return {}  # our own header tells all of it, and goes over what is taken for it here
     if config is None:
         raise ValueError(
             f"there is no config.json, which says {tells}; give the folder that save_pretrained "

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from robust_ssl import models
 from robust_ssl.build import resolve
 from robust_ssl.models import resnet, vit
+from robust_ssl.models.convnext import ConvNeXt
 from robust_ssl.types import Encoder
 from robust_ssl.weights import cards
 
@@ -33,16 +34,22 @@ CARD_FILE = "encoder.json"
 # A card names its builder; only these names are ever called, whatever the card says.
 _BUILDERS = {
     f"robust_ssl.models:{name}": getattr(models, name)
-    for name in (*resnet.VARIANTS, *(f"vit_{size}" for size in vit.SIZES), "vision_transformer")
+    for name in (
+        *(*resnet.VARIANTS, "convnext"),
+        *(*(f"vit_{size}" for size in vit.SIZES), "vision_transformer"),
+    )
 }
 _DEEPEST = 512  # layers; a card that asks for a billion would have them built for ever
 RESNETS: dict[Any, str] = {blocks: name for name, blocks in resnet.VARIANTS.items()}
 # Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
-_VIT_OPTIONS = tuple(
-    field.name
-    for field in dataclasses.fields(vit.ViT)
-    if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
-)
+_OPTIONS = {
+    kind: tuple(
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
+    )
+    for kind in (vit.ViT, ConvNeXt)
+}
 
 
 def save_encoder(
@@ -259,17 +266,23 @@ def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
         name = RESNETS.get((module.block, tuple(module.depths)))
         keys = ("width", "stem", "stem_padding")
     elif isinstance(module, vit.ViT):
-        name, keys = "vision_transformer", _VIT_OPTIONS
+        name, keys = "vision_transformer", _OPTIONS[vit.ViT]
+    elif isinstance(module, ConvNeXt):
+        name, keys = "convnext", _OPTIONS[ConvNeXt]
     if name is None:
         raise ValueError(
             f"no builder of robust_ssl.models makes {type(module).__name__}; pass the function "
             f"that does as builder= and its arguments as options="
         )
-    options = {key: getattr(module, key) for key in keys}
+    options = {key: _as_json(getattr(module, key)) for key in keys}
     # As JSON has it: a dtype is its name, tuples are lists.
     options |= {"image_size": encoder.image_size, "dtype": jnp.dtype(module.dtype).name}
     options |= {"mean": list(encoder.mean), "std": list(encoder.std)}
     return f"robust_ssl.models:{name}", options
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _static(encoder: Encoder) -> tuple:

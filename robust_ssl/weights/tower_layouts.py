@@ -11,6 +11,7 @@ import numpy as np
 
 from robust_ssl.weights import mapping
 from robust_ssl.weights.mapping import Kind, Layout, Network
+from robust_ssl.weights.normalization import own_record
 from robust_ssl.weights.vit_names import (
     Configs,
     Tensors,
@@ -26,8 +27,6 @@ _TORCHVISION_HEADS = {768: 12, 1024: 16, 1280: 16}
 # One vector, and one position a row, where ours have leading axes of one.
 _VECTOR = Kind(lambda x: x[0].reshape(1, 1, -1), lambda x, _: [x.reshape(-1)])
 _ROWS = Kind(lambda x: x[0][None], lambda x, _: [x[0]])
-# Torch's MultiheadAttention has no dot before its kinds of tensors.
-_IN_PROJ = (r"\.in_proj_(weight|bias)$", r".in_proj.\1")
 
 _OPEN_CLIP = names(
     {
@@ -187,11 +186,12 @@ def _dinov3_network(tensors: Tensors, configs: Configs) -> Network:
     mapping.check_config(
         config, {"model_type": ("dinov3_vit",), "num_channels": (3,), "apply_layernorm": (True,)}
     )
-    gated = config.get("use_gated_mlp", False)
+    gated = any(".gate_proj." in name for name in tensors)
+    # transformers leaves out its default, gelu, which a gated MLP never has.
     act, known = config.get("hidden_act", "gelu"), "silu" if gated else "gelu"
-    if act != known:
+    if config and act != known:
         raise ValueError(f"config.json: hidden_act is {act!r}; with this MLP {known} is known")
-    size = configs.get("options", {}).get("image_size") or config.get("image_size", 224)
+    size = configs.get("options", {}).get("image_size") or _image_size(config, configs)
     options = shape_options(tensors, _DINOV3, gated, image_size=size)
     check_sizes({"patch_size": config.get("patch_size")}, options)
     registers = tensors.get("embeddings.register_tokens")
@@ -203,6 +203,15 @@ def _dinov3_network(tensors: Tensors, configs: Configs) -> Network:
         "heads": config.get("num_attention_heads", 6),
         "norm_epsilon": config.get("layer_norm_eps", 1e-5),
     })  # fmt: skip
+
+
+def _image_size(config: Mapping[str, Any], configs: Configs) -> int:
+    stored = own_record(configs).get("options", {}).get("image_size")
+    size = stored or config.get("image_size", 224)
+    sides = set(size) if isinstance(size, list) else {size}
+    if len(sides) > 1:
+        raise ValueError(f"config.json: image_size {size} is no square; an encoder takes squares")
+    return sides.pop()
 
 
 def _dinov3_prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,7 +237,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "open-clip-vision",
         "open_clip's and OpenAI CLIP's vision towers up to their last norm, not projected",
         mapping.has(r"class_embedding", r"conv1\.weight", r"transformer\.resblocks\.0\..*"),
-        rename_below(r"^", r"proj$", (_IN_PROJ,)),
+        rename_below(r"^", r"proj$"),
         _open_clip_network,
         _OPEN_CLIP.entries,
         resizing=_always("antialias"),
@@ -240,7 +249,7 @@ LAYOUTS: tuple[Layout, ...] = (
         rename_below(
             r"^",
             r"heads\.",
-            (_IN_PROJ, (r"\.linear_1\.", ".0."), (r"\.linear_2\.", ".3.")),
+            ((r"\.linear_1\.", ".0."), (r"\.linear_2\.", ".3.")),
         ),
         _torchvision_network,
         _TORCHVISION.entries,
@@ -257,7 +266,6 @@ LAYOUTS: tuple[Layout, ...] = (
         rename_below(
             r"^vision_model\.",
             r"text_model\.|logit_(scale|bias)$|(embeddings\.)?position_ids$",
-            (_IN_PROJ,),
         ),
         _siglip_network,
         _SIGLIP.entries,

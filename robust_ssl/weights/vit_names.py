@@ -35,7 +35,11 @@ class Names:
     def of(self, module: str, leaf: str = "", block: int = 0) -> tuple[str, ...]:
         """Returns the foreign names of a module's leaf."""
         end = {"": "", "kernel": ".weight", "scale": ".weight", "bias": ".bias"}[leaf]
-        return tuple(name.format(block) + end for name in self.table[module])
+        # Torch's MultiheadAttention has no dot there: in_proj_weight.
+        return tuple(
+            name.format(block) + (end.replace(".", "_") if name.endswith("in_proj") else end)
+            for name in self.table[module]
+        )
 
     def entries(self, encoder: Encoder) -> list[Entry]:
         """Returns an entry for every variable of an encoder."""

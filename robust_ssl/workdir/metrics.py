@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from robust_ssl import disk
 from robust_ssl.workdir.manifest import unwritable
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def append(file: pathlib.Path, line: str) -> None:
 
 def read_metrics(file: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the lines that can be read; none where there is no file."""
-    return [entry for _, entry in _lines(file) if entry is not None]
+    return [entry for _, entry in lines(file) if entry is not None]
 
 
 def keep_before(file: pathlib.Path, step: int) -> None:
@@ -41,29 +42,25 @@ def keep_before(file: pathlib.Path, step: int) -> None:
     if not file.exists():
         return
     damaged, last = 0, False
-    shorter = file.with_name(file.name + ".tmp")
     try:
-        with open(shorter, "wb") as stream:  # line by line: a log may have millions
-            for line, entry in _lines(file):
+        with disk.replacing(file) as stream:  # line by line: a log may have millions
+            for line, entry in lines(file):
                 damaged += last  # the last line is what a sudden end cuts
                 last = entry is None
                 if entry is not None and entry["step"] < step:
                     stream.write(line.rstrip(b"\n") + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        if damaged:
-            kept = file.with_name(file.name + ".damaged")
-            _log.warning(
-                "%s: %d lines cannot be read and are left out; the file as it was is %s",
-                *(file, damaged, kept.name),
-            )
-            os.replace(file, kept)
-        os.replace(shorter, file)
+            if damaged:
+                kept = file.with_name(file.name + ".damaged")
+                _log.warning(
+                    "%s: %d lines cannot be read and are left out; the file as it was is %s",
+                    *(file, damaged, kept.name),
+                )
+                shutil.copyfile(file, kept)
     except OSError as error:
         raise unwritable(file, error) from error
 
 
-def _lines(file: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def lines(file: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Yields each line, and what it says; None where it is damaged."""
     if not file.exists():
         return

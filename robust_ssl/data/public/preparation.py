@@ -91,7 +91,8 @@ def named(name: str) -> PublicSet:
     if public is None:
         known = [public.name for public in SETS]
         raise ValueError(
-            f"unknown data set {name!r}{near(name.lower(), known)}\n`robust-ssl data list` shows all"
+            f"unknown data set {name!r}{near(name.lower(), known)}\n"
+            "`robust-ssl data list` shows all"
         )
     return public
 
