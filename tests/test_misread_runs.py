@@ -9,8 +9,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from robust_ssl import experiment, models, progress
+from robust_ssl import experiment, models, progress, weights
 from robust_ssl.experiment.class_order import in_order_of_test
+from robust_ssl.experiment.sections import SavedClassifier
 
 
 def fake(*names):
@@ -44,6 +45,16 @@ def test_a_guess_is_said(caplog, mine, asked):
         classifier = net(*mine)
         assert in_order_of_test(fake(*asked), "mine", classifier) is classifier
     assert "config.classifiers.mine" in caplog.text and "in this order" in caplog.text
+
+
+def test_a_config_may_say_what_the_logits_stand_for(tmp_path):
+    weights.save_classifier(net("a", "b", "c"), tmp_path, builder=tiny.encoder)
+    saved = {"path": str(tmp_path), "builder": "tiny:encoder"}
+    told = SavedClassifier.read({**saved, "class_names": ("x", "y", "z")}, "here")
+    assert told.load().class_names == ("x", "y", "z") and told.text["class_names"]
+    assert SavedClassifier.read(saved, "here").load().class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match="2 names, and the classifier 3 logits"):
+        SavedClassifier.read({**saved, "class_names": ("x", "y")}, "here")
 
 
 def folder(root, names, counts=(24, 24)):
