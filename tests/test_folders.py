@@ -84,6 +84,19 @@ def test_what_is_no_class_is_left_out_and_named(tmp_path, caplog, place, named):
     assert counts(root, "test") == {"cat": 2, "dog": 2}
 
 
+def test_a_class_that_may_be_none_is_read_and_named(tmp_path):
+    root = make(tmp_path / "set", {"train": {"cat": 2, "dog": 2, "masks": 3}})
+    train = data.load(root)
+    assert train.class_names == ("cat", "dog", "masks")
+    assert "taken for classes: masks/ (3 pictures)" in train.notes[0]
+
+
+def test_an_archive_is_no_folder(tmp_path):
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="is a file; unpack"):
+        data.load(tmp_path / "set.zip")
+
+
 def test_hidden_files_are_no_pictures_and_not_worth_a_word(tmp_path):
     root = make(tmp_path / "set")
     for name in ("._0.png", ".DS_Store", "Thumbs.db"):

@@ -150,7 +150,7 @@ class StreamedExamples(_Split):
     split: str = "train"
     labels: np.ndarray | None = None
     notes: tuple[str, ...] = ()
-    digests: np.ndarray | None = None
+    digests: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         if len(self.rows) == 0:

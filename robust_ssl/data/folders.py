@@ -22,6 +22,11 @@ SPLITS = {
     "validation": ("validation", "valid", "val"),
 }
 _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+# Names of classes that are seldom meant to be any: read, but named.
+_DOUBTFUL = {
+    *("annotation", "annotations", "ground_truth", "image", "images", "label", "labels", "mask"),
+    *("masks", "sample", "samples", "thumbnails", "unlabeled", "unlabelled"),
+}
 _LISTED = 5  # of several names, so many are shown
 
 
@@ -58,6 +63,8 @@ def open_split(folder: pathlib.Path, split: str, image_size: int | None) -> Stre
       FileNotFoundError: If there is no such folder.
       ValueError: If there is no such split, or its folders cannot be taken for classes.
     """
+    if folder.is_file():
+        raise ValueError(f"data folder {str(folder)!r} is a file; unpack an archive, give a folder")
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {str(folder)!r} does not exist")
     layout = _layout(folder, split)
@@ -274,12 +281,16 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _left_out(
     root: pathlib.Path, classes: Mapping[str, tree.Contents], empty: Iterable[str]
 ) -> list[str]:
-    """Returns notes on what is not read in a folder of classes."""
+    """Returns notes on what is not read in a folder of classes, or may be none."""
     foreign, others = tree.foreign(root), collections.Counter()
     for contents in classes.values():
         foreign += contents.foreign
         others += contents.others
     notes = _foreign_notes(foreign)
+    doubtful = [name for name in classes if name.lower() in _DOUBTFUL]
+    if doubtful:
+        parts = [f"{name}/ ({len(classes[name].pictures)} pictures)" for name in doubtful]
+        notes.append(f"taken for classes: {_listed(parts)}; move what is none elsewhere")
     if empty:
         notes.append(f"left out, without pictures: {_listed(empty, '/')} in {root.name}/")
     if others:

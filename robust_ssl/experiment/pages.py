@@ -144,7 +144,7 @@ def _document(
             "test": len(context.test),
             "classes": context.num_classes,
             "largest_class": _largest_class(context),
-            "test_among_train": context.shared.count,
+            "test_among_train": scored.results.get("test_among_train"),
             "notes": [
                 f"{part.split}: {n}" for part in (train_set, context.test) for n in part.notes
             ],

@@ -220,7 +220,9 @@ def score(context: Context) -> StageDirectory:
                 right |= outcomes(scored)
         if jax.process_index() == 0:
             save_arrays(stage.path / OUTCOMES, right, OUTCOMES)
-        stage.finish({"results": results, "verdicts": verdicts})
+        # Kept, since a set that is read on demand would have to be read again to say so.
+        shared = context.shared.count if scoring.checks else None
+        stage.finish({"results": results, "verdicts": verdicts, "test_among_train": shared})
     return stage
 
 

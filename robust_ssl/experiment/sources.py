@@ -36,9 +36,10 @@ class Data:
     Attributes:
       source: As `robust_ssl.data.load` takes it.
       function: Called as `robust_ssl.data.load` calls a function.
-      image_size: Height and width that images are brought to, pixels; None leaves them.
+      image_size: Height and width that images are brought to, pixels; None leaves them, but for a
+        folder, whose pictures get the encoder's.
       train_split: Name of the training split.
-      test_split: Name of the test split.
+      test_split: Name of the test split; of a folder without one, ``val`` or the like is it.
       train_limit: At most so many training images; None takes all.
       test_limit: At most so many test images; None takes all.
       data_dir: Where prepared sets are; None is the usual place.

@@ -254,7 +254,7 @@ def _run(run: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Encoder: {_cell(run['encoder'])}.",
         f"Downstream set: {_cell(_basics(run['downstream']))}.",
-        *(f"Note on {note}." for note in run["downstream"].get("notes", ())),
+        *_data_notes(run["downstream"]),
         f"Surrogate set, the attacker's: {_cell(surrogate)}." if surrogate else "",
         f"Suite, at {budget(suite['epsilon'])}: {attacks}; seeds {seeds}.",
         f"Seeds of training: {_cell(run['seeds'])}." if run["seeds"] else "",
@@ -267,6 +267,15 @@ def _run(run: Mapping[str, Any]) -> list[str]:
         config = json.dumps(json_ready(run["config"]), indent=2)
         parts.append(_folded("Configuration", f"```json\n{config}\n```"))
     return parts
+
+
+def _data_notes(downstream: Mapping[str, Any]) -> list[str]:
+    """What was left out where images were read, and how many are in both splits."""
+    lines = [f"Note on {note}." for note in downstream.get("notes", ())]
+    if downstream.get("test_among_train") is not None:
+        shared, test = downstream["test_among_train"], downstream["test"]
+        lines.append(f"Test images among the training images: {shared:,} of {test:,}.")
+    return lines
 
 
 def _basics(downstream: Mapping[str, Any]) -> dict[str, Any]:
