@@ -1,5 +1,6 @@
 """Downloads: what arrives is the published file, and what was cut off goes on."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -222,6 +223,18 @@ def test_a_set_of_three_archives_is_fetched_and_they_are_kept(tmp_path):
         assert sorted(p.name for p in (tmp_path / "downloads").iterdir()) == sorted(bodies)
         server.files.clear()
         assert prepare(tmp_path, described, overwrite=True).new  # from what was kept
+
+
+def test_an_archive_of_the_other_kind_is_taken_if_it_is_here(tmp_path):
+    binary, content = made.cifar10_binary()
+    python, _ = made.cifar10_python()
+    images = {split: len(part[0]) for split, part in content.items()}
+    kinds = [made.tiny("cifar10", b, images, group=g) for g, b in enumerate((binary, python))]
+    described = dataclasses.replace(kinds[0], archives=kinds[0].archives + kinds[1].archives)
+    made.stored(tmp_path / "downloads", python)
+    with made.serving({}) as server:
+        assert prepare(tmp_path, made.at(described, server.root)).new
+        assert server.asked == []
 
 
 def test_a_wrong_digest_is_kept_aside_and_not_used(tmp_path):

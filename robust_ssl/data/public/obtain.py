@@ -39,7 +39,7 @@ def obtain(
     if source is not None:
         return _from_copies(public, downloads, source, say)
     files = {}
-    for archive in public.archives[0]:
+    for archive in _group(public, downloads):
         path = downloads / archive.file
         if not path.exists():
             download(archive.url, path, size=archive.size, progress=progress)
@@ -54,6 +54,14 @@ def obtain(
             )
         files[archive.file] = path
     return files
+
+
+def _group(public: PublicSet, downloads: pathlib.Path) -> Sequence[Archive]:
+    """Returns the archives that are here already, of whatever kind, else the first kind."""
+    for group in public.archives:
+        if all((downloads / archive.file).exists() for archive in group):
+            return group
+    return public.archives[0]
 
 
 def _from_copies(public, downloads, source: pathlib.Path, say: Say) -> Files:
@@ -103,8 +111,9 @@ def _wrong(archive: Archive, path: pathlib.Path, downloads: pathlib.Path, say: S
 def _first_seen(archive: Archive, digest: str, downloads: pathlib.Path, say: Say) -> str:
     """Trusts on first use: returns the digest that was seen first, which may be now."""
     record = _record(archive, downloads)
-    if record.exists():
-        return f"sha256:{record.read_text(encoding='utf-8').split()[0]}"
+    seen = record.read_text(encoding="utf-8").split() if record.exists() else []
+    if seen:
+        return f"sha256:{seen[0]}"
     downloads.mkdir(parents=True, exist_ok=True)
     record.write_text(f"{digest}  {archive.file}\n", encoding="utf-8")
     say(

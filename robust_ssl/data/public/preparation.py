@@ -90,10 +90,8 @@ def named(name: str) -> PublicSet:
     public = find_set(name)
     if public is None:
         known = [public.name for public in SETS]
-        raise ValueError(
-            f"unknown data set {name!r}{near(name.lower(), known)}\n"
-            "`robust-ssl data list` shows all"
-        )
+        hint = near(name.lower(), known)
+        raise ValueError(f"unknown data set {name!r}{hint}\n`robust-ssl data list` shows all")
     return public
 
 
