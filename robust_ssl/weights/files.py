@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from robust_ssl import disk, words
+from robust_ssl import disk
 from robust_ssl.weights import torch_pickle, torch_reader
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
+from robust_ssl.words import line as one_line
 
 # Where files of weights keep the state dict, the likeliest first; otherwise it is the whole file.
 PLACES = ("state_dict", "model", "teacher", "model_state_dict", "net")
@@ -204,11 +205,11 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> Weights
 def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
     """Reads one file by what its first bytes say it is."""
     weights = _read_open(path, under, reader)
-    forged = [name for name in weights.tensors if words.line(name) != name]
+    forged = [name for name in weights.tensors if one_line(name) != name]
     if forged:
         raise ValueError(
             f"cannot read {path}: names of tensors hold characters that no network has, "
-            f"{words.line(forged[0])[:200]}; it is forged"
+            f"{one_line(forged[0])[:200]}; it is forged"
         )
     return weights
 
@@ -237,7 +238,7 @@ def _read_open(path: pathlib.Path, under: str | None, reader: str) -> WeightsFil
                 notes.append("this format has no checksum: compare the SHA-256 with its maker's")
             return WeightsFile(str(path), kind, sha256, tensors, place, notes=(*notes, *more))
     except ValueError as error:  # a refusal, or what NumPy has against forged sizes
-        raise ValueError(f"cannot read {path}: {words.line(error)}") from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _rewound(file: BinaryIO) -> BinaryIO:
