@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_ssl.xla import cache_in, private_directory, release_programs, wait_for_late_devices
+from robust_ssl.xla import cache_in, private_directory, release_programs, set_flags
 
 collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
 
 USER = os.getuid() if hasattr(os, "getuid") else "own"
 
-wait_for_late_devices()  # with two workers on two cores eight devices share them
+set_flags()  # as the command line does; with two workers on two cores eight devices share them
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(

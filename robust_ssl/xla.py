@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import mmap
 import os
 import pathlib
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +33,7 @@ def use_every_core() -> None:
     the usual batches divide over them.  Does nothing when JAX has already started, and has no
     effect on accelerators.
     """
-    wait_for_late_devices()
+    set_flags()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = min(1 << (cores.bit_length() - 1), MOST_CPU_DEVICES)
     try:
@@ -40,19 +42,53 @@ def use_every_core() -> None:
         return
 
 
-def wait_for_late_devices(seconds: int = PATIENCE) -> None:
-    """Has CPU devices wait for each other; call it before JAX is first used.
+# What XLA is told before it starts, all of it for CPUs:
+FLAGS = {
+    # On a machine that is busy with other work one device may be half a minute behind another.
+    # XLA aborts the whole process where an exchange between them waits for 40 seconds.
+    "xla_cpu_collective_call_terminate_timeout_seconds": f"{PATIENCE}",
+    # Barriers live until kernels are made, so that what stands before one is computed once and not
+    # in each copy of it: see `models.cpu_forms.kernel_gradient`.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+    # Large programs compile in 85 % of the time, small ones in half, and run as fast: convolutions
+    # and products are not of LLVM's making.
+    "xla_backend_optimization_level": "1",
+}
 
-    On a machine that is busy with other work one device may be half a minute behind another.  XLA
-    aborts the whole process where an exchange between them waits for 40 seconds.  What
-    ``XLA_FLAGS`` says of it already stays.
+
+def set_flags(flags: Mapping[str, str] | None = None) -> None:
+    """Adds flags to ``XLA_FLAGS``; call it before JAX is first used.
+
+    What is set there already stays.  A flag that this jaxlib does not have is left out, since XLA
+    ends the process over one that it does not know.
 
     Args:
-      seconds: After which the process is aborted.
+      flags: By name, without dashes; None is `FLAGS`.
     """
-    flag, flags = "--xla_cpu_collective_call_terminate_timeout_seconds", os.environ.get("XLA_FLAGS")
-    if flag not in (flags or ""):
-        os.environ["XLA_FLAGS"] = " ".join(filter(None, [flags, f"{flag}={seconds}"]))
+    present = os.environ.get("XLA_FLAGS", "")
+    words = [word for word in [present] if word]
+    for name, value in (FLAGS if flags is None else flags).items():
+        if f"--{name}" not in present and _has_flag(name):
+            words.append(f"--{name}={value}")
+    if words:
+        os.environ["XLA_FLAGS"] = " ".join(words)
+
+
+@functools.cache
+def _has_flag(name: str) -> bool:
+    """Whether this jaxlib has a flag: its largest library holds the name."""
+    import jaxlib
+
+    folder = pathlib.Path(jaxlib.__file__).parent
+    libraries = [*folder.rglob("*.so*"), *folder.rglob("*.dylib"), *folder.rglob("*.pyd")]
+    largest = max(libraries, key=lambda file: file.stat().st_size, default=None)
+    if largest is None:
+        return False
+    with (
+        open(largest, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents,
+    ):
+        return contents.find(name.encode() + b"\0") >= 0
 
 
 def release_programs(most: int = MOST_MEMORY_MAPS) -> bool:

@@ -1,5 +1,6 @@
 """The convolution's own gradients are the true ones, wherever attacks and training use it."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from robust_ssl import models
+from robust_ssl.models import cpu_forms as forms
+from robust_ssl.models import resnet
 from robust_ssl.models.convolution import conv_general_dilated
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -18,10 +22,10 @@ def normal(*shape):  # NumPy's: many shapes, and jax.random compiles for each
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
-def arrays(size, kernel, channels):
+def arrays(size, kernel, channels, out=5):
     """Images, a kernel; height and width differ, so no swapped axis goes unnoticed."""
     x = normal(2, size, size + 1, channels)
-    return jnp.asarray(x), jnp.asarray(normal(kernel, kernel, channels, 5))
+    return jnp.asarray(x), jnp.asarray(normal(kernel, kernel, channels, out))
 
 
 def ours(x, kernel, cotangent, strides, padding):
@@ -48,16 +52,16 @@ def by_numpy(x, kernel, cotangent, strides, padding):
     return y, padded_gradient[inside], kernel_gradient
 
 
-def assert_right(cases, kernel, channels):
+def assert_right(cases, kernel, channels, out=5):
     """One compiled program for all the cases of a kernel size, against NumPy."""
     problems = []
     for strides, padding, size in cases:
-        x, weights = arrays(size, kernel, channels)
+        x, weights = arrays(size, kernel, channels, out)
         shape = [
             (x.shape[1 + axis] + sum(padding[axis]) - kernel) // strides[axis] + 1
             for axis in (0, 1)
         ]
-        cotangent = normal(2, *shape, 5)
+        cotangent = normal(2, *shape, out)
         problems.append((x, weights, cotangent))
     results = jax.jit(
         lambda problems: [
@@ -97,6 +101,78 @@ def test_an_image_smaller_than_the_kernel():
 
 def test_uneven_padding_and_strides():
     assert_right([((2, 1), ((0, 1), (2, 0)), 6), ((1, 2), ((3, 0), (1, 2)), 5)], 3, 5)
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_few_output_channels_and_columns_that_a_stride_leaves_over(channels):
+    # Widths that come out: 10, 16 and 8 pixels, which 2 and 4 pixels at once divide, and 9 and 5.
+    cases = [square(1, 1, 9), square(2, 1, 15), square(2, 1, 14), square(1, 1, 8), square(2, 0, 10)]
+    cases += [((1, 2), ((1, 1), (2, 0)), 15), ((1, 3), ((0, 2), (1, 1)), 23)]
+    for out in (8, 16):
+        assert_right(cases, 3, channels, out)
+
+
+def test_even_and_odd_pixels_apart():
+    x, kernel = jnp.asarray(normal(2, 8, 8, 16)), jnp.asarray(normal(3, 3, 16, 4))
+    cotangent, around = normal(2, 4, 4, 4), ((1, 1), (1, 1))
+    assert forms.has_four_phases(x.shape, kernel, (2, 2), around, cotangent)
+    results = jax.jit(lambda *given: ours(*given, (2, 2), around))(x, kernel, cotangent)
+    for a, b in zip(results, by_numpy(x, kernel, cotangent, (2, 2), around), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+
+
+def shipped_shapes():
+    """Image, kernel, strides and padding of every convolution of the shipped widths, once each."""
+    shapes = {}
+
+    def note(x, kernel, strides, padding, *rest, **options):
+        shapes[x.shape[1:], kernel.shape, tuple(strides), tuple(map(tuple, padding))] = None
+        return lax.conv_general_dilated(
+            x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "conv_general_dilated", note)
+        for width, stem in ((16, "cifar"), (24, "cifar_half"), (32, "cifar")):
+            jax.eval_shape(
+                lambda key, w=width, s=stem: models.resnet18(key, width=w, stem=s, image_size=32),
+                jax.random.key(0),
+            )
+    return list(shapes)
+
+
+@pytest.mark.slow
+def test_every_shape_of_the_shipped_networks_is_that_of_lax():
+    shapes = shipped_shapes()
+    assert len(shapes) > 20
+    for image, kernel, strides, padding in shapes:
+        x, weights = jnp.asarray(normal(2, *image)), jnp.asarray(normal(*kernel))
+        size = forms.output_size(x.shape, kernel, strides, padding)
+        cotangent = normal(2, *size, kernel[3])
+
+        def both(convolve, x, weights, given=(strides, padding), cotangent=cotangent):
+            y, pull = jax.vjp(lambda x, w: convolve(x, w, *given), x, weights)
+            return y, *pull(cotangent)
+
+        def by_lax(x, w, strides, padding):
+            return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=DIMENSIONS)
+
+        mine = jax.jit(functools.partial(both, conv_general_dilated))(x, weights)
+        theirs = jax.jit(functools.partial(both, by_lax))(x, weights)
+        for what, a, b in zip(("y", "dx", "dkernel"), mine, theirs, strict=True):
+            error = float(jnp.abs(a - b).max() / jnp.abs(b).max())
+            assert error < 2e-6, (image, kernel, strides, padding, what, error)
+
+
+def test_barriers_live_until_kernels_are_made():
+    """Without them XLA computes what made an operand once more in each copy of it."""
+    x, kernel = arrays(8, 3, 8)
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.cos(conv_general_dilated(jnp.sin(x), kernel, (1, 1), "SAME")))
+
+    text = jax.jit(jax.grad(loss)).lower(kernel, x).compile().as_text()
+    assert "opt-barrier" in text
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])

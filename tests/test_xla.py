@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +19,31 @@ def test_asking_for_every_core_after_jax_has_started_changes_nothing():
     assert jax.device_count() == 4
 
 
-def test_late_devices_are_waited_for_unless_the_user_says_how_long(monkeypatch):
-    flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
+def test_flags_are_added_where_the_user_has_not_set_them(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # it is set: conftest.py did
-    xla.wait_for_late_devices(70)
-    assert os.environ["XLA_FLAGS"] == f"{flag}=70"
-    xla.wait_for_late_devices()
-    assert os.environ["XLA_FLAGS"] == f"{flag}=70"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
-    xla.wait_for_late_devices()
-    assert os.environ["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {flag}=600"
+    xla.set_flags()
+    ours = os.environ["XLA_FLAGS"]
+    assert ours.split() == [f"--{name}={value}" for name, value in xla.FLAGS.items()]
+    xla.set_flags()
+    assert os.environ["XLA_FLAGS"] == ours
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    xla.set_flags({"xla_backend_optimization_level": "1", "xla_disable_hlo_passes": "dce"})
+    assert os.environ["XLA_FLAGS"] == (
+        "--xla_backend_optimization_level=3 --xla_disable_hlo_passes=dce"
+    )
+
+
+def test_a_flag_that_this_jaxlib_does_not_have_is_left_out(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    xla.set_flags({"xla_of_another_year": "1"})
+    assert "XLA_FLAGS" not in os.environ
+
+
+@pytest.mark.slow
+def test_jax_starts_with_every_flag():
+    code = "from robust_ssl import xla; xla.use_every_core(); import jax; print(jax.devices())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "CpuDevice" in done.stdout, done.stderr
 
 
 def test_programs_are_dropped_only_when_they_hold_many_memory_maps():

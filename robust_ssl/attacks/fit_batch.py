@@ -117,14 +117,23 @@ class FitBatch:
 
     def map(self, function: Callable[[Any], Any], examples: Any) -> Any:
         """Maps a function over examples ``[n, ...]``; the devices share the work if n divides."""
+        return self.share(jax.vmap(function), examples)
+
+    def share(self, function: Callable[[Any], Any], examples: Any) -> Any:
+        """Returns ``function(examples)``, of which each device computes a part if n divides.
+
+        Args:
+          function: From examples ``[n, ...]`` to results ``[n, ...]``, each of its own example.
+          examples: A tree of arrays ``[n, ...]``, equal on all devices.
+        """
         size = len(jax.tree.leaves(examples)[0])
         devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         if devices == 1 or size % devices:
-            return jax.vmap(function)(examples)
+            return function(examples)
         share = size // devices
         first = share * lax.axis_index(self.axis_name)
         part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, share), examples)
-        return gather(jax.vmap(function)(part), self.axis_name)
+        return gather(function(part), self.axis_name)
 
     def _value(self, objective: Objective, delta: jax.Array) -> jax.Array:
         """The objective; the mean over devices of its gradients is that of the global batch."""

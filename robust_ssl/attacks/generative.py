@@ -87,7 +87,8 @@ class AdvEncoderPER:
         """Updates the generator once; returns the new state and the objective before it."""
 
         def delta_of(params):
-            return self.delta(state.replace(params=params), threat)
+            # Each device draws some of the images: the generator costs as much as the encoder.
+            return self._delta(state.replace(params=params), threat, batch.share)
 
         value, gradient = batch.value_and_grad(self.objective, state.params, delta_of)
         direction, opt_state = _ADAM.update(gradient, state.opt_state)
@@ -98,8 +99,11 @@ class AdvEncoderPER:
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``, inside the budget."""
-        output = self._module(state.image_shape).apply({"params": state.params}, state.noise)
-        return delta_of_pattern(output, threat)
+        return self._delta(state, threat)
+
+    def _delta(self, state, threat, *share) -> jax.Array:
+        module = self._module(state.image_shape)
+        return delta_of_pattern(module.apply({"params": state.params}, state.noise, *share), threat)
 
     def _module(self, image_shape) -> Generator:
         height, width, _ = image_shape

@@ -1,14 +1,16 @@
 """A convolution that stays fast on a CPU, forward and backward, inside loops and out.
 
-XLA:CPU has three slow corners, each measured several times slower than it need be:
+XLA:CPU has slow corners, each measured 1.3 to 80 times slower than it need be; the forms that are
+taken instead are those of `robust_ssl.models.cpu_forms`:
 
 1. In the body of a `lax.scan` or `lax.fori_loop`, where every iterative attack lives, the input
    gradient that JAX derives (a convolution with reversed and transposed kernel) falls to naive
    loops, because XLA rewrites convolutions to canonical form only in a program's entry computation
    (jax issue 12868).  Here the kernel is flipped and its channels swapped beforehand.
-2. A convolution over an image smaller than its kernel (the last stage of a ResNet on small images)
-   is 10 to 80 times slower than the same matrix product, so it is written as that product.
-3. The gradient with respect to an image of three channels is likewise a matrix product here.
+2. An image smaller than its kernel, as in the last stage of a ResNet on small images.
+3. Three input channels, that is a stem, forward and backward; and few output channels.
+4. A kernel of one pixel with a stride.
+5. The kernel's gradient, whose operands are copied with a stride while they are computed anew.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+from robust_ssl.models import cpu_forms as forms
+
 _FEW_CHANNELS = 4  # at most: their input gradient is faster as a matrix product
 
 
@@ -68,7 +71,7 @@ def conv_general_dilated(
     # Asked when traced: one process runs on one backend.
     if jax.default_backend() != "cpu" or not plain:
         return lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, _DIMENSIONS,
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, forms.DIMENSIONS,
             feature_group_count=feature_group_count, precision=precision,
             preferred_element_type=preferred_element_type,
         )  # fmt: skip
@@ -77,66 +80,59 @@ def conv_general_dilated(
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     padding = tuple(map(tuple, padding))
     if _smaller_than_kernel(lhs, rhs, strides, padding):
-        return _as_matrix_product(lhs, rhs, strides, padding)
+        # JAX's own derivatives of these hold no convolution.
+        less = forms.dense_is_less(lhs, rhs, strides, padding)
+        return (forms.dense if less else forms.patches)(lhs, rhs, strides, padding)
     return _canonical(lhs, rhs, strides, padding)
-
-
-def _output_size(lhs, rhs, strides, padding) -> tuple[int, int]:
-    return tuple(
-        (lhs.shape[1 + axis] + sum(padding[axis]) - rhs.shape[axis]) // strides[axis] + 1
-        for axis in (0, 1)
-    )
 
 
 def _smaller_than_kernel(lhs, rhs, strides, padding) -> bool:
     """Whether the image, or the cotangent that the input gradient convolves, is so small."""
-    sizes = (*lhs.shape[1:3], *_output_size(lhs, rhs, strides, padding))
-    return max(rhs.shape[:2]) > min(sizes)
-
-
-def _as_matrix_product(lhs, rhs, strides, padding):
-    """The convolution as patches times kernel; JAX's own derivatives of it hold no convolution."""
-    height, width = _output_size(lhs, rhs, strides, padding)
-    padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    patches = []
-    for i in range(rhs.shape[0]):
-        rows = padded[:, i : i + (height - 1) * strides[0] + 1 : strides[0]]
-        for j in range(rhs.shape[1]):
-            patches.append(rows[:, :, j : j + (width - 1) * strides[1] + 1 : strides[1]])
-    flat = jnp.concatenate(patches, axis=-1).reshape(lhs.shape[0] * height * width, -1)
-    product = flat @ rhs.reshape(flat.shape[1], rhs.shape[3])
-    return product.reshape(lhs.shape[0], height, width, rhs.shape[3])
+    size = forms.output_size(lhs.shape, rhs.shape, strides, padding)
+    return max(rhs.shape[:2]) > min(*lhs.shape[1:3], *size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _canonical(lhs, rhs, strides, padding):
-    return lax.conv_general_dilated(lhs, rhs, strides, padding, dimension_numbers=_DIMENSIONS)
+    if forms.is_pixelwise(rhs, padding):
+        return forms.every(lhs, strides) @ rhs[0, 0]
+    if lhs.shape[-1] <= _FEW_CHANNELS:
+        return forms.packed_rows(lhs, rhs, strides, padding)
+    return forms.widened(lhs, rhs, strides, padding)
 
 
 def _forward(lhs, rhs, strides, padding):
+    # What made the images is computed once, and not again in each copy of them.
+    lhs = lax.optimization_barrier(lhs)
     return _canonical(lhs, rhs, strides, padding), (lhs, rhs)
 
 
 def _backward(strides, padding, residuals, cotangent):
     lhs, rhs = residuals
-    if lhs.shape[-1] <= _FEW_CHANNELS:
-        # Third case of the module's text.
-        _, pull_lhs = jax.vjp(lambda x: _as_matrix_product(x, rhs, strides, padding), lhs)
-        (lhs_gradient,) = pull_lhs(cotangent)
-    else:
-        lhs_gradient = _input_gradient(lhs.shape, rhs, strides, padding, cotangent)
-    # The kernel's gradient is JAX's own: on two devices nothing measured was faster.
-    _, pull_rhs = jax.vjp(
-        lambda kernel: lax.conv_general_dilated(
-            lhs, kernel, strides, padding, dimension_numbers=_DIMENSIONS
-        ),
-        rhs,
+    cotangent = lax.optimization_barrier(cotangent)
+    if forms.is_pixelwise(rhs, padding):
+        return _pixelwise_gradients(lhs, rhs, strides, cotangent)
+    gradient = forms.kernel_gradient(lhs, rhs.shape, strides, padding, cotangent)
+    if lhs.shape[-1] > _FEW_CHANNELS:
+        return _input_gradient(lhs.shape, rhs, strides, padding, cotangent), gradient
+    _, pull = jax.vjp(lambda x: forms.patches(x, rhs, strides, padding), lhs)
+    return pull(cotangent)[0], gradient
+
+
+def _pixelwise_gradients(lhs, rhs, strides, cotangent):
+    gradient = forms.spread(cotangent @ rhs[0, 0].T, lhs.shape, strides)
+    kernel = lax.dot_general(
+        forms.every(lhs, strides).reshape(-1, lhs.shape[-1]),
+        cotangent.reshape(-1, cotangent.shape[-1]),
+        (((0,), (0,)), ((), ())),
     )
-    return lhs_gradient, pull_rhs(cotangent)[0]
+    return gradient, kernel[None, None]
 
 
 def _input_gradient(shape, rhs, strides, padding, cotangent):
     """The transposed convolution in canonical form: kernel flipped, channels swapped."""
+    if forms.has_four_phases(shape, rhs, strides, padding, cotangent):
+        return forms.in_four_phases(rhs, cotangent)
     pads = []
     for axis, ((low, _), stride) in enumerate(zip(padding, strides, strict=True)):
         # With these pads the result has the image's size, whatever the stride left over.
@@ -144,11 +140,11 @@ def _input_gradient(shape, rhs, strides, padding, cotangent):
         before = kernel - 1 - low
         dilated = (cotangent.shape[1 + axis] - 1) * stride + 1
         pads.append((before, shape[1 + axis] - before - dilated + kernel - 1))
-    # First case of the module's text.  Outside loops the result is that of `lax`, bit for bit.
+    # First case of the module's text.
     flipped = jnp.swapaxes(rhs[::-1, ::-1], 2, 3)
-    return lax.conv_general_dilated(
-        cotangent, flipped, (1, 1), pads, lhs_dilation=strides, dimension_numbers=_DIMENSIONS
-    )
+    if strides == (1, 1):
+        return forms.widened(cotangent, flipped, strides, tuple(pads))
+    return forms.plain(cotangent, flipped, (1, 1), pads, lhs_dilation=strides)
 
 
 _canonical.defvjp(_forward, _backward)

@@ -8,6 +8,8 @@ matrix product, which is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,10 @@ def mix(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return total
 
 
+def _at_once(function: Callable[[jax.Array], jax.Array], examples: jax.Array) -> jax.Array:
+    return function(examples)
+
+
 class Generator(nn.Module):
     """Fixed noise ``[n, 100]`` to one perturbation ``[H, W, 3]`` in [-1, 1].
 
@@ -109,8 +115,18 @@ class Generator(nn.Module):
     channels: int = 128  # AdvEncoder's released code
 
     @nn.compact
-    def __call__(self, noise: jax.Array) -> jax.Array:
-        """Returns the perturbation, float ``[height, width, 3]`` in [-1, 1]."""
+    def __call__(self, noise: jax.Array, share: Callable = _at_once) -> jax.Array:
+        """Returns the perturbation, float ``[height, width, 3]`` in [-1, 1].
+
+        Args:
+          noise: Float ``[n, 100]``.
+          share: ``share(function, noise)`` computes the images of the noise vectors, which do not
+            depend on each other; `attacks.FitBatch.share` spreads them over devices.
+        """
+        images = share(self._images, noise)
+        return nn.tanh(mix(images, self.param("mix", _mixing_kernel, images.shape[0])))
+
+    def _images(self, noise: jax.Array) -> jax.Array:
         doublings = _doublings(self.height, self.width)
         rows, columns = (-(-size // 2**doublings) for size in (self.height, self.width))
         channels = self.channels * 2 ** (doublings - 1)
@@ -122,8 +138,7 @@ class Generator(nn.Module):
             kernel = self.param(f"kernel{index + 1}", _DCGAN, (4, 4, x.shape[-1], channels))
             x = upsampling_convolution(x, kernel)
         bias = self.param("bias", nn.initializers.zeros, (3,))
-        images = nn.tanh(x[:, : self.height, : self.width] + bias.reshape(1, 1, 1, 3))
-        return nn.tanh(mix(images, self.param("mix", _mixing_kernel, images.shape[0])))
+        return nn.tanh(x[:, : self.height, : self.width] + bias.reshape(1, 1, 1, 3))
 
 
 def _doublings(height: int, width: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -78,5 +81,11 @@ def classifier(
             raise ValueError(f"head must be one of {sorted(HEADS)} or a module, got {head!r}")
         head = HEADS[head](num_classes)
     # The features' number is all that a head needs of its encoder, which is therefore not run.
-    variables = head.init(key, jnp.zeros((1, encoder.dim)))
+    variables = _init(head, key, encoder.dim)
     return Classifier(encoder=encoder, head_variables=variables, head=head, num_classes=num_classes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(head: nn.Module, key: jax.Array, dim: int) -> Any:
+    """A head's first weights, in one program: one by one they are some twenty."""
+    return head.init(key, jnp.zeros((1, dim)))
