@@ -7,14 +7,13 @@ import functools
 import html
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from robust_ssl import data, evaluation, models, report, threats
+from robust_ssl import data, disk, evaluation, models, report, threats
 from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
@@ -116,7 +115,7 @@ class Result:
         """Returns `as_dict` as text, and writes it if a path is given."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
         if path is not None:
-            pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+            disk.replace(path, text + "\n")
         return text
 
 
