@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import evaluation, report
+from robust_ssl import disk, evaluation, report
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, at_main_budget, attack
 from robust_ssl.experiment.compare import outcomes_of, over_seeds
@@ -98,7 +98,7 @@ def _as_written(workdir: pathlib.Path) -> bool:
     if jax.process_index():
         return True  # the first process looks
     try:
-        record = json.loads((workdir / WRITTEN).read_text(encoding="utf-8"))
+        record = disk.read_json(workdir / WRITTEN)
         if digest(record["files"]) != record["sha256"]:
             return False
     except (OSError, ValueError, KeyError, TypeError):
