@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.recipe import Recipe
-from robust_ssl.experiment.score import origin_of, saved_classifiers, score
+from robust_ssl.experiment.score import origin_of, read_outcomes, saved_classifiers, score
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import (
@@ -156,6 +156,7 @@ def _document(
             "seeds": list(suite.seeds),
         },
         "seeds": list(context.plan.training.seeds),
+        "balanced_accuracy": _balanced(context, scored, models),
         "devices": manifest["devices"],
         "versions": manifest["versions"],
         "config": context.plan.text,
@@ -169,6 +170,13 @@ def _document(
         "verdicts": scored.results["verdicts"],
         "comparison": None if comparison is None else comparison.results,
     }
+
+
+def _balanced(context: Context, scored: StageDirectory, models: Iterable[str]) -> dict[str, float]:
+    """Clean accuracy as the mean over classes, of the models scored on the whole test split."""
+    right, labels = read_outcomes(scored), context.test_labels
+    known = [name for name in models if f"{name}, clean" in right]
+    return {n: evaluation.balanced_accuracy(right[f"{n}, clean"], labels) for n in known}
 
 
 def _largest_class(context: Context) -> dict[str, Any]:
