@@ -64,7 +64,7 @@ if __name__ == "__main__":
             *("adversarial robustness", "adversarial examples", "self-supervised learning"),
             *("fine-tuning", "vision encoders", "AutoAttack", "JAX", "Flax"),
         ],
-        license="Apache-2.0",
+        license_expression="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.11",
         packages=[*find_packages(include=["robust_ssl", "robust_ssl.*"]), "robust_ssl.configs"],

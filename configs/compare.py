@@ -109,7 +109,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.seed = 0
     config.stages = ("attack", "train", "score", "compare")
     config.encoder = {"path": given["encoder"]}
-    config.surrogate = {"source": given["surrogate"]}
+    config.surrogate = common.surrogate(given["surrogate"])
     config.downstream = common.downstream(
         given["downstream"], given["train_limit"], given["test_limit"]
     )

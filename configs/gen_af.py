@@ -4,10 +4,11 @@ r"""Gen-AF on real color images: attack, usual and secure fine-tuning, evaluatio
     robust-ssl run gen_af:downstream=cifar10,epsilon=10/255 \
         recipes.gen_af_stage1.adv_ratio=0.5 --workdir=runs/cifar10
 
-The encoder was pre-trained on CIFAR-10; the attacker fits perturbations on CIFAR-100, which the
-defender does not have.  Arguments: ``downstream`` and ``surrogate`` (data sets), ``encoder`` (a
-shipped name or a directory), ``epsilon`` (of the universal attacks), ``epochs``, ``train_limit``
-(images of the downstream training split; 0 takes all) and ``batch_size``.
+The encoder was pre-trained on CIFAR-10; the attacker fits perturbations on crops of two photographs
+that come with the package, or on another set, ``surrogate=cifar100_small``.  Data sets are prepared
+once: ``robust-ssl data prepare gtsrb32``.  Arguments: ``downstream`` and ``surrogate`` (data sets),
+``encoder`` (a shipped name or a directory), ``epsilon`` (of the universal attacks), ``epochs``,
+``train_limit`` (images of the downstream training split; 0 takes all) and ``batch_size``.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +35,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.seed = 0
     config.stages = ("attack", "train", "score", "compare")
     config.encoder = {"path": given["encoder"]}
-    config.surrogate = {"source": given["surrogate"]}
+    config.surrogate = common.surrogate(given["surrogate"])
     config.downstream = common.downstream(given["downstream"], given["train_limit"])
     config.suite = {
         "attacks": common.suite(),

@@ -88,7 +88,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.seed = 0
     config.stages = ("attack", "score")
     config.encoder = {"path": given["encoder"]}
-    config.surrogate = {"source": given["surrogate"]}
+    config.surrogate = common.surrogate(given["surrogate"])
     config.downstream = common.downstream(given["downstream"], test_limit=given["test_limit"])
     config.classifiers = {"secured": {"path": given["classifier"]}} if given["classifier"] else {}
     config.suite = {

@@ -5,6 +5,33 @@ A public encoder goes in, a secured classifier and the proof come out:
 """
 
 import importlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
+    from robust_ssl.api import Perturbation, Result, attack, measure, secure
+    from robust_ssl.api import list_names as list
+    from robust_ssl.conformance import check, check_attack, check_loss
+    from robust_ssl.types import (
+        AttackInputs,
+        Classifier,
+        Encoder,
+        LossInputs,
+        Outputs,
+        TrainState,
+    )
+    from robust_ssl.weights import (
+        encoder_card,
+        export_safetensors,
+        export_stablehlo,
+        import_encoder,
+        list_encoders,
+        load_classifier,
+        load_encoder,
+        load_stablehlo,
+        save_classifier,
+        save_encoder,
+    )
 
 __version__ = "0.2.0"
 
@@ -38,10 +65,36 @@ _HOMES = {
     "secure": "api",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = [
+    "AttackInputs",
+    "Classifier",
+    "Encoder",
+    "LossInputs",
+    "Outputs",
+    "Perturbation",
+    "Result",
+    "TrainState",
+    "attack",
+    "check",
+    "check_attack",
+    "check_loss",
+    "encoder_card",
+    "export_safetensors",
+    "export_stablehlo",
+    "import_encoder",
+    "list",
+    "list_encoders",
+    "load_classifier",
+    "load_encoder",
+    "load_stablehlo",
+    "measure",
+    "save_classifier",
+    "save_encoder",
+    "secure",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Imports a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'robust_ssl' has no attribute {name!r}")
@@ -49,6 +102,6 @@ def __getattr__(name: str):
     return getattr(home, "list_names" if name == "list" else name)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> Iterable[str]:
     """Lists the public names."""
     return [*globals(), *_HOMES]

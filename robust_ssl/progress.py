@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from robust_ssl import words
+
 MODES = ("auto", "bar", "log", "quiet")
 BAR_SECONDS = 0.5
 LOG_SECONDS = 5.0
@@ -78,6 +80,9 @@ class Progress:
         try:
             yield bar
             bar.finish()
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"at step {bar.finished_steps} of {total_steps} of {name}")
+            raise
         finally:
             display.close()
 
@@ -159,8 +164,8 @@ class Bar:
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4g}")
         if self.seconds_left is not None:
-            parts.append(f"{_duration(self.seconds_left)} left")
-        return ", ".join(filter(None, parts)) or f"{_duration(self.seconds)} so far"
+            parts.append(f"{duration(self.seconds_left)} left")
+        return ", ".join(filter(None, parts)) or f"{duration(self.seconds)} so far"
 
     def _pace(self) -> str:
         if not self.rate:
@@ -226,16 +231,16 @@ class _Lines(_Nothing):
             if now < self._printed + HEARTBEAT_SECONDS:
                 return
             known = ", ".join(
-                filter(None, [bar.doing, f"{_duration(bar.seconds_of_step)} in this step"])
+                filter(None, [bar.doing, f"{duration(bar.seconds_of_step)} in this step"])
             )
         self._news, self._printed = news, now
         place = f"{bar.finished_steps} of {bar.total}"
         if not bar.doing:
             place = f"step {bar.finished_steps}/{bar.total}"
-        _say(f"{bar.name}: {place}, {known}")
+        words.say(f"{bar.name}: {place}, {known}")
 
     def end(self, bar: Bar) -> None:
-        _say(_end(bar))
+        words.say(_end(bar))
 
 
 class _Terminal(_Lines):
@@ -246,9 +251,9 @@ class _Terminal(_Lines):
         super().__init__()
         self.seconds = BAR_SECONDS
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[known]}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[known]}", markup=False),
             console=Console(stderr=True),
             auto_refresh=False,
             transient=True,  # the line at the end stays instead
@@ -257,9 +262,10 @@ class _Terminal(_Lines):
         self._progress.start()
 
     def show(self, bar: Bar) -> None:
-        known = bar.describe()
+        known = words.line(bar.describe())
         if self._task is None:
-            self._task = self._progress.add_task(bar.name, total=bar.total, known=known)
+            name = words.line(bar.name)
+            self._task = self._progress.add_task(name, total=bar.total, known=known)
         self._progress.update(self._task, completed=bar.finished_steps, known=known, refresh=True)
 
     def end(self, bar: Bar) -> None:
@@ -289,6 +295,7 @@ class _Notebook(_Lines):
     def _write(self, line: str) -> None:
         from IPython.display import display
 
+        line = words.line(line)
         if self._shown is None:
             self._shown = display({"text/plain": line}, raw=True, display_id=True)
         else:
@@ -297,14 +304,10 @@ class _Notebook(_Lines):
 
 def _end(bar: Bar) -> str:
     loss = "" if bar.loss is None else f", loss {bar.loss:.4g}"
-    return f"{bar.name}: {bar.finished_steps}/{bar.total} steps in {_duration(bar.seconds)}{loss}"
+    return f"{bar.name}: {bar.finished_steps}/{bar.total} steps in {duration(bar.seconds)}{loss}"
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Returns ``42 s``, ``3:05`` (minutes) or ``2:03:05`` (hours)."""
     if seconds < 60:
         return f"{seconds:.0f} s"

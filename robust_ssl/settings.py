@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from robust_ssl import shipped, working_directory
+from robust_ssl import disk, shipped, working_directory
 
 _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?"
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
@@ -27,6 +27,7 @@ _PLAIN = re.compile(
 _QUOTED_OR_FRACTION = re.compile(
     rf"({_QUOTED})|(?<![\w./]){_NUMBER}/{_NUMBER}(?![\w./])", re.IGNORECASE
 )
+_MOST_CONFIG = 2**24  # bytes of a config file
 _FUNCTION = re.compile(r"[\w./-]+:[A-Za-z_]\w*")
 
 
@@ -204,6 +205,9 @@ def find_config(name: str) -> str:
 def _get_config(name: str, arguments: tuple[str, ...]) -> Any:
     file = find_config(name)
     try:
+        # Some files of /proc have no end and say that they are empty: Python would wait for it.
+        if not disk.read_bytes(file, _MOST_CONFIG).strip():
+            raise SettingsError("is empty")
         module = _run_file(file)
         if not hasattr(module, "get_config"):
             raise SettingsError("defines no get_config()")

@@ -15,15 +15,28 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
 from flax.struct import field
 from jax.tree_util import GetAttrKey
 
-__all__ = ["dataclass", "field"]
+__all__ = ["Value", "dataclass", "field"]
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    class Value:
+        """A base for classes whose `replace` type checkers should know; at run time `object`."""
+
+        def replace(self, **updates: Any) -> Self:
+            """Returns a copy with other values."""
+            raise NotImplementedError
+
+else:
+    Value = object
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -72,7 +85,7 @@ def dataclass(cls: type[T]) -> type[T]:
 
 def _naming_what_it_takes(cls: type, fields: Sequence[str]) -> Callable[..., None]:
     """Returns ``cls.__init__`` whose error for an unknown argument says what it takes."""
-    init = cls.__init__
+    init: Callable[..., None] = cls.__init__  # type: ignore[misc]  # of this very class
 
     @functools.wraps(init)
     def init_or_say(self, *args, **kwargs):

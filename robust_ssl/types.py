@@ -42,12 +42,12 @@ def _count(variables: Any) -> str:
 
 def _lines(*lines: str) -> str:
     """Joins lines, of which none is longer than `_COLUMNS` nor has a line break in it."""
-    lines = [line if "\n" not in line else " ".join(line.split()) for line in lines]
-    return "\n".join(x if len(x) <= _COLUMNS else x[: _COLUMNS - 3] + "..." for x in lines)
+    whole = [line if "\n" not in line else " ".join(line.split()) for line in lines]
+    return "\n".join(x if len(x) <= _COLUMNS else x[: _COLUMNS - 3] + "..." for x in whole)
 
 
 @struct.dataclass
-class Outputs:
+class Outputs(struct.Value):
     """What a model says about a batch of images (or about one image, without the batch axis).
 
     Attributes:
@@ -88,7 +88,7 @@ def _with_batch_axis(images: jax.Array, apply: Callable[[jax.Array], Outputs]) -
 
 
 @struct.dataclass
-class Encoder:
+class Encoder(struct.Value):
     """A feature extractor with its weights and its own normalization.
 
     Calling it is evaluation mode: batch statistics are read, never written.  Images are pixels in
@@ -204,7 +204,7 @@ class Encoder:
 
 
 @struct.dataclass
-class Classifier:
+class Classifier(struct.Value):
     """An encoder with a head: what a downstream team ships.
 
     Attributes:
@@ -212,12 +212,14 @@ class Classifier:
       head_variables: ``{"params": ...}`` of `head`.
       head: A linen module; ``head.apply(variables, features, train=False)`` returns logits.
       num_classes: Number of logits.
+      class_names: What each logit stands for; empty where nobody has said.
     """
 
     encoder: Encoder
     head_variables: Variables
     head: nn.Module = struct.field(pytree_node=False)
     num_classes: int = struct.field(pytree_node=False)
+    class_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
     def __repr__(self) -> str:
         """Shows what the classifier is, without its weights."""
@@ -280,7 +282,7 @@ class Classifier:
 
 
 @struct.dataclass
-class AttackInputs:
+class AttackInputs(struct.Value):
     """What an attack objective may look at; every array has a batch axis (of one, per image).
 
     Attributes:
@@ -301,7 +303,7 @@ class AttackInputs:
 
 
 @struct.dataclass
-class LossInputs:
+class LossInputs(struct.Value):
     """What a training loss may look at, for the *global* batch, whatever the device count.
 
     Attributes:
@@ -319,7 +321,7 @@ class LossInputs:
 
 
 @struct.dataclass
-class TrainState:
+class TrainState(struct.Value):
     """All that training needs to go on: arrays only, so orbax saves it as it is.
 
     Attributes:

@@ -73,7 +73,10 @@ class _Finder:
         if path is not None or not (importer == RESOLVER or importer.partition(".")[0] in _users):
             return None
         importlib.invalidate_caches()  # a notebook may have written the file a moment ago
-        spec = importlib.machinery.PathFinder.find_spec(name, [os.getcwd()])
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(name, [os.getcwd()])
+        except OSError:  # the working directory is gone
+            return None
         if spec is not None:
             trust(name)
         return spec

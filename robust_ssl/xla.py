@@ -208,6 +208,34 @@ def _configure_cache(values: Sequence[Any]) -> None:
     for name, value in zip(_CACHE, values, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # it looks at its settings once
+    if values[0]:
+        _let_every_process_write()
+
+
+def _let_every_process_write() -> None:
+    """Has each of several processes on CPUs keep its own programs.
+
+    On a CPU a program's key names its devices, so no process finds what another one has kept; and
+    JAX lets process 0 alone write.  At a second start that one would be ready at once, and the
+    others would compile.
+    """
+    from jax._src import compiler, distributed
+
+    write, state = getattr(compiler, "_cache_write", None), distributed.global_state
+    if write is None or state.process_id == 0 or hasattr(write, "everywhere"):
+        return
+
+    def write_here(key, seconds, name, backend, *more):
+        own = state.process_id
+        try:
+            if backend.platform == "cpu":
+                state.process_id = 0
+            write(key, seconds, name, backend, *more)
+        finally:
+            state.process_id = own
+
+    write_here.everywhere = True
+    compiler._cache_write = write_here
 
 
 def limit_in_flight(call: Callable) -> Callable:

@@ -29,7 +29,7 @@ def spoiled(split="train", *, how="", only="train"):
     elif how == "below":
         pixels[5] = -1
     elif how == "rank":
-        pixels = pixels[..., 0]
+        pixels = pixels.reshape(len(pixels), -1)
     elif how == "channels":
         pixels = np.concatenate([pixels, pixels[..., :1]], axis=-1)
     elif how == "size":
@@ -45,9 +45,23 @@ def spoiled(split="train", *, how="", only="train"):
         pixels, labels = pixels[:0], labels[:0]
     elif how == "one label short":
         labels = labels[1:]
-    elif how == "fewer classes":
-        labels = np.minimum(labels, 2)
+    elif how == "another class":
+        labels[7] = 4
+    elif how == "a class without images":
+        return {"images": pixels, "labels": labels, "class_names": "abcde"}
+    elif how == "from one":
+        labels = labels + 1
     return pixels, labels
+
+
+def other_names(split="train"):
+    """`tiny.images` whose splits call a class by two names."""
+    pixels, labels = tiny.images(split)
+    return {
+        "images": pixels,
+        "labels": labels,
+        "class_names": "abCd" if split == "train" else "abcd",
+    }
 
 
 def batch_mean(inputs):
@@ -73,7 +87,7 @@ CASES = {
     "images with NaN": (data("nan"), ["nan at index [3, 1, 2, 0]", "repair or drop"]),
     "images above 1": (data("above"), ["[0, 1]", "1 of 64 images", "divide by 255"]),
     "images below 0": (data("below"), ["[0, 1]", "[5, 0, 0, 0]", "normalization"]),
-    "images of rank 3": (data("rank"), ["[n, height, width, 3]", "(64, 8, 8)", "np.repeat"]),
+    "images of rank 2": (data("rank"), ["[n, height, width, 3]", "(64, 192)", "reshape"]),
     "images of 4 channels": (data("channels"), ["3 channels", "(64, 8, 8, 4)", "[..., :3]"]),
     "images of another size": (data("size"), ["6x8", "8x8", "image_size=8"]),
     "test images with NaN": (data("nan", only="test"), ["(test)", "nan at index"]),
@@ -81,7 +95,19 @@ CASES = {
     "labels too large": (data("large"), ["labels[7] is 4", "number of classes, 4"]),
     "labels not integers": (data("fractions"), ["integers", "labels[0]", "astype(np.int32)"]),
     "labels missing": (data("one label short"), ["64 images and 63 labels"]),
-    "other classes in test": (data("fewer classes", only="test"), ["3 classes", "4 logits"]),
+    "other classes in test": (
+        data("another class", only="test"),
+        ["not those of", "only the first has '4'"],
+    ),
+    "other class names in test": (
+        {"downstream": {"function": "test_bad_input:other_names", "validation": 0.25}},
+        ["only the first has 'c' (near 'C')", "'C'"],
+    ),
+    "a class that nothing trains": (
+        data("a class without images"),
+        ["1 of the 5 classes", "no training image: 'e'"],
+    ),
+    "labels from 1": (data("from one"), ["start at 1", "labels - 1"]),
     "another class count": (data("", num_classes=10), ["4 classes", "10 logits", "num_classes=4"]),
     "an empty split": (data("empty"), ["(train) is empty", "another split"]),
     "an empty test split": (data("empty", only="test"), ["(test) is empty"]),
@@ -229,7 +255,7 @@ def test_a_misspelt_data_set_is_answered_with_near_ones(workdir, monkeypatch):
 
 def test_a_data_set_not_prepared_yet_is_answered_with_the_command(workdir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(workdir.parent / "tfds"))
-    with pytest.raises(experiment.UsageError, match=r"robust-ssl\[prepare\].* tfds build cifar10 "):
+    with pytest.raises(experiment.UsageError, match=r"robust-ssl data prepare cifar10 "):
         attempt(workdir, {"surrogate": {"source": "cifar10"}})
 
 

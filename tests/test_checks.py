@@ -106,7 +106,7 @@ def test_a_check_has_a_known_name_and_status():
 
 def test_the_table_has_every_check_once_under_the_name_of_its_function():
     table = checks.CHECKS
-    assert [entry.number for entry in table.values()] == list(range(1, 28))
+    assert [entry.number for entry in table.values()] == list(range(1, 30))
     assert not set(table) & set(checks.GROUPS) and all(entry.source for entry in table.values())
     assert checks.names_of(checks.GROUPS) == tuple(table)
     assert {*checks.names_of(["model", "gradients"])} == checks.ESSENTIAL
@@ -159,6 +159,8 @@ BY_HAND = [
     (checks.transfer_not_stronger, (right(300), right(400)), (right(300), right(250)), 0.1),
     (checks.budget_kept, (np.full(3, 1e-6),), (np.array([0.0, 0.1]),), 0.1),
     (checks.survives_rounding, (right(300), right(305)), (right(300), right(350)), 0.1),
+    (checks.leakage, (0, 500, 900), (5, 500, 900), 0.01),
+    (checks.one_answer, (right(500), 1 * right(450)), (right(450), 1 * right(450)), 1.0),
     (checks.per_image_not_weaker, (right(300), right(300)), (right(250), right(300)), 0.1),
     (checks.holds_on_new_images, (right(300), right(250)), (right(300), right(150)), 0.3),
     (checks.seeds_agree, ([right(300), right(310)],), ([right(300), right(350)],), 0.1),

@@ -8,7 +8,7 @@ import types
 import pytest
 
 import robust_ssl
-from robust_ssl import settings, shipped
+from robust_ssl import progress, settings, shipped, stopping
 from robust_ssl.cli import flags, main, run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,7 +25,9 @@ def seen(monkeypatch, tmp_path):
     monkeypatch.setattr(robust_ssl, "experiment", fake, raising=False)
     monkeypatch.setattr(run, "_start_jax", lambda arguments, several: None)
     monkeypatch.chdir(tmp_path)
-    return calls
+    yield calls
+    progress.set_mode("auto")
+    stopping.clear_stop()
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -63,12 +65,14 @@ def test_a_file_is_what_ends_in_py_or_has_a_slash(tmp_path, seen):
         ("quickstrat", r"no shipped config 'quickstrat'; did you mean quickstart\?.*list configs"),
         ("configs/quickstart.py", "the shipped one is called quickstart"),
         ("common", "no shipped config 'common'"),
-        ("quickstart:epochs=2", "takes no arguments, got 'epochs=2'"),
+        ("mine/plain.py:epochs=2", "takes no arguments, got 'epochs=2'"),
         ("gen_af:epoch=2", r"^gen_af: unknown argument 'epoch'; did you mean epochs"),
         ("nowhere/mine.py", "no config file nowhere/mine.py"),
     ],
 )
-def test_an_unknown_name_is_told_with_near_ones(seen, name, message):
+def test_an_unknown_name_is_told_with_near_ones(seen, tmp_path, name, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plain.py").write_text("def get_config(): pass")
     with pytest.raises(settings.SettingsError, match=message):
         settings.load_config(name)
 

@@ -188,7 +188,7 @@ def test_every_resnet_is_told_by_its_blocks(builder, layout):
     kind = "basic" if "conv3" not in encoder.variables["params"]["stage1"]["block1"] else "bottle"
     configs = {"config.json": {"model_type": "resnet", "layer_type": kind}}
     assert layout_of(layout).matches(tensors.keys())
-    name, options = layout_of(layout).network(tensors, configs)
+    name, options, _ = layout_of(layout).network(tensors, configs)
     assert (name, options["width"]) == (builder.__name__, 2)
     assert (options["stem"], options["stem_padding"]) == ("imagenet", 3)
     flat = traverse_util.flatten_dict(encoder.variables, sep="/")
@@ -422,7 +422,8 @@ def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
     [
         (["inspect", "nowhere.pth"], "nowhere.pth is not there"),
         (["convert", "nowhere.pth", "--out=x"], "nowhere.pth is not there"),
-        (["inspect", "simclr-cifar10-r18w24"], "an encoder of this package already"),
+        (["convert", "simclr-cifar10-r18w24", "--out=x"], "an encoder of this package already"),
+        (["inspect", "simclr-cifar10-r18"], "no encoder named"),
         (["export", "simclr-cifar10-r18w24"], "say where to"),
         (["export", "no-such-encoder", "--out=x"], "no encoder named"),
         (["inspect", "nowhere.pth", "--config.seed=1"], "there is no config here"),
@@ -444,7 +445,7 @@ def test_what_argparse_refuses_is_2(arguments):
 
 def test_layouts_have_names_of_their_own():
     names = [layout.name for layout in convert.LAYOUTS]
-    assert len(set(names)) == len(names) and len(resnet_layouts.LAYOUTS) == 4
+    assert len(set(names)) == len(names) and len(resnet_layouts.LAYOUTS) == 7
 
 
 def test_positions_are_resized_only_if_another_size_is_named(tmp_path):
@@ -454,6 +455,9 @@ def test_positions_are_resized_only_if_another_size_is_named(tmp_path):
     file = write(tmp_path, tensors_of(encoder, "timm-vit"))
     facts = {"normalization": "half", "heads": 2}
     assert_same_weights(weights.import_encoder(file, **facts), encoder)
+    with pytest.raises(ValueError, match="resize them differently: name --position-resizing"):
+        weights.import_encoder(file, **facts, image_size=12)
+    facts["position_resizing"] = "bicubic"
     resized = weights.import_encoder(file, **facts, image_size=12)
     assert_same_weights(resized, models.resize_positions(encoder, 12))
     assert resized.image_size == 12

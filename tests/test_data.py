@@ -57,8 +57,7 @@ def broken_image(value):
         (broken_image(255.0), r"\[0, 1\], got 255 at index \[2, 1, 0, 2\].*divide by 255"),
         (np.zeros((4, 8, 8), np.uint8), r"got shape \(4, 8, 8\); for gray images"),
         (np.zeros((8, 8, 3), np.uint8), "must be .n, height, width, 3."),
-        (np.zeros((4, 3, 8, 8), np.uint8), r"transpose\(0, 2, 3, 1\)"),
-        (np.zeros((4, 8, 8, 1), np.uint8), "3 channels last.*gray"),
+        (np.zeros((4, 3, 8, 1), np.uint8), "3 channels last.*gray"),
         (np.zeros((4, 8, 8, 4), np.uint8), "3 channels last.*alpha"),
         (np.zeros((4, 8, 8, 3), np.int64), "uint8 .* or float .*, got int64"),
         ([np.zeros((8, 8, 3)), np.zeros((8, 9, 3))], r"differ in size: image 1 is \(8, 9, 3\)"),
@@ -369,6 +368,17 @@ def test_tfds_streams_what_is_large(tfds_dir):
     assert large.in_memory().fingerprint() == data.load("tiny", data_dir=tfds_dir).fingerprint()
 
 
+def test_a_platform_without_array_record_is_told_what_to_give(tfds_dir, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def missing(self, split, decoders):
+        raise ImportError("No module named 'array_record'")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"'tiny' needs the package array-record.*folder"):
+        data.load("tiny", data_dir=tfds_dir)
+
+
 def test_tfds_finds_its_folder_in_the_environment(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
     assert len(data.load("tiny", split="test")) == 3
@@ -386,7 +396,7 @@ def test_tfds_finds_its_folder_in_the_environment(tfds_dir, monkeypatch):
             "not known to TFDS; near are: tiny.*prepared under .*: tiny",
         ),
         ("cifar11", "train", ValueError, "near are: .*cifar10"),
-        ("gtsrb", "train", ValueError, "near are: visual_domain_decathlon/gtsrb"),
+        ("gtsrb16", "train", ValueError, "near are: gtsrb, gtsrb32"),
         ("visual_domain_decathlon", "train", ValueError, "one of: .*visual_domain_decathlon/dtd"),
         ("visual_domain_decathlon/gtsrp", "train", ValueError, "of: visual_domain_decathlon/gtsrb"),
         ("tiny:2.0.0", "train", FileNotFoundError, r"versions \['1.0.0', '1.10.0'\], not '2.0.0'"),
@@ -394,7 +404,19 @@ def test_tfds_finds_its_folder_in_the_environment(tfds_dir, monkeypatch):
             "cifar10",
             "train",
             FileNotFoundError,
-            r"pip install 'robust-ssl\[prepare\]' && tfds build cifar10 "
+            r"prepare it once:\n  robust-ssl data prepare cifar10 --data-dir=\S+\n",
+        ),
+        (
+            "svhn_cropped",
+            "train",
+            FileNotFoundError,
+            r"prepare it once:\n  robust-ssl data prepare svhn --data-dir=",
+        ),
+        (
+            "cifar10:3.0.1",
+            "train",
+            FileNotFoundError,
+            r"pip install 'robust-ssl\[prepare\]' && tfds build cifar10:3.0.1 "
             r"--file_format=array_record --data_dir=",
         ),
         (
@@ -413,8 +435,10 @@ def test_tfds_errors_say_what_is_near_or_how_to_prepare(tfds_dir, name, split, e
 def test_the_command_leaves_out_the_default_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"--file_format=array_record$"):
+    with pytest.raises(FileNotFoundError, match=r"--file_format=array_record\n"):
         data.load("mnist")
+    with pytest.raises(FileNotFoundError, match=r"robust-ssl data prepare eurosat\n"):
+        data.load("eurosat")
 
 
 def test_a_folder_of_the_same_name_is_pointed_out(tmp_path, monkeypatch):

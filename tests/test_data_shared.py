@@ -54,6 +54,8 @@ def test_every_gtsrb_image_arrives_with_its_own_label():
     examples = load("gtsrb32", "test")
     if not SHARED.is_dir():
         pytest.skip(f"the source of gtsrb32 is not at {SHARED}")
+    if (DATA_DIR / "gtsrb32" / "1.0.0" / "source.json").exists():
+        pytest.skip("prepared from the published archives, which have not been through JPEG")
     sys.path.insert(0, str(SHARED))
     try:
         import prepare_tfds

@@ -123,6 +123,7 @@ def test_activations():
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     expected = {
         "gelu": [-0.0040496941, 2.9959503059],  # of -3 and 3: x times the normal distribution
+        "gelu_tanh": [-0.0036374, 2.9963626],  # its approximation by a hyperbolic tangent
         "quick_gelu": (x * sigmoid(1.702 * x))[[0, -1]],
         "swiglu": (x[:4] * sigmoid(x[:4]) * x[4:])[[0, -1]],
     }

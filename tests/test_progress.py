@@ -166,4 +166,4 @@ def test_a_slow_rate_is_in_seconds_a_step(clock, capsys):
     ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (185, "3:05"), (7385, "2:03:05")]
 )
 def test_durations(seconds, text):
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text

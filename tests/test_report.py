@@ -519,3 +519,37 @@ def test_pictures_show_wherever_the_run_was_begun(tmp_path, monkeypatch):
     assert "figures/epsilon.png" in links and "../other.png" in links
     for link in links:
         assert (tmp_path / workdir / link).exists() or "other" in link, link
+
+
+# --- data that flatter -----------------------------------------------------------------------
+
+
+def of_classes(classes, images, **other):
+    downstream = {**RUN["downstream"], "classes": classes, **other}
+    downstream["largest_class"] = {"name": "good|part", "images": images}
+    return a_document(three(), run={**RUN, "downstream": downstream})
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "said"),
+    [(2, 48, True), (2, 30, True), (2, 26, False), (5, 12, True), (10, 8, False), (10, 15, True)],
+)
+def test_an_imbalanced_set_has_its_majority_class_as_a_line(classes, images, said):
+    document = of_classes(classes, images)
+    *_, last = tables.headline_cells(document)
+    assert (last["recipe"] == ("always 'good|part'",)) == said
+    assert ("majority class" in tables.headline_caption(document)) == said
+    if said:
+        share = f"{2 * images:.1f} %"
+        assert last["clean"][0] == last["under attack"][0] == share
+        assert last["verdict"] == ("no model",)
+
+
+def test_what_was_left_out_and_what_is_in_both_splits_is_told(tmp_path):
+    document = of_classes(2, 48, test_among_train=7, notes=["train: left out, no classes: @eaDir/"])
+    results.check(document)
+    report.write_report(tmp_path, document)
+    page = (tmp_path / "report.md").read_text()
+    assert "Note on train: left out, no classes: @eaDir/." in page
+    assert "Test images among the training images: 7 of 50." in page
+    assert "always 'good\\|part'" in page

@@ -15,7 +15,7 @@ from tiny_recipes import ATTACKS, FROZEN, context, go
 
 from robust_ssl import evaluation, experiment, models, report, settings, threats, weights
 from robust_ssl.evaluation import PerImage
-from robust_ssl.experiment import examine, groups, score
+from robust_ssl.experiment import examine, groups, pages, score
 from robust_ssl.stopping import Stopped
 
 L2 = {"epsilon": 0.5, "threat": "robust_ssl.threats:L2"}
@@ -133,6 +133,21 @@ def test_results_are_a_page_and_tables(finished):
     with open(workdir / "attacks.csv") as file:
         seeds = {(row["attack"], row["seed"]) for row in csv.DictReader(file)}
     assert {("universal_pgd", "2"), ("pgd", "1")} <= seeds
+
+
+def test_the_numbers_are_there_whatever_becomes_of_the_figures(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    (workdir / "report.md").unlink()
+    (workdir / "results.json").unlink()
+    monkeypatch.setattr(pages, "_look", None)
+    with pytest.raises(TypeError):
+        go(config(), workdir)
+    assert entries_of(workdir) == entries_of(finished[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "figure_stability", lambda *args: 1 / 0)
+    go(config(), workdir)
+    page = (workdir / "report.md").read_text()
+    assert "examples.png" in page and "stability.png" not in page
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatch):

@@ -205,3 +205,33 @@ def test_the_best_epoch_is_kept_too(tmp_path):
     _, best, _ = go(tmp_path, mean_of_images(6, 30), **options)
     assert int(best.epoch) == 2
     assert optax.tree.norm(best.variables) > 0
+
+
+@LOOPS
+def test_a_training_that_was_mostly_skipped_is_never_finished(loop_on_device, tmp_path):
+    options = {"epochs": 4, "loop_on_device": loop_on_device}  # 12 steps, 7 of them bad
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="7 of its 12 updates were skipped"):
+            go(tmp_path, mean_of_images(2, 9), **options)
+    with pytest.raises(FloatingPointError, match="all its 12 updates were skipped"):
+        go(tmp_path / "nan", mean_of_images(0, 12), **options)
+
+
+def test_tries_without_progress_are_counted_and_come_to_an_end(tmp_path):
+    broken = mean_of_images(0, 1000)
+    for tries in (1, 2, 3):
+        with pytest.raises(FloatingPointError, match=f"up to step {21 * tries}") as caught:
+            go(tmp_path, broken, epochs=100)
+        assert ("goes on" in str(getattr(caught.value, "__notes__", ""))) == (tries < 3)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="3 tries ended without one finite update"):
+            go(tmp_path, broken, epochs=100)
+
+
+def test_a_finite_update_between_begins_the_count_again(tmp_path):
+    def step(state, batch):  # one good update in 24
+        return mean_of_images(0, 1000 * (state.step % 24 != 0))(state, batch)
+
+    for _ in range(4):
+        with pytest.raises(FloatingPointError, match="the last 2"):
+            go(tmp_path, step, epochs=100)

@@ -86,7 +86,7 @@ def foreign(layout, encoder):
 def test_the_network_and_its_weights_come_back(layout, options, beside):
     encoder = skeleton(**options)
     arrays, tensors = foreign(layout, encoder)
-    builder, rebuilt = LAYOUTS[layout].network(tensors, beside)
+    builder, rebuilt, _ = LAYOUTS[layout].network(tensors, beside)
     assert builder == "vision_transformer"
     assert skeleton(**rebuilt).module == encoder.module
     back = mapping.join(LAYOUTS[layout].entries(encoder), tensors, encoder_shapes(encoder), "it")
@@ -142,7 +142,7 @@ def test_what_is_lost_is_missing_and_not_an_option():
             # fc_norm and norm_pre tell by their names what they are: the bias is left over then
             message = f"missing {lost}|unexpected {lost.removesuffix('weight')}bias"
             with pytest.raises(ValueError, match=message):
-                _, rebuilt = LAYOUTS[layout].network(rest, beside)
+                _, rebuilt, _ = LAYOUTS[layout].network(rest, beside)
                 network = skeleton(**rebuilt)
                 entries, shapes = LAYOUTS[layout].entries(network), encoder_shapes(network)
                 mapping.join(entries, rest, shapes, "it")
@@ -151,8 +151,6 @@ def test_what_is_lost_is_missing_and_not_an_option():
 REFUSED = [
     ("timm-vit", {}, {}, {}, "how many attention heads it has, and 24 is no published width"),
     ("timm-vit", CLIP, HEADS, {}, "name --activation quick_gelu"),
-    ("timm-vit", {}, HEADS, {"dist_token": (1, 1, 24)}, "distilled DeiT has two class tokens"),
-    ("timm-vit", {}, HEADS, {"reg_token": (1, 4, 24)}, "only patches have positions"),
     ("timm-vit", {}, HEADS, {"pos_embed": (1, 12, 24)}, r"\(1, 12, 24\), which is not positions"),
     ("timm-vit", {}, HEADS, {"patch_embed.proj.weight": (4, 4, 3, 24)}, "axes transposed"),
     ("huggingface-vit", {}, {}, {}, "no config.json.*how many attention heads"),

@@ -305,9 +305,10 @@ def test_damaged_safetensors_are_refused(refused):
 
 
 def test_a_state_dict_that_is_not_there_lists_the_choices(refused):
-    content = zipped(pickled(table(student=table(w=tensor()), epoch=number(1))))
+    two = table(student=table(w=tensor()), other=table(w=tensor()), epoch=number(1))
+    content = zipped(pickled(two))
     message = refused(content, "has no usual state dict")
-    assert "under: 'student'" in message and "'epoch'" in message
+    assert "under: 'student', 'other'" in message and "'epoch'" in message
     refused(content, "no tensors under 'teacher'", under="teacher")
     refused(zipped(pickled(table(epoch=number(1)))), "under: nowhere")
     refused(zipped(pickled(b"]")), "holds a list")

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from robust_ssl import models
 from robust_ssl.models import vit
 from robust_ssl.types import Encoder
+from robust_ssl.weights import cards
 from robust_ssl.weights import native as weights
 
 
@@ -292,3 +293,43 @@ def test_what_is_shipped_loads_and_is_small(name):
         encoder, jnp.full((encoder.image_size, encoder.image_size, 3), 0.5)
     )
     assert features.shape == (encoder.dim,) and bool(jnp.isfinite(features).all())
+
+
+# --- The card's own checksum ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda options: options.update(std=[0.3, *options["std"][1:]]),
+        lambda options: options.update(mean=[float("nan")] * 3),
+        lambda options: options.update(std=[0, 0, 0]),
+        lambda options: options.update(mean="abc"),
+        lambda options: options.update(mean=[0.5] * 1000),
+        lambda options: options.update(std=[0.2, -0.2, 0.2]),
+    ],
+)
+def test_a_card_that_was_changed_or_makes_no_sense_is_refused(change, tmp_path):
+    weights.save_encoder(models.resnet18(jax.random.key(0), width=4, image_size=16), tmp_path)
+    file = tmp_path / "encoder.json"
+    record = json.loads(file.read_text())
+    change(record["options"])
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"encoder\.json"):
+        weights.load_encoder(tmp_path)
+
+
+def test_an_edit_of_ones_own_is_accepted_by_name_and_a_card_of_before_is_noted(tmp_path, caplog):
+    weights.save_encoder(models.resnet18(jax.random.key(0), width=4, image_size=16), tmp_path)
+    file = tmp_path / "encoder.json"
+    record = json.loads(file.read_text())
+    record["card"]["note"] = "mine"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="checksum does not agree"):
+        weights.load_encoder(tmp_path)
+    cards.seal_card(tmp_path)
+    weights.load_encoder(tmp_path)
+    assert not caplog.text
+    file.write_text(json.dumps({n: v for n, v in record.items() if n != "sha256"}))
+    weights.load_encoder(tmp_path)
+    assert "has no checksum of itself" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,14 +76,14 @@ class Perturbation:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one ``.npz`` file that NumPy alone can read; see `load`."""
-        self.value.save(path)
+        self.value.save(pathlib.Path(path))
 
     @classmethod
     def load(
         cls, path: str | os.PathLike, threat: Callable[..., Threat] | None = None
     ) -> Perturbation:
         """Reads what `save` wrote; `threat` is the class of a threat of your own."""
-        return cls(UniversalPerturbation.load(path, threat))
+        return cls(UniversalPerturbation.load(pathlib.Path(path), threat))
 
     def plot(self, images: Any = None) -> Any:
         """Draws the images, the same under attack, and the change made visible.

@@ -368,7 +368,8 @@ class _Scorer:
         steps, queries, count = affordable(spent)
         order = np.random.default_rng(20).permutation(len(self.examples))
         rows = np.sort(order[:count])
-        batch, options = self.examples.read(rows), {}
+        batch = self.examples.read(rows)
+        options: dict[str, Any] = {}
         if figures:
             figure = evaluation.worst_case(s.worst for s in figures)
             options = {"reported": figure.robust_correct[rows], "counts": figure.counts}

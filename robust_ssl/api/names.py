@@ -51,7 +51,7 @@ class Names(Sequence):
 
     purposes: Mapping[str, str]
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: Any) -> Any:
         """Returns a name by its place."""
         return list(self.purposes)[index]
 

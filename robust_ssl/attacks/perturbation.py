@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from robust_ssl import struct, threats
+from robust_ssl import disk, struct, threats
 from robust_ssl.types import Model, Threat
 
 GRAY = 0.5  # the image around which a perturbation without an image is drawn and projected
@@ -103,7 +101,7 @@ class UniversalPerturbation:
                 "look at what it was made of: a fit's curve, the model's outputs"
             )
         entries = threats.to_entries(self.threat)
-        with open(path, "wb") as file:  # np.savez on a name would append .npz to it
+        with disk.replacing(path) as file:  # np.savez on a name would append .npz to it
             np.savez(file, delta=np.asarray(self.delta, np.float32), name=self.name, **entries)
 
     @classmethod
@@ -135,23 +133,21 @@ class UniversalPerturbation:
         return cls(jnp.asarray(delta, jnp.float32), budget, name=str(entries["name"]))
 
 
-_UNREADABLE = (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+_MOST_BYTES = 2**30  # of all arrays in a file; those of a perturbation of 4,096 pixels have 2**28
 
 
 def _read_entries(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb") as file:  # np.load leaves a damaged file open
-            stored = np.load(file, allow_pickle=False)
-            if not isinstance(stored, np.lib.npyio.NpzFile):
+        with disk.open_regular(path) as file:
+            if file.read(6) == b"\x93NUMPY":
                 raise ValueError("it holds one array, not named ones")
-            with stored:
-                entries = {name: stored[name] for name in stored.files}
+            entries = disk.read_npz(file, _MOST_BYTES)
         absent = {"delta", "name", "kind"} - set(entries)
         if absent:
             raise ValueError(f"it has no entry {' and no '.join(sorted(absent))}")
     except FileNotFoundError:
         raise
-    except _UNREADABLE as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a saved universal perturbation: {error}") from error
     return entries
 

@@ -196,7 +196,8 @@ class Function:
 
 def names_function(value: Any) -> bool:
     """Whether a text reads as ``"module:function"``."""
-    return isinstance(value, str) and re.fullmatch(r"[\w./~-]+:[A-Za-z_]\w*", value) is not None
+    # "hf:name" is a data set of the Hugging Face hub.
+    return isinstance(value, str) and bool(re.fullmatch(r"(?!hf:)[\w./~-]+:[A-Za-z_]\w*", value))
 
 
 def _read_options(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
-import sys
 from typing import Any
 
-from robust_ssl import settings, shipped
+from robust_ssl import settings, shipped, words
 from robust_ssl.cli.flags import DONE, add_command, add_debug
 
 _EXAMPLES = """\
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
     target = pathlib.Path(arguments.target).expanduser()
     for file in copy(known[arguments.name], target):
-        print(f"written: {file}", file=sys.stderr)
+        words.say(f"written: {file}")
     return DONE
 
 

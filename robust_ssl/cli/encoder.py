@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.resources
+import json
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from robust_ssl import settings
+from robust_ssl import settings, words
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
+from robust_ssl.cli.listing import describe_encoder
 
 _EXAMPLES = """\
 examples:
+  robust-ssl encoder inspect simclr-cifar10-r18w24
+      the card of a shipped encoder
+
   robust-ssl encoder inspect resnet18.pth
       what the file holds, and what must be named before it can be converted
 
@@ -49,7 +56,8 @@ def add_parser(commands: Any) -> None:
         action.add_argument(
             "file",
             metavar="FILE",
-            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON",
+            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON"
+            + ("; or a shipped encoder's name" if action is inspect else ""),
         )
         _add_names(action)
         add_debug(action)
@@ -90,6 +98,18 @@ def _add_names(command: argparse.ArgumentParser) -> None:
         choices=("safe", "torch"),
         help="of PyTorch files: this package's own (default), or torch.load(weights_only=True)",
     )
+    where.add_argument(
+        "--prefix", metavar="NAME", help="what the encoder's names begin with (default: found out)"
+    )
+    where.add_argument(
+        "--drop", action="append", metavar="PART", help="leave out a part; may be given many times"
+    )
+    where.add_argument(
+        "--inert",
+        action="append",
+        metavar="NAME",
+        help="pass over a harmless name in a pickle, module.name; never imported",
+    )
     images = command.add_argument_group(
         "images", "a part of the encoder; needed where no file beside the weights says it"
     )
@@ -101,12 +121,20 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     images.add_argument("--mean", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
     images.add_argument("--std", type=_three, metavar="R,G,B", help="of pixels in [0, 1]")
     images.add_argument("--image-size", type=int, metavar="N", help="height and width, pixels")
+    images.add_argument("--channels", choices=("rgb", "bgr"), help="the order of colors")
     network = command.add_argument_group("network", "what weights do not tell")
+    network.add_argument("--variant", metavar="plain", help="of a ResNet whose name says otherwise")
     network.add_argument("--stem", help="of a ResNet: cifar, cifar_half or imagenet")
     network.add_argument("--stem-padding", type=int, metavar="N", help="zeros around the image")
     network.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT")
     network.add_argument("--pooling", help="of a ViT: token or mean")
     network.add_argument("--activation", help="of a ViT: gelu or quick_gelu")
+    network.add_argument("--norm-epsilon", type=float, metavar="X", help="of a ViT's norms")
+    network.add_argument(
+        "--position-resizing",
+        metavar="NAME",
+        help="of a ViT, with --image-size: bicubic, antialias, offset or corners",
+    )
 
 
 def _three(text: str) -> tuple[float, ...]:
@@ -140,16 +168,35 @@ def _as_usage() -> Iterator[None]:
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("layout", "under", "reader", "normalization", "mean", "std", "image_size")
-    keys += ("stem", "stem_padding", "heads", "pooling", "activation")
+    keys += ("inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads")
+    keys += ("pooling", "activation", "norm_epsilon", "position_resizing")
     return {key: getattr(arguments, key) for key in keys}
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from robust_ssl import weights
 
+    path = pathlib.Path(arguments.file)
+    # One word is a name, if a misspelt one; resnet18.pth is a file that is not there.
+    if not weights.is_foreign(path) and (path.exists() or not path.suffix):
+        print(_card(arguments.file))
+        return DONE
     inspection = weights.inspect_file(arguments.file, **_named(arguments))
-    print(inspection)
+    words.say(inspection, sys.stdout, margin="")
     return USAGE if inspection.problems else DONE
+
+
+def _card(name_or_path: str) -> str:
+    """Returns what an encoder of this package says of itself: its page, or else its card."""
+    from robust_ssl import weights
+
+    card = weights.encoder_card(name_or_path)
+    folder = importlib.resources.files("robust_ssl.zoo").joinpath(name_or_path)
+    if name_or_path not in weights.list_encoders():
+        folder = pathlib.Path(name_or_path)
+    page = folder.joinpath("README.md")
+    text = page.read_text(encoding="utf-8") if page.is_file() else json.dumps(card, indent=2)
+    return f"{card['name']}: {describe_encoder(card)}\n\n{text.rstrip()}"
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -158,7 +205,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     place = weights.convert_encoder(
         arguments.file, arguments.out, name=arguments.name, **_named(arguments)
     )
-    print(f"written: {place}", file=sys.stderr)
+    words.say(f"written: {place}")
     return DONE
 
 
@@ -183,10 +230,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.out:
         # PyTorch's layouts have no place for our heads.
         only = model.encoder if arguments.classifier else encoder
-        print(f"written: {weights.export_safetensors(only, arguments.out)}", file=sys.stderr)
+        words.say(f"written: {weights.export_safetensors(only, arguments.out)}")
     if arguments.stablehlo:
         file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
-        print(f"written: {file}", file=sys.stderr)
+        words.say(f"written: {file}")
     return DONE
 
 

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from robust_ssl import settings
+from robust_ssl import settings, words
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
 
 # What stands before the "=" of a setting: names, dots, and keys in brackets.  A config with
 # arguments, `gen_af:epochs=5`, has a colon there and a file, `a/b=c.py`, a slash.
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w[\w-]*|\[[^\]]*\])*=")
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse has it, but what it repeats of the arguments cannot write to the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with the message as one line."""
+        super().error(words.line(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # A shell's * gives the names of files, which may hold escape sequences.
+        if message:
+            words.say(message.rstrip("\n"), file or sys.stderr, margin="")
 
 
 def add_command(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:

@@ -7,23 +7,41 @@ once, and so that devices are set up before JAX first looks for them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 import robust_ssl
-from robust_ssl import settings, stopping
-from robust_ssl.cli import check, config_files, encoder, run
-from robust_ssl.cli.flags import FAILED, STOPPED, USAGE, take_settings
+from robust_ssl import settings, stopping, words
+from robust_ssl.cli import (
+    check,
+    completion,
+    config_files,
+    data,
+    encoder,
+    listing,
+    run,
+    show,
+    track,
+)
+from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, Parser, take_settings
 
 _COMMANDS = {
     "run": run,
     "sweep": run,
     "zoo": run,
     "describe": check,
+    "check": check,
+    "show": show,
+    "track": track,
+    "list": listing,
     "config": config_files,
+    "data": data,
     "encoder": encoder,
+    "completion": completion,
 }
 
 _EXAMPLES = """\
@@ -54,23 +72,30 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    _print_what_can_be()
     arguments, unknown = _parser().parse_known_args(argv)
     _log_to_stderr()
     try:
         overrides = take_settings(arguments, unknown, argv)
-        return _COMMANDS[arguments.command].run(arguments, overrides)
-    except KeyboardInterrupt:
-        return _say_stopped("interrupted; the last checkpoint is kept")
+        code = _COMMANDS[arguments.command].run(arguments, overrides)
+        sys.stdout.flush()  # here, where a closed pipe is no error yet
+        return code
+    except BrokenPipeError:
+        return _reader_left(arguments)
+    except KeyboardInterrupt as interrupt:
+        where = " ".join(["interrupted", *getattr(interrupt, "__notes__", ())])
+        return _say_stopped(f"{where}; the last checkpoint is kept")
     except stopping.Stopped as stopped:
         return _say_stopped(str(stopped))
     except Exception as error:
+        _tell_others(error)
         if arguments.debug:
-            traceback.print_exc()
+            words.say(traceback.format_exc())
         return _say_failed(error, _is_usage(error), arguments.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="robust-ssl",
         description="Attacks a pre-trained image encoder, secures a classifier built on it, and "
         "leaves the evidence.",
@@ -83,7 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in dict.fromkeys(_COMMANDS.values()):
         module.add_parser(commands)
+    parser.set_defaults(root=parser)  # for what describes the whole command line
     return parser
+
+
+def _tell_others(error: Exception) -> None:
+    """Has other processes end too, in place of waiting for this one."""
+    processes = sys.modules.get("robust_ssl.parallel.processes")
+    if processes is not None:
+        with contextlib.suppress(Exception):  # they may be gone themselves
+            processes.say_failed(f"{type(error).__name__}: {error}")
 
 
 def _is_usage(error: Exception) -> bool:
@@ -101,18 +135,37 @@ def _is_usage(error: Exception) -> bool:
     return False
 
 
+def _print_what_can_be() -> None:
+    """Has a question mark printed for what the terminal's encoding lacks, and no error."""
+    for stream in (sys.stdout, sys.stderr):
+        # A notebook's streams have neither.
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        if hasattr(stream, "reconfigure") and not encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")
+
+
+def _reader_left(arguments: argparse.Namespace) -> int:
+    """Ends quietly where who read the output has seen enough, as `head` has."""
+    for stream in (sys.stdout, sys.stderr):
+        # Else Python tries once more at its end, and says that it failed.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    # What trains is not done: its next call goes on.
+    return STOPPED if _COMMANDS[arguments.command] is run else DONE
+
+
 def _say_stopped(message: str) -> int:
-    print(f"robust-ssl: {message}; run the same command again to go on", file=sys.stderr)
+    words.say(f"robust-ssl: {message}; run the same command again to go on")
     return STOPPED
 
 
 def _say_failed(error: Exception, is_usage: bool, debug: bool) -> int:
     kind = "" if is_usage else f"{type(error).__name__}: "
-    print(f"robust-ssl: error: {kind}{error}", file=sys.stderr)
+    words.say(f"robust-ssl: error: {kind}{error}")
     for note in () if is_usage else getattr(error, "__notes__", ()):
-        print(note, file=sys.stderr)
+        words.say(note)
     if not (is_usage or debug):
-        print("add --debug to see where it came from", file=sys.stderr)
+        words.say("add --debug to see where it came from")
     return USAGE if is_usage else FAILED
 
 
@@ -120,7 +173,7 @@ class _StderrHandler(logging.Handler):
     """Writes to what `sys.stderr` is now: a progress bar replaces it to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        words.say(self.format(record))
 
 
 def _log_to_stderr() -> None:

@@ -7,15 +7,15 @@ looks for them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
-from robust_ssl import progress, settings, stopping
+from robust_ssl import progress, settings, stopping, words
 from robust_ssl.cli.flags import DONE, FAILED, add_command, add_config
 
 _EXAMPLES = """\
@@ -107,8 +107,14 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Runs a config, or the list of them for a zoo, and returns the exit code."""
     several = _check_cluster(arguments)
-    if arguments.command == "zoo":
-        return _build_zoo(arguments, overrides, several)
+    command = _build_zoo if arguments.command == "zoo" else _run_config
+    with stopping.stop_on_signals(several) as install:
+        return command(arguments, overrides, lambda: _started(arguments, several, install))
+
+
+def _run_config(
+    arguments: argparse.Namespace, overrides: list[str], start: Callable[[], Any]
+) -> int:
     config = settings.load_config(arguments.config, overrides)
     if arguments.command == "sweep":
         if config.get("sweep") is None:
@@ -116,44 +122,61 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
                 f"{arguments.config} has no config.sweep; the shipped config `compare` has one"
             )
         config.stages = ("attack", "sweep")
-    with _started(arguments, several) as layout:
-        from robust_ssl import experiment
+    layout = start()
+    from robust_ssl import experiment
 
-        experiment.run(config, arguments.workdir, parallel=layout)
-    print(f"done: {arguments.workdir}", file=sys.stderr)
+    experiment.run(config, arguments.workdir, parallel=layout)
+    words.say(f"done: {arguments.workdir}")
     return DONE
 
 
-def _build_zoo(arguments: argparse.Namespace, overrides: list[str], several: bool) -> int:
+def _build_zoo(
+    arguments: argparse.Namespace, overrides: list[str], start: Callable[[], Any]
+) -> int:
     configs = [settings.load_config(file, overrides) for file in arguments.config]
-    with _started(arguments, several) as layout:
-        from robust_ssl.cli import zoo
+    layout = start()
+    from robust_ssl.cli import zoo
 
-        failures = zoo.build(configs, arguments.out, parallel=layout)
+    failures = zoo.build(configs, arguments.out, parallel=layout)
     for name, failure in failures.items():
-        print(f"robust-ssl: {name} was not made: {failure}", file=sys.stderr)
-    print(pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8"), end="")
+        words.say(f"robust-ssl: {name} was not made: {failure}")
+    table = pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8")
+    words.say(table.rstrip("\n"), sys.stdout, margin="")
     return FAILED if failures else DONE
 
 
-@contextlib.contextmanager
-def _started(arguments: argparse.Namespace, several: bool) -> Iterator[Any]:
-    """JAX, progress and signals as the flags say; yields the devices."""
+def _started(arguments: argparse.Namespace, several: bool, install: Callable[[], None]) -> Any:
+    """Starts JAX and progress as the flags say; returns the devices."""
     _start_jax(arguments, several)
+    install()  # joining the others has put JAX's handler in place of ours
+    layout = _layout(arguments.devices, arguments.parallel)
 
     import jax
 
+    quiet = arguments.no_progress or jax.process_index() > 0
+    progress.set_mode("quiet" if quiet else "auto")
+    return layout
+
+
+def devices(count: int | None) -> Any:
+    """Returns the devices for a command that runs nothing, of which it uses so many; None is all.
+
+    Raises:
+      SettingsError: If there are not so many.
+    """
+    from robust_ssl import xla
+
+    xla.use_every_core()
+    return _layout(count)
+
+
+def _layout(count: int | None, kind: str = "pmap") -> Any:
     from robust_ssl import parallel
 
     try:
-        layout = parallel.Parallel.create(num_devices=arguments.devices, kind=arguments.parallel)
+        return parallel.Parallel.create(num_devices=count, kind=kind)
     except ValueError as error:
         raise settings.SettingsError(f"--devices: {error}") from None
-    quiet = arguments.no_progress or jax.process_index() > 0
-    progress.set_mode("quiet" if quiet else "auto")
-    # Among several processes JAX passes a signal on, so that all stop at the same step.
-    with contextlib.nullcontext() if several else stopping.stop_on_signals():
-        yield layout
 
 
 def _check_cluster(arguments: argparse.Namespace) -> bool:
@@ -189,13 +212,14 @@ def _cache_directory(flag: str | None) -> str | None:
     """Returns where compiled programs are kept, or None where they cannot or shall not be."""
     if flag == "":
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     named = flag or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    path = named or pathlib.Path(home) / "robust_ssl" / "xla"
     from robust_ssl import xla
 
     try:
-        return xla.private_directory(path, tighten=not named)
-    except OSError as error:  # only costs time
+        path = xla.private_directory(named or f"{home}/robust_ssl/xla", tighten=not named)
+        with tempfile.TemporaryFile(dir=path):  # it may be there and not be ours to write
+            return path
+    except (OSError, RuntimeError) as error:  # no home either; it only costs time
         logging.getLogger(__name__).warning("no compilation cache: %s", error)
         return None

@@ -6,16 +6,16 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
-from robust_ssl import experiment, settings, weights
+from robust_ssl import disk, experiment, settings, weights, words
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
+from robust_ssl.workdir import read_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def build(
             _log.error("zoo: %s failed: %s", name, error)
             failures[name] = f"{type(error).__name__}: {error}"
         if jax.process_index() == 0:
-            (out / "README.md").write_text(table(out), encoding="utf-8")
+            disk.replace(out / "README.md", table(out))
     return failures
 
 
@@ -87,10 +87,18 @@ def table(out: str | os.PathLike) -> str:
         weights.encoder_card(file.parent)
         for file in sorted(pathlib.Path(out).glob("*/encoder.json"))
     ]
-    rows = sorted((_row(card) for card in cards), key=lambda row: -float(row["knn_accuracy"]))
+    rows = []
+    for card in cards:
+        try:
+            rows.append(_row(card))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # Of somebody else: it must not end a build of hours at its last line.
+            _log.warning("zoo: %s is not in the table: %s", card["name"], error)
+    rows.sort(key=lambda row: -float(row["knn_accuracy"]))
     head = "| " + " | ".join(title for title, _ in _COLUMNS) + " |"
     line = "| " + " | ".join("---:" if name in _NUMBERS else "---" for _, name in _COLUMNS) + " |"
-    body = ["| " + " | ".join(row[name] for _, name in _COLUMNS) + " |" for row in rows]
+    cells = [[words.markdown(row[name]) for _, name in _COLUMNS] for row in rows]
+    body = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([head, line, *body]) + "\n"
 
 
@@ -114,7 +122,7 @@ def _row(card: Mapping[str, Any]) -> dict[str, str]:
     details = card["card"]
     config = details.get("config", {})
     percent = {
-        name: f"{100 * details[name]:.1f}" if name in details else "-1"
+        name: f"{100 * float(details[name]):.1f}" if name in details else "-1"
         for name in ("knn_accuracy", "random_knn_accuracy", "linear_accuracy")
     }
     return {
@@ -144,21 +152,21 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stage = work / "pretrain"
     for file in (stage / "encoder").iterdir():
-        shutil.copyfile(file, folder / file.name)
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    epochs = [line for line in lines if "epoch" in json.loads(line)]
-    (folder / "training_log.jsonl").write_text("\n".join(epochs) + "\n")
+        disk.replace(folder / file.name, file.read_bytes())
+    entries = read_metrics(stage / "metrics.jsonl")
+    epochs = [json.dumps(entry) for entry in entries if "epoch" in entry]
+    disk.replace(folder / "training_log.jsonl", "\n".join(epochs) + "\n")
     card = weights.encoder_card(folder)
     text = json.dumps(card["card"].get("config", {}), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(card), encoding="utf-8")
+    disk.replace(folder / "config.json", text + "\n")
+    disk.replace(folder / "README.md", _model_card(card))
 
 
 def _model_card(card: Mapping[str, Any]) -> str:
     details, row, options = card["card"], _row(card), card["options"]
     config, normalization = details["config"], f"mean {options['mean']}, std {options['std']}"
     settings_of_method = json.dumps(_options(config["method"]))
-    return f"""# {card["name"]}
+    return f"""# {words.markdown(card["name"])}
 
 {card["builder"].rpartition(":")[2]} of width {row["width"]} ({row["parameters"]} parameters, {card["weights"]["bytes"] / 1e6:.1f} MB), images of {options["image_size"]} pixels.
 Pre-trained with {row["method"]} on `{config["data"].get("source") or config["data"]["function"]}`, {details["images"]} images, {"labels used" if details["labels_used"] else "no labels"}.

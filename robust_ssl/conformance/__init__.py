@@ -6,6 +6,7 @@ Call `check` from a test of your own; it raises `AssertionError` and names the v
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 from robust_ssl.conformance.attacks import check_attack, check_universal_attack
@@ -14,7 +15,7 @@ from robust_ssl.conformance.losses import check_loss, check_objective
 from robust_ssl.conformance.methods import check_augmentation, check_method
 from robust_ssl.conformance.threats import check_threat
 
-KINDS = {
+KINDS: dict[str, Callable[..., None]] = {
     "attack": check_attack,
     "augmentation": check_augmentation,
     "encoder": check_encoder,

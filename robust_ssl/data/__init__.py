@@ -6,28 +6,46 @@ tensorflow-datasets, scikit-learn and Pillow are imported only by what uses them
 
 from robust_ssl.data.batches import Batches, batch_indices, epoch_batches, steps_per_epoch
 from robust_ssl.data.builtin import digits, photo_crops
+from robust_ssl.data.classes import (
+    check_classes,
+    check_trained,
+    difference,
+    is_numbered,
+    listed,
+    with_classes_of,
+)
+from robust_ssl.data.duplicates import Shared, are_known, labels_of, shared
 from robust_ssl.data.examples import (
     Examples,
     StreamedExamples,
     carve,
-    check_classes,
     check_image_size,
     from_arrays,
 )
-from robust_ssl.data.sources import load
+from robust_ssl.data.sources import is_folder, load
 
 __all__ = [
     "Batches",
     "Examples",
+    "Shared",
     "StreamedExamples",
+    "are_known",
     "batch_indices",
     "carve",
     "check_classes",
     "check_image_size",
+    "check_trained",
+    "difference",
     "digits",
     "epoch_batches",
     "from_arrays",
+    "is_folder",
+    "is_numbered",
+    "labels_of",
+    "listed",
     "load",
     "photo_crops",
+    "shared",
     "steps_per_epoch",
+    "with_classes_of",
 ]

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.data.examples import Examples, StreamedExamples, permutation
+from robust_ssl.data.examples import Examples, StreamedExamples
+from robust_ssl.data.order import permutation
 from robust_ssl.parallel import Parallel, prefetch
 
 RESIDENT_LIMIT = 2 * 2**30  # bytes of uint8 pixels that may lie on a device

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from robust_ssl.data import pictures
-from robust_ssl.data.examples import Examples, random_words
+from robust_ssl.data.examples import Examples
+from robust_ssl.data.order import random_words
 
 
 def digits(split: str = "train", *, image_size: int = 32) -> Examples:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,26 +14,9 @@ from typing import Any
 import numpy as np
 
 from robust_ssl.data import checks, pictures
+from robust_ssl.data.order import permutation
 
 Record = tuple[bytes | pathlib.Path | np.ndarray, int | None]  # a picture and its label
-
-
-def random_words(count: int, seed: int, purpose: str, epoch: int = 0) -> np.ndarray:
-    """Returns `count` random ``uint64`` that depend on (seed, purpose, epoch) only.
-
-    Philox's raw stream, because NumPy promises that it never changes; its `Generator` methods
-    make no such promise, and a resumed run must see the same batches.
-    """
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), epoch])
-    return np.random.Philox(entropy).random_raw(count)
-
-
-def permutation(count: int, seed: int, purpose: str, epoch: int = 0) -> np.ndarray:
-    """Returns the numbers 0 to ``count - 1`` in an order that (seed, purpose, epoch) fixes."""
-    # Stable: should two words be equal, their order is still the same everywhere.
-    return np.argsort(random_words(count, seed, purpose, epoch), kind="stable")
 
 
 class _Split:
@@ -73,6 +55,7 @@ class Examples(_Split):
       class_names: One name per class; empty where there are no labels.
       name: For tables and manifests.
       split: ``"train"``, ``"test"``, ...
+      notes: What was left out or changed where they were read, a sentence each.
 
     Raises:
       ValueError: If images or labels break what `from_arrays` asks of them.
@@ -88,9 +71,12 @@ class Examples(_Split):
     class_names: tuple[str, ...] = ()
     name: str = "examples"
     split: str = "train"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         names = tuple(str(name) for name in self.class_names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"class names of {self.where} must differ, got {names[:10]}")
         if self.labels is None:
             names, labels = (), None
         else:
@@ -143,6 +129,9 @@ class StreamedExamples(_Split):
       name: For tables and manifests.
       split: ``"train"``, ``"test"``, ...
       labels: ``int32 [n]`` where they are known without reading the pictures, else None.
+      notes: What was left out or changed where they were found, a sentence each.
+      digests: Of the pixels of each row of the source, ``uint64``, 0 until it is read; all parts
+        of a split share them.  See `robust_ssl.data.duplicates`.
 
     Example:
       >>> pixels = np.zeros((8, 8, 3), np.uint8)
@@ -160,10 +149,15 @@ class StreamedExamples(_Split):
     name: str = "examples"
     split: str = "train"
     labels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    digests: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         if len(self.rows) == 0:
             raise ValueError(f"{self.where} is empty: no images; choose another split or folder")
+        if self.digests is None:
+            digests = np.zeros(int(np.max(self.rows)) + 1, np.uint64)
+            object.__setattr__(self, "digests", digests)
         object.__setattr__(self, "class_names", tuple(self.class_names))
 
     def __len__(self) -> int:
@@ -205,7 +199,11 @@ class StreamedExamples(_Split):
 
     def _decode(self, row: int, picture: bytes | pathlib.Path | np.ndarray) -> np.ndarray:
         file = f" ({picture})" if isinstance(picture, pathlib.Path) else ""
-        return pictures.decode(picture, self.image_size, f"image {row} of {self.where}{file}")
+        image = pictures.decode(picture, self.image_size, f"image {row} of {self.where}{file}")
+        # While it is there: a second pass over the pictures would take as long as an epoch.
+        if not self.digests[row]:
+            self.digests[row] = pixel_digest(image)
+        return image
 
     def take(self, indices: Any) -> StreamedExamples:
         """Returns the chosen examples, in the order they are asked for; reads nothing."""
@@ -222,7 +220,7 @@ class StreamedExamples(_Split):
             images[start : start + chunk] = part["images"]
             if labels is not None:
                 labels[start : start + chunk] = part["labels"]
-        return Examples(images, labels, self.class_names, self.name, self.split)
+        return Examples(images, labels, self.class_names, self.name, self.split, self.notes)
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of names, shapes, rows and the first 64 images, 64 hex digits.
@@ -234,6 +232,17 @@ class StreamedExamples(_Split):
         # The same pixels in another order, or of other rows, are other data.
         rows = np.asarray(self.rows, np.int64).tobytes()
         return _sha256(_header(self), rows, *(head[key].tobytes() for key in sorted(head)))
+
+
+def pixel_digest(image: np.ndarray) -> int:
+    """Returns a 64-bit digest of one image's pixels, above 0.
+
+    Example:
+      >>> pixel_digest(np.zeros((2, 2, 3), np.uint8)) == pixel_digest(np.ones((2, 2, 3), np.uint8))
+      False
+    """
+    content = np.ascontiguousarray(image)
+    return max(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"), 1)
 
 
 def _is_small(picture: bytes | pathlib.Path) -> bool:
@@ -281,9 +290,12 @@ def from_arrays(
     """Checks arrays and makes `Examples` of them.
 
     Args:
-      images: ``uint8 [n, H, W, 3]``, or float in [0, 1], which is rounded to 8 bits.
+      images: ``uint8 [n, H, W, 3]``, or float in [0, 1], which is rounded to 8 bits.  Channels
+        first, gray images, tensors and a list of images are brought to this form where they can
+        mean one thing only.
       labels: Integers ``[n]`` in 0 to classes - 1, or None.
-      class_names: One per class; by default ``"0"`` to the largest label.
+      class_names: One per class; by default ``"0"`` to the largest label.  Then each class of a
+        training split needs an image, and another split may lack some.
       name: For tables and manifests.
       split: ``"train"``, ``"test"``, ...
 
@@ -292,18 +304,26 @@ def from_arrays(
 
     Raises:
       ValueError: If images are NaN, outside [0, 1], of wrong rank, channel count or dtype, or
-        none; if labels are negative, too large, not integers or not one per image.
+        none; if labels are negative, too large, not integers or not one per image, or start at 1.
 
     Example:
-      >>> from_arrays(np.zeros((2, 4, 4, 3)), [0, 4]).class_names
-      ('0', '1', '2', '3', '4')
+      >>> from_arrays(np.zeros((3, 4, 4, 3)), [0, 2, 1]).class_names
+      ('0', '1', '2')
     """
     where = f"{name!r} ({split})"
     images = checks.as_pixels(images, where)
+    checks.check_not_bits(images, where)
     if labels is not None and class_names is None:
         labels = checks.as_labels(labels, len(images), None, where)
-        class_names = [str(i) for i in range(labels.max(initial=-1) + 1)]
+        if split == "train":
+            checks.check_no_gaps(labels, where)
+        class_names = numbers(int(labels.max(initial=-1)) + 1)
     return Examples(images, labels, tuple(class_names or ()), name, split)
+
+
+def numbers(count: int) -> tuple[str, ...]:
+    """Returns the names of classes that have none: their numbers."""
+    return tuple(str(number) for number in range(count))
 
 
 def carve(
@@ -357,21 +377,6 @@ def carve(
     validation = np.sort(free[:count])
     train = np.setdiff1d(np.arange(len(examples)), validation)
     return examples.take(train), dataclasses.replace(examples.take(validation), split="validation")
-
-
-def check_classes(examples: Examples | StreamedExamples, num_classes: int) -> None:
-    """Raises ValueError unless the examples have labels for a head of `num_classes` logits.
-
-    Example:
-      >>> check_classes(from_arrays(np.zeros((2, 4, 4, 3)), [0, 1]), 2)
-    """
-    if not examples.class_names:
-        raise ValueError(f"{examples.where} has no labels, which a head needs")
-    if examples.num_classes != num_classes:
-        raise ValueError(
-            f"{examples.where} has {examples.num_classes} classes, the head {num_classes} logits; "
-            f"build the head with num_classes={examples.num_classes}"
-        )
 
 
 def check_image_size(examples: Examples | StreamedExamples, image_size: int) -> None:

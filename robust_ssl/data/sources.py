@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from robust_ssl.build import resolve
-from robust_ssl.data import pictures, tfds_source
+from robust_ssl.data import checks, folders, hub, pictures, tfds_source
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -35,11 +36,16 @@ def load(
 
         * a TFDS name, ``"cifar10"``, ``"visual_domain_decathlon/gtsrb"``, ``"cifar10:3.0.2"``:
           any data set prepared under `data_dir` in the array_record format, also one that TFDS
-          itself does not know; read without TensorFlow;
+          itself does not know; read without TensorFlow.  ``robust-ssl data prepare NAME`` prepares
+          the public ones;
+        * a data set of the Hugging Face hub, ``"hf:owner/name"`` or ``"hf:owner/name/config"``,
+          through `datasets` (``pip install 'robust-ssl[hf]'``);
         * a folder, a `pathlib.Path` or a string that starts with ``/``, ``.`` or ``~``:
           ``folder/split/class/*.png``, or ``folder/class/*.png`` for a set that is all training;
-        * arrays: ``(images, labels)``, ``{"images": ..., "labels": ..., "class_names": ...}``, or
-          a mapping from split to either; see `from_arrays`;
+          `robust_ssl.data.folders` says which folders are which;
+        * arrays: ``(images, labels)``, ``{"images": ..., "labels": ..., "class_names": ...}``,
+          images alone (an array, a tensor or a list), or a mapping from split to one of these; see
+          `from_arrays`;
         * a function, or its name as ``"module:function"``: called with `split`, with `seed` and
           `image_size` where it has such parameters, and with `options`; returns `Examples` or
           ``(images, labels)``.
@@ -55,6 +61,7 @@ def load(
 
     Returns:
       `Examples`; `StreamedExamples`, which reads the same way, for a set above `memory_limit`.
+      Its ``notes``, which are logged, name what was left out, and nearly black images.
 
     Raises:
       ValueError: If the name, split or file is wrong, or images or labels break what
@@ -75,15 +82,31 @@ def load(
         raise TypeError(f"options {sorted(options)} are for functions, and {source!r} is none")
     if callable(source):
         examples = _from_function(source, split, seed, image_size, options)
-    elif isinstance(source, pathlib.Path) or (
-        isinstance(source, str) and source.startswith(("/", ".", "~"))
-    ):
-        examples = _from_folder(pathlib.Path(source).expanduser(), split, image_size)
+    elif is_folder(source):
+        examples = folders.open_split(pathlib.Path(source).expanduser(), split, image_size)
+    elif isinstance(source, str) and source.startswith(hub.PREFIX):
+        examples = hub.open_hub(source, split, image_size)
     elif isinstance(source, str):
         examples = tfds_source.open_split(source, split, image_size, data_dir)
     else:
-        examples = _from_values(source, split, "arrays")
-    return _fit(examples, image_size, limit, seed, memory_limit)
+        examples = _from_values(_one_size(source, image_size), split, "arrays")
+    examples = _fit(examples, image_size, limit, seed, memory_limit)
+    if examples.notes:
+        _log.warning("%s: %s", examples.where, "; ".join(examples.notes))
+    return examples
+
+
+def is_folder(source: Any) -> bool:
+    """Whether a source is a folder of pictures: a path, or a text that starts like one.
+
+    Example:
+      >>> is_folder("./cats"), is_folder("cifar10"), is_folder("./my_data.py:images")
+      (True, False, False)
+    """
+    if isinstance(source, pathlib.Path):
+        return True
+    is_text = isinstance(source, str) and source.startswith(("/", ".", "~"))
+    return is_text and not _names_function(source)
 
 
 def _fit(examples, image_size, limit, seed, memory_limit) -> Examples | StreamedExamples:
@@ -95,11 +118,29 @@ def _fit(examples, image_size, limit, seed, memory_limit) -> Examples | Streamed
             examples = examples.subset(limit, seed)
     # Decoded at their size already; only arrays are resized below.
     if isinstance(examples, StreamedExamples):
-        return examples.in_memory() if examples.nbytes <= memory_limit else examples
-    if image_size is None or examples.image_shape[:2] == (image_size, image_size):
-        return examples
-    resized = np.stack([pictures.resize(image, image_size) for image in examples.images])
-    return dataclasses.replace(examples, images=resized)
+        if examples.nbytes > memory_limit:
+            return examples
+        examples = examples.in_memory()
+    elif image_size is not None and examples.image_shape[:2] != (image_size, image_size):
+        resized = np.stack([pictures.resize(image, image_size) for image in examples.images])
+        examples = dataclasses.replace(examples, images=resized)
+    dark = checks.darkness(examples.images)
+    if dark and dark not in examples.notes:
+        examples = dataclasses.replace(examples, notes=(*examples.notes, dark))
+    return examples
+
+
+def _one_size(source: Any, image_size: int | None) -> Any:
+    """Brings a list of images to one size, which an array has anyway."""
+    images = source["images"] if isinstance(source, Mapping) else source
+    images = images[0] if isinstance(images, tuple) and len(images) == 2 else images
+    if image_size is None or not isinstance(images, list) or not images:
+        return source
+    images = [checks.as_pixels([image], f"image {i}")[0] for i, image in enumerate(images)]
+    images = [pictures.resize(image, image_size) for image in images]
+    if isinstance(source, Mapping):
+        return {**source, "images": images}
+    return (images, source[1]) if isinstance(source, tuple) else images
 
 
 def _pick_split(source: Mapping, split: str) -> Any:
@@ -122,6 +163,10 @@ def _from_values(value: Any, split: str, name: str) -> Examples:
         return from_arrays(**{"name": name, **value}, split=split)
     if isinstance(value, tuple) and len(value) == 2:
         return from_arrays(*value, name=name, split=split)
+    if isinstance(value, list) and len(value) == 2 and np.ndim(value[0]) > 3:
+        raise ValueError(f"{name!r} is a list of two; images and labels are a tuple: tuple(...)")
+    if isinstance(value, list) or hasattr(value, "__array__"):
+        return from_arrays(value, name=name, split=split)
     raise ValueError(
         f"{name!r} must be Examples, (images, labels) or a mapping with images, got "
         f"{type(value).__name__}; a data set can also be a TFDS name, a folder or a function"
@@ -132,7 +177,7 @@ def _names_function(source: str) -> bool:
     module, colon, function = source.partition(":")
     # "cifar10:3.0.2" is a TFDS name with a version; a function's file ends with ".py".
     # A slash before the colon is a TFDS configuration.
-    is_module = "/" not in module or module.endswith(".py")
+    is_module = ("/" not in module or module.endswith(".py")) and module != "hf"
     return bool(colon) and function.isidentifier() and is_module
 
 
@@ -153,55 +198,3 @@ def _from_function(function, split, seed, image_size, options) -> Examples | Str
             f"its parameters are {list(parameters)}"
         ) from error
     return _from_values(function(split, **arguments), split, name)
-
-
-def _from_folder(folder: pathlib.Path, split: str, image_size: int | None) -> StreamedExamples:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {str(folder)!r} does not exist")
-    root, class_names = _class_folders(folder, split)
-    files, labels = [], []
-    for label, class_name in enumerate(class_names):
-        pictures_of_class = _pictures(root / class_name)
-        files += pictures_of_class
-        labels += [label] * len(pictures_of_class)
-    if not files:
-        raise ValueError(
-            f"data folder {str(root)!r} is empty: no {', '.join(PICTURE_SUFFIXES)} files in "
-            f"{root.name}/CLASS/"
-        )
-    labels = np.asarray(labels, np.int32)
-
-    def records(rows):
-        return [(files[row], int(labels[row])) for row in rows]
-
-    rows = np.arange(len(files))
-    name = folder.resolve().name
-    return StreamedExamples(records, rows, image_size, class_names, name, split, labels)
-
-
-def _class_folders(folder: pathlib.Path, split: str) -> tuple[pathlib.Path, list[str]]:
-    """Returns the folder that holds the class folders, and the class names of all splits."""
-    inside = _subfolders(folder)
-    if any(_pictures(folder / name) for name in inside):
-        if split != "train":
-            raise ValueError(
-                f"data folder {str(folder)!r} has class folders and no splits, so it is all "
-                f"'train'; for split {split!r} make {folder.name}/train/CLASS and "
-                f"{folder.name}/{split}/CLASS"
-            )
-        return folder, inside
-    if split not in inside:
-        raise ValueError(f"data folder {str(folder)!r} has no split {split!r}; it has {inside}")
-    # The union, so that a class without test images does not shift the labels of the others.
-    class_names = set().union(*(_subfolders(folder / part) for part in inside))
-    return folder / split, sorted(class_names)
-
-
-def _subfolders(folder: pathlib.Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    # Hidden ones are no pictures: macOS leaves "._name.png" beside each file it copies.
-    return [f for f in files if f.suffix.lower() in PICTURE_SUFFIXES and not f.name.startswith(".")]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import os
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from robust_ssl.data.examples import StreamedExamples
+from robust_ssl.data.prepared import data_directory, find
+from robust_ssl.data.public.table import SETS, find_set
 
 
 def open_split(
@@ -31,10 +31,8 @@ def open_split(
     """
     import tensorflow_datasets as tfds
 
-    data_dir = pathlib.Path(
-        data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    ).expanduser()
-    folder = _find_prepared(name, data_dir)
+    data_dir = data_directory(data_dir)
+    folder = find(name, data_dir) or _find_public(name, data_dir)
     if folder is None:
         raise _why_not_prepared(name, data_dir)
     builder = tfds.builder_from_directory(folder)
@@ -47,11 +45,20 @@ def open_split(
             f"data set {name!r} in {str(folder)!r} is not stored as array_record, which reading "
             f"without TensorFlow needs; prepare it anew:\n  {_command(name, data_dir)} --overwrite"
         ) from error
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"reading the data set {name!r} needs the package array-record ({error}): pip install "
+            "array-record. There is none for Windows and for Macs before Apple's processors; "
+            "there, give a folder of pictures or a function as the source"
+        ) from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"data set {name!r} has no split {split!r}; its splits are "
             f"{sorted(builder.info.splits)} ({error})"
         ) from error
+    # TFDS's mark for an image without a label, as in STL-10's unlabelled split.
+    if label_key and len(source) and source[0][label_key] == -1:
+        label_key = None
     names = builder.info.features[label_key].names if label_key else ()
     base = name.partition(":")[0]
     rows = np.arange(len(source))
@@ -67,19 +74,11 @@ def _reader(source: Any, image_key: str, label_key: str | None) -> Callable:
     return records
 
 
-def _find_prepared(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
-    """Returns the folder of the newest (or the named) prepared version."""
-    base, _, version = name.partition(":")
-    # An interrupted preparation leaves a folder whose name is no version.
-    versions = [
-        p.parent
-        for p in (data_dir / base).glob("*/dataset_info.json")
-        if re.fullmatch(r"\d+\.\d+\.\d+", p.parent.name)
-    ]
-    if version:
-        versions = [p for p in versions if p.name == version]
-    # By number: as text 9.0.0 comes after 10.0.0.
-    return max(versions, key=lambda p: [int(n) for n in p.name.split(".")], default=None)
+def _find_public(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
+    """Returns the folder of a public set that is asked for by its short name, ``"svhn"``."""
+    base, colon, version = name.partition(":")
+    public = find_set(base)
+    return find(f"{public.stored}{colon}{version}", data_dir) if public else None
 
 
 def _feature_keys(features: Any, name: str) -> tuple[str, str | None]:
@@ -112,11 +111,16 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
 
     base, _, version = name.partition(":")
     dataset, _, config = base.partition("/")
-    if version and _find_prepared(base, data_dir) is not None:
+    if version and find(base, data_dir) is not None:
         prepared = sorted(p.parent.name for p in (data_dir / base).glob("*/dataset_info.json"))
         return FileNotFoundError(
             f"data set {base!r} is prepared under {str(data_dir)!r} in versions {prepared}, "
             f"not {version!r}; to prepare it:\n  {_command(name, data_dir)}"
+        )
+    if find_set(base) is not None:
+        return FileNotFoundError(
+            f"data set {name!r} is not prepared under {str(data_dir)!r}; prepare it once:\n  "
+            f"{_command(name, data_dir)}\n(--from ARCHIVE takes a copy that you have)"
         )
     builders = tfds.list_builders(with_community_datasets=False)
     if dataset in builders:
@@ -128,10 +132,11 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
             )
         return FileNotFoundError(
             f"data set {name!r} is not prepared under {str(data_dir)!r}; prepare it once (this "
-            f"brings TensorFlow for the purpose):\n  {_command(name, data_dir)}"
+            f"brings TensorFlow for the purpose):\n  {_command(name, data_dir)}\n"
+            "`robust-ssl data list` shows the sets that need no TensorFlow"
         )
     local = _prepared_names(data_dir)
-    candidates = [*local, *builders]
+    candidates = [*local, *(public.name for public in SETS), *builders]
     for builder in builders:
         candidates += [f"{builder}/{config}" for config in _configs(builder)]
     near = _near(base, candidates)
@@ -140,14 +145,16 @@ def _why_not_prepared(name: str, data_dir: pathlib.Path) -> Exception:
     )
     return ValueError(
         f"data set {name!r} is not known to TFDS; near are: {', '.join(near) or 'none'}; prepared "
-        f"under {str(data_dir)!r}: {', '.join(local) or 'none'}{folder}"
+        f"under {str(data_dir)!r}: {', '.join(local) or 'none'}{folder}\n"
+        "`robust-ssl data list` shows the public sets that can be prepared"
     )
 
 
 def _prepared_names(data_dir: pathlib.Path) -> list[str]:
     # name/version/ of sets without configurations, name/config/version/ of those with
     files = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
-    return sorted({file.parent.parent.relative_to(data_dir).as_posix() for file in files})
+    names = {file.parent.parent.relative_to(data_dir).as_posix() for file in files}
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _configs(dataset: str) -> list[str]:
@@ -170,8 +177,13 @@ def _near(name: str, candidates: list[str]) -> list[str]:
 
 
 def _command(name: str, data_dir: pathlib.Path) -> str:
-    default = pathlib.Path("~/tensorflow_datasets").expanduser()
-    where = "" if data_dir == default else f" --data_dir={data_dir}"
+    where = "" if data_dir == pathlib.Path("~/tensorflow_datasets").expanduser() else str(data_dir)
+    public = find_set(name.partition(":")[0])
+    # Another version than ours is TFDS's business.
+    if public is not None and name.partition(":")[2] in ("", public.version):
+        where = f" --data-dir={where}" if where else ""
+        return f"robust-ssl data prepare {public.name}{where}"
+    where = f" --data_dir={where}" if where else ""
     return (
         f"pip install 'robust-ssl[prepare]' && tfds build {name} --file_format=array_record{where}"
     )

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import data, evaluation
+from robust_ssl import data, evaluation, report
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.evaluation import analysis
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import at_main_budget, attack
-from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.linking import entries_of
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.plan import with_recipes
@@ -26,7 +26,7 @@ from robust_ssl.experiment.suites import Suite
 from robust_ssl.report import analysis as figures
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.workdir import StageDirectory, fingerprint
+from robust_ssl.workdir import StageDirectory
 
 PUBLIC = "public encoder"
 NOISE = "random noise"
@@ -102,22 +102,24 @@ def analyze(context: Context) -> StageDirectory:
         directory=context.workdir / "analysis",
     )
     inputs = {
-        **{name: fingerprint(model.variables) for name, model in subject.models.items()},
+        **{name: identity(model) for name, model in subject.models.items()},
         **{f"transfer_{name}": attack(own).fingerprint for name, own in encoders.items()},
         **{f"classifier_{name}": _probe(own)[0].fingerprint for name, own in encoders.items()},
         "attack": public.fingerprint,
         "images": subject.images.fingerprint(),
     }
-    with context.open("analyze", settings, inputs) as stage:
+    with context.open("analyze", settings, inputs, redo=True) as stage:
         if stage.done:
             return stage
         numbers, paths = _run_parts(subject)
+        written: list[pathlib.Path] = []
         if jax.process_index() == 0:
             figures.write_analysis(subject.directory, _about(subject), numbers, paths)
+            written = [file for file in subject.directory.iterdir() if file.is_file()]
         bands = {
             model: entry["most_harmful_band"] for model, entry in numbers.get("fourier", {}).items()
         }
-        stage.finish({"most_harmful_band": bands})
+        stage.finish({"most_harmful_band": bands}, beside=written)
     return stage
 
 
@@ -184,8 +186,8 @@ def _layers(subject: _Subject):
         }
         taps = next(iter(stability[name].values()))
         by_tap = analysis.sensitivity_by_tap(sensitivity, taps)
-        paths.append(
-            figures.figure_layers(subject.directory, stability[name], by_tap, name=f"layers-{name}")
+        paths += report.attempt(
+            figures.figure_layers, subject.directory, stability[name], by_tap, name=f"layers-{name}"
         )
     return {"layers": stability, "sensitivity": sensitivity}, paths
 
@@ -205,8 +207,8 @@ def _energy(subject: _Subject):
         name: np.asarray(analysis.energy_by_band(perturbation.delta, edges))
         for name, perturbation in subject.perturbations.items()
     }
-    figure = figures.figure_energy(subject.directory, energy, edges)
-    return {"edges": edges, "energy": energy}, [figure]
+    paths = report.attempt(figures.figure_energy, subject.directory, energy, edges)
+    return {"edges": edges, "energy": energy}, paths
 
 
 def _fourier(subject: _Subject):
@@ -231,8 +233,8 @@ def _fourier(subject: _Subject):
             "harm_by_band": analysis.harm_by_band(maps[name], edges),
             "most_harmful_band": dataclasses.asdict(bands[name]),
         }
-    figure = figures.figure_fourier(subject.directory, maps, bands)
-    return {"edges": edges, "fourier": numbers}, [figure]
+    paths = report.attempt(figures.figure_fourier, subject.directory, maps, bands)
+    return {"edges": edges, "fourier": numbers}, paths
 
 
 def _stop_if_asked(done: int, total: int) -> None:
@@ -260,7 +262,7 @@ def _filtering(subject: _Subject):
         }
         numbers[name] = {attack_name: _points(curve) for attack_name, curve in curves.items()}
         file = f"filtering-{name}"
-        paths.append(figures.figure_filtering(subject.directory, curves, name=file))
+        paths += report.attempt(figures.figure_filtering, subject.directory, curves, name=file)
     return {"filtering": numbers}, paths
 
 
@@ -294,11 +296,11 @@ def _transfer(subject: _Subject):
         parallel=subject.context.parallel,
         resize=settings.resize,
     )
-    figure = figures.figure_transfer(subject.directory, matrix)
+    paths = report.attempt(figures.figure_transfer, subject.directory, matrix)
     counts = {}
     for row_name, row in matrix.items():
         counts[row_name] = {column: cell.as_dict() for column, cell in row.items()}
-    return {"transfer": counts}, [figure]
+    return {"transfer": counts}, paths
 
 
 def _batches(context: Context, images):

@@ -13,7 +13,7 @@ import numpy as np
 from robust_ssl import attacks, data, threats
 from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.build import inside
-from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.suites import SuiteAttack
 from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped, stop_requested
@@ -77,19 +77,22 @@ def attack(
     suite, public = context.plan.suite, encoder is None
     encoder = context.encoder if public else encoder
     inputs = {
-        "encoder": fingerprint(encoder.variables),
+        **model_inputs("encoder", encoder),
         "surrogate": context.surrogate.fingerprint(),
     }
-    with context.open(name, {"suite": suite, "curve": curve}, inputs) as stage:
+    settings = {"suite": suite, "curve": curve}
+    with context.open(name, settings, inputs, redo=True, made="fitted") as stage:
         if stage.done:
             return stage
         tree, results, steps = {}, {}, 0
         for attack_name, member in suite.attacks.items():
             if member.is_noise and not public:
                 continue  # it looks at no encoder: there is nothing to craft again
-            arrays = load_arrays(_file(stage, attack_name))
+            arrays = load_arrays(_file(stage, attack_name), stage.origin)
             if arrays is None:
                 arrays = _fit_and_keep(context, stage, member, encoder, curve)
+            if jax.process_index() == 0:
+                _export(context, stage, member, arrays["delta"], member.budgets_for(curve))
             tree[attack_name] = {"delta": arrays["delta"], "curve": arrays["curve"]}
             results[attack_name] = {
                 "seconds": float(arrays["seconds"]),
@@ -118,8 +121,7 @@ def _fit_and_keep(
         "seconds": np.asarray(time.monotonic() - begun),
     }
     if jax.process_index() == 0:
-        _export(stage, member.name, fitted, context.plan.suite.seeds, member.budgets_for(curve))
-        save_arrays(_file(stage, member.name), arrays)
+        save_arrays(_file(stage, member.name), arrays, stage.origin)
     return arrays
 
 
@@ -134,7 +136,7 @@ def load_perturbations(context: Context, stage: StageDirectory) -> list[Fitted]:
     for name, member in suite.attacks.items():
         if name not in stage.results:
             continue
-        arrays = load_arrays(_file(stage, name))
+        arrays = load_arrays(_file(stage, name), stage.origin)
         if arrays is None:
             raise WorkdirError(
                 f"{_file(stage, name)} cannot be read; remove {stage.path} to fit it again"
@@ -142,13 +144,9 @@ def load_perturbations(context: Context, stage: StageDirectory) -> list[Fitted]:
         tree[name] = {"delta": arrays["delta"], "curve": arrays["curve"]}
         cost, budgets = stage.results[name], member.budgets_for(curve)
         seconds = cost["seconds"] / max(len(cost["objective"]), 1)
-        pairs = [(seed, epsilon) for seed in suite.seeds for epsilon in budgets]
-        for index, (seed, epsilon) in enumerate(pairs):
-            perturbation = attacks.UniversalPerturbation(
-                delta=jnp.asarray(arrays["delta"][index]),
-                threat=jax.tree.map(jnp.float32, member.make_threat(epsilon)),
-                name=name,
-            )
+        for seed, epsilon, perturbation in _perturbations(
+            context, member, arrays["delta"], budgets
+        ):
             gradients = cost["gradient_evaluations"]
             fitted.append(Fitted(name, seed, epsilon, perturbation, seconds, gradients))
     if fingerprint(tree) != stage.fingerprint:
@@ -210,13 +208,21 @@ def surrogate_batches(
         yield {"images": pixels(batches(step)["images"])}
 
 
+def _perturbations(
+    context: Context, member: SuiteAttack, deltas: np.ndarray, budgets
+) -> Iterator[tuple[int, float, attacks.UniversalPerturbation]]:
+    """Yields seed, budget and perturbation of each member of a fit."""
+    pairs = [(seed, epsilon) for seed in context.plan.suite.seeds for epsilon in budgets]
+    for delta, (seed, epsilon) in zip(deltas, pairs, strict=True):
+        threat = jax.tree.map(jnp.float32, member.make_threat(epsilon))
+        yield seed, epsilon, attacks.UniversalPerturbation(jnp.asarray(delta), threat, member.name)
+
+
 def _export(
-    stage: StageDirectory, name: str, fitted: attacks.FittedUniversal, seeds, budgets
+    context: Context, stage: StageDirectory, member: SuiteAttack, deltas: np.ndarray, budgets
 ) -> None:
     """Writes each perturbation as a file that NumPy alone can read."""
-    names = [(seed, epsilon) for seed in seeds for epsilon in budgets]
-    for index, (seed, epsilon) in enumerate(names):
-        member = fitted.member(index)
-        in_pixels = hasattr(member.threat, "epsilon")
+    for seed, epsilon, perturbation in _perturbations(context, member, deltas, budgets):
+        in_pixels = hasattr(perturbation.threat, "epsilon")
         budget = f"eps{np.round(255 * epsilon, 2):g}" if in_pixels else f"area{epsilon:g}"
-        member.save(stage.path / f"{name}-{budget}-seed{seed}.npz")
+        perturbation.save(stage.path / f"{member.name}-{budget}-seed{seed}.npz")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from robust_ssl import data, models, weights
 from robust_ssl.build import code_of, text_of
@@ -17,7 +20,14 @@ from robust_ssl.experiment.sources import Data, EncoderSource
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.workdir import StageDirectory, open_stage
+from robust_ssl.workdir import (
+    StageDirectory,
+    WorkdirError,
+    check_left,
+    fingerprint,
+    open_stage,
+    read_manifest,
+)
 from robust_ssl.xla import release_programs
 
 
@@ -46,6 +56,8 @@ class Context:
         seed: int | None = None,
         *,
         collects: bool = False,
+        redo: bool = False,
+        made: str = "made",
     ) -> StageDirectory:
         """Opens the directory of a stage.
 
@@ -56,12 +68,16 @@ class Context:
             comes to them: an edited function is another input.
           seed: Of its keys; None is the run's.
           collects: As for `open_stage`.
+          redo: As for `open_stage`.
+          made: As for `open_stage`.
         """
         release_programs()  # of the stages before
         text = text_of(settings)
         seed = self.plan.seed if seed is None else seed
-        inputs = {**inputs, **code_inputs(text)}
-        return open_stage(self.workdir, name, text, inputs, seed, collects=collects)
+        inputs = {**inputs, **code_inputs(settings)}
+        return open_stage(
+            self.workdir, name, text, inputs, seed, collects=collects, redo=redo, made=made
+        )
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what was made under a key before in this run, also by a replaced copy of it."""
@@ -75,8 +91,24 @@ class Context:
         source = self.plan.encoder
         if not source.is_pretrained:
             return self.load_encoder(source)
-        builder, _ = self.own_builder
-        return weights.load_encoder(self.workdir / "pretrain" / "encoder", builder=builder)
+        return self._pretrained()
+
+    def _pretrained(self) -> Encoder:
+        """The encoder that the stage `pretrain` left, if it is still what was left."""
+        stage, (builder, _) = self.workdir / "pretrain", self.own_builder
+        way_out = f"run the stage pretrain, or bring {stage} back from a copy"
+        if not (stage / "manifest.json").exists():
+            raise WorkdirError(f"there is no encoder in {stage}; {way_out}")
+        manifest = read_manifest(stage)
+        check_left(stage, manifest, made="trained")
+        try:
+            encoder = weights.load_encoder(stage / "encoder", builder=builder)
+        except (OSError, ValueError) as error:
+            raise WorkdirError(f"{stage / 'encoder'} cannot be read: {error}; {way_out}") from error
+        left = manifest["fingerprint"]
+        if manifest["status"] != "done" or fingerprint(encoder.variables) != left:
+            raise WorkdirError(f"{stage / 'encoder'} is not what was trained there; {way_out}")
+        return encoder
 
     def load_encoder(self, source: EncoderSource) -> Encoder:
         """Returns an encoder, which is read once in a run."""
@@ -94,24 +126,37 @@ class Context:
     @functools.cached_property
     def surrogate(self):
         """The attacker's images; their labels, if there are any, are dropped."""
-        images = self.load(self.plan.surrogate, "train")
+        images = self.load_sized(self.plan.surrogate, "train")
         data.check_image_size(images, self.encoder.image_size)
         return without_labels(images)
 
     @functools.cached_property
     def downstream(self):
         """The defender's data: train and validation, carved from the training split."""
-        whole = self.load(self.plan.downstream, "train")
+        whole = self.load_sized(self.plan.downstream, "train")
         data.check_image_size(whole, self.encoder.image_size)
+        data.check_trained(whole)
         return data.carve(whole, self.plan.downstream.validation, seed=self.plan.seed)
 
     @functools.cached_property
     def test(self):
         """The defender's test split; only `score` attacks anything on it."""
-        test = self.load(self.plan.downstream, "test")
+        test = self.load_sized(self.plan.downstream, "test")
         data.check_image_size(test, self.encoder.image_size)
-        data.check_classes(test, self.num_classes)
-        return test
+        return data.with_classes_of(test, self.downstream[0])
+
+    @functools.cached_property
+    def test_labels(self) -> np.ndarray:
+        """The labels of the test split, ``int32 [n]``."""
+        return data.labels_of(self.test)
+
+    @functools.cached_property
+    def shared(self) -> data.Shared:
+        """How many test images are among the training and validation images.
+
+        Of a set that is read on demand, this reads what nobody has read before.
+        """
+        return data.shared(self.test, *self.downstream)
 
     @property
     def num_classes(self) -> int:
@@ -124,7 +169,23 @@ class Context:
     def classifier(self, encoder: Encoder, head: Any, seed: int) -> Classifier:
         """Returns an encoder with a fresh head, the same one for a seed."""
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        return models.classifier(key, encoder, self.num_classes, head=head)
+        names = self.downstream[0].class_names
+        return models.classifier(key, encoder, self.num_classes, head=head, class_names=names)
+
+    def load_sized(
+        self, source: Data, split: Literal["train", "test"], encoder: Encoder | None = None
+    ):
+        """Returns a split; a folder's pictures get the encoder's size, unless told otherwise.
+
+        Args:
+          source: Where it comes from.
+          split: Which one.
+          encoder: Whose size; None is the public one.
+        """
+        if source.image_size is None and data.is_folder(source.source):
+            size = (encoder or self.encoder).image_size
+            source = dataclasses.replace(source, image_size=size)
+        return self.load(source, split)
 
     def load(self, source: Data, split: Literal["train", "test"]):
         """Returns a split, which is read once in a run."""
@@ -150,4 +211,33 @@ def without_labels(examples):
 
 def code_inputs(settings: Any) -> dict[str, str]:
     """Returns the code of a user's functions among settings, as inputs of a stage."""
-    return {f"code/{name}": digest for name, digest in code_of(text_of(settings)).items()}
+    return {f"code/{name}": digest for name, digest in code_of(settings).items()}
+
+
+def identity(model: Classifier | Encoder) -> str:
+    """Identifies a model by its weights and by everything else it is made of.
+
+    Two classifiers of the same weights and another normalization, head or module differ, and so
+    does one whose module is the user's own, and was edited.
+    """
+    return "-".join(model_inputs("model", model).values())
+
+
+def model_inputs(name: str, model: Classifier | Encoder) -> dict[str, str]:
+    """Returns a model as inputs of a stage: its weights, and the network that they are in."""
+    made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
+    code = code_of(_kinds(model))
+    text = made_of + "".join(f"{name}={digest}" for name, digest in code.items())
+    network = f"{zlib.crc32(text.encode()):08x}"
+    return {name: fingerprint(model.variables), f"{name}_network": network}
+
+
+def _kinds(model: Any) -> list[Any]:
+    """The classes that a model computes with, whose code is a part of it."""
+    kinds: list[Any] = []
+    for owner in (model, getattr(model, "encoder", None)):
+        for name in ("module", "head", "preprocess"):
+            value = getattr(owner, name, None)
+            if value is not None:
+                kinds += [value, type(value)]
+    return kinds

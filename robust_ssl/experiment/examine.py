@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import evaluation, threats
+from robust_ssl import disk, evaluation, threats
 from robust_ssl.attacks import attack_batch
 from robust_ssl.evaluation import PerImage, checks
-from robust_ssl.experiment.context import Context
-from robust_ssl.experiment.groups import Member, Scored, Scorer, identity, sample
+from robust_ssl.experiment.context import Context, identity
+from robust_ssl.experiment.groups import Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import write_atomically
+from robust_ssl.workdir import digest, write_atomically
+
+_log = logging.getLogger(__name__)
 
 _PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
-_PER_IMAGE = tuple(group for group in checks.GROUPS if group != "universal")
+_PER_IMAGE = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
 # Those that need a perturbation fitted on the public encoder.
 _OF_FITTED = (
     "per_image_not_weaker",
@@ -53,7 +56,7 @@ def examine(
       known_as: Its `groups.identity` before anything attacked it.
     """
     file = scorer.stage.path / "groups" / f"{name}-verdict.json"
-    stored = _stored(file)
+    stored = _stored(file, scorer.origin)
     # Asked of every process: one that examines alone would wait for the others forever.
     if everywhere(stored is not None):
         return stored
@@ -62,32 +65,57 @@ def examine(
     begun = time.perf_counter()
     examined, verdict = _per_image(scorer.context, model, scored)
     verdict += _universal(scorer, name, model, scored)
-    verdict += checks.Verdict((_unchanged(model, known_as),))
+    verdict += checks.Verdict((_unchanged(model, known_as), *_of_data(scorer.context, scored)))
     document = verdict.as_dict() | {
         "examined": examined,
         "seconds": round(time.perf_counter() - begun, 3),
     }
     if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        # As JSON has it: what is read again must have the same checksum.
+        document = json.loads(json.dumps(document, allow_nan=False))
+        sealed = {**document, "origin": scorer.origin, "sha256": _sum(document, scorer.origin)}
+        write_atomically(file, json.dumps(sealed, indent=2, allow_nan=False) + "\n")
     return document
 
 
-def _stored(file: pathlib.Path) -> dict[str, Any] | None:
-    """Returns a verdict stored before; None if there is none, or it is damaged or outdated."""
+def _sum(document: Mapping[str, Any], origin: str) -> str:
+    return digest([document, origin])
+
+
+def _stored(file: pathlib.Path, origin: str) -> dict[str, Any] | None:
+    """Returns a verdict stored before; None if there is none, it is damaged or of other work."""
     words = (checks.BELIEVABLE, checks.WITH_NOTES, checks.NOT_BELIEVABLE, checks.NOT_EXAMINED)
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = disk.read_json(file)
+        own = document.pop("origin", None), document.pop("sha256", None)
         complete = {"verdict", "checks", "examined"} <= document.keys()
-        return document if complete and document["verdict"] in words else None
-    except (OSError, ValueError, AttributeError):
+        if complete and document["verdict"] in words and own == (origin, _sum(document, origin)):
+            return document
+    except OSError:
         return None
+    except (ValueError, AttributeError, TypeError):
+        pass
+    _log.warning("%s is damaged, or of other work; the model is examined again", file)
+    return None
 
 
 def _unchanged(model: Classifier, known_as: str) -> checks.Check:
     # Only a digest was remembered, not the weights, so there is no size of the change to give.
     before, changed = {}, {"changed": np.ones(())}
     return checks.model_unchanged(before, before if identity(model) == known_as else changed)
+
+
+def _of_data(context: Context, scored: Sequence[Scored]) -> tuple[checks.Check, ...]:
+    """Runs the checks of the images themselves, on the whole test split."""
+    shared = context.shared
+    leakage = checks.leakage(shared.count, shared.test, shared.train)
+    whole = next((s.worst.clean_correct for s in scored if s.rows is None), None)
+    if whole is None:
+        reason = "No attack was scored on the whole test split."
+        return (leakage, *checks.not_run("one_answer", reason))
+    names = context.test.class_names
+    return (leakage, checks.one_answer(whole, context.test_labels, names))
 
 
 class _Subject(NamedTuple):
@@ -317,7 +345,7 @@ def _on_new_images(scorer: Scorer, model: Classifier, strongest: Member) -> chec
     """Compares predictions that change on the attacker's images, and on others of their kind."""
     context = scorer.context
     try:
-        others = context.load(context.plan.surrogate, "test")
+        others = context.load_sized(context.plan.surrogate, "test")
     except (ValueError, OSError, KeyError) as error:
         reason = f"The surrogate data have no test split: {error}"
         return checks.not_run("holds_on_new_images", reason)[0]

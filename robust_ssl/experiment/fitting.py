@@ -10,7 +10,7 @@ import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, struct, weights
 from robust_ssl.build import text_of
-from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.finetuning import UniversalPool
@@ -120,13 +120,14 @@ def fit(
     """
     train_set, validation = context.downstream
     inputs = {
-        "start": fingerprint(classifier.variables),
+        **model_inputs("start", classifier),
+        **model_inputs("encoder", encoder),
         "train": train_set.fingerprint(),
         "validation": validation.fingerprint(),
     }
     settings = settings_of(context, recipe)
     settings["recipe"]["rates"] = dict(rates)  # of a recipe that chooses its layers, those it chose
-    with context.open(name, settings, inputs, seed) as stage:
+    with context.open(name, settings, inputs, seed, made="trained") as stage:
         if stage.done:
             return stage
         attack = recipe.build_attack(encoder)

@@ -24,8 +24,8 @@ from robust_ssl.experiment.attack import Fitted
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.stopping import Stopped, stop_requested
-from robust_ssl.types import Classifier, Encoder
-from robust_ssl.workdir import StageDirectory, fingerprint, load_arrays, save_arrays
+from robust_ssl.types import Classifier
+from robust_ssl.workdir import StageDirectory, load_arrays, save_arrays
 
 
 class Group(NamedTuple):
@@ -79,12 +79,14 @@ class Scorer:
       stage: Whose directory keeps the groups.
       batch_size: Images at a time.
       on_part: Called after each part, for a progress bar.
+      origin: What the parts are made from; see `score.origin_of`.
     """
 
     context: Context
     stage: StageDirectory
     batch_size: int
     on_part: Callable[[], None] = lambda: None
+    origin: str = ""
 
     def score(self, group: Group, model: Classifier, members: Sequence[Member]) -> Scored:
         """Scores all members on the whole split, or reads what was scored before.
@@ -105,13 +107,13 @@ class Scorer:
     def kept(self, name: str, compute: Callable[[], Mapping[str, PerImage]]) -> dict[str, PerImage]:
         """Returns what was computed under this name before, else computes and keeps it."""
         file = self.stage.path / "groups" / f"{name}.npz"
-        results = _kept(file)
+        results = _kept(file, self.origin)
         if results is None:
             if stop_requested():
                 raise Stopped(f"{self.stage.path.name} stopped; run it again to go on")
             results = dict(compute())
             if jax.process_index() == 0:
-                _keep(file, results)
+                _keep(file, results, self.origin)
         self.on_part()
         return results
 
@@ -225,15 +227,6 @@ def threat_name(threat: Any) -> str:
     return type(threat).__name__
 
 
-def identity(model: Classifier | Encoder) -> str:
-    """Identifies a model by its weights and by everything else it is made of.
-
-    Two classifiers of the same weights and another normalization, head or module differ.
-    """
-    made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
-    return f"{fingerprint(model.variables)}-{zlib.crc32(made_of.encode()):08x}"
-
-
 def sample(context: Context, count: int) -> np.ndarray:
     """Returns the places of at most `count` random images of the test split, sorted.
 
@@ -326,14 +319,14 @@ def file_name(group: Group, labels: Iterable[str]) -> str:
 _FIELDS = ("clean_correct", "robust_correct", "flipped", "seconds")
 
 
-def _keep(file, results: Mapping[str, PerImage]) -> None:
+def _keep(file, results: Mapping[str, PerImage], origin: str) -> None:
     labels = list(results)
     stacked = {f: np.stack([np.asarray(getattr(results[n], f)) for n in labels]) for f in _FIELDS}
-    save_arrays(file, {"labels": np.asarray(labels), **stacked})
+    save_arrays(file, {"labels": np.asarray(labels), **stacked}, origin)
 
 
-def _kept(file) -> dict[str, PerImage] | None:
-    fields = load_arrays(file)
+def _kept(file, origin: str) -> dict[str, PerImage] | None:
+    fields = load_arrays(file, origin)
     if fields is None or not {"labels", *_FIELDS} <= fields.keys():
         return None
     return {

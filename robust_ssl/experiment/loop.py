@@ -21,6 +21,7 @@ from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import TrainState, Variables
 from robust_ssl.workdir import StageDirectory
 
+MOST_TRIES = 3  # that may end without one finite update since the one before
 _AHEAD = 3  # steps that may be in flight before the loop waits for the oldest
 
 
@@ -68,7 +69,8 @@ def train(
 
     Updates that are not finite are skipped and counted by the step.  Too many in a row end the
     training, with the last good state kept: the same command goes on from there with the batches
-    that follow, and with its full limit again.
+    that follow, and with its full limit again, up to `MOST_TRIES` times without a finite update.  A
+    training of which more than half was skipped has not been done, and is not finished.
 
     Args:
       stage: Where checkpoints and metrics go.
@@ -96,13 +98,14 @@ def train(
     Raises:
       ValueError: If `patience` is below 1 or there is no `score` to judge by.
       Stopped: If a stop was asked for; the state has been saved.
-      FloatingPointError: If too many updates in a row were not finite; the message says where the
-        last good state is kept.
+      FloatingPointError: If too many updates in a row were not finite (the message says where the
+        last good state is kept), or more than half of all.
     """
     total = epochs * batches.steps_per_epoch
     every = checkpoint_every or batches.steps_per_epoch
     kept = parallel.replicate(_nothing_yet(state, score, patience))
     first, kept = stage.restore_latest(kept) or (0, kept)
+    _raise_if_hopeless(stage, first)
     _raise_if_stuck(stage, first, total, kept, parallel)  # one that was so at its end still is
     advance, looped = _advance(step, batches, parallel, loop_on_device)
     if looped:
@@ -139,6 +142,7 @@ def train(
                 stage.wait()
                 raise Stopped(f"{stage.path.name} stopped after step {done} of {total}")
     batches.close()
+    _raise_if_mostly_skipped(kept["state"])
     return kept["state"], kept.get("best")
 
 
@@ -236,13 +240,46 @@ def _raise_if_stuck(
         stuck = FloatingPointError(
             f"{error}; the last good state is kept in {stage.checkpoints / str(done)}"
         )
+        tries = _count_try(stage, done, int(state.counters["skipped"]))
         if done < total:  # who goes on from it has the full limit again
-            stuck.add_note("the same command goes on from there with the batches that follow")
+            if tries < MOST_TRIES:
+                stuck.add_note("the same command goes on from there with the batches that follow")
             none = parallel.replicate(jnp.zeros((), jnp.int32))
             state = state.replace(counters={**state.counters, "skipped_in_a_row": none})
         stage.save(done, {**kept, "state": state})
         stage.wait()
         raise stuck from None
+
+
+def _count_try(stage: StageDirectory, done: int, skipped: int) -> int:
+    """Returns how many tries in a row ended stuck without a finite update between; keeps it."""
+    before = stage.manifest.get("stuck") or {"tries": 0, "step": 0, "skipped": 0}
+    if done > before["step"]:  # else it is the same end, seen again
+        none_between = done - before["step"] == skipped - before["skipped"]
+        tries = before["tries"] + 1 if none_between else 1
+        stage.manifest["stuck"] = {"tries": tries, "step": done, "skipped": skipped}
+    return stage.manifest["stuck"]["tries"]
+
+
+def _raise_if_hopeless(stage: StageDirectory, first: int) -> None:
+    stuck = stage.manifest.get("stuck")
+    if stuck and stuck["step"] == first and stuck["tries"] >= MOST_TRIES:
+        raise FloatingPointError(
+            f"{stuck['tries']} tries ended without one finite update, the last at step {first}: "
+            "the same command would end the same; lower the learning rate or the weight of the "
+            f"loss that grows, or remove {stage.path} to begin again"
+        )
+
+
+def _raise_if_mostly_skipped(state: TrainState) -> None:
+    steps, skipped = int(state.step), int(state.counters["skipped"])
+    if 2 * skipped > steps:
+        some = "all" if skipped == steps else f"{skipped} of"
+        raise FloatingPointError(
+            f"{some} its {steps} updates were skipped, as "
+            f"{'none was' if skipped == steps else 'they were not'} finite: this is no training; "
+            "lower the learning rate"
+        )
 
 
 def _write(stage: StageDirectory, unwritten: list) -> None:

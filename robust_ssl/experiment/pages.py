@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +19,25 @@ from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.recipe import Recipe
-from robust_ssl.experiment.score import saved_classifiers, score
+from robust_ssl.experiment.score import origin_of, saved_classifiers, score
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import StageDirectory, fingerprint, load_arrays, save_arrays
+from robust_ssl.workdir import (
+    StageDirectory,
+    changed_files,
+    digest,
+    fingerprint,
+    load_arrays,
+    save_arrays,
+    sum_files,
+    write_atomically,
+)
+
+_log = logging.getLogger(__name__)
 
 IMAGES = 256  # test images by which the outputs of layers are compared
 PICTURES = 8
+WRITTEN = ".pages.json"  # checksums of all that is written for reading
 
 
 Pairs = Sequence[tuple[Recipe, int]]
@@ -47,8 +62,11 @@ def write(
     if comparison is not None:
         right = over_seeds(outcomes_of(context, scored, pairs))
     document = _document(context, scored, comparison, pairs)
-    if everywhere(page.exists() and _same(file, document)):
+    if everywhere(page.exists() and _same(file, document) and _as_written(context.workdir)):
         return right
+    if jax.process_index() == 0:
+        # Before the page and its figures: whatever becomes of them, the numbers are there.
+        report.results.write(file, **document)
     # What opens stages comes first: all processes have to, and only one writes the page.
     models = _models(context, pairs)
     public = at_main_budget(context, attack(context))
@@ -56,15 +74,43 @@ def write(
     layers = _layers(context, pairs)
     if jax.process_index():
         return right
-    report.results.write(file, **document)
     written = report.results.read(file)
     figures = _figures(context, written, looks, layers)
     shown = _shown(context, written)
     curves = {name: _curve(written["results"], name) for name in shown}
     if max(map(len, curves.values())) <= 2:
         curves = {}  # a line between two points says nothing more
-    report.write_report(context.workdir, written, curves=curves, outcomes=right, figures=figures)
+    paths = report.write_report(
+        context.workdir, written, curves=curves, outcomes=right, figures=figures
+    )
+    drawn = (entry for entry in (context.workdir / "figures").glob("*") if entry.is_file())
+    sums = sum_files(context.workdir, [file, *paths, *drawn])
+    record = {"files": sums, "sha256": digest(sums)}
+    write_atomically(context.workdir / WRITTEN, json.dumps(record, indent=1) + "\n")
     return right
+
+
+def _as_written(workdir: pathlib.Path) -> bool:
+    """Whether pages, tables and figures are there as they were written; says which are not.
+
+    What somebody has edited since is kept under another name.
+    """
+    if jax.process_index():
+        return True  # the first process looks
+    try:
+        record = json.loads((workdir / WRITTEN).read_text(encoding="utf-8"))
+        if digest(record["files"]) != record["sha256"]:
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    changed = changed_files(workdir, record["files"])
+    for line in changed:
+        _log.warning("%s: %s; the report is written again", workdir, line)
+    for name in {line.partition(" ")[0] for line in changed}:
+        file = workdir / name
+        if file.is_file() and file.suffix == ".md" and file.stat().st_size:
+            os.replace(file, file.with_name(f"{file.name}.changed"))
+    return not changed
 
 
 def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
@@ -96,6 +142,12 @@ def _document(
             "train": len(train_set),
             "validation": len(validation),
             "test": len(context.test),
+            "classes": context.num_classes,
+            "largest_class": _largest_class(context),
+            "test_among_train": scored.results.get("test_among_train"),
+            "notes": [
+                f"{part.split}: {n}" for part in (train_set, context.test) for n in part.notes
+            ],
         },
         "surrogate": {"name": context.surrogate.name, "images": len(context.surrogate)},
         "suite": {
@@ -108,12 +160,31 @@ def _document(
         "versions": manifest["versions"],
         "config": context.plan.text,
     }
+    if skipped := _skipped(context):
+        run["skipped_updates"] = skipped
     return {
         "run": run,
         "models": models,
         "results": scored.results["results"],
         "verdicts": scored.results["verdicts"],
         "comparison": None if comparison is None else comparison.results,
+    }
+
+
+def _largest_class(context: Context) -> dict[str, Any]:
+    """The class that most test images are of: what one answer for all is right about."""
+    counts = np.bincount(context.test_labels)
+    largest = int(np.argmax(counts))
+    return {"name": context.test.class_names[largest], "images": int(counts[largest])}
+
+
+def _skipped(context: Context) -> dict[str, str]:
+    """How many updates of each model's training were not finite, where some were."""
+    results = train.trained(context).results
+    return {
+        model: f"{one['skipped']} of {one['steps']}"
+        for model, one in results.items()
+        if one.get("skipped")
     }
 
 
@@ -129,17 +200,13 @@ def _figures(
     folder, shown = context.workdir / "figures", _shown(context, document)
     first = looks[next(iter(shown))]
     answers = [tuple(pair) for pair in first["answers"].tolist()]
-    paths = []
-    paths.append(
-        report.figure_examples(folder, first["clean"], first["attacked"], predictions=answers)
-    )
+    examples = (first["clean"], first["attacked"])
+    paths = report.attempt(report.figure_examples, folder, *examples, predictions=answers)
     drifts = {label: _drift(looks[name]) for name, label in shown.items()}
-    paths.append(report.figure_stability(folder, drifts))
+    paths += report.attempt(report.figure_stability, folder, drifts)
     for recipe, results in layers.items():
-        name = f"sensitivity-{recipe}"
-        paths.append(
-            report.figure_sensitivity(folder, results["scores"], results["selected"], name=name)
-        )
+        chosen, name = (results["scores"], results["selected"]), f"sensitivity-{recipe}"
+        paths += report.attempt(report.figure_sensitivity, folder, *chosen, name=name)
     return paths
 
 
@@ -190,7 +257,8 @@ def _look(
       output of each layer moves: ``taps``, ``measures`` and ``drift`` ``[taps, measures]``.
     """
     file = scored.path / "groups" / f"{name}-look.npz"
-    arrays = load_arrays(file)
+    origin = origin_of(scored, scored.manifest["inputs"], name)
+    arrays = load_arrays(file, origin)
     if arrays is not None:
         return arrays
     perturbation = _strongest(scored, name, public)
@@ -204,7 +272,8 @@ def _look(
     answers = []
     for images in (clean[spread], attacked[spread]):
         labels = np.asarray(evaluation.predictions(model, images))
-        answers.append([names[label] if names else str(label) for label in labels])
+        # A function of a user may name fewer classes than its labels have.
+        answers.append([names[n] if names and n < len(names) else str(n) for n in labels])
     measures = list(next(iter(stability.values())))
     arrays = {
         "clean": np.asarray(clean[spread]),
@@ -215,7 +284,7 @@ def _look(
         "drift": np.asarray([[tap[m] for m in measures] for tap in stability.values()]),
     }
     if jax.process_index() == 0:
-        save_arrays(file, arrays)
+        save_arrays(file, arrays, origin)
     return arrays
 
 

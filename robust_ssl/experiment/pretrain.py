@@ -68,13 +68,24 @@ def check(context: Context) -> None:
     """
     settings = context.plan.pretrain
     encoder = settings.encoder(jax.random.key(context.plan.seed))
-    train_set, test_set = (context.load(settings.data, split) for split in ("train", "test"))
+    train_set, test_set = _splits(context, encoder)
     for examples in (train_set, test_set):
         data.check_image_size(examples, encoder.image_size)
         data.check_classes(examples, train_set.num_classes)  # the probes need labels
     tx = build_optimizer(settings, data.steps_per_epoch(len(train_set), settings.batch_size))
     context.parallel.check_batch(settings.batch_size)
     _trace(settings, encoder, settings.method(), tx, train_set)
+
+
+def _splits(context: Context, encoder: Encoder | None = None) -> list[Any]:
+    """Returns train and test split, at the size of the encoder that is to be trained."""
+
+    def load():
+        settings = context.plan.pretrain
+        whose = encoder or settings.encoder(jax.random.key(context.plan.seed))
+        return [context.load_sized(settings.data, split, whose) for split in ("train", "test")]
+
+    return context.once("pretrain data", load)
 
 
 def _trace(
@@ -129,9 +140,9 @@ def pretrain(context: Context) -> StageDirectory:
       The stage's directory; ``encoder/`` in it is what `robust_ssl.load_encoder` takes.
     """
     settings = context.plan.pretrain
-    train_set, test_set = (context.load(settings.data, split) for split in ("train", "test"))
+    train_set, test_set = _splits(context)
     inputs = {"train": train_set.fingerprint(), "test": test_set.fingerprint()}
-    with context.open("pretrain", settings, inputs) as stage:
+    with context.open("pretrain", settings, inputs, made="trained") as stage:
         if stage.done:
             return stage
         key = stage_key(context.plan.seed, "pretrain")
@@ -192,6 +203,10 @@ def _train(context: Context, stage, encoder: Encoder, method, train_set, test_se
             _monitor, encoder, train_set, test_set, settings.monitor, context.parallel
         ),
     )
+    if skipped := int(state.counters["skipped"]):
+        _log.warning(
+            "pretrain: %d of %d updates were not finite and were skipped", skipped, int(state.step)
+        )
     return pretraining.trained_encoder(encoder, jax.device_get(state.variables))
 
 

@@ -19,7 +19,8 @@ from robust_ssl.build import inside
 from robust_ssl.evaluation import PerImage
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, attack, load_perturbations
-from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.class_order import in_order_of_test
+from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.examine import examine
 from robust_ssl.experiment.groups import (
     Group,
@@ -28,7 +29,6 @@ from robust_ssl.experiment.groups import (
     Scorer,
     by_budget,
     file_name,
-    identity,
     outcomes,
     per_image_members,
     sample,
@@ -37,7 +37,7 @@ from robust_ssl.experiment.groups import (
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.suites import Budget
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import StageDirectory, WorkdirError, load_arrays, save_arrays
+from robust_ssl.workdir import StageDirectory, WorkdirError, digest, load_arrays, save_arrays
 from robust_ssl.xla import release_programs
 
 OUTCOMES = "outcomes.npz"
@@ -60,7 +60,7 @@ def _load_saved(context: Context) -> dict[str, Classifier]:
     classifiers = {}
     for name, source in context.plan.classifiers.items():
         try:
-            classifiers[name] = source.load()
+            classifiers[name] = in_order_of_test(context, name, source.load())
             _check_fits(context, classifiers[name])
         except (ValueError, TypeError, OSError) as error:
             error.add_note(f"in config.classifiers.{name}")
@@ -183,8 +183,10 @@ def score(context: Context) -> StageDirectory:
         "attack": public.fingerprint,
         "test": context.test.fingerprint(),
     }
-    with context.open("score", {"scoring": scoring}, inputs, collects=True) as stage:
-        if stage.done and load_arrays(stage.path / OUTCOMES) is not None:
+    with context.open(
+        "score", {"scoring": scoring}, inputs, collects=True, redo=True, made="scored"
+    ) as stage:
+        if stage.done:
             return stage
         results, verdicts, right = [], {}, {}
         # Where an encoder did not move, what was crafted again is the public stage.
@@ -197,10 +199,11 @@ def score(context: Context) -> StageDirectory:
         total = sum(job.parts for some in jobs.values() for job in some)
         with context.progress.stage("score", total) as bar:
             done = itertools.count(1)
-            quiet = Scorer(context, stage, scoring.batch_size)
             for name, model in models.items():
                 release_programs()
                 scored = []
+                origin = origin_of(stage, inputs, name)
+                quiet = Scorer(context, stage, scoring.batch_size, origin=origin)
                 for job in jobs[name]:
                     doing = f"{name} under {job.name}"
                     bar.update(bar.finished_steps, doing=doing)
@@ -216,8 +219,10 @@ def score(context: Context) -> StageDirectory:
                     results += group.entries(verdicts[name]["verdict"])
                 right |= outcomes(scored)
         if jax.process_index() == 0:
-            save_arrays(stage.path / OUTCOMES, right)
-        stage.finish({"results": results, "verdicts": verdicts})
+            save_arrays(stage.path / OUTCOMES, right, OUTCOMES)
+        # Kept, since a set that is read on demand would have to be read again to say so.
+        shared = context.shared.count if scoring.checks else None
+        stage.finish({"results": results, "verdicts": verdicts, "test_among_train": shared})
     return stage
 
 
@@ -227,13 +232,21 @@ def read_outcomes(stage: StageDirectory) -> dict[str, np.ndarray]:
     Raises:
       WorkdirError: If a process cannot read it (a network disk may show it a minute late).
     """
-    right = load_arrays(stage.path / OUTCOMES)
+    right = load_arrays(stage.path / OUTCOMES, OUTCOMES)
     if right is None:
         raise WorkdirError(
             f"{stage.path / OUTCOMES} cannot be read by all processes; give all of them the same "
             "disk and run the same command again, which makes it anew from what was scored"
         )
     return right
+
+
+def origin_of(stage: StageDirectory, inputs: Mapping[str, str], model: str) -> str:
+    """Identifies what a model's scores are made from: other models may come to it and go."""
+    shared = {n: v for n, v in stage.manifest["inputs"].items() if "/" not in n or n[:5] == "code/"}
+    own = {name: inputs.get(f"{name}/{model}") for name in ("classifier", "attack")}
+    manifest = stage.manifest
+    return digest([manifest["config"], manifest["seed"], shared, own])[:16]
 
 
 def crafted_again(context: Context, name: str, model: Classifier) -> StageDirectory | None:

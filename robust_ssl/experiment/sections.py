@@ -146,6 +146,8 @@ class SavedClassifier:
       builder: ``"module:function"`` of its encoder, where that is not of this package.
       head: ``"module:function"`` of its head, likewise.
       preprocess: ``"module:Class"`` of its input transformation, likewise.
+      class_names: What each logit stands for, in place of what its card says.
+      class_names: What each logit stands for, in place of what its card says.
       function: Returns a `robust_ssl.Classifier`, in place of a path.
     """
 
@@ -153,6 +155,7 @@ class SavedClassifier:
     builder: str | None = None
     head: str | None = None
     preprocess: str | None = None
+    class_names: tuple[str, ...] | None = None
     function: Function | None = None
 
     @classmethod
@@ -170,9 +173,14 @@ class SavedClassifier:
         saved = read_entries(cls, entries, where)
         with inside(where):
             try:
-                weights.classifier_card(saved.path)
+                card = weights.classifier_card(saved.path)
             except FileNotFoundError as error:
                 raise ValueError(str(error)) from error
+            if saved.class_names and len(saved.class_names) != card["num_classes"]:
+                raise ValueError(
+                    f"class_names has {len(saved.class_names)} names, and the classifier "
+                    f"{card['num_classes']} logits"
+                )
         for name, function in saved.own.items():
             Function.read(function, f"{where}.{name}")
         return saved
@@ -182,7 +190,8 @@ class SavedClassifier:
         """What a manifest keeps."""
         if self.function is not None:
             return self.function.text
-        return {"path": self.path, **self.own}
+        names = {"class_names": self.class_names} if self.class_names else {}
+        return {"path": self.path, **self.own, **names}
 
     @property
     def own(self) -> dict[str, str]:
@@ -193,7 +202,9 @@ class SavedClassifier:
     def load(self) -> Classifier:
         """Returns the classifier."""
         if self.function is None:
-            return weights.load_classifier(self.path, **self.own)
+            classifier = weights.load_classifier(self.path, **self.own)
+            names = self.class_names or classifier.class_names
+            return classifier.replace(class_names=tuple(names))
         classifier = self.function()
         if not isinstance(classifier, Classifier):
             raise TypeError(

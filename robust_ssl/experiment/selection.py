@@ -12,11 +12,11 @@ import numpy as np
 from robust_ssl import evaluation, finetuning
 from robust_ssl.attacks import attack_batch
 from robust_ssl.experiment import fitting
-from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.recipe import Selection
 from robust_ssl.types import Classifier, Variables
-from robust_ssl.workdir import StageDirectory, fingerprint
+from robust_ssl.workdir import StageDirectory
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def choose_layers(
     validation = context.downstream[1]
     images = validation.subset(min(selection.images, len(validation)))
     attack = context.plan.training.validation.build(context.encoder)
-    inputs = {"start": fingerprint(classifier.variables), "validation": images.fingerprint()}
+    inputs = {**model_inputs("start", classifier), "validation": images.fingerprint()}
     settings = {"select": selection, "attack": context.plan.training.validation}
     with context.open(name, settings, inputs, seed) as stage:
         if stage.done:

@@ -24,7 +24,8 @@ from robust_ssl.types import Encoder
 # What a foreign file may have to be told; `weights.import_encoder` says what each means.
 ENCODER_WORDS = (
     *("path", "function", "layout", "under", "normalization", "mean", "std", "image_size", "name"),
-    *("reader", "stem", "stem_padding", "heads", "pooling", "activation"),
+    *("reader", "inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads"),
+    *("pooling", "activation", "norm_epsilon", "position_resizing"),
 )
 
 
@@ -35,9 +36,10 @@ class Data:
     Attributes:
       source: As `robust_ssl.data.load` takes it.
       function: Called as `robust_ssl.data.load` calls a function.
-      image_size: Height and width that images are brought to, pixels; None leaves them.
+      image_size: Height and width that images are brought to, pixels; None leaves them, but for a
+        folder, whose pictures get the encoder's.
       train_split: Name of the training split.
-      test_split: Name of the test split.
+      test_split: Name of the test split; of a folder without one, ``val`` or the like is it.
       train_limit: At most so many training images; None takes all.
       test_limit: At most so many test images; None takes all.
       data_dir: Where prepared sets are; None is the usual place.

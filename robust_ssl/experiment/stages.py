@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from robust_ssl import report
+from robust_ssl import data, report, words
 from robust_ssl.experiment import pages, sweep
 from robust_ssl.experiment.analyze import analyze
 from robust_ssl.experiment.attack import attack
@@ -24,14 +25,17 @@ from robust_ssl.experiment.score import check as check_score
 from robust_ssl.experiment.score import score
 from robust_ssl.experiment.trace import check as check_train
 from robust_ssl.experiment.train import train
-from robust_ssl.parallel import Parallel
+from robust_ssl.parallel import Parallel, everywhere
 from robust_ssl.progress import Progress
+from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.workdir import (
     ConfigChangedError,
     StageDirectory,
     WorkdirError,
     check_layout,
+    hold,
     make_directory,
+    workdir_path,
 )
 from robust_ssl.xla import shared_programs
 
@@ -78,17 +82,29 @@ def run(
     planned = config if isinstance(config, Plan) else plan(config)
     context = Context(
         plan=planned,
-        workdir=pathlib.Path(workdir).expanduser(),
+        workdir=workdir_path(workdir),
         parallel=parallel or Parallel.create(),
         progress=progress or Progress(),
     )
-    check_layout(context.workdir)
-    check(context)
-    make_directory(workdir)
+    with contextlib.ExitStack() as held:
+        # At once where it can be: who is refused should not read its data first.
+        early = everywhere(context.workdir.is_dir() and os.access(context.workdir, os.W_OK))
+        if early:
+            held.enter_context(hold(context.workdir))
+        check_layout(context.workdir)
+        check(context)
+        if not early:
+            held.enter_context(hold(make_directory(workdir)))
+        return _run_stages(context)
+
+
+def _run_stages(context: Context) -> dict[str, Any]:
     finished: dict[str, StageDirectory] = {}
     right = None
     with shared_programs():
-        for name in planned.stages:
+        for name in context.plan.stages:
+            if stop_requested():
+                raise Stopped(f"stopped before the stage {name}")
             finished[name] = stage = _RUN[name](context)
             _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
         if {"score", "compare"} & finished.keys():
@@ -104,9 +120,10 @@ def _print(context: Context, results: Mapping[str, Any], right: Any) -> None:
     if {"score", "compare"} & results.keys():
         document = report.results.read(context.workdir / "results.json")
         report.print_summary(document, outcomes=right)
-        print(f"everything else: {context.workdir / 'report.md'}")
+        words.say(f"everything else: {context.workdir / 'report.md'}", sys.stdout)
     elif "sweep" in results:
-        print((context.workdir / "sweep.md").read_text(encoding="utf-8"))
+        page = (context.workdir / "sweep.md").read_text(encoding="utf-8")
+        words.say(page, sys.stdout, margin="")
 
 
 def check(context: Context) -> None:
@@ -148,6 +165,9 @@ def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
 def check_data(context: Context) -> None:
     """Reads the downstream images; nothing is scored on the test split here."""
     _within("config.downstream", lambda: (context.downstream, context.test))
+    # A set that is read on demand is compared once it has been read: see `examine`.
+    if data.are_known(*context.downstream, context.test) and context.shared.count:
+        _log.warning("config.downstream: %s", context.shared)
 
 
 def _within(section: str, read: Callable[[], Any]) -> None:

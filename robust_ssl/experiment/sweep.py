@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from robust_ssl import data, evaluation, report
+from robust_ssl import data, evaluation, report, words
 from robust_ssl.experiment import costs, trace, train
 from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.context import Context
@@ -162,8 +162,9 @@ def _write(context: Context, results: Mapping[str, Any], lines: Sequence[Mapping
     page = []
     if any(point.name == settings.baseline for point in shown):
         limits = {n: getattr(settings, n) for n in ("max_clean_loss", "max_cost")}
-        page.append(report.advice(shown, baseline=settings.baseline, **limits))
-    page += [f"{name} is left out: {why}" for name, why in results["failed"].items()]
+        page.append(words.markdown(report.advice(shown, baseline=settings.baseline, **limits)))
+    left_out = [f"{name} is left out: {why}" for name, why in results["failed"].items()]
+    page += map(words.markdown, left_out)
     page += [
         f"Accuracies on {images} validation images; robust: the worst case per "
         "image over the universal attacks crafted on the public encoder.  Nobody attacked the "
@@ -173,7 +174,8 @@ def _write(context: Context, results: Mapping[str, Any], lines: Sequence[Mapping
     write_atomically(context.workdir / "sweep.csv", report.csv_text(lines))
     write_atomically(context.workdir / "sweep.md", "\n\n".join(page) + "\n")
     if shown:
-        report.figure_pareto(
+        report.attempt(
+            report.figure_pareto,
             context.workdir / "figures",
             shown,
             label_clean="clean accuracy, validation",

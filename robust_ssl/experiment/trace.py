@@ -24,6 +24,7 @@ from robust_ssl.experiment.train import (
     public_encoder,
     untrained,
 )
+from robust_ssl.types import Classifier
 from robust_ssl.workdir import check_unchanged, json_ready, read_manifest
 
 # What building a recipe of wrong values raises.
@@ -57,8 +58,24 @@ def check_recipe(context: Context, recipe: Recipe) -> None:
 
 def _trace(context: Context, recipe: Recipe) -> None:
     classifier = untrained(context, recipe)
-    if not recipe.is_trained:
-        return
+    if recipe.is_trained:
+        state, step, batch = step_of(context, recipe, classifier)
+        jax.eval_shape(step.function, state, batch, step.settings)
+
+
+def step_of(context: Context, recipe: Recipe, classifier: Classifier):
+    """Returns ``(state, step, batch)`` of a recipe: its step on one device's part of a batch.
+
+    Nothing is exchanged with other devices in it.  Of a recipe that chooses its layers, all move.
+
+    Args:
+      context: The run.
+      recipe: One that is trained.
+      classifier: What it starts from, or one of its shape.
+
+    Raises:
+      ValueError: If devices, batch or validation images do not fit each other.
+    """
     rates = recipe.rates
     if recipe.select is not None:
         images, devices = len(context.downstream[1]), len(context.parallel.devices)
@@ -70,7 +87,6 @@ def _trace(context: Context, recipe: Recipe) -> None:
         rates = {"**": recipe.select.rate}  # which layers move will be known later
     context.parallel.check_batch(recipe.batch_size)
     steps = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
-    # On one device's part of a batch, where nothing is exchanged with others.
     alone = dataclasses.replace(context, parallel=dataclasses.replace(context.parallel, kind="jit"))
     state, step = fitting.build_step(
         *(alone, recipe.name, recipe, classifier, public_encoder(context, recipe)),
@@ -79,7 +95,7 @@ def _trace(context: Context, recipe: Recipe) -> None:
         seed=context.plan.seed,
     )
     part = recipe.batch_size // len(context.parallel.devices)
-    jax.eval_shape(step.function, state, _batch_shapes(part, classifier.image_size), step.settings)
+    return state, step, _batch_shapes(part, classifier.image_size)
 
 
 def _batch_shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 from robust_ssl import finetuning, models, optimizers, weights
 from robust_ssl.build import Function
 from robust_ssl.experiment import fitting, selection
-from robust_ssl.experiment.context import Context, code_inputs
+from robust_ssl.experiment.context import Context, code_inputs, model_inputs
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier, Encoder
@@ -24,6 +24,7 @@ from robust_ssl.workdir import (
     ConfigChangedError,
     StageDirectory,
     WorkdirError,
+    check_left,
     digest,
     fingerprint,
     json_ready,
@@ -107,7 +108,13 @@ def load_trained(context: Context, recipe: Recipe, seed: int) -> Classifier:
     stage = train_recipe(context, recipe, seed)
     if not recipe.is_trained:  # it has no weights of its own
         return _assemble(context, recipe, seed, lambda r: load_trained(context, r, seed))
-    classifier = load_saved(context, recipe, stage.path)
+    try:
+        classifier = load_saved(context, recipe, stage.path)
+    except (OSError, ValueError) as error:  # no failure of the recipe
+        raise WorkdirError(
+            f"{stage.path / 'classifier'} cannot be read: {error}; bring it back from a copy, or "
+            f"remove {stage.path / 'manifest.json'} to train it again from its last checkpoint"
+        ) from error
     if fingerprint(classifier.variables) != stage.fingerprint:
         raise WorkdirError(
             f"{stage.path / 'classifier'} is not what was trained there; remove {stage.path} to "
@@ -166,19 +173,14 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
         afterwards=afterwards,
         extra=extra,
     )
-    steps = stage.results["steps"]
-    if stage.results["skipped"] == steps > 0:
-        raise FloatingPointError(
-            f"all its {steps} updates were skipped, as none was finite; lower the learning rate"
-        )
     return stage
 
 
 def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifier):
     """A stage that trains nothing: an ensemble, an input transformation."""
-    inputs = {"start": fingerprint(classifier.variables)}
+    inputs = model_inputs("start", classifier)
     settings = fitting.settings_of(context, recipe)
-    with context.open(directory(recipe, seed), settings, inputs, seed) as stage:
+    with context.open(directory(recipe, seed), settings, inputs, seed, redo=True) as stage:
         if not stage.done:
             counters = ("epochs", "steps", "skipped", "gradient_evaluations_per_image")
             results = dict.fromkeys(counters, 0)
@@ -200,7 +202,7 @@ def train(context: Context) -> StageDirectory:
     training = context.plan.training
     train_set, validation = (part.fingerprint() for part in context.downstream)
     inputs = {
-        "encoder": fingerprint(context.encoder.variables),
+        **model_inputs("encoder", context.encoder),
         "train": train_set,
         "validation": validation,
     }
@@ -217,9 +219,32 @@ def train(context: Context) -> StageDirectory:
     with context.open("train", settings, inputs, collects=True) as stage:
         if not stage.done:
             trained = train_all(context, recipes)
+            if not trained.results:
+                reasons = "\n".join(f"  {model}: {why}" for model, why in trained.failed.items())
+                raise FloatingPointError(f"every recipe failed:\n{reasons}")
             stage.manifest["inputs"] = _marked(stage.manifest["inputs"], trained.failed)
             stage.finish({"trained": trained.results, "failed": trained.failed})
+    _check_there(context, stage)
     return stage
+
+
+def _check_there(context: Context, stage: StageDirectory) -> None:
+    """Makes again what is gone of a finished `train`; says what had failed."""
+    for model, why in stage.results["failed"].items():
+        _log.warning("%s failed, and is left out: %s", model, why)
+    for recipe, seed in itertools.product(
+        context.plan.recipes.values(), context.plan.training.seeds
+    ):
+        if model_name(recipe, seed) not in stage.results["trained"]:
+            continue
+        path = context.workdir / directory(recipe, seed)
+        there = (path / "manifest.json").exists()
+        manifest = read_manifest(path) if there else None
+        if everywhere(manifest is not None and manifest["status"] == "done"):
+            check_left(path, manifest, made="trained", redo=not recipe.is_trained)
+        else:
+            _log.warning("%s is not there any more, and is made again", path)
+            train_recipe(context, recipe, seed)
 
 
 def _marked(inputs: Mapping[str, str], failed: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
 
+from robust_ssl.models.convnext import ConvNeXt, convnext
 from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
-from robust_ssl.models.heads import LinearHead, MLPHead, classifier
-from robust_ssl.models.positions import resize_positions
+from robust_ssl.models.heads import LinearHead, MLPHead, classifier, in_order_of
+from robust_ssl.models.positions import RESIZINGS, resize_positions
 from robust_ssl.models.preprocessing import JPEG, Quantize, Smooth
 from robust_ssl.models.resnet import (
     CIFAR10_MEAN,
@@ -24,6 +25,8 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "JPEG",
+    "RESIZINGS",
+    "ConvNeXt",
     "LinearHead",
     "MLPHead",
     "Quantize",
@@ -32,7 +35,9 @@ __all__ = [
     "ViT",
     "classifier",
     "confidence_ensemble",
+    "convnext",
     "ensemble_members",
+    "in_order_of",
     "resize_positions",
     "resnet18",
     "resnet34",

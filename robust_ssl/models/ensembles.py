@@ -131,7 +131,7 @@ def confidence_ensemble(
         raise ValueError(f"an ensemble needs at least two classifiers, got {len(classifiers)}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0 and finite, got {temperature!r}")
-    for what in ("image_size", "num_classes"):
+    for what in ("image_size", "num_classes", "class_names"):
         values = [getattr(member, what) for member in classifiers]
         if len(set(values)) > 1:
             raise ValueError(f"the members of an ensemble must have one {what}, got {values}")
@@ -155,6 +155,7 @@ def confidence_ensemble(
         head_variables=_joined([member.head_variables for member in classifiers]),
         head=ConfidenceFusion(bare, float(temperature)),
         num_classes=classifiers[0].num_classes,
+        class_names=classifiers[0].class_names,
     )
 
 

@@ -1,8 +1,8 @@
 """Vision transformers (Dosovitskiy et al., ICLR 2021) in linen, as timm and public files have them.
 
 Pre-norm blocks, learned positions; what public models do differently (layer scale, register
-tokens, CLIP's first norm, gated MLPs) are options of `vision_transformer`.  Parameter paths are
-what layer-wise rules are written against: ``embed/patch``, ``embed/position``,
+tokens, CLIP's first norm, gated MLPs, rotary positions) are options of `vision_transformer`.
+Parameter paths are what layer-wise rules are written against: ``embed/patch``, ``embed/position``,
 ``block1/attention/qkv``, ``block1/mlp/dense1``, ``norm`` and so on.
 """
 
@@ -16,134 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
+from robust_ssl.models.transformer import (
+    ACTIVATIONS,
+    AttentionPool,
+    Block,
+    Embedding,
+    layer_norm,
+)
 from robust_ssl.types import Encoder
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, attention heads; DeiT
 DEPTH = 12  # blocks of all three sizes
-POOLINGS = ("token", "mean")
-ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
-    "swiglu": lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
-}
-
-
-def _norm(module: nn.Module, name: str) -> nn.LayerNorm:
-    # The two-pass variance: after twelve residual blocks the mean is no longer small.
-    return nn.LayerNorm(
-        epsilon=module.norm_epsilon, dtype=module.dtype, use_fast_variance=False, name=name
-    )
-
-
-def _dense(width: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
-    initializer = nn.initializers.xavier_uniform()
-    return nn.Dense(width, use_bias=use_bias, dtype=dtype, kernel_init=initializer, name=name)
-
-
-class Embedding(nn.Module):
-    """Cuts the image into patches, maps each to a token, adds positions.
-
-    The patch map is a dense layer on reshaped pixels rather than a strided convolution: the same
-    numbers, and its gradient is a matrix product everywhere, also inside loops on a CPU.
-    """
-
-    width: int
-    patch_size: int
-    image_size: int
-    class_token: bool
-    registers: int = 0
-    pre_norm: bool = False
-    patch_bias: bool = True
-    norm_epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns tokens ``[batch, tokens, width]``: class token, registers, patches."""
-        batch, size, patch = x.shape[0], self.image_size, self.patch_size
-        if x.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"this ViT has positions for images [{size}, {size}, 3], got {x.shape[1:]}; "
-                f"resize them, or build it with image_size={x.shape[1]}"
-            )
-        side = size // patch
-        # Pixels in a convolution kernel's order, row, column, color; `mapping.patches` needs it.
-        x = x.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, side * side, patch**2 * 3)
-        x = _dense(self.width, self.dtype, "patch", self.patch_bias)(x)
-        # DINOv2's order: positions for class token and patches, then registers between them.
-        if self.class_token:
-            x = self._prepend("token", 1, x)
-        position = self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
-        x = x + position.astype(x.dtype)
-        if self.registers:  # they have no place in the image, so no position
-            first = int(self.class_token)
-            rest = self._prepend("registers", self.registers, x[:, first:])
-            x = jnp.concatenate([x[:, :first], rest], axis=1)
-        return _norm(self, "norm")(x) if self.pre_norm else x
-
-    def _prepend(self, name: str, count: int, x: jax.Array) -> jax.Array:
-        # timm's and DINOv2's start.
-        tokens = self.param(name, nn.initializers.normal(1e-6), (1, count, self.width))
-        tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], count, self.width))
-        return jnp.concatenate([tokens, x], axis=1)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; one product makes queries, keys and values, in this order."""
-
-    heads: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns ``[batch, tokens, width]``."""
-        batch, tokens, width = x.shape
-        qkv = _dense(3 * width, self.dtype, "qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        # Scaled by the root of a head's width, which is this function's default.
-        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        return _dense(width, self.dtype, "output")(mixed.reshape(batch, tokens, width))
-
-
-class MLP(nn.Module):
-    """Two dense layers with an activation in between; ``"swiglu"`` makes its own gate first."""
-
-    width: int
-    activation: str = "gelu"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns ``[batch, tokens, width]``."""
-        width = 2 * self.width if self.activation == "swiglu" else self.width
-        hidden = ACTIVATIONS[self.activation](_dense(width, self.dtype, "dense1")(x))
-        return _dense(x.shape[-1], self.dtype, "dense2")(hidden)
-
-
-class Block(nn.Module):
-    """Attention and MLP, each normalized before and added, scaled or not, after."""
-
-    heads: int
-    mlp_width: int
-    activation: str = "gelu"
-    layer_scale: bool = False
-    norm_epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns ``[batch, tokens, width]``."""
-        attention = Attention(self.heads, self.dtype, name="attention")
-        mlp = MLP(self.mlp_width, self.activation, self.dtype, name="mlp")
-        x = x + self._scaled("scale1", attention(_norm(self, "norm1")(x)))
-        return x + self._scaled("scale2", mlp(_norm(self, "norm2")(x)))
-
-    def _scaled(self, name: str, x: jax.Array) -> jax.Array:
-        if not self.layer_scale:
-            return x
-        scale = self.param(name, nn.initializers.constant(1e-5), (x.shape[-1],))  # DINOv2's start
-        return x * scale.astype(x.dtype).reshape(1, 1, -1)
+POOLINGS = ("token", "mean", "attention")
 
 
 class ViT(nn.Module):
@@ -157,6 +41,7 @@ class ViT(nn.Module):
       image_size: Height and width of the images it has positions for, pixels.
       mlp_width: Size between the two layers of an MLP (of its gated half for ``"swiglu"``).
       pooling: ``"token"``: features are the class token.  ``"mean"``: the mean of all patches.
+        ``"attention"``: what a learned query attends to.
       class_token: Whether there is one.
       norm_after_pooling: The last layer norm sees the pooled features, not the tokens.
       registers: Further tokens without positions, which pooling leaves out.
@@ -165,6 +50,7 @@ class ViT(nn.Module):
       layer_scale: Whether each branch of a block is multiplied by a learned vector.
       activation: A name in `ACTIVATIONS`.
       norm_epsilon: Added to the variance in every layer norm.
+      rotary: Base of rotary positions in place of learned ones; None for learned ones.
       dtype: What is computed in; parameters stay float32.
       axis_name: Accepted like every encoder's and unused: there are no batch statistics.
     """
@@ -184,6 +70,7 @@ class ViT(nn.Module):
     layer_scale: bool = False
     activation: str = "gelu"
     norm_epsilon: float = 1e-6
+    rotary: float | None = None
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -195,28 +82,40 @@ class ViT(nn.Module):
         del train  # no dropout, no batch statistics
         x = Embedding(
             self.width, self.patch_size, self.image_size, self.class_token, self.registers,
-            self.pre_norm, self.patch_bias, self.norm_epsilon, self.dtype, name="embed",
+            self.pre_norm, self.patch_bias, self.norm_epsilon, self.rotary is None, self.dtype,
+            name="embed",
         )(x.astype(self.dtype))  # fmt: skip
         taps = {"embed": x}
         for index in range(self.depth):
             name = f"block{index + 1}"
             x = Block(
                 self.heads, self.mlp_width, self.activation, self.layer_scale,
-                self.norm_epsilon, self.dtype, name=name,
+                self.norm_epsilon, self.rotary, self._prefix, self.dtype, name=name,
             )(x)  # fmt: skip
             taps[name] = x
-        norm = _norm(self, "norm")
+        norm = layer_norm(self, "norm")
         # One norm, one name: only its place differs, so parameter paths are the same.
         if self.norm_after_pooling:
             return norm(self._pool(x)).astype(jnp.float32), taps
+        if self.pooling == "attention":
+            pool = AttentionPool(
+                self.heads, self.mlp_width, self.activation, self.norm_epsilon, self.dtype,
+                name="pool",
+            )  # fmt: skip
+            return pool(norm(x)[:, self._prefix :]).astype(jnp.float32), taps
         return self._pool(norm(x)), taps
+
+    @property
+    def _prefix(self) -> int:
+        """How many tokens are no patches; they come first."""
+        return int(self.class_token) + self.registers
 
     def _pool(self, x: jax.Array) -> jax.Array:
         # Before the mean: a mean of many tokens in bfloat16 would keep two or three digits.
         x = x.astype(jnp.float32)
         if self.pooling == "token":
             return x[:, 0]
-        return jnp.mean(x[:, int(self.class_token) + self.registers :], axis=1)
+        return jnp.mean(x[:, self._prefix :], axis=1)
 
 
 def vision_transformer(
@@ -237,6 +136,7 @@ def vision_transformer(
     layer_scale: bool = False,
     activation: str = "gelu",
     norm_epsilon: float = 1e-6,
+    rotary: float | None = None,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -255,7 +155,8 @@ def vision_transformer(
       image_size: Height and width, pixels; positions are for this size only.
       mlp_width: Size between the two layers of an MLP; None is ``4 * width``.
       pooling: ``"token"``: the features are the class token.  ``"mean"``: the mean of all
-        patches, without class token and registers.
+        patches, without class token and registers.  ``"attention"``: a learned query attends to
+        them (SigLIP).
       class_token: Whether there is a class token.
       norm_after_pooling: The last layer norm comes after pooling (timm's ``fc_norm``, MAE's
         fine-tuned models) instead of before it.
@@ -263,9 +164,10 @@ def vision_transformer(
       pre_norm: A layer norm before the first block (CLIP); the tap ``embed`` is after it.
       patch_bias: Whether the patch map has a bias (CLIP: no).
       layer_scale: Each branch of a block is multiplied by a learned vector (DINOv2).
-      activation: ``"gelu"`` (exact), ``"quick_gelu"`` (OpenAI's CLIP) or ``"swiglu"`` (DINOv2
-        giant; then `mlp_width` is that of the gated values).
+      activation: ``"gelu"`` (exact), ``"gelu_tanh"`` (SigLIP), ``"quick_gelu"`` (OpenAI's CLIP)
+        or ``"swiglu"`` (DINOv2 giant; then `mlp_width` is that of the gated values).
       norm_epsilon: 1e-6 in timm, DINO, MAE and DINOv2; 1e-12 in Hugging Face's ViT, 1e-5 in CLIP.
+      rotary: Base of rotary positions (DINOv3: 100), which take the place of learned ones.
       mean: Per-channel mean of the training pixels, in [0, 1].
       std: Per-channel standard deviation of the training pixels.
       dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
@@ -288,14 +190,16 @@ def vision_transformer(
     References:
       Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, Section 3.1.
       Oquab et al., "DINOv2", TMLR 2024; Darcet et al., "Vision Transformers Need Registers",
-      ICLR 2024; Radford et al., "Learning Transferable Visual Models", ICML 2021 (CLIP).
+      ICLR 2024; Radford et al., "Learning Transferable Visual Models", ICML 2021 (CLIP);
+      Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023 (SigLIP); Simeoni et
+      al., "DINOv3", 2025.
     """
     module = ViT(
         width=width, heads=heads, depth=depth, patch_size=patch_size, image_size=image_size,
         mlp_width=4 * width if mlp_width is None else mlp_width, pooling=pooling,
         class_token=class_token, norm_after_pooling=norm_after_pooling, registers=registers,
         pre_norm=pre_norm, patch_bias=patch_bias, layer_scale=layer_scale, activation=activation,
-        norm_epsilon=norm_epsilon, dtype=jnp.dtype(dtype),
+        norm_epsilon=norm_epsilon, rotary=rotary, dtype=jnp.dtype(dtype),
     )  # fmt: skip
     # Before any tracing, so that a wrong option is named instead of a shape deep inside.
     check(module)
@@ -316,6 +220,13 @@ def check(module: ViT) -> None:
     if module.heads < 1 or module.width % module.heads:
         raise ValueError(
             f"{module.heads} heads do not divide a width of {module.width}; take a number that does"
+        )
+    if module.norm_after_pooling and module.pooling == "attention":
+        raise ValueError("pooling='attention' has its norm before it: norm_after_pooling=False")
+    if module.rotary is not None and (module.width // module.heads) % 4:
+        raise ValueError(
+            f"rotary positions need heads of a multiple of 4 features, these have "
+            f"{module.width // module.heads}"
         )
     if module.patch_size < 1 or module.image_size % module.patch_size:
         raise ValueError(

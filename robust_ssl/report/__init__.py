@@ -3,6 +3,7 @@
 from robust_ssl.report import claims, results
 from robust_ssl.report.comparison import summarize
 from robust_ssl.report.figures import (
+    attempt,
     draw_examples,
     figure_epsilon,
     figure_examples,
@@ -12,13 +13,15 @@ from robust_ssl.report.figures import (
 from robust_ssl.report.pages import print_summary, write_report
 from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front, points_of
 from robust_ssl.report.sentences import advice, answer, verdict_lines
-from robust_ssl.report.tables import budget, csv_text, label, markdown_table, names
+from robust_ssl.report.tables import budget, label, names
+from robust_ssl.report.text import csv_text, markdown_table
 
 __all__ = [
     "Point",
     "advice",
     "answer",
     "area_under_front",
+    "attempt",
     "budget",
     "claims",
     "csv_text",

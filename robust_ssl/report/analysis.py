@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_ssl import words
 from robust_ssl.evaluation.analysis import FourierMap, HarmfulBand
 from robust_ssl.report import figures as drawing
 from robust_ssl.report.figures import QUIET, STYLES, Folder, Numbers, styled
@@ -260,11 +261,13 @@ def write_analysis(
     # NaN becomes null, where results.json refuses it: no verdict rests on these numbers.
     document = json.dumps(json_ready({"about": about, **numbers}), indent=1)
     write_atomically(directory / "analysis.json", document + "\n")
-    settings = "\n".join(f"| {name} | {entry} |" for name, entry in about.items())
+    settings = "\n".join(
+        f"| {words.markdown(name)} | {words.markdown(entry)} |" for name, entry in about.items()
+    )
     sections = [
         "# Analysis: layers, frequencies, transfer",
         f"| | |\n| --- | --- |\n{settings}",
-        "\n".join(f"- {sentence}" for sentence in _sentences(numbers)),
+        "\n".join(f"- {words.markdown(sentence)}" for sentence in _sentences(numbers)),
         *(figure_section(figure, directory) for figure in figures),
         "All numbers are in [analysis.json](analysis.json).",
     ]

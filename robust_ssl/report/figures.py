@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from typing import Any
 
 import numpy as np
 
+from robust_ssl import disk, words
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
 from robust_ssl.report.tables import MARK, label
 
@@ -44,20 +56,66 @@ SETTINGS = {
     "legend.frameon": False,
     "svg.fonttype": "path",  # outlines: a reader need not have the font
     "svg.hashsalt": "robust_ssl",  # else the names of clip paths are random
+    "text.parse_math": False,  # a class called "$5 or $10" is no formula, and "$\\frac{$" no error
 }
+# A script that the font lacks is drawn as boxes; the CSV beside the figure has the words.
+HARMLESS = (r"Glyph .* missing from", r"constrained_layout not applied")
+_log = logging.getLogger(__name__)
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Draws under `SETTINGS`, which matplotlib reads when axes are made and when they are saved."""
+    """Draws under `SETTINGS`, which matplotlib reads when axes are made and when they are saved.
+
+    Every text that comes in is made one that can be drawn: `words.in_figure`.
+    """
 
     @functools.wraps(draw)
     def draw_styled(*args, **kwargs):
         import matplotlib
 
-        with matplotlib.rc_context(SETTINGS):
-            return draw(*args, **kwargs)
+        # Where a figure is written to, and under which name, is no text of it.
+        place = [entry for entry in args[:1] if isinstance(entry, str | os.PathLike)]
+        paths = {name: kwargs.pop(name) for name in ("directory", "name") if name in kwargs}
+        args, kwargs = _drawable(args[len(place) :]), {**_drawable(kwargs), **paths}
+        with warnings.catch_warnings(), matplotlib.rc_context():
+            for message in HARMLESS:
+                warnings.filterwarnings("ignore", message)
+            # Else a matplotlibrc of the working directory could turn LaTeX on.
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(SETTINGS)
+            return draw(*place, *args, **kwargs)
 
     return draw_styled
+
+
+def _drawable(value: Any) -> Any:
+    """Returns a value with every text in it as a figure takes it."""
+    if isinstance(value, str):
+        return words.in_figure(value)
+    if isinstance(value, Mapping):
+        return {_drawable(key): _drawable(entry) for key, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_drawable, value))
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(map(_drawable, value))
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OSU":
+        return _drawable(value.tolist())
+    if isinstance(value, Iterator | KeysView | ValuesView):
+        return [_drawable(entry) for entry in value]
+    return value
+
+
+def attempt(draw: Callable[..., pathlib.Path], *args: Any, **kwargs: Any) -> list[pathlib.Path]:
+    """Draws a figure and returns its path in a list, which is empty where that fails.
+
+    A run of hours must not end for want of a picture: the failure is logged.
+    """
+    try:
+        return [draw(*args, **kwargs)]
+    except Exception as error:  # matplotlib raises whatever happens to go wrong within it
+        name = kwargs.get("name", draw.__name__.removeprefix("figure_"))
+        _log.warning("the figure %s is left out: %s: %s", name, type(error).__name__, error)
+        return []
 
 
 @styled
@@ -290,11 +348,13 @@ def save_figure(figure, directory: Folder, name: str, header: Sequence[str], row
     """Writes a figure as PNG and SVG and its numbers as CSV; returns the PNG's path."""
     stem = pathlib.Path(directory) / name
     stem.parent.mkdir(parents=True, exist_ok=True)
+    numbers = io.StringIO()
+    writer = csv.writer(numbers, lineterminator="\n")
+    writer.writerows([words.csv_cell(cell) for cell in row] for row in (header, *rows))
+    # The numbers first: they need no font and no renderer.
+    disk.replace(stem.with_suffix(".csv"), numbers.getvalue())
     # Without the library's version and the date, equal numbers are equal bytes.
-    figure.savefig(stem.with_suffix(".png"), metadata={"Software": None})
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    with open(stem.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        with disk.replacing(stem.with_suffix(suffix)) as file:
+            figure.savefig(file, format=suffix[1:], metadata=metadata)
     return stem.with_suffix(".png")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from robust_ssl import words
 from robust_ssl.evaluation import WORST
 from robust_ssl.report import claims, sentences, tables
 from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, differences, summarize
-from robust_ssl.report.figures import Folder, figure_epsilon
+from robust_ssl.report.figures import Folder, attempt, figure_epsilon
 from robust_ssl.report.pareto import figure_pareto, points_of
 from robust_ssl.report.tables import Document, Entry, budget, names, worst_cases
+from robust_ssl.report.text import csv_text, markdown_table
 from robust_ssl.workdir import json_ready, write_atomically
 
 # How to read a figure, by the word its file name begins with.
@@ -99,17 +102,17 @@ def write_report(
         points = points_of(summary)
         texts = {"label_clean": "clean accuracy", "label_robust": "accuracy under both suites"}
         if len(points) > 1:  # one point has no trade-off
-            figures.insert(0, figure_pareto(workdir / "figures", points, **texts))
+            figures[:0] = attempt(figure_pareto, workdir / "figures", points, **texts)
     if curves:
-        figures.append(_epsilon(workdir / "figures", document, curves))
+        figures += attempt(_epsilon, workdir / "figures", document, curves, name="epsilon")
+    names_of = (document["run"][part]["name"] for part in ("encoder", "downstream"))
     sections = [
-        f"# Robustness of {document['run']['encoder']['name']} on "
-        f"{document['run']['downstream']['name']}",
+        "# Robustness of {} on {}".format(*map(words.markdown, names_of)),
         _bullets(sentences.answer(document, summary)),
         _claims(comparison),
         _markdown_headline(document),
-        tables.headline_caption(document),
-        _notes(comparison),
+        words.markdown(tables.headline_caption(document)),
+        _notes(comparison) or _skipped(document["run"]),
         *_section("Plots", [figure_section(figure, workdir) for figure in figures]),
         *_section("Can the figures under attack be believed?", [_verdicts(document)]),
         *_section("All tables", _tables(document, summary, lines, leader)),
@@ -117,13 +120,13 @@ def write_report(
         *_section("How it was run", _run(document["run"])),
     ]
     texts = {
-        "results.csv": tables.csv_text(tables.entry_rows(_worst(document))),
-        "attacks.csv": tables.csv_text(tables.entry_rows(document["results"])),
+        "results.csv": csv_text(tables.entry_rows(_worst(document))),
+        "attacks.csv": csv_text(tables.entry_rows(document["results"])),
     }
     if comparison:
-        texts["comparison.csv"] = tables.csv_text(comparison["rows"], FIELDS)
+        texts["comparison.csv"] = csv_text(comparison["rows"], FIELDS)
     if lines:
-        texts["differences.csv"] = tables.csv_text(lines)
+        texts["differences.csv"] = csv_text(lines)
     texts["report.md"] = "\n\n".join(filter(None, sections)) + "\n"
     for name, text in texts.items():
         write_atomically(workdir / name, text)
@@ -144,7 +147,8 @@ def print_summary(
     comparison = document["comparison"]
     summary = summarize(comparison["rows"], outcomes) if comparison else {}
     for sentence in [*sentences.answer(document, summary), *_claim_sentences(comparison)]:
-        console.print(sentence, markup=False, highlight=False)
+        text = words.encodable(words.line(sentence), console.encoding)
+        console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def _differences(document: Document, summary: Summary) -> tuple[list[dict[str, str]], str]:
@@ -156,15 +160,15 @@ def _differences(document: Document, summary: Summary) -> tuple[list[dict[str, s
     return (differences(summary, leader), leader) if leader in summary else ([], "")
 
 
-def _epsilon(directory: pathlib.Path, document: Document, curves) -> pathlib.Path:
+def _epsilon(directory: pathlib.Path, document: Document, curves, *, name: str) -> pathlib.Path:
     shown = names(document["models"])
     verdicts = {shown[model]: verdict for model, verdict in document["verdicts"].items()}
     named = {shown.get(model, model): curve for model, curve in curves.items()}
-    return figure_epsilon(directory, named, verdicts=verdicts)
+    return figure_epsilon(directory, named, verdicts=verdicts, name=name)
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {words.markdown(line)}" for line in lines)
 
 
 def _section(title: str, parts: Sequence[str]) -> list[str]:
@@ -179,7 +183,7 @@ def _markdown_headline(document: Document) -> str:
             intervals = [f"({interval})" for interval in rest[:1]]
             row[heading] = " ".join([value, *intervals, *rest[1:]])
         rows.append(row)
-    return tables.markdown_table(rows)
+    return markdown_table(rows)
 
 
 def _claim_sentences(comparison: Mapping[str, Any] | None) -> list[str]:
@@ -199,28 +203,38 @@ def _notes(comparison: Mapping[str, Any] | None) -> str:
     return _bullets([*comparison["sentences"], *failed])
 
 
+def _skipped(run: Mapping[str, Any]) -> str:
+    return _bullets(
+        f"{model}: {how_many} updates were not finite and were skipped."
+        for model, how_many in run.get("skipped_updates", {}).items()
+    )
+
+
 def _verdicts(document: Document) -> str:
     lines = sentences.verdict_lines(document)
-    return "\n".join(f"  - {line[2:]}" if line[:2] == "  " else f"- {line}" for line in lines)
+    return "\n".join(
+        f"{'  ' * line.startswith('  ')}- {words.markdown(line.strip())}" for line in lines
+    )
 
 
 def _tables(document: Document, summary: Summary, lines, leader: str) -> list[str]:
     shown = names(document["models"])
     parts = []
     if summary:
-        parts += ["### Recipes", tables.markdown_table(tables.summary_rows(summary, SHARES))]
-        parts.append(tables.markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
+        parts += ["### Recipes", markdown_table(tables.summary_rows(summary, SHARES))]
+        parts.append(markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
         parts.append(tables.legend(summary))
     if lines:
-        parts += [f"### Against {leader}", tables.markdown_table(tables.difference_rows(lines))]
+        leader = words.markdown(leader)
+        parts += [f"### Against {leader}", markdown_table(tables.difference_rows(lines))]
         parts.append(DIFFERENCES.format(leader=leader))
     rows = tables.attack_rows(_worst(document), shown)
-    parts += ["### Worst cases per image", tables.markdown_table(rows)]
+    parts += ["### Worst cases per image", markdown_table(rows)]
     parts.append("Attack success: turned wrong, of the images that were right.")
     # Folded: thirty recipes under ten attacks are hundreds of lines, which attacks.csv has too.
     single = [entry for entry in document["results"] if entry["attack"] != WORST]
     rows = tables.attack_rows(single, shown)
-    parts.append(_folded("Every attack", tables.markdown_table(rows)) if rows else "")
+    parts.append(_folded("Every attack", markdown_table(rows)) if rows else "")
     return parts
 
 
@@ -239,7 +253,8 @@ def _run(run: Mapping[str, Any]) -> list[str]:
     attacks, seeds = _cell(suite["attacks"]), _cell(suite["seeds"])
     lines = [
         f"Encoder: {_cell(run['encoder'])}.",
-        f"Downstream set: {_cell(run['downstream'])}.",
+        f"Downstream set: {_cell(_basics(run['downstream']))}.",
+        *_data_notes(run["downstream"]),
         f"Surrogate set, the attacker's: {_cell(surrogate)}." if surrogate else "",
         f"Suite, at {budget(suite['epsilon'])}: {attacks}; seeds {seeds}.",
         f"Seeds of training: {_cell(run['seeds'])}." if run["seeds"] else "",
@@ -252,6 +267,21 @@ def _run(run: Mapping[str, Any]) -> list[str]:
         config = json.dumps(json_ready(run["config"]), indent=2)
         parts.append(_folded("Configuration", f"```json\n{config}\n```"))
     return parts
+
+
+def _data_notes(downstream: Mapping[str, Any]) -> list[str]:
+    """What was left out where images were read, and how many are in both splits."""
+    lines = [f"Note on {note}." for note in downstream.get("notes", ())]
+    if downstream.get("test_among_train") is not None:
+        shared, test = downstream["test_among_train"], downstream["test"]
+        lines.append(f"Test images among the training images: {shared:,} of {test:,}.")
+    return lines
+
+
+def _basics(downstream: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and numbers of images; the rest of the entry is said elsewhere."""
+    said = ("largest_class", "test_among_train", "notes")
+    return {name: entry for name, entry in downstream.items() if name not in said}
 
 
 def _cell(entry: Any) -> str:
@@ -268,7 +298,7 @@ def figure_section(figure: Folder, folder: Folder) -> str:
     # Of absolute paths: a reader opens the page from its folder, not from where the run was begun.
     path = pathlib.Path(os.path.relpath(os.path.abspath(figure), os.path.abspath(folder)))
     caption = next((text for word, text in CAPTIONS.items() if path.stem.startswith(word)), "")
-    stem = path.with_suffix("").as_posix()
+    stem = urllib.parse.quote(path.with_suffix("").as_posix(), errors="surrogateescape")
     links = f"[SVG]({stem}.svg) [CSV]({stem}.csv)"
     text = f"*{caption}* {links}" if caption else links
-    return f"![{path.stem}]({path.as_posix()})\n\n{text}"
+    return f"![{words.markdown(path.stem)}]({stem}{path.suffix})\n\n{text}"

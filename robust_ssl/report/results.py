@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robust_ssl import disk
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
 from robust_ssl.report.comparison import check_rows
 from robust_ssl.workdir import json_ready, write_atomically
@@ -144,7 +145,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: If the file breaks the contract, naming the field.
     """
-    document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    document = disk.read_json(path)
     check(document)
     return document
 

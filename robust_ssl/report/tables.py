@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from robust_ssl import words
 from robust_ssl.evaluation import WORST, wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report import majority
 from robust_ssl.report.comparison import COLUMNS, COSTS, SHARES, VERDICTS, Estimate, Summary
 from robust_ssl.report.results import METRICS
 
@@ -231,7 +231,18 @@ def headline_cells(document: Document) -> list[dict[str, tuple[str, ...]]]:
         if any(each.cost for each in lines):
             row["cost"] = (f"{line.cost:.1f}x" if line.cost else "n/a",)
         rows.append({**row, "verdict": (MARK if mark else line.verdict,)})
-    return rows
+    return [*rows, *_one_answer_cells(document, rows[0])]
+
+
+def _one_answer_cells(document: Document, like: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The line of an imbalanced set: what is reached without looking at an image."""
+    if (largest := majority.largest_class(document)) is None:
+        return []
+    name, images, n = largest
+    share = over_seeds([images / n], n)
+    filled = {"recipe": (f"always {name!r}",), "clean": _share_cell(share)}
+    filled |= {"under attack": _share_cell(share), "verdict": ("no model",)}
+    return [{heading: filled.get(heading, ("n/a",)) for heading in like}]
 
 
 def _share_cell(share: Share, mark: Sequence[str] = ()) -> tuple[str, ...]:
@@ -256,6 +267,8 @@ def headline_caption(document: Document) -> str:
     if reference:
         parts.append(f"Cost: training time relative to {reference}.")
     parts.append("Verdict: whether the figures under attack can be believed.")
+    if (largest := majority.largest_class(document)) is not None:
+        parts.append(f"Always {largest.name!r}, the majority class: one answer for all images.")
     return " ".join(parts)
 
 
@@ -263,17 +276,21 @@ def print_headline(document: Document, console: Any) -> None:
     """Prints the first table to a ``rich.console.Console``, 80 columns wide."""
     import rich.box
     import rich.table
+    import rich.text
 
     rows = headline_cells(document)
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in rows[0]:
-        words = heading in ("recipe", "verdict")
+        is_text = heading in ("recipe", "verdict")
         # Folded: two names that are cut short may look alike.
-        table.add_column(heading, justify="left" if words else "right", overflow="fold")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         # In two lines each, so that six columns fit eighty characters.
-        cells = ["\n".join(cell).replace(MARK, "NOT\nBELIEVABLE") for cell in row.values()]
-        table.add_row(*(cell.replace(", with", ",\nwith") for cell in cells))
+        cells = ["\n".join(map(words.line, cell)) for cell in row.values()]
+        cells = [words.encodable(cell, console.encoding) for cell in cells]
+        cells = [cell.replace(MARK, "NOT\nBELIEVABLE") for cell in cells]
+        # As text: rich would read a name in brackets as a color or a link.
+        table.add_row(*(rich.text.Text(cell.replace(", with", ",\nwith")) for cell in cells))
     console.print(table)
 
 
@@ -372,22 +389,6 @@ def difference_rows(lines: Sequence[Mapping[str, str]]) -> Rows:
         value, half = (100 * float(line[name]) for name in ("difference", "half_width"))
         text = f"{value:+.1f} ± {half:.1f}"
         text = f"**{text}**" if line["decided"] == "yes" else text
-        row[SHARES[line["share"]].heading] = text + (f" {MARK}" if line["verdict"] else "")
+        mark = f" {MARK}" if line["verdict"] else ""
+        row[SHARES[line["share"]].heading] = words.Markup(text + mark)
     return list(rows.values())
-
-
-def markdown_table(rows: Rows) -> str:
-    """Returns rows as a Markdown table."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[row[column].replace("|", "\\|") for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """Returns rows as CSV, in the order of `columns`, else of the first row; None is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,5 +1,6 @@
 """Encoders and classifiers on disk: our own format, the shipped ones, foreign files in and out."""
 
+from robust_ssl.weights.cards import seal_card
 from robust_ssl.weights.classifiers import classifier_card, load_classifier, save_classifier
 from robust_ssl.weights.convert import convert_encoder, import_encoder, inspect_file, is_foreign
 from robust_ssl.weights.export import export_safetensors, export_stablehlo, load_stablehlo
@@ -25,4 +26,5 @@ __all__ = [
     "load_stablehlo",
     "save_classifier",
     "save_encoder",
+    "seal_card",
 ]

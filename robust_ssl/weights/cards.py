@@ -7,8 +7,11 @@ off, changed or taken from elsewhere is noticed before a single weight is used.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -18,10 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from robust_ssl import disk
 from robust_ssl.build import resolve
 from robust_ssl.models import preprocessing
 
+_log = logging.getLogger(__name__)
 SCHEMA = 1
+CARDS = ("encoder.json", "classifier.json")
 # A card names its input transformation; only these names are ever called, whatever the card says.
 _STEPS = {
     step.__name__: step
@@ -30,25 +36,81 @@ _STEPS = {
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """Returns a card as it is written.
+    """Returns a card as it is written, with a checksum of itself.
 
     Raises:
       ValueError: If the record is not JSON; NaN and infinity are not, and other readers choke.
     """
     # Python writes NaN as a bare word by default, which is no JSON.
-    return (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
+    sealed = {**record, "sha256": _sum(record)}
+    return (json.dumps(sealed, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    said = {name: entry for name, entry in record.items() if name != "sha256"}
+    text = json.dumps(said, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_seal(record: Mapping[str, Any], where: str | os.PathLike) -> None:
+    """Raises ValueError if a card is not what was written: one digit makes another encoder of it.
+
+    A card without a checksum, which version 0.1 wrote, is taken with a note: its weights have one,
+    and what others have published stays usable.
+    """
+    if "sha256" not in record:
+        _log.warning(
+            "%s has no checksum of itself, so an edited entry would not be seen; "
+            "robust_ssl.weights.seal_card(%r) adds one once you have looked at it",
+            *(where, str(pathlib.PurePath(str(where)).parent)),
+        )
+    elif record["sha256"] != _sum(record):
+        raise ValueError(
+            f"{where} is not what was written: its checksum does not agree; fetch or save it again "
+            "(or, if you have edited it yourself, robust_ssl.weights.seal_card accepts it as it is)"
+        )
+
+
+def seal_card(directory: str | os.PathLike) -> None:
+    """Gives the cards of a directory a new checksum, for whoever has looked at what they say.
+
+    Args:
+      directory: Of `save_encoder` or `save_classifier`; what lies deeper in it comes with it.
+
+    Raises:
+      ValueError: If a card is no JSON.
+      FileNotFoundError: If there is no card.
+    """
+    folder = pathlib.Path(directory)
+    files = [file for name in CARDS for file in sorted(folder.rglob(name))]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no card: none of {', '.join(CARDS)}")
+    for file in files:
+        replace_file(file, encode(decode(file.read_bytes(), file)))
 
 
 def decode(content: bytes, where: str | os.PathLike) -> Any:
     """Returns the JSON value of a card's file.
 
     Raises:
-      ValueError: If it is not JSON, or not UTF-8.
+      ValueError: If it is not JSON, or not UTF-8, or larger or deeper than any card.
     """
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    return disk.parse_json(content, where, finite=True)
+
+
+def check_normalization(mean: Any, std: Any, where: str | os.PathLike) -> None:
+    """Raises ValueError unless mean and deviation are three finite numbers, the latter above 0."""
+    for name, values in (("mean", mean), ("std", std)):
+        numbers = isinstance(values, list | tuple) and len(values) == 3
+        numbers = numbers and all(
+            isinstance(x, int | float | np.number) and not isinstance(x, bool) and math.isfinite(x)
+            for x in values
+        )
+        if not numbers or (name == "std" and min(values) <= 0):
+            shown = repr(values)
+            shown = shown if len(shown) < 80 else f"{shown[:77]}..."
+            positive = " above 0" if name == "std" else ""
+            raise ValueError(f"{where}: {name} must be three finite numbers{positive}, got {shown}")
 
 
 def check_card(record: Any, kinds: Mapping[str, type], where: str | os.PathLike) -> None:
@@ -114,16 +176,15 @@ def read_bytes(folder, name: str) -> bytes:
         raise FileNotFoundError(
             f"{folder} has no {name}; save_encoder and save_classifier write a card and its weights"
         )
-    return file.read_bytes()
+    return disk.read_bytes(file) if isinstance(file, os.PathLike) else file.read_bytes()
 
 
 def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Writes beside the file and renames, so that nobody ever reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory, because a rename across file systems is a copy.
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    disk.replace(file, content)
+    if file.read_bytes() != content:  # by its name, as whoever comes later does
+        raise OSError(errno.EIO, f"{file} is not what was just written there")
 
 
 def flatten(variables) -> dict[str, Any]:
@@ -164,7 +225,7 @@ def describe_preprocess(preprocess: Any) -> dict[str, Any]:
     kind = type(preprocess)
     # By identity: a subclass of the same name may compute something else.
     ours = _STEPS.get(kind.__name__) is kind
-    if not dataclasses.is_dataclass(preprocess):
+    if not dataclasses.is_dataclass(preprocess) or isinstance(preprocess, type):
         raise ValueError(
             f"a card cannot name the input transformation {preprocess!r}: it must be a dataclass, "
             "whose fields are its options"
@@ -200,7 +261,7 @@ def read_preprocess(
             f'{where}: "preprocess" must be {{"name": ..., "options": {{...}}}} with one of the '
             f"names {sorted(_STEPS)}, got {entry!r}"
         )
-    step = _STEPS.get(entry["name"]) or (preprocess and resolve(preprocess))
+    step = _STEPS.get(entry["name"]) or (resolve(preprocess) if preprocess else None)
     if step is None:
         raise ValueError(
             f"{where} has the input transformation {entry['name']!r}, which is not one of "

@@ -40,7 +40,8 @@ def save_classifier(
     its members in ``members/0``, ``members/1``, ...
 
     Args:
-      classifier: What to save; every variable float32 and finite.
+      classifier: What to save; every variable float32 and finite.  Its class names are written
+        to the card.
       directory: Made if it is not there; the files in it are replaced.
       card: Anything JSON can say: how it was trained, on what.
       builder: Of an encoder that is not one of `robust_ssl.models`; see `save_encoder`.  Of
@@ -66,6 +67,10 @@ def save_classifier(
     """
     from safetensors.numpy import save
 
+    if isinstance(classifier.head, heads.Reordered):  # as it was before it was turned
+        names = dict(zip(classifier.head.order, classifier.class_names, strict=True))
+        ordered = [names[place] for place in range(classifier.num_classes)]
+        classifier = heads.in_order_of(classifier, ordered)
     if ensembles.ensemble_members(classifier):
         return _save_ensemble(classifier, pathlib.Path(directory), card, builder, options)
     arrays = cards.to_arrays(classifier.head_variables)
@@ -75,6 +80,7 @@ def save_classifier(
         "schema": cards.SCHEMA,
         "head": _head_name(classifier),
         "num_classes": classifier.num_classes,
+        **_names(classifier),
         "weights": cards.describe_file(HEAD_FILE, weights),
         "card": dict(card or {}),
     }
@@ -84,6 +90,10 @@ def save_classifier(
     cards.replace_file(directory / HEAD_FILE, weights)
     cards.replace_file(directory / CARD_FILE, text)
     return directory
+
+
+def _names(classifier: Classifier) -> dict[str, list[str]]:
+    return {"class_names": list(classifier.class_names)} if classifier.class_names else {}
 
 
 def _head_name(classifier: Classifier) -> str:
@@ -127,7 +137,9 @@ def load_classifier(
     module = make_head(record["num_classes"])
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, encoder.dim)))
     variables = cards.read_variables(folder, record["weights"], HEAD_FILE, like)
-    return Classifier(encoder, variables, module, record["num_classes"])
+    cards.check_seal(record, folder / CARD_FILE)
+    names = tuple(record.get("class_names", ()))
+    return Classifier(encoder, variables, module, record["num_classes"], names)
 
 
 def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) -> pathlib.Path:
@@ -136,7 +148,8 @@ def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) 
     rebuilt = ensembles.confidence_ensemble(members, temperature=temperature)
     # Name and input transformation are written beside the members; all else must come from them.
     outer = rebuilt.encoder.replace(name=encoder.name, preprocess=encoder.preprocess)
-    if jax.tree.structure(rebuilt.replace(encoder=outer)) != jax.tree.structure(classifier):
+    structure: Any = jax.tree.structure(rebuilt.replace(encoder=outer))
+    if structure != jax.tree.structure(classifier):
         raise ValueError(
             "the ensemble is not one of its members any more (its encoder was replaced); save the "
             "members, or the ensemble as confidence_ensemble made it"
@@ -145,6 +158,7 @@ def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) 
         "schema": cards.SCHEMA,
         "head": _FUSION,
         "num_classes": classifier.num_classes,
+        **_names(classifier),
         "name": encoder.name,
         "members": len(members),
         "temperature": temperature,
@@ -178,6 +192,7 @@ def _load_ensemble(
         )
     outer = cards.read_preprocess(record, where, preprocess)
     encoder = ensemble.encoder.replace(name=record["name"], preprocess=outer)
+    cards.check_seal(record, where)
     return ensemble.replace(encoder=encoder)
 
 
@@ -207,14 +222,25 @@ def _read_card(folder: pathlib.Path) -> dict[str, Any]:
             f"no classifier in {folder} (there is no {CARD_FILE}); give a directory that "
             "save_classifier wrote, or a finished recipe such as runs/gtsrb/recipes/gen_af-seed0"
         )
-    record = cards.decode(file.read_bytes(), file)
+    record = cards.decode(cards.read_bytes(folder, CARD_FILE), file)
     kinds = {"schema": int, "head": str, "num_classes": int}
     if isinstance(record, dict) and record.get("head") == _FUSION:
         kinds |= {"name": str, "members": int, "temperature": float}
     else:
         kinds["weights"] = dict
     cards.check_card(record, kinds, file)
+    _check_names(record, file)
     return record
+
+
+def _check_names(record: Mapping[str, Any], file: pathlib.Path) -> None:
+    if "class_names" not in record:  # of a classifier that was saved without
+        return
+    names = record["class_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: class_names must be a list of texts, got {names!r}")
+    if len(names) != record["num_classes"]:
+        raise ValueError(f"{file} has {record['num_classes']} classes and {len(names)} class_names")
 
 
 def _allowed_head(name: str, folder: pathlib.Path) -> Callable[[int], nn.Module]:

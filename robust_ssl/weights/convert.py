@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,34 @@ import numpy as np
 from flax import traverse_util
 
 from robust_ssl import models
+from robust_ssl.build import near
 from robust_ssl.types import Encoder
-from robust_ssl.weights import mapping, native, normalization, resnet_layouts, vit_layouts
+from robust_ssl.weights import (
+    adjustments,
+    convnext_layouts,
+    mapping,
+    native,
+    normalization,
+    resnet_layouts,
+    selection,
+    vit_layouts,
+)
 from robust_ssl.weights.files import read_weights
 from robust_ssl.weights.inspection import Inspection, Report
 from robust_ssl.weights.normalization import Normalization
 
-LAYOUTS: tuple[mapping.Layout, ...] = (*resnet_layouts.LAYOUTS, *vit_layouts.LAYOUTS)
+LAYOUTS: tuple[mapping.Layout, ...] = (
+    *resnet_layouts.LAYOUTS,
+    *vit_layouts.LAYOUTS,
+    *convnext_layouts.LAYOUTS,
+)
 
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
-_WRAPPERS = ("module", "model")  # DataParallel's, and trainers' that hold the network
+# Of what is asked for, what no builder takes.
+_NOT_OPTIONS = ("variant", "position_resizing")
+# Before the package had one spelling; configs of that time still have it.
+_FORMER = {"normalisation": "normalization"}
 _PLACEHOLDER_SIZE = 32  # of a ResNet whose image size is not known yet: no shape hangs on it
 
 
@@ -85,6 +103,10 @@ def import_encoder(
     image_size: int | None = None,
     name: str | None = None,
     reader: str = "safe",
+    inert: Sequence[str] = (),
+    prefix: str | None = None,
+    drop: Sequence[str] = (),
+    channels: str | None = None,
     **options: Any,
 ) -> Encoder:
     """Reads an encoder that another package wrote; nothing in the file is executed.
@@ -105,8 +127,14 @@ def import_encoder(
         the file.  Positions of a ViT that are for another size are resized, with a note.
       name: For tables and manifests; None for the file's.
       reader: Of PyTorch files, see `files.read_weights`: ``"safe"`` or ``"torch"``.
-      **options: What weights do not tell: ``stem``, ``stem_padding``, ``heads``, ...; also
-        ``dtype``, ``"bfloat16"`` to compute in it.
+      inert: Harmless names in the pickle, see `files.read_weights`.
+      prefix: What the names of the encoder's tensors begin with; None to find it.  All that is not
+        under it is left out.
+      drop: Parts to leave out that nothing here knows, ``("gate", "backbone.gate")``.
+      channels: ``"bgr"`` for a network whose images are blue first; its first kernel is turned, so
+        that images, mean and std here are red first.  None: ``"rgb"``, or what JSON says.
+      **options: What weights do not tell: ``stem``, ``stem_padding``, ``variant``, ``heads``,
+        ``position_resizing``, ...; also ``dtype``, ``"bfloat16"`` to compute in it.
 
     Returns:
       The `Encoder`, float32.
@@ -117,7 +145,8 @@ def import_encoder(
     """
     arguments = {
         "normalization": normalization, "mean": mean, "std": std, "image_size": image_size,
-        "reader": reader, **options,
+        "reader": reader, "inert": inert, "prefix": prefix, "drop": drop, "channels": channels,
+        **options,
     }  # fmt: skip
     return _imported(path, layout, under, name, arguments)[1]
 
@@ -174,24 +203,33 @@ def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None
     """Collects all that can be said about a file; the encoder is None if there are problems."""
     if _is_native(path):
         raise ValueError(f"{path} is an encoder of this package already; load_encoder takes it")
-    arguments = {key: value for key, value in arguments.items() if value is not None}
-    file = read_weights(path, under=under, reader=arguments.pop("reader", "safe"))
+    arguments = {_FORMER.get(key, key): x for key, x in arguments.items() if x is not None}
+    reading = {key: arguments.pop(key) for key in ("reader", "inert") if key in arguments}
+    place = {key: arguments.pop(key) for key in ("prefix", "drop") if key in arguments}
+    channels = arguments.pop("channels", None)
+    file = read_weights(path, under=under, **reading)
     report = Report(list(file.notes))
     inspection, encoder = Inspection(file), None
     with report.collecting():
         images = _normalization(file.configs, arguments, report)
         inspection = dataclasses.replace(inspection, normalization=images)
     with report.collecting():
-        scheme = _choose_layout(file.tensors, layout)
-        inspection = dataclasses.replace(inspection, layout=scheme)
+        chosen = selection.select(file.tensors, LAYOUTS, layout=layout, **place)
+        report.notes += chosen.notes
+        inspection = dataclasses.replace(inspection, layout=chosen.layout)
     # Without a layout no tensor means anything, so nothing more can be said.
     if inspection.layout is not None:
-        inspection, tensors = _with_tensors(inspection, report)
+        inspection, tensors = _with_tensors(inspection, chosen, report)
         with report.collecting():
-            size = arguments.get("image_size")
             inspection, skeleton = _with_network(inspection, tensors, arguments, layout, report)
             encoder = _fill(skeleton, tensors, inspection)
-            inspection, encoder = _resized(inspection, encoder, size, report)
+            encoder, notes = adjustments.in_channels(encoder, file.configs, channels)
+            report.notes += notes
+            encoder, notes = adjustments.resized(encoder, inspection, arguments)
+            report.notes += notes
+            size = encoder.image_size
+            images = dataclasses.replace(inspection.normalization, image_size=size)
+            inspection = dataclasses.replace(inspection, normalization=images)
     notes, problems = tuple(report.notes), tuple(report.problems)
     inspection = dataclasses.replace(inspection, notes=notes, problems=problems)
     return inspection, None if problems else encoder
@@ -235,23 +273,14 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     (report.problems if certain else report.notes).append(text)
 
 
-def _choose_layout(names: Mapping[str, Any], choice: str | None) -> mapping.Layout:
-    table = "\n".join(f"    {layout.name}: {layout.source}" for layout in LAYOUTS)
-    for layout in LAYOUTS:
-        if layout.matches(names.keys()) if choice is None else layout.name == choice:
-            return layout
-    if choice is not None:
-        raise ValueError(f"no layout {choice!r}; there are\n{table}")
-    examples = ", ".join(sorted(names)[:3])
-    raise ValueError(f"no layout has tensors called {examples}, ...; looked for\n{table}")
-
-
-def _with_tensors(inspection: Inspection, report) -> tuple[Inspection, dict[str, np.ndarray]]:
+def _with_tensors(
+    inspection: Inspection, chosen: selection.Selection, report: Report
+) -> tuple[Inspection, dict[str, np.ndarray]]:
     """Returns the tensors under the layout's names, float32."""
     sources: dict[str, str] = {}
-    dropped = []
-    for name in inspection.file.tensors:
-        renamed = inspection.layout.rename(name)
+    dropped = list(chosen.dropped)
+    for name, own in chosen.names.items():
+        renamed = inspection.layout.rename(own)
         if renamed is None:
             dropped.append(name)
         elif renamed in sources:
@@ -259,10 +288,9 @@ def _with_tensors(inspection: Inspection, report) -> tuple[Inspection, dict[str,
         else:
             sources[renamed] = name
     tensors = _as_float32(inspection.file.tensors, sources, report)
-    roots = {_parts(name)[0] for name in sources.values()}
-    groups = collections.Counter(_part(name, roots) for name in dropped)
-    inspection = dataclasses.replace(inspection, kept=tuple(sources.values()), dropped=dict(groups))
-    return inspection, tensors
+    parts = selection.count_parts(dropped, sources.values())
+    inspection = dataclasses.replace(inspection, kept=tuple(sources.values()), dropped=parts)
+    return inspection, inspection.layout.prepare(tensors)
 
 
 def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str, np.ndarray]:
@@ -284,19 +312,6 @@ def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str,
     return tensors
 
 
-def _parts(name: str) -> list[str]:
-    """A name's parts but for the wrappers of data parallelism and of trainers."""
-    return [part for part in name.split(".") if part not in _WRAPPERS] or [name]
-
-
-def _part(name: str, roots: set[str]) -> str:
-    """The part of a model that a dropped tensor belongs to: ``projector``, ``backbone.fc``."""
-    if name.endswith("num_batches_tracked"):
-        return "num_batches_tracked"
-    parts = _parts(name)
-    return ".".join(parts[: 2 if parts[0] in roots else 1])
-
-
 def _with_network(
     inspection: Inspection, tensors, arguments: dict[str, Any], layout, report: Report
 ):
@@ -305,15 +320,23 @@ def _with_network(
     stored = dict(normalization.own_record(configs).get("options", {}))
     for key in ("mean", "std", "image_size", "dtype"):
         stored.pop(key, None)
+    file = inspection.file
     try:
-        sources = {**configs, "options": {**stored, **arguments}, "layout": layout}
-        name, options = inspection.layout.network(tensors, sources)
+        sources = {
+            **configs, "options": {**stored, **arguments}, "layout": layout, "path": file.path,
+            "names": file.tensors.keys(),
+        }  # fmt: skip
+        name, options, assumed = inspection.layout.network(tensors, sources)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(
             f"what is beside the weights is not as {inspection.layout.name} has it: "
             f"{type(error).__name__} {error}"
         ) from error
+    if assumed:
+        report.notes.append(f"assumed, because nothing here says so: {'; '.join(assumed)}")
     options = {**options, **stored}  # the header knows more than names and shapes tell
+    arguments = {key: value for key, value in arguments.items() if key not in _NOT_OPTIONS}
+    _check_options(name, arguments)
     # image_size is no contradiction: it asks for positions to be resized.
     for key, value in arguments.items():
         if options.setdefault(key, value) != value and key != "image_size":
@@ -334,6 +357,13 @@ def _with_network(
     return inspection, native.build_skeleton(getattr(models, name), options, "the network")
 
 
+def _check_options(builder: str, arguments: Mapping[str, Any]) -> None:
+    known = [*inspect.signature(getattr(models, builder)).parameters, *_NOT_OPTIONS]
+    for key in arguments:
+        if key not in known:
+            raise ValueError(f"{builder} takes no {key!r}{near(key, known[1:])}")
+
+
 def _with_image_size(images: Normalization, options: dict[str, Any], report) -> Normalization:
     """A network with positions knows its image size; another one's must be read or named."""
     size = options.setdefault("image_size", images.image_size)
@@ -348,19 +378,6 @@ def _with_image_size(images: Normalization, options: dict[str, Any], report) -> 
             "beside them"
         )
     return dataclasses.replace(images, image_size=size)
-
-
-def _resized(inspection: Inspection, encoder: Encoder, size: int | None, report: Report):
-    """A ViT's positions are resized only if the caller names another size than the file's."""
-    if size in (None, encoder.image_size):
-        return inspection, encoder
-    resized = models.resize_positions(encoder, size)
-    old = encoder.image_size
-    report.notes.append(
-        f"positions resized from images of {old} pixels to {size}, as image_size asks"
-    )
-    images = dataclasses.replace(inspection.normalization, image_size=size)
-    return dataclasses.replace(inspection, normalization=images), resized
 
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], inspection: Inspection) -> Encoder:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.models import ResNet
+from robust_ssl import disk
+from robust_ssl.models import ConvNeXt, ResNet
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
 from robust_ssl.weights.convert import LAYOUTS
@@ -19,7 +20,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Path:
-    """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for a ViT.
+    """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for others.
+
+    A ViT with pooling by attention or rotary positions gets transformers' names, of SigLIP and
+    DINOv3.
 
     ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
     has no classification layer.  The header says what weights do not (stem, padding, normalization,
@@ -48,7 +52,7 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     from safetensors.numpy import save
 
     builder, options = native.builder_of(encoder)
-    name = "torchvision-resnet" if isinstance(encoder.module, ResNet) else "timm-vit"
+    name = _layout_of(encoder)
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)
     tensors = mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
     record = {"name": encoder.name, "builder": builder, "options": options, "layout": name}
@@ -57,13 +61,26 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     return _write(file, save(tensors, metadata))
 
 
+def _layout_of(encoder: Encoder) -> str:
+    """The best-known layout that has a name for every variable of a network."""
+    module = encoder.module
+    if isinstance(module, ResNet):
+        return "torchvision-resnet"
+    if isinstance(module, ConvNeXt):
+        return "timm-convnext"
+    if module.rotary is not None:
+        return "huggingface-dinov3"
+    return "huggingface-siglip-vision" if module.pooling == "attention" else "timm-vit"
+
+
 def export_stablehlo(
     model: Encoder | Classifier, file: str | os.PathLike, *, batch: int | None = None
 ) -> pathlib.Path:
     """Writes a whole model as one StableHLO program: pixels in [0, 1] in, numbers out.
 
     Weights and normalization are inside; what runs it needs neither this package nor flax, only
-    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.
+    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.  What the logits of a
+    classifier stand for is written beside it, ``{"class_names": [...]}`` in ``FILE.json``.
 
     Args:
       model: A `Classifier`, whose logits are the output, or an `Encoder`, whose features are.
@@ -99,6 +116,8 @@ def export_stablehlo(
     count = batch if batch is not None else export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
     exported = export.export(jax.jit(apply), platforms=PLATFORMS)(images)
+    if isinstance(model, Classifier) and model.class_names:
+        _write(f"{os.fspath(file)}.json", cards.encode({"class_names": list(model.class_names)}))
     return _write(file, bytes(exported.serialize()))
 
 
@@ -118,7 +137,7 @@ def load_stablehlo(file: str | os.PathLike) -> Callable[[jax.Array], jax.Array]:
     from jax import export
 
     _need_flatbuffers()
-    content = pathlib.Path(file).read_bytes()
+    content = disk.read_bytes(file)
     try:
         exported = export.deserialize(bytearray(content))
     except Exception as error:  # flatbuffers says it in many ways

@@ -8,23 +8,24 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from robust_ssl.weights import torch_pickle, torch_reader
+from robust_ssl import disk, words
+from robust_ssl.weights import state_dicts, torch_pickle, torch_reader
+from robust_ssl.weights.state_dicts import SAVE_AGAIN
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
 
-# Where files of weights keep the state dict, the likeliest first; otherwise it is the whole file.
-PLACES = ("state_dict", "model", "teacher", "model_state_dict", "net")
 _INDEX = ".index.json"
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+_FOLDER_FILES += ("open_clip_pytorch_model.bin",)
 _NEIGHBOURS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_NEIGHBOURS += ("open_clip_config.json",)
 _OLDEST_TORCH = (2, 10)
 _MOST_SHARING = 8  # tied weights are stored once and used a few times
 _FETCH_AGAIN = "fetch it again"
-_SAVE_AGAIN = "save the weights as safetensors or, with torch.save, as a state dict"
 
 # What else is found under the name of weights: its first bytes, what it is, what to do.
 _OTHER_FORMATS = (
@@ -33,9 +34,9 @@ _OTHER_FORMATS = (
         "is a Git LFS pointer, not the weights it points to",
         "fetch them with `git lfs pull`",
     ),
-    (b"GGUF", "is a GGUF file, made for language models", _SAVE_AGAIN),
-    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes", _SAVE_AGAIN),
-    (b"\x93NUMPY", "is a single NumPy array", _SAVE_AGAIN),
+    (b"GGUF", "is a GGUF file, made for language models", SAVE_AGAIN),
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes", SAVE_AGAIN),
+    (b"\x93NUMPY", "is a single NumPy array", SAVE_AGAIN),
     (b"\x1f\x8b", "is compressed with gzip", "unpack it first"),
     (b"BZh", "is compressed with bzip2", "unpack it first"),
     (b"\xfd7zXZ", "is compressed with xz", "unpack it first"),
@@ -65,7 +66,8 @@ class WeightsFile:
         `ml_dtypes.bfloat16`).
       found_under: Where in the file the state dict was, ``"state_dict"`` or ``""``.
       configs: JSON files beside it, by file name (``"config.json"``,
-        ``"preprocessor_config.json"``), and the safetensors header's own as ``"__metadata__"``.
+        ``"preprocessor_config.json"``), the safetensors header's own as ``"__metadata__"``, and
+        what a torch file says in words as ``"checkpoint"``.
       notes: What a reader should know: shared storages, metadata left out.
     """
 
@@ -79,7 +81,11 @@ class WeightsFile:
 
 
 def read_weights(
-    path: str | os.PathLike, *, under: str | None = None, reader: str = "safe"
+    path: str | os.PathLike,
+    *,
+    under: str | None = None,
+    reader: str = "safe",
+    inert: Collection[str] = (),
 ) -> WeightsFile:
     """Reads a file of weights, or a folder of one with its JSON files (Hugging Face).
 
@@ -90,11 +96,14 @@ def read_weights(
       path: A safetensors file, a file of ``torch.save`` (``.pth``, ``.pt``, ``.ckpt``, ``.bin``), a
         ``.index.json`` of shards, or a folder that has ``model.safetensors`` or
         ``pytorch_model.bin``, whole or in shards, or just one file of weights.
-      under: The key in a PyTorch file under which the state dict is, ``""`` for the whole file;
-        None takes the first of ``"state_dict"``, ``"model"``, ``"teacher"``,
-        ``"model_state_dict"``, ``"net"`` that has tensors, else the whole file.
+      under: The key in a PyTorch file under which the state dict is, ``""`` for the whole file,
+        ``"a.b"`` for a dictionary in a dictionary; None takes the first of ``"state_dict"``,
+        ``"model"``, ``"teacher"``, ``"model_state_dict"``, ``"net"`` that has tensors, else the
+        whole file, else the only place that has some.
       reader: For PyTorch files: ``"safe"`` needs no torch; ``"torch"`` asks
         ``torch.load(weights_only=True)`` of torch 2.10 or newer, never anything less safe.
+      inert: Names in the pickle, ``"module.name"``, that are known to be harmless beside the
+        weights; for ``"safe"``.  They are passed over, never imported.
 
     Returns:
       Its tensors, and what is known about them.
@@ -116,7 +125,7 @@ def read_weights(
         raise ValueError(f'reader={reader!r}: there are "safe" and "torch"')
     file = _locate(pathlib.Path(path))
     sharded = file.name.endswith(_INDEX)
-    weights = (_read_shards if sharded else _read_file)(file, under, reader)
+    weights = (_read_shards if sharded else _read_file)(file, under, reader, inert)
     # A lone file has no part in whatever else a download folder holds.
     published = sharded or pathlib.Path(path).is_dir() or file.name in _FOLDER_FILES
     beside = _read_neighbours(file.parent) if published else {}
@@ -129,12 +138,12 @@ def read_weights(
 def _locate(path: pathlib.Path) -> pathlib.Path:
     """The file of tensors that a path means."""
     if not path.is_dir():
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path} is not there; give a file of weights or its folder")
-        return path
+        return path  # a pipe too: what opens it says so
     for name in _FOLDER_FILES:
         for file in (path / name, path / (name + _INDEX)):
-            if file.is_file():
+            if file.exists():
                 return file
     suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
@@ -154,15 +163,15 @@ def _read_neighbours(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
-        raise ValueError(f"{file} is not JSON ({error}); {_FETCH_AGAIN}") from error
+        value = disk.read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_FETCH_AGAIN}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} must be a JSON object; {_FETCH_AGAIN}")
     return value
 
 
-def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
+def _read_shards(index: pathlib.Path, under: str | None, reader: str, inert) -> WeightsFile:
     """Several files that an index names, as one."""
     places = _read_json(index).get("weight_map")
     if not places or not isinstance(places, dict) or {*map(type, places.values())} != {str}:
@@ -171,13 +180,18 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> Weights
     # An index is foreign data: "../" in it could read any file of this machine.
     outside = [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]
     if outside:
-        raise ValueError(f"{index} names files outside its folder: {outside}; do not use it")
+        raise ValueError(f"{index} names files outside its folder: {outside[:5]}; do not use it")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
-        raise ValueError(f"{index} names shards that are not beside it: {absent}; fetch them too")
+        raise ValueError(
+            f"{index} names shards that are not beside it: {absent[:5]}; fetch them too"
+        )
+    total = sum((index.parent / name).stat().st_size for name in names)
+    if total > disk.memory():
+        raise ValueError(f"{index} and its shards have {total:,} bytes, more than there is memory")
     tensors, contents, digests = {}, set(), hashlib.sha256()
     notes = [f"{len(names)} shards; the SHA-256 is that of their SHA-256 in order"]
-    shards = [_read_file(index.parent / name, under, reader) for name in names]
+    shards = [_read_file(index.parent / name, under, reader, inert) for name in names]
     for name, shard in zip(names, shards, strict=True):
         tensors |= shard.tensors
         contents |= {(tensor, name) for tensor in shard.tensors}
@@ -195,11 +209,25 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str) -> Weights
 # ----------------------------------------------------------------------------------------- one file
 
 
-def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFile:
+def _read_file(path: pathlib.Path, under: str | None, reader: str, inert) -> WeightsFile:
     """Reads one file by what its first bytes say it is."""
+    weights = _read_open(path, under, reader, inert)
+    forged = [name for name in weights.tensors if words.line(name) != name]
+    if forged:
+        raise ValueError(
+            f"cannot read {path}: names of tensors hold characters that no network has, "
+            f"{words.line(forged[0])[:200]}; it is forged"
+        )
+    return weights
+
+
+def _read_open(path: pathlib.Path, under: str | None, reader: str, inert) -> WeightsFile:
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
+        with disk.open_regular(path) as file:
+            # Some files of /proc have no end, and say that they are empty.
+            head = file.read(512) if os.fstat(file.fileno()).st_size else b""
+            if not head:
+                raise RefusedError(f"it is empty; {_FETCH_AGAIN}")
             sha256 = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
             _rewound(file)
             if head[5:9] == b"\0\0\0{":  # a length of eight bytes, then JSON
@@ -210,14 +238,18 @@ def _read_file(path: pathlib.Path, under: str | None, reader: str) -> WeightsFil
                 kind, read = "torch legacy", torch_reader.read_legacy
             else:
                 raise RefusedError(_other_format(head))
-            saved = read(file) if reader == "safe" else _torch_load(path, file, kind)
-            place, state, notes = _state_dict(saved, under)
+            saved = read(file, inert) if reader == "safe" else _torch_load(path, file, kind)
+            place, state, notes = state_dicts.locate(saved, under)
             tensors, more = _arrays(state)
             if kind == "torch legacy":
                 notes.append("this format has no checksum: compare the SHA-256 with its maker's")
-            return WeightsFile(str(path), kind, sha256, tensors, place, notes=(*notes, *more))
+            said = state_dicts.words(saved)
+            configs = {"checkpoint": said} if said else {}
+            return WeightsFile(
+                str(path), kind, sha256, tensors, place, configs, notes=(*notes, *more)
+            )
     except ValueError as error:  # a refusal, or what NumPy has against forged sizes
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise ValueError(f"cannot read {path}: {words.line(error)}") from error
 
 
 def _rewound(file: BinaryIO) -> BinaryIO:
@@ -227,8 +259,6 @@ def _rewound(file: BinaryIO) -> BinaryIO:
 
 def _other_format(head: bytes) -> str:
     """What a file is that is not one of weights, and what to do."""
-    if not head:
-        return f"it is empty; {_FETCH_AGAIN}"
     for magic, what, remedy in _OTHER_FORMATS:
         if head.startswith(magic):
             return f"it {what}; {remedy}"
@@ -239,14 +269,14 @@ def _other_format(head: bytes) -> str:
             "in an editor to see why, then fetch the file itself"
         )
     if head[257:262] == b"ustar":
-        return f"it is a tar archive; unpack it, or if torch wrote it before 2017, {_SAVE_AGAIN}"
+        return f"it is a tar archive; unpack it, or if torch wrote it before 2017, {SAVE_AGAIN}"
     if head[:1] == b"\x08" and b"\x12" in head[2:4]:
-        return f"it is an ONNX graph; {_SAVE_AGAIN} where it was exported from"
+        return f"it is an ONNX graph; {SAVE_AGAIN} where it was exported from"
     if head[:1] == b"\x80":
-        return f"it is a plain pickle, not written by torch.save; {_SAVE_AGAIN}"
+        return f"it is a plain pickle, not written by torch.save; {SAVE_AGAIN}"
     return (
         f"it begins with {head[:8]!r}, which is neither safetensors nor a file of torch.save; "
-        f"{_FETCH_AGAIN} if it should be, else {_SAVE_AGAIN}"
+        f"{_FETCH_AGAIN} if it should be, else {SAVE_AGAIN}"
     )
 
 
@@ -286,53 +316,12 @@ def _read_safetensors(
 # -------------------------------------------------------------------------------- the state dict
 
 
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(map(_is_tensor, value.values()))
-
-
-def _is_tensor(value: Any) -> bool:
-    """True for a described tensor and for torch's own."""
-    return isinstance(value, torch_pickle.Tensor) or hasattr(value, "untyped_storage")
-
-
-def _state_dict(saved: Any, under: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
-    """Finds the dictionary of tensors: its key, itself, and what was passed over."""
-    if not isinstance(saved, Mapping):
-        raise RefusedError(
-            f"it holds a {type(saved).__name__} instead of a dictionary of tensors; {_SAVE_AGAIN}"
-        )
-    places = {
-        key: value for key, value in saved.items() if isinstance(key, str) and _has_tensors(value)
-    }
-    if _has_tensors(saved):
-        places[""] = saved
-    place = under
-    if under is None:
-        place = next((name for name in (*PLACES, "") if name in places), None)
-    if place not in places:
-        choices = ", ".join(map(repr, places)) or "nowhere"
-        keys = ", ".join(repr(key) for key in saved if isinstance(key, str)) or "none"
-        lack = "usual state dict" if under is None else f"tensors under {under!r}"
-        raise RefusedError(
-            f"it has no {lack}; tensors are under: {choices} (keys of the file: {keys[:500]}); "
-            "choose with under="
-        )
-    notes = []
-    others = [name for name in places if name != place]
-    if others:
-        notes.append(f"tensors were taken from {place!r}; there are others under {others}")
-    rest = [str(key) for key in saved if isinstance(key, str) and key not in (place, *others)]
-    if place and rest:
-        notes.append(f"left out, not weights: {', '.join(sorted(rest))}")
-    return place, places[place], notes
-
-
 def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors' numbers by name, and notes about the rest."""
     _refuse_multiplied(state)
     tensors, left, sharing = {}, [], {}
     for name, value in state.items():
-        if not isinstance(name, str) or not _is_tensor(value):
+        if not isinstance(name, str) or not state_dicts.is_tensor(value):
             left.append(str(name))
             continue
         if isinstance(value, torch_pickle.Tensor):

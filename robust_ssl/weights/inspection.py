@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from robust_ssl import words
 from robust_ssl.weights import mapping
 from robust_ssl.weights.files import WeightsFile
 from robust_ssl.weights.normalization import Normalization
@@ -57,7 +58,8 @@ class Inspection:
             *(("problem", problem) for problem in self.problems),
         ]
         verdict = "cannot be converted like this" if self.problems else "can be converted"
-        return "\n".join([*(f"{key:14} {text}" for key, text in lines), verdict])
+        # What the file says cannot begin a line of its own.
+        return "\n".join([*(f"{key:14} {words.line(text)}" for key, text in lines), verdict])
 
 
 @dataclasses.dataclass

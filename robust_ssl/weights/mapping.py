@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,6 +71,28 @@ class Entry:
     kind: Kind = COPY
 
 
+class Network(NamedTuple):
+    """A network as a file tells of it.
+
+    Attributes:
+      builder: The builder's name in `robust_ssl.models`.
+      options: Its options.
+      assumed: What neither the file nor anyone says and is filled in, for people.
+    """
+
+    builder: str
+    options: dict[str, Any]
+    assumed: tuple[str, ...] = ()
+
+
+def _as_they_are(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return tensors
+
+
+def _must_be_named(names: Set[str], configs: Mapping[str, Any]) -> str | None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One way in which encoders are named in files.
@@ -82,18 +104,24 @@ class Layout:
       rename: A file's tensor name to the name in `entries`, without wrappers' prefixes; None for
         what is dropped on purpose (projector, classifier, momentum copy, counters).  A name it
         does not know comes back as it is, and `join` reports it.
-      network: The builder's name in `robust_ssl.models` and its options, worked out from the
-        renamed tensors' shapes and the JSON files beside them (by file name).  Raises ValueError
-        that says what must be named where they do not tell (stem padding, attention heads).
+      network: The network, worked out from the renamed tensors' shapes and what is said beside
+        them: JSON files by file name, ``"options"`` that are named, the ``"names"`` in the file,
+        its ``"path"``.  Raises ValueError that says what must be named where they do not tell
+        (stem padding, attention heads) and where this layout's writers differ.
       entries: Every variable of such an encoder.
+      prepare: Brings renamed tensors into the form that `entries` has, where writers differ in it.
+      resizing: How this writer resizes positions, a name of `models.RESIZINGS`, from the names in
+        the file and what is said beside it; None where it must be named.
     """
 
     name: str
     source: str
     matches: Callable[[Set[str]], bool]
     rename: Callable[[str], str | None]
-    network: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], tuple[str, dict[str, Any]]]
+    network: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], Network]
     entries: Callable[[Encoder], list[Entry]]
+    prepare: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = _as_they_are
+    resizing: Callable[[Set[str], Mapping[str, Any]], str | None] = _must_be_named
 
 
 def has(*patterns: str, but: str = "nothing at all") -> Callable[[Set[str]], bool]:
@@ -113,9 +141,32 @@ def named_options(configs: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: options[key] for key in keys if key in options}
 
 
+# What trainings have beside an encoder, by the first word of its name; none of it is of a network
+# whose layout is here.
+_OTHER_PARTS = re.compile(
+    r"(projector|projection_head|projection|proj_head|predictor|prediction_head|prototypes?"
+    r"|head|heads|classifiers?|classification_head|linear|linear_head|neck|decoder|decoder_\w+"
+    r"|mask_token|masked_embed|mask_embed|dino_head|ibot_head|dino_loss|dino_loss_func|ibot_loss"
+    r"|ibot_patch_loss|koleo_loss|criterion|loss|center|queue\w*|queue_ptr|memory|memory_bank"
+    r"|momentum_\w+|bn|whitening|online_classifier|logit_scale|logit_bias|student|ema)(\.|$)"
+)
+
+
+def is_other_part(name: str) -> bool:
+    """Whether a name is of a part that trainings have beside an encoder.
+
+    Example:
+      >>> is_other_part("projection_head.0.weight"), is_other_part("bn1.weight")
+      (True, False)
+    """
+    return bool(_OTHER_PARTS.match(name))
+
+
 def read_config(configs: Mapping[str, Any], tells: str) -> Mapping[str, Any]:
     """Returns the ``config.json`` that transformers writes; `tells` is what it is needed for."""
     config = configs.get("config.json")
+    if config is None and "robust_ssl" in (configs.get("__metadata__") or {}):
+        return {}  # our own header tells all of it, and goes over what is taken for it here
     if config is None:
         raise ValueError(
             f"there is no config.json, which says {tells}; give the folder that save_pretrained "
@@ -124,7 +175,11 @@ def read_config(configs: Mapping[str, Any], tells: str) -> Mapping[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:
+def check_config(
+    config: Mapping[str, Any],
+    choices: Mapping[str, tuple[Any, ...]],
+    file: str = "config.json",
+) -> None:
     """Raises ValueError where a network's config asks for what no network of this package does.
 
     transformers leaves out what is its default, which is the first of each key's choices.
@@ -135,7 +190,7 @@ def check_config(config: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...
         if config.get(key, values[0]) not in values
     ]
     if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
+        raise ValueError(f"{file}: " + "; ".join(wrong))
 
 
 def join(

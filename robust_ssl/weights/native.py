@@ -2,8 +2,8 @@
 
 A saved encoder is a directory of two files.  ``encoder.safetensors`` holds every variable in
 float32 under its path, ``params/stem/conv/kernel``.  ``encoder.json`` says how to build the network
-those belong to, the SHA-256 of the weights (safetensors itself does not notice a flipped bit), and
-whatever its maker wants to tell: how it was trained, how accurate it is.
+those belong to, the SHA-256 of the weights (safetensors itself does not notice a flipped bit) and
+of itself, and whatever its maker wants to tell: how it was trained, how accurate it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from robust_ssl import models
 from robust_ssl.build import resolve
 from robust_ssl.models import resnet, vit
+from robust_ssl.models.convnext import ConvNeXt
 from robust_ssl.types import Encoder
 from robust_ssl.weights import cards
 
@@ -33,15 +34,22 @@ CARD_FILE = "encoder.json"
 # A card names its builder; only these names are ever called, whatever the card says.
 _BUILDERS = {
     f"robust_ssl.models:{name}": getattr(models, name)
-    for name in (*resnet.VARIANTS, *(f"vit_{size}" for size in vit.SIZES), "vision_transformer")
+    for name in (
+        *(*resnet.VARIANTS, "convnext"),
+        *(*(f"vit_{size}" for size in vit.SIZES), "vision_transformer"),
+    )
 }
-RESNETS = {blocks: name for name, blocks in resnet.VARIANTS.items()}
+_DEEPEST = 512  # layers; a card that asks for a billion would have them built for ever
+RESNETS: dict[Any, str] = {blocks: name for name, blocks in resnet.VARIANTS.items()}
 # Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
-_VIT_OPTIONS = tuple(
-    field.name
-    for field in dataclasses.fields(vit.ViT)
-    if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
-)
+_OPTIONS = {
+    kind: tuple(
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
+    )
+    for kind in (vit.ViT, ConvNeXt)
+}
 
 
 def save_encoder(
@@ -89,6 +97,7 @@ def save_encoder(
         options = dict(options or {})
     arrays = cards.to_arrays(encoder.variables)
     # Rebuilt while the encoder is at hand: what could not be loaded is refused here.
+    cards.check_normalization(encoder.mean, encoder.std, "the encoder to save")
     skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
     preprocess = {}
     if encoder.preprocess not in (None, skeleton.preprocess):
@@ -154,11 +163,15 @@ def load_encoder(
     folder = _locate(name_or_path)
     record = _read_card(folder)
     # A name from the caller is resolved and imported; one from the card never is.
+    where, depth = f"{folder}/{CARD_FILE}", record["options"].get("depth")
+    if builder is None and isinstance(depth, int) and depth > _DEEPEST:
+        raise ValueError(f"{where} asks for {depth} layers; at most {_DEEPEST} are built")
     builder = _allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
-    where = f"{folder}/{CARD_FILE}"
     skeleton = build_skeleton(builder, record["options"], where)
     preprocess = cards.read_preprocess(record, where, preprocess) or skeleton.preprocess
+    cards.check_normalization(skeleton.mean, skeleton.std, where)
     variables = cards.read_variables(folder, record["weights"], WEIGHTS_FILE, skeleton.variables)
+    cards.check_seal(record, where)  # last: what is wrong in itself says more of it
     return skeleton.replace(variables=variables, name=record["name"], preprocess=preprocess)
 
 
@@ -175,7 +188,10 @@ def encoder_card(name_or_path: str | os.PathLike) -> dict[str, Any]:
       ValueError: If the name is not known or the card is not valid.
       FileNotFoundError: If the directory or its card is not there.
     """
-    return _read_card(_locate(name_or_path))
+    folder = _locate(name_or_path)
+    record = _read_card(folder)
+    cards.check_seal(record, f"{folder}/{CARD_FILE}")
+    return record
 
 
 def list_encoders() -> list[str]:
@@ -244,23 +260,29 @@ def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
             "and apply it yourself"
         )
     module = encoder.module
+    name: str | None = None
+    keys: tuple[str, ...] = ()
     if isinstance(module, resnet.ResNet):
         name = RESNETS.get((module.block, tuple(module.depths)))
         keys = ("width", "stem", "stem_padding")
     elif isinstance(module, vit.ViT):
-        name, keys = "vision_transformer", _VIT_OPTIONS
-    else:
-        name, keys = None, ()
+        name, keys = "vision_transformer", _OPTIONS[vit.ViT]
+    elif isinstance(module, ConvNeXt):
+        name, keys = "convnext", _OPTIONS[ConvNeXt]
     if name is None:
         raise ValueError(
             f"no builder of robust_ssl.models makes {type(module).__name__}; pass the function "
             f"that does as builder= and its arguments as options="
         )
-    options = {key: getattr(module, key) for key in keys}
+    options = {key: _as_json(getattr(module, key)) for key in keys}
     # As JSON has it: a dtype is its name, tuples are lists.
     options |= {"image_size": encoder.image_size, "dtype": jnp.dtype(module.dtype).name}
     options |= {"mean": list(encoder.mean), "std": list(encoder.std)}
     return f"robust_ssl.models:{name}", options
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _static(encoder: Encoder) -> tuple:

@@ -27,6 +27,11 @@ PRESETS: dict[str, tuple[Numbers, Numbers]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # pixels as they are
 }
 
+_INNER = ("image_processor", "pretrained_cfg", "data_preprocessor", "img_norm_cfg")
+# Entries of JSON files that tell the order of colors, and what they say of blue first.
+_CHANNEL_ENTRIES = ("channel_order", "channels", "color_format", "color_order", "color_space",
+                    "input_space", "image_mode")  # fmt: skip
+
 HOW_TO_NAME = (
     f"name it: --normalization {'|'.join(PRESETS)}, or --mean R,G,B and --std R,G,B "
     "(normalization=, mean=, std= in Python and in a config's encoder)"
@@ -119,6 +124,32 @@ def read(configs: Mapping[str, Any]) -> Normalization:
     if timm and {"mean", "std", "input_size"} <= timm.keys():
         return _of(timm["mean"], timm["std"], _square(timm["input_size"][1:]), "config.json")
     return Normalization()
+
+
+def channels(configs: Mapping[str, Any]) -> str | None:
+    """Returns ``"bgr"`` or ``"rgb"`` where a file beside the weights says so, else None.
+
+    Example:
+      >>> channels({"preprocessor_config.json": {"do_flip_channel_order": True}})
+      'bgr'
+    """
+    for record in _image_records(configs):
+        if record.get("do_flip_channel_order") is True or record.get("to_rgb") is False:
+            return "bgr"
+        for key in _CHANNEL_ENTRIES:
+            word = str(record.get(key, "")).lower()
+            if word in ("bgr", "rgb"):
+                return word
+    return None
+
+
+def _image_records(configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The tables in the files beside the weights that may speak of images."""
+    records = []
+    for name in ("preprocessor_config.json", "processor_config.json", "config.json"):
+        record = configs.get(name) or {}
+        records += [record, *(record.get(key) for key in _INNER)]
+    return [record for record in records if isinstance(record, Mapping)]
 
 
 def _of(mean, std, image_size: int | None = None, source: str = "named", prefix: str = ""):

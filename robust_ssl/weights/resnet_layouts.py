@@ -15,8 +15,8 @@ from flax import traverse_util
 
 from robust_ssl.models.resnet import STEMS, BasicBlock, Bottleneck
 from robust_ssl.types import Encoder
-from robust_ssl.weights import mapping
-from robust_ssl.weights.mapping import CONV, COPY, Entry, Layout
+from robust_ssl.weights import mapping, variants
+from robust_ssl.weights.mapping import CONV, COPY, Entry, Layout, Network
 from robust_ssl.weights.native import RESNETS
 
 NameOf = Callable[[Sequence[str]], str]  # ("stage1", "block1", "conv1", "norm") -> "layer1.0.bn1"
@@ -119,7 +119,7 @@ def _stem_kernel(tensors: Mapping[str, np.ndarray], name_of: NameOf, width: int)
 def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
     """Returns `Layout.network`; `small_stem` is what the layout's writers mean by a 3x3 stem."""
 
-    def network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
+    def network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
         builder, width = _body(tensors, name_of)
         kernel = _stem_kernel(tensors, name_of, width)
         # All writers give a 7x7 stem stride 2 and padding 3; they differ in the 3x3 one.
@@ -140,50 +140,56 @@ def _network(name_of: NameOf, small_stem: Mapping[str, Any] | None = None):
                 f"one of {fitting} does"
             )
         # Depths are the builder's; image size and normalization are settled by the caller.
-        return builder, {"width": width, **stem}
+        return Network(builder, {"width": width, **stem}, variants.assumed(configs, builder))
 
     return network
 
 
-def _solo_learn_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
+def _solo_learn_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
     # Others write ``backbone.`` too, so only a layout that is named tells the padding.
     certain = configs.get("layout") == "solo-learn"
     small_stem = {"stem": "cifar", "stem_padding": 2} if certain else None
-    return _network(_torchvision_name, small_stem)(tensors, configs)
+    return _plain(_network(_torchvision_name, small_stem))(tensors, configs)
 
 
-def _torchvision_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
-    """A file of timm may be a variant with a plain ResNet's tensors and other numbers."""
-    config = configs.get("config.json") or {}
-    architecture = config.get("architecture", "")
-    if "pretrained_cfg" in config and not _PLAIN.fullmatch(architecture):
-        raise ValueError(
-            f"config.json: architecture {architecture!r} is no plain ResNet-18, 34, 50, 101 or 152"
-        )
-    # Options such as another stem or stride leave the tensors' names as they are.
-    changed = set(config.get("model_args") or {}) - {"num_classes", "in_chans"}
-    if changed:
-        raise ValueError(f"config.json: model_args changes the network: {sorted(changed)}")
-    return _network(_torchvision_name)(tensors, configs)
+def _plain(network: Callable) -> Callable:
+    """A network whose file or JSON must not speak of a variant with a plain ResNet's tensors."""
+
+    def checked(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
+        variants.check(configs)
+        return network(tensors, configs)
+
+    return checked
 
 
-def _huggingface_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]):
+def _huggingface_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
     config = mapping.read_config(configs, "where the network strides")
     # A basic block has no bottleneck to stride in, so there the entry means nothing.
     strides = (False, True) if config.get("layer_type") == "basic" else (False,)
     choices = {"model_type": ("resnet",), "num_channels": (3,), "hidden_act": ("relu",)}
     choices |= {"downsample_in_first_stage": (False,), "downsample_in_bottleneck": strides}
     mapping.check_config(config, choices)
-    return _network(_huggingface_name)(tensors, configs)
+    # Its config says where it strides, so nothing is assumed.
+    return _network(_huggingface_name)(tensors, configs)._replace(assumed=())
 
 
-def _rename(prefix: str, dropped: str) -> Callable[[str], str | None]:
-    """Takes a prefix off and drops counters, heads and what else `dropped` matches."""
-    counters = r".*\.num_batches_tracked$"
-    drop, first = re.compile(f"{dropped}|{counters}"), re.compile(prefix)
+def _rename(
+    prefix: str, dropped: str, changes: tuple[tuple[str, str], ...] = ()
+) -> Callable[[str], str | None]:
+    """Takes a prefix off; drops what is not under it, counters, and what else `dropped` matches."""
+    first, drop = re.compile(prefix), re.compile(rf"({dropped})|.*\.num_batches_tracked$")
+    steps = [(re.compile(pattern), new) for pattern, new in changes]
 
     def rename(name: str) -> str | None:
-        return None if drop.match(name) else first.sub("", name, count=1)
+        start = first.match(name)
+        if start is None or drop.match(name[start.end() :]):
+            return None
+        own = name[start.end() :]
+        if mapping.is_other_part(own):
+            return None
+        for pattern, new in steps:
+            own = pattern.sub(new, own)
+        return own
 
     return rename
 
@@ -196,16 +202,29 @@ def _layout(
     dropped: str,
     network: Callable,
     name_of: NameOf = _torchvision_name,
+    block: str = r"layer\d\.\d+\..*",
+    but: str = "nothing at all",
+    changes: tuple[tuple[str, str], ...] = (),
 ) -> Layout:
-    """A layout that is told by its first convolution, of which only the name changes."""
-    matches, rename = mapping.has(rf"{prefix}{first}\.weight"), _rename(f"^{prefix}", dropped)
+    """A layout that is told by its first convolution and a block, and of which names change."""
+    matches = mapping.has(rf"{prefix}{first}\.weight", rf"{prefix}{block}", but=but)
+    rename = _rename(f"^{prefix}", dropped, changes)
     return Layout(name, source, matches, rename, network, _entries(name_of))
 
 
-_PLAIN = re.compile(r"(tv_)?resnet(18|34|50|101|152)")
-_SOLO_HEADS = (
-    r"(module\.)?(momentum_|projector|predictor|classifier|prototypes|queue|head\.|whitening"
-    r"|dino_loss_func\.|local_memory_|(backbone|encoder)\.fc\.)"
+# kuangliu's CIFAR networks and all that began as theirs call the convolution of a shortcut so.
+_SHORTCUT = (r"\.shortcut\.", ".downsample.")
+_CIFAR_STEM = {"stem": "cifar", "stem_padding": 1}
+# ``nn.Sequential(*resnet.children())``: convolution, norm, (activation, pooling,) four stages.
+_CHILDREN = (
+    (r"^0\.", "conv1."),
+    (r"^1\.", "bn1."),
+    *((rf"^{i + 3}\.", f"layer{i}.") for i in (1, 2, 3, 4)),
+)
+_FEW_CHILDREN = (
+    (r"^0\.", "conv1."),
+    (r"^1\.", "bn1."),
+    *((rf"^{i + 1}\.", f"layer{i}.") for i in (1, 2, 3, 4)),
 )
 
 # In the order in which they are tried: the barest names come after those with a prefix.
@@ -215,25 +234,58 @@ LAYOUTS: tuple[Layout, ...] = (
         "solo-learn checkpoints with a ResNet; if it is named, a 3x3 stem has padding 2",
         "conv1",
         r"(module\.)?(backbone|encoder)\.",
-        _SOLO_HEADS,
+        r"fc\.",
         _solo_learn_network,
+        but=r".*\.shortcut\..*",
     ),
     _layout(
         "moco",
         "MoCo v1, v2 (encoder_q) and v3 (base_encoder) checkpoints with a ResNet",
         "conv1",
         r"(module\.)?(encoder_q|base_encoder)\.",
-        r"(module\.)?(encoder_k\.|momentum_encoder\.|predictor\.|queue(_ptr)?$"
-        r"|(encoder_q|base_encoder)\.fc\.)",
-        _network(_torchvision_name),
+        r"fc\.",
+        _plain(_network(_torchvision_name)),
+        but=r".*\.shortcut\..*",
+    ),
+    _layout(
+        "cifar-resnet",
+        "kuangliu's CIFAR ResNets (shortcut) and repositories that began with them: stride 1",
+        "conv1",
+        r"(module\.)?",
+        r"(fc|linear)\.",
+        _plain(_network(_torchvision_name, _CIFAR_STEM)),
+        block=r"layer\d\.\d+\.shortcut\.\d\..*",
+        changes=(_SHORTCUT,),
     ),
     _layout(
         "torchvision-resnet",
         "torchvision and timm ResNets, and every repository that builds on them",
         "conv1",
         r"(module\.)?",
-        r"(module\.)?fc\.",
-        _torchvision_network,
+        r"fc\.",
+        _plain(_network(_torchvision_name)),
+        but=r".*\.shortcut\..*",
+    ),
+    _layout(
+        "sequential-resnet",
+        "a torchvision ResNet as nn.Sequential of its children, as lightly's tutorials have it",
+        "0",
+        r"",
+        r"fc\.",
+        _plain(_network(_torchvision_name)),
+        block=r"7\.0\.conv1\.weight",
+        changes=_CHILDREN,
+    ),
+    _layout(
+        "sequential-cifar-resnet",
+        "lightly's ResNetGenerator as nn.Sequential of its children: stride 1",
+        "0",
+        r"",
+        r"fc\.",
+        _plain(_network(_torchvision_name, _CIFAR_STEM)),
+        block=r"5\.0\.conv1\.weight",
+        but=r"7\.0\.conv1\.weight",
+        changes=(*_FEW_CHILDREN, _SHORTCUT),
     ),
     _layout(
         "huggingface-resnet",
@@ -243,5 +295,6 @@ LAYOUTS: tuple[Layout, ...] = (
         r"classifier\.",
         _huggingface_network,
         _huggingface_name,
+        block=r"encoder\.stages\.\d.*",
     ),
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,11 +29,12 @@ _SAVE_AGAIN = "load it where it was made and save its state dict with torch.save
 _DAMAGE = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error)
 
 
-def read_zip(file: BinaryIO) -> Any:
+def read_zip(file: BinaryIO, inert: Collection[str] = ()) -> Any:
     """Reads what ``torch.save`` has written since PyTorch 1.6.
 
     Args:
       file: Open for reading; must stay open while tensors' numbers are asked for.
+      inert: Further names that its pickle may have, see `torch_pickle.load`.
 
     Returns:
       The saved object, see `torch_pickle.load`.
@@ -61,7 +62,7 @@ def read_zip(file: BinaryIO) -> Any:
         return _content(archive, member, storage.nbytes)
 
     content = _content(archive, members[root + _PICKLE], torch_pickle.PICKLE_LIMIT)
-    return torch_pickle.load(io.BytesIO(content.tobytes()), fetch)
+    return torch_pickle.load(io.BytesIO(content.tobytes()), fetch, inert=inert)
 
 
 def check_zip(file: BinaryIO) -> None:
@@ -156,11 +157,12 @@ def _fill(stream, size: int) -> np.ndarray:
     return content
 
 
-def read_legacy(file: BinaryIO) -> Any:
+def read_legacy(file: BinaryIO, inert: Collection[str] = ()) -> Any:
     """Reads what ``torch.save`` wrote before PyTorch 1.6: five pickles, then the storages.
 
     Args:
       file: Open for reading; must stay open while tensors' numbers are asked for.
+      inert: Further names that its pickle may have, see `torch_pickle.load`.
 
     Returns:
       The saved object, see `torch_pickle.load`.
@@ -186,7 +188,7 @@ def read_legacy(file: BinaryIO) -> Any:
         raise RefusedError(
             "it is not a little-endian stream of protocol 1001, the only one that is read"
         )
-    saved = torch_pickle.load(head, fetch, storages)
+    saved = torch_pickle.load(head, fetch, storages, inert)
     keys = torch_pickle.load(head, fetch)
     listed = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not listed or sorted(keys) != sorted(storages):

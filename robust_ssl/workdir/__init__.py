@@ -7,25 +7,30 @@ and files are replaced whole, so what can be read is what was written.
 from robust_ssl.workdir.arrays import (
     DamagedTreeError,
     WrongTreeError,
-    digest,
     fingerprint,
     load_arrays,
     read_tree,
     save_arrays,
 )
+from robust_ssl.workdir.lock import hold
 from robust_ssl.workdir.manifest import (
     ConfigChangedError,
-    WorkdirError,
+    changed_files,
     check_layout,
     check_unchanged,
     devices,
+    digest,
     json_ready,
     make_directory,
     read_manifest,
+    sum_files,
     versions,
     write_atomically,
 )
-from robust_ssl.workdir.stage import StageDirectory, open_stage
+from robust_ssl.workdir.metrics import read_metrics
+from robust_ssl.workdir.opening import check_left, open_stage
+from robust_ssl.workdir.paths import WorkdirError, workdir_path
+from robust_ssl.workdir.stage import StageDirectory
 
 __all__ = [
     "ConfigChangedError",
@@ -33,18 +38,24 @@ __all__ = [
     "StageDirectory",
     "WorkdirError",
     "WrongTreeError",
+    "changed_files",
     "check_layout",
+    "check_left",
     "check_unchanged",
     "devices",
     "digest",
     "fingerprint",
+    "hold",
     "json_ready",
     "load_arrays",
     "make_directory",
     "open_stage",
     "read_manifest",
+    "read_metrics",
     "read_tree",
     "save_arrays",
+    "sum_files",
     "versions",
+    "workdir_path",
     "write_atomically",
 ]

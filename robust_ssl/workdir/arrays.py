@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.parallel import everywhere
-from robust_ssl.workdir.manifest import write_atomically
+from robust_ssl.workdir.manifest import digest, write_atomically
+from robust_ssl.workdir.paths import plain
 
+_log = logging.getLogger(__name__)
 TREE = "tree"  # the folder of the arrays inside a checkpoint
 _SHOWN = 20  # differences listed in one error
 
@@ -50,11 +52,6 @@ def fingerprint(tree: Any) -> str:
     return digest(_describe(_flatten(tree)))[:16]
 
 
-def digest(value: Any) -> str:
-    """Returns the SHA-256 of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def orbax_v1() -> Any:
     """Imports the V1 API of orbax, which its release 1.0 moves to the top level."""
     try:
@@ -64,14 +61,45 @@ def orbax_v1() -> Any:
     return v1
 
 
-def with_checksums(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what orbax saves in one commit: the arrays by path, and their description."""
+def with_checksums(tree: Any, origin: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what orbax saves in one commit: the arrays by path, and their description.
+
+    `origin` says what they were made from; `origin_of` gives it back.
+    """
     leaves = _flatten(tree)
     description = _describe(leaves)
     # Orbax may still read a buffer while the next step, which was given it by donation, writes
     # into it: on CPU host and device memory are the same.
     copies = {path: x.copy() if isinstance(x, jax.Array) else x for path, x in leaves.items()}
-    return copies, {"leaves": description, "sha256": digest(description)}
+    record = {"leaves": description, "origin": origin}
+    return copies, {**record, "sha256": digest(record)}
+
+
+def origin_of(path: str | os.PathLike) -> str:
+    """Returns what a tree on disk was made from, as `with_checksums` was told.
+
+    Raises:
+      DamagedTreeError: If what describes the tree has changed.
+    """
+    return _record(plain(pathlib.Path(path)))["origin"]
+
+
+def is_committed(path: pathlib.Path, origin: str) -> bool:
+    """Returns whether a tree has just been written whole, without reading its arrays.
+
+    Orbax once left the arrays of each process where no reader looks, and said nothing.
+    """
+    described = origin in (path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
+    return described and (path / TREE / "manifest.ocdbt").exists()
+
+
+def _record(path: pathlib.Path) -> dict[str, Any]:
+    stored = orbax_v1().metadata(path, TREE).custom_metadata or {}
+    record = {name: stored.get(name) for name in ("leaves", "origin")}
+    # Orbax logs a damaged JSON file and reads it as an empty one.
+    if record["leaves"] is None or digest(record) != stored.get("sha256"):
+        raise DamagedTreeError("the description of its arrays has changed")
+    return record
 
 
 def read_tree(path: str | os.PathLike, like: Any = None) -> Any:
@@ -88,12 +116,8 @@ def read_tree(path: str | os.PathLike, like: Any = None) -> Any:
       DamagedTreeError: If a checksum does not agree.
       Exception: Whatever orbax raises for files it cannot understand.
     """
-    ocp, path = orbax_v1(), pathlib.Path(path).absolute()
-    metadata = ocp.metadata(path, TREE).custom_metadata or {}
-    description = metadata.get("leaves")
-    # Orbax logs a damaged JSON file and reads it as an empty one.
-    if description is None or digest(description) != metadata.get("sha256"):
-        raise DamagedTreeError("the description of its arrays has changed")
+    ocp, path = orbax_v1(), plain(pathlib.Path(path))
+    description = _record(path)["leaves"]
     expected = _numpy_like(description) if like is None else _flatten(like)
     _check_same(description, expected, path)
     abstract = {name: _abstract(leaf) for name, leaf in expected.items()}
@@ -221,31 +245,66 @@ def _place(restored: Any, like: Any) -> Any:
     return restored
 
 
-def save_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+_OWN = ("__origin__", "__sha256__")  # entries beside the arrays
+
+
+def save_arrays(file: pathlib.Path, arrays: Mapping[str, np.ndarray], origin: str = "") -> None:
     """Writes a part of a stage's work, so that an interrupted stage need not do it again.
 
     Args:
       file: A ``.npz``; its folder is made.  It is there whole or not at all.
       arrays: By name; text and numbers too.
+      origin: What they were made from; `load_arrays` gives them for this one only.
     """
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    own = {"__origin__": np.asarray(origin), "__sha256__": np.asarray(_sum(arrays, file, origin))}
     buffer = io.BytesIO()  # whole in memory first: NumPy writes a file piece by piece
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays, **own)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, buffer.getvalue())
 
 
-def load_arrays(file: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """Returns what `save_arrays` wrote; None if nothing was, or it is damaged (zip has a CRC).
+def load_arrays(file: pathlib.Path, origin: str = "") -> dict[str, np.ndarray] | None:
+    """Returns what `save_arrays` wrote; None if nothing was.
 
-    All processes ask together, and all get it or none: what is missing is made by all of them.
+    What is damaged, or was made from something else, is renamed with a word in the log, and counts
+    as not there.  All processes ask together, and all get it or none: what is missing is made by
+    all of them.
     """
-    arrays = _read_arrays(file)
+    arrays = _read_arrays(file, origin)
     return arrays if everywhere(arrays is not None) else None
 
 
-def _read_arrays(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+def _read_arrays(file: pathlib.Path, origin: str = "") -> dict[str, np.ndarray] | None:
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except Exception:  # a truncated zip has many names; what cannot be read is made again
-        return None
+        content = file.read_bytes()
+    except OSError:
+        return None  # what cannot be read is made again
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except Exception:  # a truncated zip has many names
+        return set_aside(file, "damaged", "is damaged")
+    own = {name: str(arrays.pop(name, "")) for name in _OWN}
+    if own["__sha256__"] != _sum(arrays, file, own["__origin__"]):
+        return set_aside(file, "damaged", "is damaged, or was written by an older version")
+    if own["__origin__"] != origin:
+        return set_aside(file, "other", "was made with another config, seed, input or code")
+    return arrays
+
+
+def _sum(arrays: Mapping[str, np.ndarray], file: pathlib.Path, origin: str) -> str:
+    described = []
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        bits = hashlib.sha256(array.tobytes()).hexdigest()
+        described.append([name, list(array.shape), str(array.dtype), bits])
+    return digest([file.name, origin, described])  # its name too: files may be exchanged
+
+
+def set_aside(file: pathlib.Path, kind: str, why: str) -> None:
+    """Renames what is not taken, so that what is made in its place destroys nothing."""
+    target = file.with_name(f"{file.name}.{kind}")
+    _log.warning("%s %s; renamed to %s, and made again", file, why, target.name)
+    if jax.process_index() == 0:
+        os.replace(file, target)

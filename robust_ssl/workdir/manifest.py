@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from robust_ssl.workdir.paths import WorkdirError, workdir_path
+
 SCHEMA = 2  # 1 is that of robust_ssl 0.1
 PACKAGES = ("robust-ssl", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+# What is read from a manifest, and is not believed if it is not what was written.
+_WORK = ("schema", "stage", "status", "config", "inputs", "seed", "seconds")
+_WORK += ("fingerprint", "results", "files", "stuck")
+# What is only told of it: one may look at it, but nothing is made of it.
+_RECORD = ("versions", "devices", "started", "finished", "before")
+
+_log = logging.getLogger(__name__)
 _SHOWN = 12  # directories named in one error
 _WAY_OUT = "take another --workdir, or finish this one with robust_ssl 0.1; nothing was changed"
 
@@ -27,17 +39,13 @@ class ConfigChangedError(ValueError):
     """A stage directory holds the work of another configuration."""
 
 
-class WorkdirError(ValueError):
-    """The working directory cannot be made, written or understood."""
-
-
 def make_directory(path: str | os.PathLike) -> pathlib.Path:
     """Makes a directory with its parents and makes sure that it can be written.
 
     Raises:
       WorkdirError: If that fails, with the reason.
     """
-    path = pathlib.Path(path).expanduser()
+    path = workdir_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Permission bits do not say it: the disk may be mounted read-only.
@@ -56,7 +64,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the manifest of a stage directory.
 
     Raises:
-      WorkdirError: If it is missing, is not JSON, or is of another kind or version.
+      WorkdirError: If it is missing, is not JSON, is of another kind or version, or is not what
+        was written.
     """
     file = pathlib.Path(path) / "manifest.json"
     try:
@@ -77,7 +86,38 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         raise WorkdirError(
             f"{file} has schema {manifest['schema']!r}, this version reads {SCHEMA}; {_WAY_OUT}"
         )
+    _check_seal(file, manifest)
     return manifest
+
+
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest with checksums of itself, by which `read_manifest` believes it."""
+    return {**manifest, "sha256": _sums(manifest)}
+
+
+def _sums(manifest: Mapping[str, Any]) -> dict[str, str]:
+    parts = {"work": _WORK, "record": _RECORD}
+    return {
+        part: digest({name: manifest.get(name) for name in names}) for part, names in parts.items()
+    }
+
+
+def _check_seal(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    written = manifest.get("sha256")
+    written, now = written if isinstance(written, Mapping) else {}, _sums(manifest)
+    if written.get("work") != now["work"]:
+        raise WorkdirError(
+            f"{file} is not what was written there: its checksum does not agree; bring it back "
+            f"from a copy, or remove it: the same command then makes {file.parent.name} again from "
+            "what is intact there"
+        )
+    if written.get("record") != now["record"]:
+        _log.warning("%s: versions, devices or times are not those that were written", file)
+
+
+def digest(value: Any) -> str:
+    """Returns the SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_layout(workdir: str | os.PathLike) -> None:
@@ -88,7 +128,7 @@ def check_layout(workdir: str | os.PathLike) -> None:
     Raises:
       WorkdirError: If there are such directories; it names them and the way out.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = workdir_path(workdir)
     old = []
     for pattern in ("*/manifest.json", "methods/*/manifest.json", "encoders/*/*/manifest.json"):
         files = [file for file in workdir.glob(pattern) if _schema(file) == 1]
@@ -172,13 +212,79 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
-    """Replaces a file as a whole: a reader, or a sudden end, finds the old one or the new."""
+    """Replaces a file as a whole: a reader, or a sudden end, finds the old one or the new.
+
+    Raises:
+      OSError: If it cannot be written (a full disk), or is not what was written; it names the
+        file.
+    """
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content if isinstance(content, bytes) else content.encode())
-        stream.flush()
-        os.fsync(stream.fileno())  # else a power cut may leave the new name with no content
-    os.replace(temporary, file)
+    content = content if isinstance(content, bytes) else content.encode()
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut may leave the new name with no content
+        os.replace(temporary, file)
+        written = file.read_bytes()  # by its name, as whoever comes later does
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(file, error) from error
+    if written != content:
+        raise OSError(errno.EIO, f"{file} is not what was just written there")
+
+
+def unwritable(file: pathlib.Path, error: Exception) -> OSError:
+    """Returns the error for a file that could not be written, a full disk most often."""
+    reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["?"])[0][:300]
+    return OSError(
+        getattr(error, "errno", None) or errno.EIO,
+        f"cannot write {file}: {reason}; make room, or take another --workdir, and run the same "
+        "command again: what was finished is kept",
+    )
+
+
+def sum_files(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> dict[str, Any]:
+    """Returns length and SHA-256 of files, by their path from a folder."""
+    sums = {}
+    for file in sorted(files):
+        length, sha256 = _sum(file)
+        name = pathlib.PurePath(os.path.relpath(file, folder)).as_posix()
+        sums[name] = {"bytes": length, "sha256": sha256}
+    return sums
+
+
+def changed_files(folder: pathlib.Path, sums: Mapping[str, Any]) -> list[str]:
+    """Returns which files are not what `sum_files` saw, each with what is wrong with it."""
+    changed = []
+    for name, entry in sums.items():
+        file = folder / name
+        try:
+            length, sha256 = _sum(file)
+        except FileNotFoundError:
+            changed.append(f"{name} is not there")
+            continue
+        except OSError as error:
+            changed.append(f"{name} cannot be read ({error.strerror or error})")
+            continue
+        if length != entry["bytes"]:
+            changed.append(f"{name} has {length} bytes instead of {entry['bytes']}")
+        elif sha256 != entry["sha256"]:
+            changed.append(f"{name} has other bits than were written")
+    return changed
+
+
+_known_sums: dict[tuple[Any, ...], str] = {}
+
+
+def _sum(file: pathlib.Path) -> tuple[int, str]:
+    state = file.stat()
+    # A stage is opened many times in a run; its files are read once.
+    key = (str(file), state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _known_sums:
+        with open(file, "rb") as stream:
+            _known_sums[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return state.st_size, _known_sums[key]
 
 
 def versions() -> dict[str, str]:

@@ -9,131 +9,53 @@
 The arrays that it leaves, a model or a perturbation, are a file of their kind beside them.
 
 Files are replaced whole and arrays carry checksums (`arrays`): neither a sudden end nor a damaged
-disk leaves something that is taken for a result.
+disk leaves something that is taken for a result.  Whatever is read again is tied to what it was
+made from: config, inputs, seed and the code of the user's functions (`StageDirectory.origin`).
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from robust_ssl.parallel import barrier, everywhere, first_process
+from robust_ssl.workdir import lock
 from robust_ssl.workdir.arrays import (
     TREE,
     DamagedTreeError,
     WrongTreeError,
-    digest,
+    is_committed,
     orbax_v1,
+    origin_of,
     read_tree,
     with_checksums,
 )
 from robust_ssl.workdir.manifest import (
-    SCHEMA,
-    WorkdirError,
-    check_unchanged,
-    devices,
+    digest,
     json_ready,
-    make_directory,
     now,
-    read_manifest,
-    versions,
+    seal,
+    sum_files,
+    unwritable,
     write_atomically,
 )
+from robust_ssl.workdir.metrics import append, keep_before, read_metrics
+from robust_ssl.workdir.paths import plain
 
 _log = logging.getLogger(__name__)
 
-_TRIES = 60  # two seconds apart, for what all processes must see
 
-
-def open_stage(
-    workdir: str | os.PathLike,
-    name: str,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    seed: int,
-    *,
-    collects: bool = False,
-) -> StageDirectory:
-    """Opens the directory of one stage: new, to be resumed, or done.
-
-    Args:
-      workdir: Where the run lives; made if it does not exist.
-      name: The stage's name, also the directory's.
-      config: The resolved configuration of this stage, JSON-able.
-      inputs: Fingerprint of everything the stage reads, by name; see `fingerprint`.
-      seed: The integer all its random keys derive from.
-      collects: Whether the stage only collects what others made, as a table does.  Its inputs may
-        then come and go, and it is done again.  Those of the same name must be what they were.
-
-    Returns:
-      The directory; its `done` says whether there is nothing left to do.
-
-    Raises:
-      ConfigChangedError: If the directory was made with another config, other inputs or another
-        seed.  Nothing on disk is changed.
-      WorkdirError: If the directory cannot be made or written, or its manifest cannot be read.
-
-    Example:
-      >>> import tempfile
-      >>> with open_stage(tempfile.mkdtemp(), "stage1", {"epochs": 1}, {}, seed=0) as stage:
-      ...     stage.save(10, {"w": jnp.ones(3)})
-      ...     stage.finish({"clean_accuracy": 0.5})
-      >>> stage.done, stage.manifest["results"]
-      (True, {'clean_accuracy': 0.5})
-    """
-    path = pathlib.Path(workdir).expanduser() / name
-    settings = json_ready({"config": config, "inputs": inputs, "seed": seed})
-    old = _settled_manifest(path)
-    if old is not None:
-        check_unchanged(path, old, settings, collects=collects)
-        if old["status"] == "done" and old["inputs"] == settings["inputs"]:
-            return StageDirectory(path, old)
-    make_directory(path)
-    manifest = {
-        "schema": SCHEMA,
-        "stage": name,
-        "status": "running",
-        **settings,
-        "versions": versions(),
-        "devices": devices(),
-        "started": old["started"] if old else now(),
-        "finished": None,
-        "seconds": old["seconds"] if old else 0.0,
-        "fingerprint": None,
-        "results": None,
-    }
-    stage = StageDirectory(path, manifest)
-    stage.write_manifest()
-    stage.remove_unfinished()
-    if not stage.checkpoints.exists():
-        stage.keep_metrics_before(0)  # a stage that starts over logs everything again
-    return stage
-
-
-def _settled_manifest(path: pathlib.Path) -> dict[str, Any] | None:
-    """Returns a stage's manifest, None where there is none; finished for all processes or none.
-
-    A network disk may show an old state for a minute: those that see an unfinished stage would
-    wait for ever for those that see nothing left to do.
-    """
-    for _ in range(_TRIES):
-        manifest = read_manifest(path) if (path / "manifest.json").exists() else None
-        done = manifest is not None and manifest["status"] == "done"
-        if everywhere(done) or everywhere(not done):
-            return manifest
-        time.sleep(2)
-    raise WorkdirError(
-        f"{path} is finished for some processes only; give all of them the same workdir, on a "
-        "disk that they share"
-    )
+# Beside what a stage leaves: what it is resumed from, what it says of itself, what was not taken.
+_NO_RESULTS = ("manifest.json", "metrics.jsonl", "checkpoints", "damaged-*", "other-*")
+_NO_RESULTS += ("*.tmp", "*.partial", "*.damaged", "*.other")
 
 
 class StageDirectory:
@@ -146,12 +68,18 @@ class StageDirectory:
       manifest: What ``manifest.json`` says; see `open_stage`.
     """
 
-    def __init__(self, path: pathlib.Path, manifest: dict[str, Any]):
+    def __init__(
+        self, path: pathlib.Path, manifest: dict[str, Any], locked: pathlib.Path | None = None
+    ):
         self.path = path
         self.manifest = manifest
+        self._locked = locked  # the working directory that `close` lets others into
+        self._workdir = locked
         self._seconds_before = manifest["seconds"]
         self._opened = time.monotonic()
         self._saving: Any = None
+        self._saved_step = 0
+        self._has_read_back = False
 
     def __enter__(self) -> StageDirectory:
         return self
@@ -182,6 +110,12 @@ class StageDirectory:
         return self.manifest["results"] or {}
 
     @property
+    def origin(self) -> str:
+        """Identifies all that the stage's work is a function of; every part it keeps has it."""
+        made_from = ("stage", "config", "inputs", "seed")
+        return digest({name: self.manifest[name] for name in made_from})[:16]
+
+    @property
     def checkpoints(self) -> pathlib.Path:
         """Where the states to resume from are kept."""
         return self.path / "checkpoints"
@@ -202,24 +136,49 @@ class StageDirectory:
         self.wait()
         if step in first_process(self._steps()):  # all must save, or none
             return  # a state is a function of its step: it is there already
-        arrays, metadata = with_checksums(tree)
+        if self._workdir is not None:
+            lock.check_held(self._workdir)
+        arrays, metadata = with_checksums(tree, self._origin_of_step(step))
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         # Not orbax's `training.Checkpointer`: it reads the metadata of all steps when it starts,
         # so one flipped bit there would hide the intact state beside it (seen with 0.12.8).
-        self._saving = orbax_v1().save_async(
-            self.checkpoints.absolute() / str(step),
-            arrays,
-            checkpointable_name=TREE,
-            custom_metadata=metadata,
-        )
+        try:
+            self._saving = orbax_v1().save_async(
+                plain(self.checkpoints / str(step)),
+                arrays,
+                checkpointable_name=TREE,
+                custom_metadata=metadata,
+            )
+        except Exception as error:  # a full disk is a ValueError of tensorstore's, too
+            raise unwritable(self.checkpoints / str(step), error) from error
         self._saving.on_complete(lambda _: self._remove_old())
+        self._saved_step = step
         self.write_manifest()
+
+    def _origin_of_step(self, step: int) -> str:
+        return f"{self.origin}-{step}"  # the step too: directories may be renamed
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk; raises if that failed (a full disk)."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            try:
+                saving.result()
+                if jax.process_index() == 0:
+                    self._read_back(self._saved_step)
+            except Exception as error:  # orbax has many words for a full disk
+                raise unwritable(self.checkpoints / str(self._saved_step), error) from error
             self._remove_old()  # `result` may return before what waits for completion has run
+
+    def _read_back(self, step: int) -> None:
+        """Raises unless what was saved can be read; all of it once, later what costs nothing."""
+        path = self.checkpoints / str(step)
+        if not is_committed(path, self._origin_of_step(step)):
+            raise OSError("it is not what was just written there")
+        if not self._has_read_back and jax.process_count() == 1:
+            read_tree(path)
+            gc.collect()  # the threads that orbax reads with
+            self._has_read_back = True
 
     def _remove_old(self) -> None:
         """Removes all states but two: the newest may turn out to be damaged."""
@@ -253,15 +212,21 @@ class StageDirectory:
         self.wait()
         damaged: dict[int, Exception] = {}
         for step in first_process(self._steps()):
-            tree, error = None, None
+            tree, error, foreign = None, None, False
             try:
-                tree = read_tree(self.checkpoints / str(step), like)
+                foreign = origin_of(self.checkpoints / str(step)) != self._origin_of_step(step)
+                if not foreign:
+                    tree = read_tree(self.checkpoints / str(step), like)
             except WrongTreeError:
                 raise  # no damage: the state before it would not fit either
             except Exception as caught:  # orbax has many words for a damaged file
                 error = caught
+            if not everywhere(not foreign):
+                self._move(step, "other", "was made with another config, seed, input or code")
+                continue
             if everywhere(error is None):
-                self._set_aside(damaged)
+                for number, reason in damaged.items():
+                    self._move(number, "damaged", f"is damaged ({_brief(reason)})")
                 self.keep_metrics_before(step)
                 return step, tree
             damaged[step] = error or DamagedTreeError("another process could not read it")
@@ -274,20 +239,14 @@ class StageDirectory:
         self.keep_metrics_before(0)
         return None
 
-    def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
-        for step, error in damaged.items():
-            target = self.path / f"damaged-{step}"
-            _log.warning(
-                "checkpoint %s is damaged (%s); moved to %s, going on from the one before",
-                self.checkpoints / str(step),
-                _brief(error),
-                target,
-            )
-            if jax.process_index() == 0:
-                shutil.rmtree(target, ignore_errors=True)
-                (self.checkpoints / str(step)).rename(target)
-        if damaged:
-            barrier("set_aside")  # the others would still see the old name
+    def _move(self, step: int, kind: str, why: str) -> None:
+        """Renames a state that is not taken, with a word in the log."""
+        path, target = self.checkpoints / str(step), self.path / f"{kind}-{step}"
+        _log.warning("checkpoint %s %s; moved to %s", path, why, target)
+        if jax.process_index() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+        barrier("move")  # the others would still see the old name
 
     def log(self, step: int, **metrics: Any) -> None:
         """Appends a line to ``metrics.jsonl``; reading arrays waits for the devices.
@@ -298,59 +257,79 @@ class StageDirectory:
         """
         line = json.dumps(json_ready({"step": int(step), **metrics}), allow_nan=False)
         if jax.process_index() == 0:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append(self.path / "metrics.jsonl", line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of ``metrics.jsonl``."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [entry for entry in map(_parse_line, lines) if entry is not None]
+        return read_metrics(self.path / "metrics.jsonl")
 
     def keep_metrics_before(self, step: int) -> None:
         """Drops the metrics of `step` and later, and a line cut short by a sudden end."""
-        if jax.process_index() == 0 and (self.path / "metrics.jsonl").exists():
-            entries = [entry for entry in self.metrics() if entry["step"] < step]
-            text = "".join(json.dumps(entry) + "\n" for entry in entries)
-            write_atomically(self.path / "metrics.jsonl", text)
+        if jax.process_index() == 0:
+            keep_before(self.path / "metrics.jsonl", step)
 
-    def finish(self, results: Mapping[str, Any] | None = None, identity: str | None = None) -> None:
+    def finish(
+        self,
+        results: Mapping[str, Any] | None = None,
+        identity: str | None = None,
+        beside: Iterable[pathlib.Path] = (),
+    ) -> None:
         """Writes the result and marks the stage as done, which is the last thing to happen.
+
+        Every file that it leaves is read back, and its checksum goes into the manifest.
 
         Args:
           results: Numbers for the manifest, JSON-able; NaN and infinity become null.
           identity: Fingerprint of the arrays that the stage leaves; None is that of its numbers,
             which count only where they are the result: seconds differ from run to run.
+          beside: Files that it leaves elsewhere.
         """
-        self.close()  # a save that failed must not be marked as done
+        self.wait()  # a save that failed must not be marked as done
         results = json_ready(results or {})
         self.manifest.update(
             status="done",
             finished=now(),
             fingerprint=identity or digest(results)[:16],
             results=results,
+            files=sum_files(self.path, [*_left(self.path), *beside]),
         )
         self.write_manifest()
         barrier("finish")  # later stages of every process read the result
+        self._unlock()
 
     def write_manifest(self) -> None:
         """Brings ``manifest.json`` up to date; a reader sees the old one or the new one whole."""
         self.manifest["seconds"] = round(self.seconds, 3)
         if jax.process_index() == 0:  # the processes share the directory
-            text = json.dumps(self.manifest, indent=2, allow_nan=False) + "\n"
+            if self._workdir is not None:
+                lock.check_held(self._workdir)
+            text = json.dumps(seal(self.manifest), indent=2, allow_nan=False) + "\n"
             write_atomically(self.path / "manifest.json", text)
 
     def close(self) -> None:
-        """Waits for what is being saved."""
-        self.wait()
+        """Waits for what is being saved, and lets other runs into the working directory."""
+        try:
+            self.wait()
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        locked, self._locked = self._locked, None
+        if locked is not None:
+            lock.release(locked)
 
 
-def _parse_line(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None  # cut short by a sudden end
-    return entry if isinstance(entry, dict) and "step" in entry else None
+def _left(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that a finished stage leaves, without those it is resumed from."""
+    if jax.process_index():
+        return []  # one process writes the manifest
+    left = []
+    for entry in path.iterdir():
+        if any(entry.match(pattern) for pattern in _NO_RESULTS):
+            continue
+        files = [entry] if entry.is_file() else entry.rglob("*")
+        left += [f for f in files if f.is_file() and not any(map(f.match, _NO_RESULTS))]
+    return left
 
 
 def _brief(error: Exception) -> str:

@@ -8,6 +8,7 @@ do.
 """
 
 from robust_ssl.evaluation.checks.comparisons import settle
+from robust_ssl.evaluation.checks.data import leakage, one_answer
 from robust_ssl.evaluation.checks.examination import affordable_images, cost, examine
 from robust_ssl.evaluation.checks.gradients import (
     gradient_matches_differences,
@@ -84,12 +85,14 @@ __all__ = [
     "gradient_matches_differences",
     "gradient_not_zero",
     "holds_on_new_images",
+    "leakage",
     "margin_gradient_not_zero",
     "model_unchanged",
     "names_of",
     "no_silent_hits",
     "not_run",
     "objectives_agree",
+    "one_answer",
     "one_step_not_stronger",
     "patch_places_agree",
     "per_image_not_weaker",

@@ -91,6 +91,10 @@ _LISTED = {
         "patch_places_agree": ("patch at random and fixed places", _OURS),
         "model_unchanged": ("model unchanged by the evaluation", "errors seen in released code"),
     },
+    "data": {
+        "leakage": ("test images not among the training images", _OURS),
+        "one_answer": ("more than one answer", _OURS),
+    },
 }
 CHECKS: dict[str, Entry] = {}
 for _group, _members in _LISTED.items():

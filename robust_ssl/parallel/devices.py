@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from robust_ssl.parallel.processes import barrier
 from robust_ssl.xla import limit_in_flight
 
 AXIS = "devices"
@@ -82,7 +83,24 @@ class Parallel:
             raise ValueError(
                 f"num_devices={num_devices}, but there are {len(devices)} devices: {devices}"
             )
-        return cls(tuple(devices[:num_devices]), kind)
+        layout = cls(tuple(devices[:num_devices]), kind)
+        layout._connect()
+        return layout
+
+    def _connect(self) -> None:
+        """Has the devices of all processes exchange something once they are all there.
+
+        The first exchange between CPU devices opens their connections, and gives up after 30
+        seconds.  Later ones wait for who is late: who compiles longer, or reads more.
+        """
+        if jax.process_count() == 1:
+            return
+        barrier("connect")
+        ones = self.put(np.ones(len(self.devices), np.float32))
+        total = jax.shard_map(
+            lambda x: jax.lax.psum(x, AXIS), mesh=self.mesh, in_specs=P(AXIS), out_specs=P()
+        )
+        jax.block_until_ready(jax.jit(total)(ones))
 
     @property
     def axis_name(self) -> str | None:
@@ -270,37 +288,6 @@ def to_host(x: jax.Array) -> np.ndarray:
 
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
-
-
-def everywhere(ok: bool) -> bool:
-    """Returns whether something holds in all processes, so that all take the same turn.
-
-    All of them have to ask, at the same point: one that turned off would leave the others waiting.
-    """
-    if jax.process_count() == 1:
-        return ok
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
-
-
-def first_process(numbers: Sequence[int]) -> list[int]:
-    """Returns what the first process passes, at most eight numbers from 0, to all of them."""
-    if jax.process_count() == 1:
-        return list(numbers)
-    from jax.experimental import multihost_utils
-
-    padded = np.full(8, -1, np.int32)  # all processes must send one shape
-    padded[: len(numbers[:8])] = numbers[:8]
-    return [int(x) for x in multihost_utils.broadcast_one_to_all(padded) if x >= 0]
-
-
-def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:

@@ -1,0 +1,166 @@
+"""``robust-ssl list``: what a config can name, one a line."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from robust_ssl import shipped
+from robust_ssl.cli.flags import DONE, add_command, add_debug
+
+_EXAMPLES = """\
+examples:
+  robust-ssl list configs
+      what `robust-ssl run NAME` takes
+
+  robust-ssl list losses
+      what a recipe's losses can name, `robust_ssl.losses:NAME`
+
+  robust-ssl list data
+      sets that are here, and those that can be fetched"""
+
+Lines = Iterator[tuple[str, str]]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to argparse's `commands`."""
+    command = add_command(commands, "list", "say what there is of a kind, by name", _EXAMPLES)
+    command.add_argument("kind", choices=tuple(_KINDS), help="of what")
+    command.add_argument(
+        "--data-dir", metavar="DIR", help="where data sets are (default: as for a run)"
+    )
+    add_debug(command)
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints a list and returns the exit code."""
+    lines = _KINDS[arguments.kind]
+    entries = list(_data(arguments.data_dir) if lines is _data else lines())
+    width = max((len(name) for name, _ in entries), default=0)
+    for name, text in entries:
+        print(f"{name:{width}}  {text}".rstrip())
+    if arguments.kind in _HOMES:
+        home = _HOMES[arguments.kind]
+        print(f'in a config: "{home}:NAME", or {{"function": "{home}:NAME", ...}}', file=sys.stderr)
+    return DONE
+
+
+def first_line(value: Any) -> str:
+    """Returns the first line of a docstring.
+
+    Example:
+      >>> first_line(first_line)
+      'Returns the first line of a docstring.'
+    """
+    return next(iter((value.__doc__ or "").strip().splitlines()), "")
+
+
+def _configs() -> Lines:
+    for name, file in shipped.configs().items():
+        yield name, shipped.summary(file)
+
+
+def _encoders() -> Lines:
+    from robust_ssl import weights
+
+    for name in weights.list_encoders():
+        yield name, describe_encoder(weights.encoder_card(name))
+
+
+def describe_encoder(card: Mapping[str, Any]) -> str:
+    """Returns what an encoder is in one line, as far as its card says it."""
+    options, details = card["options"], card["card"]
+    config = details.get("config", {})
+    method = config.get("method", "")
+    method = method["function"] if isinstance(method, Mapping) else method
+    source = config.get("data", {}).get("source", "")
+    trained = " on ".join(filter(None, [method.rpartition(":")[2], source]))
+    network = card["builder"].rpartition(":")[2]
+    parts = [
+        f"{network} of width {options['width']}" if "width" in options else network,
+        f"{options['image_size']} pixels" if "image_size" in options else "",
+        trained,
+    ]
+    if "linear_accuracy" in details:
+        parts.append(f"linear probe {100 * details['linear_accuracy']:.1f} %")
+    return ", ".join(filter(None, parts))
+
+
+def _attacks() -> Lines:
+    from robust_ssl import attacks
+
+    others = (attacks.UniversalAttack, attacks.UniversalPerturbation)  # a contract, a result
+    for name in attacks.__all__:
+        value = getattr(attacks, name)
+        if inspect.isclass(value) and value not in others and _is_attack(value):
+            yield name, first_line(value)
+
+
+def _is_attack(value: type) -> bool:
+    """Whether values of a class are called on an image, or fitted step by step."""
+    # Not `hasattr(value, "__call__")`: a class itself can always be called.
+    return hasattr(value, "step") or any("__call__" in vars(base) for base in value.__mro__)
+
+
+def _named(kind: str) -> Callable[[], Lines]:
+    """As `robust_ssl.list` has them."""
+
+    def lines() -> Lines:
+        from robust_ssl.api.names import list_names
+
+        return iter(list_names(kind).purposes.items())
+
+    return lines
+
+
+def _data(data_dir: str | None = None) -> Lines:
+    from robust_ssl import data
+
+    for name in ("digits", "photo_crops"):
+        yield f"robust_ssl.data:{name}", f"{first_line(getattr(data, name))} [built in]"
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    folder = pathlib.Path(folder).expanduser()
+    here = {*_prepared(folder)}
+    public = {one.name: one for one in _public_sets()}
+    for name in sorted(here | public.keys()):
+        size = _size(public[name]) if name in public else ""
+        place = f"[in {folder}]" if name in here else f"[robust-ssl data prepare {name}]"
+        yield name, " ".join(filter(None, [size, place]))
+
+
+def _prepared(folder: pathlib.Path) -> Iterator[str]:
+    """Names of the sets that lie in a folder as TFDS writes them: NAME/[CONFIG/]VERSION."""
+    for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
+        for file in folder.glob(pattern):
+            yield file.parent.parent.relative_to(folder).as_posix()
+
+
+def _public_sets() -> tuple[Any, ...]:
+    try:
+        from robust_ssl.data.public.table import SETS
+    except ModuleNotFoundError:
+        return ()
+    return SETS
+
+
+def _size(one: Any) -> str:
+    images = " + ".join(f"{count:,} {split}" for split, count in one.images.items())
+    return f"{images} images, {one.classes} classes, {one.image_size} pixels"
+
+
+_KINDS: dict[str, Callable[..., Lines]] = {
+    "configs": _configs,
+    "encoders": _encoders,
+    "attacks": _attacks,
+    "losses": _named("losses"),
+    "objectives": _named("objectives"),
+    "recipes": _named("recipes"),
+    "data": _data,
+}
+# Where a config finds what is listed.
+_HOMES = {name: f"robust_ssl.{name}" for name in ("attacks", "losses", "objectives", "recipes")}

@@ -1,0 +1,89 @@
+"""Images that are in two splits, found by a digest of their pixels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from robust_ssl.data.examples import Examples, StreamedExamples, pixel_digest
+
+_CHUNK = 1024  # images that are read at a time
+
+
+class Shared(NamedTuple):
+    """How many test images are among the training images.
+
+    Attributes:
+      count: That many.
+      test: Of so many test images.
+      train: Compared with so many training images, validation images among them.
+    """
+
+    count: int
+    test: int
+    train: int
+
+    @property
+    def share(self) -> float:
+        """Of the test images, in [0, 1]."""
+        return self.count / self.test
+
+    def __str__(self) -> str:
+        """Says it in a sentence."""
+        return (
+            f"{self.count:,} of {self.test:,} test images are among the {self.train:,} training "
+            "images, pixel by pixel (duplicates)"
+        )
+
+
+def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExamples) -> Shared:
+    """Counts the test images whose pixels are those of a training image.
+
+    Pixels are compared as a model sees them, after decoding and resizing, so a copy in another
+    lossless format is found.  One that was compressed or cut again is not.
+
+    Args:
+      test: The test split.
+      *train: Training and validation images.
+
+    Example:
+      >>> from robust_ssl.data import from_arrays
+      >>> images = np.arange(4 * 48, dtype=np.uint8).reshape(4, 4, 4, 3)
+      >>> print(shared(from_arrays(images[:3]), from_arrays(images[2:])))
+      1 of 3 test images are among the 2 training images, pixel by pixel (duplicates)
+    """
+    known = np.concatenate([digests(part) for part in train])
+    count = int(np.isin(digests(test), known).sum())
+    return Shared(count, len(test), len(known))
+
+
+def digests(examples: Examples | StreamedExamples) -> np.ndarray:
+    """Returns a digest of each image, ``uint64 [n]``.
+
+    Of a streamed split only those images are read that have not been read before.
+    """
+    if isinstance(examples, Examples):
+        return np.array([pixel_digest(image) for image in examples.images], np.uint64)
+    unread = np.flatnonzero(examples.digests[examples.rows] == 0)
+    for start in range(0, len(unread), _CHUNK):
+        examples.read(unread[start : start + _CHUNK])
+    return examples.digests[examples.rows]
+
+
+def are_known(*splits: Examples | StreamedExamples) -> bool:
+    """Whether `shared` reads no picture of these splits."""
+    return all(
+        isinstance(part, Examples) or bool((part.digests[part.rows] != 0).all()) for part in splits
+    )
+
+
+def labels_of(examples: Examples | StreamedExamples) -> np.ndarray | None:
+    """Returns the labels of a split, ``int32 [n]``, decoding no picture; None if it has none."""
+    if examples.labels is not None or not examples.class_names:
+        return examples.labels
+    labels = []
+    for start in range(0, len(examples), _CHUNK):
+        rows = examples.rows[start : start + _CHUNK]
+        labels += [label for _, label in examples.records(rows)]
+    return np.asarray(labels, np.int32)

@@ -1,0 +1,194 @@
+"""Files of strangers are read within bounds, and files are written without opening anybody's links.
+
+What is read must be a regular file: a pipe or ``/dev/zero`` called ``model.safetensors`` would be
+read for ever.  Its size, and what it unpacks to, are compared with what is allowed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import secrets
+import stat
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+MOST_JSON = 2**26  # bytes; the longest results.json of a comparison has 2**22
+MOST_RATIO, SMALL = 64, 2**26  # times its size that a file unpacks to, where that is not little
+MOST_NESTED = 64  # lists in lists; Python's own readers end at about 1,000, in a RecursionError
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike, most: int | None = None) -> Iterator[BinaryIO]:
+    """Opens a file for reading.
+
+    Args:
+      path: The file, or a link to it.
+      most: Bytes that it may have; None for as many as this machine has memory.
+
+    Raises:
+      ValueError: If it is no regular file, or larger.
+      OSError: If it cannot be opened.
+    """
+    # Opening a pipe would wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no file")
+            raise ValueError(f"{path} is {kind}; give a regular file")
+        limit, whose = (most, "are read") if most is not None else (memory(), "are in memory here")
+        if status.st_size > limit:
+            raise ValueError(f"{path} has {status.st_size:,} bytes; at most {limit:,} {whose}")
+        yield file
+
+
+def memory() -> int:
+    """Returns the bytes of memory of this machine; what is larger cannot be read whole."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 2**40
+
+
+def read_bytes(path: str | os.PathLike, most: int | None = None) -> bytes:
+    """Returns the content of a file; raises as `open_regular`."""
+    with open_regular(path, most) as file:
+        # No further than its size: some files of /proc have no end.
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
+    """Returns the value in a JSON file; raises as `open_regular` and `parse_json`."""
+    return parse_json(read_bytes(path, most), path)
+
+
+def parse_json(
+    content: str | bytes, where: str | os.PathLike, most: int = MOST_JSON, *, finite: bool = False
+) -> Any:
+    """Returns a JSON value.
+
+    Args:
+      content: The text.
+      where: What an error calls it.
+      most: Bytes that it may have.
+      finite: Whether NaN and infinity, which Python reads and JSON does not have, are refused.
+
+    Raises:
+      ValueError: If it is not JSON or not UTF-8, is longer than `most` bytes, or is nested deeper
+        than `MOST_NESTED`.
+    """
+    if len(content) > most:
+        raise ValueError(f"{where} has {len(content):,} bytes; at most {most:,} are read")
+    try:
+        value = json.loads(content, parse_constant=_no_number if finite else None)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    except RecursionError:
+        value = None
+    if (value is None and content.strip() not in ("null", b"null")) or _is_deep(value):
+        raise ValueError(f"{where} is nested deeper than {MOST_NESTED} levels; no file of ours is")
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
+
+
+def _is_deep(value: Any) -> bool:
+    # Level by level, not by recursion, which is what such a file aims at.
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def read_npz(file: BinaryIO, most: int) -> dict[str, np.ndarray]:
+    """Reads the arrays of a ``.npz``, none of which may be pickled.
+
+    Args:
+      file: Open for reading.
+      most: Bytes that all arrays together may have; a compressed file may be a thousand times
+        smaller.
+
+    Raises:
+      ValueError: If it is no such file, is damaged, or an array is not as large as it says.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            total, size = sum(member.file_size for member in members), file.seek(0, os.SEEK_END)
+            limit = min(most, max(SMALL, MOST_RATIO * size))
+            if total > limit:
+                raise ValueError(f"it unpacks to {total:,} bytes; at most {limit:,} are read")
+            for member in members:
+                _check_member(archive, member)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except ValueError:
+        raise
+    except Exception as error:  # a damaged zip has many names
+        raise ValueError(f"it is damaged: {error or type(error).__name__}") from error
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Compares what an array says of itself with its bytes: NumPy asks for the memory first."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename} is in version {version} of NumPy's format")
+        header = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
+        shape, _, dtype = getattr(np.lib.format, header)(stream)
+        claimed = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or stream.tell() + claimed != member.file_size:
+            raise ValueError(f"{member.filename} is not as large as it says; it is forged")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the place of `path` when the block ends without an error.
+
+    A reader finds the old file or the new one.  The name in between cannot be foreseen and is made
+    anew, so that no link that somebody has left there is followed.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    try:
+        with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name with no content
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def replace(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replaces a file as a whole, text as UTF-8; see `replacing`."""
+    with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())

@@ -1,0 +1,206 @@
+"""What vision transformers are made of: patches, attention, MLPs, and pooling by attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # SigLIP
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "swiglu": lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+}
+
+
+def layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+    """Returns a layer norm with a module's epsilon and dtype."""
+    # The two-pass variance: after twelve residual blocks the mean is no longer small.
+    return nn.LayerNorm(
+        epsilon=module.norm_epsilon, dtype=module.dtype, use_fast_variance=False, name=name
+    )
+
+
+def _dense(width: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
+    initializer = nn.initializers.xavier_uniform()
+    return nn.Dense(width, use_bias=use_bias, dtype=dtype, kernel_init=initializer, name=name)
+
+
+class Embedding(nn.Module):
+    """Cuts the image into patches, maps each to a token, adds positions.
+
+    The patch map is a dense layer on reshaped pixels rather than a strided convolution: the same
+    numbers, and its gradient is a matrix product everywhere, also inside loops on a CPU.
+    """
+
+    width: int
+    patch_size: int
+    image_size: int
+    class_token: bool
+    registers: int = 0
+    pre_norm: bool = False
+    patch_bias: bool = True
+    norm_epsilon: float = 1e-6
+    positions: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns tokens ``[batch, tokens, width]``: class token, registers, patches."""
+        batch, size, patch = x.shape[0], self.image_size, self.patch_size
+        if x.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"this ViT has positions for images [{size}, {size}, 3], got {x.shape[1:]}; "
+                f"resize them, or build it with image_size={x.shape[1]}"
+            )
+        side = size // patch
+        # Pixels in a convolution kernel's order, row, column, color; `mapping.patches` needs it.
+        x = x.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = x.reshape(batch, side * side, patch**2 * 3)
+        x = _dense(self.width, self.dtype, "patch", self.patch_bias)(x)
+        # DINOv2's order: positions for class token and patches, then registers between them.
+        if self.class_token:
+            x = self._prepend("token", 1, x)
+        if self.positions:
+            position = self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+            x = x + position.astype(x.dtype)
+        if self.registers:  # they have no place in the image, so no position
+            first = int(self.class_token)
+            rest = self._prepend("registers", self.registers, x[:, first:])
+            x = jnp.concatenate([x[:, :first], rest], axis=1)
+        return layer_norm(self, "norm")(x) if self.pre_norm else x
+
+    def _prepend(self, name: str, count: int, x: jax.Array) -> jax.Array:
+        # timm's and DINOv2's start.
+        tokens = self.param(name, nn.initializers.normal(1e-6), (1, count, self.width))
+        tokens = jnp.broadcast_to(tokens.astype(x.dtype), (x.shape[0], count, self.width))
+        return jnp.concatenate([tokens, x], axis=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; one product makes queries, keys and values, in this order.
+
+    With `rotary`, the base of its frequencies, patches' queries and keys are turned by where they
+    are; the first `prefix` tokens are no patches.
+    """
+
+    heads: int
+    rotary: float | None = None
+    prefix: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns ``[batch, tokens, width]``."""
+        batch, tokens, width = x.shape
+        qkv = _dense(3 * width, self.dtype, "qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+        # Scaled by the root of a head's width, which is this function's default.
+        queries, keys, values = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.rotary is not None:
+            side = math.isqrt(tokens - self.prefix)
+            angles = patch_angles(side, width // self.heads, self.rotary)
+            queries, keys = (_turned(x, angles, self.prefix) for x in (queries, keys))
+        mixed = jax.nn.dot_product_attention(queries, keys, values)
+        return _dense(width, self.dtype, "output")(mixed.reshape(batch, tokens, width))
+
+
+def patch_angles(side: int, head_width: int, base: float) -> np.ndarray:
+    """Angles of DINOv3's rotary positions, float64 ``[side ** 2, head_width]``.
+
+    A quarter of a head's features turns with the row, a quarter with the column; both again.
+
+    Args:
+      side: Patches along a side.
+      head_width: Features of a head; a multiple of 4.
+      base: Of the geometric row of frequencies, 100 in DINOv3.
+
+    References:
+      Simeoni et al., "DINOv3", 2025, Section 3.2 (coordinates in [-1, 1]).
+    """
+    centers = 2 * (np.arange(side) + 0.5) / side - 1
+    rows, columns = np.meshgrid(centers, centers, indexing="ij")
+    frequencies = base ** -np.arange(0, 1, 4 / head_width)
+    turns = np.stack([rows, columns], axis=-1).reshape(-1, 2, 1) * frequencies
+    return np.tile(2 * np.pi * turns.reshape(side * side, -1), 2)
+
+
+def _turned(x: jax.Array, angles: np.ndarray, prefix: int) -> jax.Array:
+    """Turns each pair of a head's features, of patches only; x is ``[batch, tokens, heads, n]``."""
+    cosine, sine = (jnp.asarray(f(angles), x.dtype)[None, :, None] for f in (np.cos, np.sin))
+    patches = x[:, prefix:]
+    first, second = jnp.split(patches, 2, axis=-1)
+    patches = patches * cosine + jnp.concatenate([-second, first], axis=-1) * sine
+    return jnp.concatenate([x[:, :prefix], patches], axis=1)
+
+
+class MLP(nn.Module):
+    """Two dense layers with an activation in between; ``"swiglu"`` makes its own gate first."""
+
+    width: int
+    activation: str = "gelu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns ``[batch, tokens, width]``."""
+        width = 2 * self.width if self.activation == "swiglu" else self.width
+        hidden = ACTIVATIONS[self.activation](_dense(width, self.dtype, "dense1")(x))
+        return _dense(x.shape[-1], self.dtype, "dense2")(hidden)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalized before and added, scaled or not, after."""
+
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    layer_scale: bool = False
+    norm_epsilon: float = 1e-6
+    rotary: float | None = None
+    prefix: int = 0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns ``[batch, tokens, width]``."""
+        attention = Attention(self.heads, self.rotary, self.prefix, self.dtype, name="attention")
+        mlp = MLP(self.mlp_width, self.activation, self.dtype, name="mlp")
+        x = x + self._scaled("scale1", attention(layer_norm(self, "norm1")(x)))
+        return x + self._scaled("scale2", mlp(layer_norm(self, "norm2")(x)))
+
+    def _scaled(self, name: str, x: jax.Array) -> jax.Array:
+        if not self.layer_scale:
+            return x
+        scale = self.param(name, nn.initializers.constant(1e-5), (x.shape[-1],))  # DINOv2's start
+        return x * scale.astype(x.dtype).reshape(1, 1, -1)
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to all tokens, then a block's MLP, as in SigLIP."""
+
+    heads: int
+    mlp_width: int
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns ``[batch, width]``."""
+        batch, _, width = x.shape
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width))
+        probe = jnp.broadcast_to(probe.astype(x.dtype), (batch, 1, width))
+        # One product for the query, of the probe, and for keys and values, of the tokens: files
+        # have one matrix for the three.
+        qkv = _dense(3 * width, self.dtype, "qkv")(jnp.concatenate([probe, x], axis=1))
+        qkv = qkv.reshape(batch, -1, 3, self.heads, width // self.heads)
+        mixed = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, 1:, 1], qkv[:, 1:, 2])
+        x = _dense(width, self.dtype, "output")(mixed.reshape(batch, width))
+        mlp = MLP(self.mlp_width, self.activation, self.dtype, name="mlp")
+        return x + mlp(layer_norm(self, "norm")(x))

@@ -1,0 +1,36 @@
+"""Devices and processes: steps are written once, whatever there is of both.
+
+`devices` spreads a step; `processes` is what several processes tell each other without a device.
+"""
+
+from robust_ssl.parallel.devices import (
+    AXIS,
+    KINDS,
+    Parallel,
+    average,
+    gather,
+    prefetch,
+    to_host,
+)
+from robust_ssl.parallel.processes import (
+    LostProcessError,
+    barrier,
+    everywhere,
+    exchange,
+    first_process,
+)
+
+__all__ = [
+    "AXIS",
+    "KINDS",
+    "LostProcessError",
+    "Parallel",
+    "average",
+    "barrier",
+    "everywhere",
+    "exchange",
+    "first_process",
+    "gather",
+    "prefetch",
+    "to_host",
+]

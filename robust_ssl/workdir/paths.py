@@ -1,0 +1,97 @@
+"""Which paths can be a working directory, and a way around what libraries take for patterns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# Orbax globs with the whole path in the pattern, and tensorstore takes a backslash for a slash.
+_PATTERN = re.compile(r"[\[\]*?\\]")
+
+
+class WorkdirError(ValueError):
+    """The working directory cannot be made, written or understood."""
+
+
+def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a working directory, ``~`` replaced.
+
+    Raises:
+      WorkdirError: If it is the address of a bucket or a site, empty, or no text.
+
+    Example:
+      >>> workdir_path("gs://bucket/run")
+      Traceback (most recent call last):
+      ...
+      robust_ssl.workdir.paths.WorkdirError: --workdir 'gs://bucket/run' is an address...
+    """
+    text = os.fspath(workdir)
+    if not isinstance(text, str):
+        text = os.fsdecode(text)
+    if not text.strip():
+        raise WorkdirError("--workdir is empty; name a directory (is a variable not set?)")
+    if _URL.match(text):
+        raise WorkdirError(
+            f"--workdir {text!r} is an address; only directories of a file system are written: "
+            "mount the bucket, or take a local directory and copy it when the run is done"
+        )
+    if "\0" in text or not _is_text(text):
+        raise WorkdirError(
+            f"--workdir {text!r} is no UTF-8, which files inside it must name; take another name"
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # no home directory
+        raise WorkdirError(f"--workdir {text!r}: {error}; write the whole path") from error
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path without characters of patterns that leads to a directory which may have them.
+
+    The directory need not be there; its parent must be.
+
+    Args:
+      path: For example ``runs/lr=[0.1]/stage/checkpoints/10``.
+
+    Raises:
+      WorkdirError: If there is no place for a link.
+    """
+    path = path.absolute()
+    if not _PATTERN.search(str(path)):
+        return path
+    # The same name in every process: they write one checkpoint together.
+    parent = str(path.parent)
+    name = f"robust_ssl-{os.getuid()}-{hashlib.sha256(parent.encode()).hexdigest()[:16]}"
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        link = pathlib.Path(place, name)
+        if not _PATTERN.search(str(link)) and _links(link, parent):
+            return link / path.name
+    raise WorkdirError(
+        f"{path} has one of the characters [ ] * ? \\ in it, and no temporary directory takes a "
+        "link to it; take another --workdir"
+    )
+
+
+def _links(link: pathlib.Path, target: str) -> bool:
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    try:  # anybody can put something under this name
+        return link.lstat().st_uid == os.getuid() and os.readlink(link) == target
+    except OSError:
+        return False
