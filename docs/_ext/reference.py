@@ -14,6 +14,7 @@ PUBLIC = (
     "robust_ssl.build",
     "robust_ssl.conformance",
     "robust_ssl.data",
+    "robust_ssl.data.public",
     "robust_ssl.evaluation",
     "robust_ssl.evaluation.analysis",
     "robust_ssl.evaluation.checks",
