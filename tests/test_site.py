@@ -105,3 +105,11 @@ def test_every_sentence_of_a_task_page_has_its_japanese(page):
     catalog = _catalog(page)
     missing = [text for text in _sentences(page) if not catalog.get(text)]
     assert not missing, f"run docs/build --catalogs, and translate: {missing}"
+
+
+def test_the_japanese_readme_has_the_code_of_the_english_one():
+    english, japanese = (
+        FENCE.findall((ROOT / name).read_text(encoding="utf-8"))
+        for name in ("README.md", "README.ja.md")
+    )
+    assert japanese == english

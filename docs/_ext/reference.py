@@ -1,6 +1,7 @@
 """The API reference: which modules have a page, and the signatures of dataclasses."""
 
 import ast
+import functools
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -13,6 +14,7 @@ PUBLIC = (
     "robust_ssl.build",
     "robust_ssl.conformance",
     "robust_ssl.data",
+    "robust_ssl.data.public",
     "robust_ssl.evaluation",
     "robust_ssl.evaluation.analysis",
     "robust_ssl.evaluation.checks",
@@ -49,24 +51,63 @@ def page_of(file: str) -> str | None:
     return f"api/{path}/index.rst" if path.replace("/", ".") in PUBLIC else None
 
 
-def _default(value: str) -> str | None:
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _class(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
+    """Returns a class of the package and its module, also where it is imported from another."""
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+        imported = [alias.name for alias in getattr(node, "names", ()) if hasattr(node, "level")]
+        if name in imported and (node.module or "").startswith("robust_ssl"):
+            return _class(node.module, name)
+    return None
+
+
+def _default(value: ast.expr | None) -> str | None:
     """Returns the default of a field as code, also of ``struct.field(default=...)``."""
-    call = ast.parse(value, mode="eval").body
-    if not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith("field"):
-        return value
-    options = {word.arg: ast.unparse(word.value) for word in call.keywords}
-    made = options.get("default_factory")
-    return options.get("default", f"{made}()" if made else None)
+    if value is None:
+        return None
+    function = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
+    if function == "option":  # of pretraining: a static field
+        return ast.unparse(value.args[0])
+    if not function.endswith("field"):
+        return ast.unparse(value)
+    options = {word.arg: ast.unparse(word.value) for word in value.keywords}
+    return options.get("default", "..." if "default_factory" in options else None)
 
 
-def fields(cls) -> str:
-    """Returns the fields of a dataclass as a signature."""
-    arguments = []
-    for child in cls.children:
-        if child.type == "attribute" and child.annotation and not child.name.startswith("_"):
-            default = _default(child.value) if child.value is not None else None
-            arguments.append(child.name if default is None else f"{child.name}={default}")
-    return ", ".join(arguments)
+def _fields(module: str, name: str) -> dict[str, str | None]:
+    """Returns the fields of a dataclass with their defaults; those of its bases come first."""
+    place = _class(module, name)
+    if place is None:
+        return {}
+    home, node = place
+    fields = {}
+    for base in node.bases:
+        fields |= _fields(home, ast.unparse(base))
+    annotated = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+    for each in annotated:
+        field = ast.unparse(each.target)
+        if not field.startswith("_") and "ClassVar" not in ast.unparse(each.annotation):
+            fields[field] = _default(each.value)
+    return fields
+
+
+def signature(name: str) -> str:
+    """Returns what a dataclass takes, as it is called.
+
+    Example:
+      >>> signature("robust_ssl.threats.Band")
+      "threat, low=0.0, high=float('inf')"
+    """
+    fields = _fields(*name.rsplit(".", 1)).items()
+    return ", ".join(name if default is None else f"{name}={default}" for name, default in fields)
 
 
 def homes() -> dict[str, str]:
@@ -90,7 +131,7 @@ def homes() -> dict[str, str]:
 
 
 def _prepare(environment):
-    environment.filters["fields"] = fields
+    environment.filters["signature"] = signature
     environment.globals["homes"] = homes()
 
 
@@ -101,7 +142,7 @@ def _skip(app, what, name, obj, skip, options):
 
 
 def setup(app):
-    """Leaves out modules that are not public, and gives the templates `fields` and `homes`."""
+    """Leaves out modules that are not public, and gives the templates `signature` and `homes`."""
     app.config.autoapi_prepare_jinja_env = _prepare
     app.connect("autoapi-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

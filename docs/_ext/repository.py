@@ -14,6 +14,8 @@ import reference
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = (
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
     "benchmarks/README.md",
     "notebooks/*.ipynb",
     "robust_ssl/zoo/*/README.md",
