@@ -190,11 +190,16 @@ def replace_file(file: pathlib.Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, because a rename across file systems is a copy.
     partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())  # else a power cut may leave the new name with no content
-    os.replace(partial, file)
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut may leave the new name with no content
+        os.replace(partial, file)
+    except OSError as error:  # a full disk names no file
+        partial.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise OSError(error.errno, f"cannot write {file}: {reason}; make room") from error
     if file.read_bytes() != content:  # by its name, as whoever comes later does
         raise OSError(errno.EIO, f"{file} is not what was just written there")
 
