@@ -32,7 +32,7 @@ from robust_ssl.workdir.paths import WorkdirError
 FILE = ".lock"
 TOUCH_EVERY = 5  # seconds
 WATCH = 60  # seconds without a touch after which a holder elsewhere counts as gone
-_SHARED_WITHIN = 60  # seconds within which a shared disk shows what the first process wrote
+_SHARED_WITHIN = 50  # seconds within which a shared disk shows what the first process wrote
 
 _log = logging.getLogger(__name__)
 
