@@ -170,6 +170,13 @@ def test_what_stands_beside_speaks_of_variants_too(beside):
         variants.check(beside)
 
 
+def test_a_vit_that_norms_elsewhere_is_refused():
+    beside = {"path": "vit_base_patch16_rpn_224-00e3b3b4.pth"}
+    with pytest.raises(ValueError, match="--variant plain"):
+        LAYOUTS["timm-vit"].network(vit(768), beside)
+    LAYOUTS["timm-vit"].network(vit(768), {"path": "trpnet.pth"})
+
+
 # --- positions -----------------------------------------------------------------------------------
 
 
@@ -305,6 +312,57 @@ def test_blue_first_is_noted_and_can_be_named(tmp_path):
         weights.import_encoder(file, **FACTS, channels="grb")
 
 
+TIMM_CONFIG = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 224, 224]}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("configs", "size", "transform"),
+    [
+        (
+            {"config.json": {"pretrained_cfg": {
+                **TIMM_CONFIG, "crop_pct": 0.875, "interpolation": "bicubic"}}},
+            224, {"crop_pct": 0.875, "interpolation": "bicubic", "resize": 256, "crop": 224},
+        ),
+        (
+            {"preprocessor_config.json": {
+                **HALF, "size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}},
+            224, {"interpolation": "bicubic", "resize": 256, "crop": 224},
+        ),
+        (
+            {"preprocessor_config.json": {
+                **HALF, "size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 2}},
+            224, {"interpolation": "bilinear", "crop_pct": 0.875, "resize": 256, "crop": 224},
+        ),
+        ({"preprocessor_config.json": {**HALF, "size": 32}}, 32, {}),
+        (
+            {"open_clip_config.json": {
+                "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+                "model_cfg": {"vision_cfg": {"image_size": 224}}}},
+            224, {"interpolation": "bicubic"},
+        ),
+    ],
+)  # fmt: skip
+def test_how_an_image_got_its_size_is_kept(configs, size, transform):
+    images = normalization.read(configs)
+    assert images.mean == (0.5,) * 3 and images.image_size == size
+    assert images.transform == transform
+    named = normalization.choose(configs, normalization="imagenet")
+    assert named.transform == transform and named.image_size == size
+
+
+def test_colors_and_means_are_turned_together():
+    record = {**HALF, "image_mean": [0.1, 0.2, 0.3], "do_flip_channel_order": True, "size": 8}
+    assert normalization.read({"preprocessor_config.json": record}).mean == (0.3, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("record", [{**HALF, "rescale_offset": True}, {**HALF, "crop_pct": "x",
+                                    "size": {"shortest_edge": 224}}])  # fmt: skip
+def test_a_transform_we_cannot_follow_is_refused(record):
+    with pytest.raises(ValueError, match=r"rescale_offset|crop_pct"):
+        normalization.read({"preprocessor_config.json": record})
+
+
 # --- wrappers and other parts --------------------------------------------------------------------
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
@@ -393,6 +451,8 @@ def test_an_unknown_part_is_left_out_if_it_is_named(tmp_path):
     file = write(tmp_path, {**PLAIN, **empty("gate.weight", "layer1.0.probe")})
     with pytest.raises(ValueError, match=r"unexpected gate\.weight(.|\n)*unexpected layer1"):
         weights.import_encoder(file, **FACTS)
+    one = weights.inspect_file(file, **FACTS, drop="gate").problems
+    assert len(one) == 1 and "layer1.0.probe" in one[0]
     named = {"drop": ("gate", "layer1.0.probe")}
     assert_same(weights.import_encoder(file, **FACTS, **named), RESNET)
     inspection = weights.inspect_file(file, **FACTS, **named)

@@ -186,6 +186,7 @@ def convert_encoder(
         "layout": inspection.layout.name,
         "dropped": dict(inspection.dropped),
         "normalization": inspection.normalization.source,
+        "transform": dict(inspection.normalization.transform),
         "notes": list(inspection.notes),
     }
     return native.save_encoder(encoder, out, {"imported_from": origin})
@@ -204,6 +205,9 @@ def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None
     if _is_native(path):
         raise ValueError(f"{path} is an encoder of this package already; load_encoder takes it")
     arguments = {_FORMER.get(key, key): x for key, x in arguments.items() if x is not None}
+    for key in ("drop", "inert"):
+        if isinstance(arguments.get(key), str):  # one name is not its letters
+            arguments[key] = (arguments[key],)
     reading = {key: arguments.pop(key) for key in ("reader", "inert") if key in arguments}
     place = {key: arguments.pop(key) for key in ("prefix", "drop") if key in arguments}
     channels = arguments.pop("channels", None)
@@ -343,7 +347,8 @@ def _with_network(
             report.problems.append(
                 f"{key} is {options[key]!r} in the file, and {value!r} is asked for"
             )
-    images = _with_image_size(inspection.normalization, options, report)
+    named = "image_size" in arguments
+    images = _with_image_size(inspection.normalization, options, named, report)
     inspection = dataclasses.replace(
         inspection, normalization=images, builder=name, options=dict(options)
     )
@@ -364,7 +369,9 @@ def _check_options(builder: str, arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{builder} takes no {key!r}{near(key, known[1:])}")
 
 
-def _with_image_size(images: Normalization, options: dict[str, Any], report) -> Normalization:
+def _with_image_size(
+    images: Normalization, options: dict[str, Any], named: bool, report: Report
+) -> Normalization:
     """A network with positions knows its image size; another one's must be read or named."""
     size = options.setdefault("image_size", images.image_size)
     if size is None:
@@ -372,7 +379,7 @@ def _with_image_size(images: Normalization, options: dict[str, Any], report) -> 
         report.problems.append(
             "nothing beside the weights says how large images were; " + normalization.HOW_TO_SIZE
         )
-    elif images.image_size not in (None, size):
+    elif images.image_size not in (None, size) and not named:
         report.notes.append(
             f"the weights have positions for images of {size} pixels; {images.image_size} is said "
             "beside them"

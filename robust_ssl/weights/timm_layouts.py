@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl.weights import mapping
+from robust_ssl.weights import mapping, variants
 from robust_ssl.weights.mapping import Layout, Network
 from robust_ssl.weights.vit_names import Configs, Tensors, check_sizes, names, shape_options
 
@@ -90,6 +90,7 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
     """Makes `Layout.network`; `heads` are this writer's by width."""
 
     def network(tensors: Tensors, configs: Configs) -> Network:
+        variants.check_vit(configs)
         gated = any(".mlp.w12." in name for name in tensors)
         options = shape_options(tensors, TIMM, gated)
         config = configs.get("config.json") or {}
