@@ -363,6 +363,23 @@ def test_a_transform_we_cannot_follow_is_refused(record):
         normalization.read({"preprocessor_config.json": record})
 
 
+def test_absurd_numbers_beside_the_weights_are_problems(tmp_path):
+    options = {**SIZES, "width": 8, "heads": 2, "registers": 1, "layer_scale": True, "rotary": 1e2}
+    encoder = random_encoder(models.vision_transformer, **options)
+    tensors = tensors_of(encoder, "huggingface-dinov3")
+    known = {"patch_size": 16, "num_attention_heads": 2}
+    for config, message in (
+        ({"image_size": 10**9}, "at most 512 patches"),
+        ({"image_size": [16, 32]}, "no square"),
+        ({"image_size": "x"}, "x"),
+        ({"rope_theta": "x"}, "rope_theta|float"),
+        ({"num_attention_heads": 0}, "heads"),
+    ):
+        file = write(tmp_path, tensors, "model.safetensors", config={**known, **config})
+        with pytest.raises(ValueError, match=message):
+            weights.import_encoder(file, normalization="half")
+
+
 # --- wrappers and other parts --------------------------------------------------------------------
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}

@@ -43,6 +43,8 @@ LAYOUTS: tuple[mapping.Layout, ...] = (
 
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
+# Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
+_NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
 # Of what is asked for, what no builder takes.
 _NOT_OPTIONS = ("variant", "position_resizing")
 # Before the package had one spelling; configs of that time still have it.
@@ -245,8 +247,7 @@ def _normalization(configs, arguments: dict[str, Any], report: Report) -> Normal
     choice |= {key: arguments.pop(key, None) for key in ("normalization", "mean", "std")}
     try:
         images = normalization.choose(configs, **choice)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        # Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
+    except _NONSENSE as error:
         raise ValueError(
             "the JSON beside the weights says nothing sensible about images: "
             f"{type(error).__name__} {error}"
@@ -265,7 +266,7 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     """A name against another encoder's own header is an error; against other JSON it is noted."""
     try:
         stored = normalization.read(configs)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (*_NONSENSE, ValueError):
         return  # naming is the remedy for a file that cannot be understood
     if stored.mean is None or (stored.mean, stored.std) == (images.mean, images.std):
         return
@@ -331,7 +332,7 @@ def _with_network(
             "names": file.tensors.keys(),
         }  # fmt: skip
         name, options, assumed = inspection.layout.network(tensors, sources)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except _NONSENSE as error:
         raise ValueError(
             f"what is beside the weights is not as {inspection.layout.name} has it: "
             f"{type(error).__name__} {error}"
