@@ -91,6 +91,7 @@ REGISTERS = {"register_tokens": (1, 4, 384)}
         ("timm-vit", vit(384), {"config.json": {"pretrained_cfg": {}}}, 6),
         ("timm-vit", vit(512), {"config.json": {"pretrained_cfg": {}}}, 8),
         ("timm-vit", vit(512), {}, None),
+        ("timm-vit", vit(1536), {}, None),  # SigLIP2's 16 or, gated, DINOv2's 24
         ("timm-vit", vit(384), {"config.json": {"num_heads": 4}}, 4),
         ("timm-vit", vit(768, **{"blocks.0.mlp.fc1.weight": (2304, 768)}), {}, None),
         ("dino", vit(384), {}, None),  # anybody's backbone
@@ -266,7 +267,7 @@ def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
         {"patch_size": [16, 8]},
         {"image_size": 224},
         {"patch_size": 14},
-        {"global_pool": "map"},
+        {"global_pool": "avgmax"},
         {"pretrained_cfg": {}, "model_args": {"qk_norm": True}},
     ],
 )
@@ -378,6 +379,33 @@ def test_absurd_numbers_beside_the_weights_are_problems(tmp_path):
         file = write(tmp_path, tensors, "model.safetensors", config={**known, **config})
         with pytest.raises(ValueError, match=message):
             weights.import_encoder(file, normalization="half")
+
+
+CONVNEXT = {"depths": (2, 1), "widths": (4, 8), "patch_size": 2, "image_size": 8}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(
+    "layout", [layout.name for layout in convert.LAYOUTS if "convnext" in layout.name]
+)
+def test_every_convnext_comes_back(layout, second):
+    if second and layout in ("torchvision-convnext", "huggingface-dinov3-convnext"):
+        return  # these have the first version only
+    encoder = random_encoder(
+        models.convnext, **CONVNEXT, layer_scale=not second, response_norm=second
+    )
+    tensors = tensors_of(encoder, layout)
+    matching = [other.name for other in convert.LAYOUTS if other.matches(tensors.keys())]
+    assert matching == [layout]
+    _, options, _ = LAYOUTS[layout].network(tensors, {"config.json": {}})
+    assert {key: options[key] for key in ("depths", "widths", "patch_size")} == {
+        key: value for key, value in CONVNEXT.items() if key != "image_size"
+    }
+    assert (options["layer_scale"], options["response_norm"]) == (not second, second)
+    flat = traverse_util.flatten_dict(encoder.variables, sep="/")
+    back = mapping.join(LAYOUTS[layout].entries(encoder), tensors, flat, "it")
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(back[path], leaf)
 
 
 # --- wrappers and other parts --------------------------------------------------------------------
