@@ -154,7 +154,7 @@ def convert_encoder(
         "format": file.format,
         "sha256": file.sha256,
         "found_under": file.found_under,
-        "layout": inspection.layout.name,
+        "layout": _layout_of(inspection).name,
         "dropped": dict(inspection.dropped),
         "normalization": inspection.normalization.source,
         "notes": list(inspection.notes),
@@ -166,6 +166,7 @@ def _imported(path, layout, under, name, arguments) -> tuple[Inspection, Encoder
     inspection, encoder = _examine(path, layout, under, arguments)
     if inspection.problems:
         raise ValueError(f"{path} cannot be imported:\n  " + "\n  ".join(inspection.problems))
+    assert encoder is not None  # else there would be a problem
     place = pathlib.Path(path)
     return inspection, encoder.replace(name=name or (place.name if place.is_dir() else place.stem))
 
@@ -235,6 +236,11 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     (report.problems if certain else report.notes).append(text)
 
 
+def _layout_of(inspection: Inspection) -> mapping.Layout:
+    assert inspection.layout is not None  # the first thing that is looked for
+    return inspection.layout
+
+
 def _choose_layout(names: Mapping[str, Any], choice: str | None) -> mapping.Layout:
     table = "\n".join(f"    {layout.name}: {layout.source}" for layout in LAYOUTS)
     for layout in LAYOUTS:
@@ -250,8 +256,9 @@ def _with_tensors(inspection: Inspection, report) -> tuple[Inspection, dict[str,
     """Returns the tensors under the layout's names, float32."""
     sources: dict[str, str] = {}
     dropped = []
+    rename = _layout_of(inspection).rename
     for name in inspection.file.tensors:
-        renamed = inspection.layout.rename(name)
+        renamed = rename(name)
         if renamed is None:
             dropped.append(name)
         elif renamed in sources:
@@ -266,7 +273,8 @@ def _with_tensors(inspection: Inspection, report) -> tuple[Inspection, dict[str,
 
 
 def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str, np.ndarray]:
-    tensors, widened, wrong, bad = {}, collections.Counter(), [], []
+    tensors, wrong, bad = {}, [], []
+    widened: collections.Counter[str] = collections.Counter()
     for renamed, name in sources.items():
         kind = arrays[name].dtype.name
         if kind in _WIDENED:
@@ -307,10 +315,10 @@ def _with_network(
         stored.pop(key, None)
     try:
         sources = {**configs, "options": {**stored, **arguments}, "layout": layout}
-        name, options = inspection.layout.network(tensors, sources)
+        name, options = _layout_of(inspection).network(tensors, sources)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(
-            f"what is beside the weights is not as {inspection.layout.name} has it: "
+            f"what is beside the weights is not as {_layout_of(inspection).name} has it: "
             f"{type(error).__name__} {error}"
         ) from error
     options = {**options, **stored}  # the header knows more than names and shapes tell
@@ -365,7 +373,7 @@ def _resized(inspection: Inspection, encoder: Encoder, size: int | None, report:
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], inspection: Inspection) -> Encoder:
     expected = traverse_util.flatten_dict(skeleton.variables, sep="/")
-    entries = inspection.layout.entries(skeleton)
+    entries = _layout_of(inspection).entries(skeleton)
     arrays = mapping.join(entries, tensors, expected, inspection.file.path)
     leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
     return skeleton.replace(variables=traverse_util.unflatten_dict(leaves, sep="/"))
