@@ -102,6 +102,7 @@ if __name__ == "__main__":
                 "mypy>=1.15",
                 "shtab>=1.7",
                 "build>=1.2",
+                "setuptools>=77",  # wheel and sdist are built without isolation
                 "nbformat>=5.10",
                 "nbclient>=0.10",
                 "ipykernel>=6.29",

@@ -145,6 +145,19 @@ def test_a_result_is_shown_and_written(classifier, tmp_path):
     assert len(document["verdict"]["checks"]) > 15
 
 
+def test_classes_go_by_their_names(classifier):
+    images, labels = tiny.images("test", n=8)
+    named = classifier.replace(class_names=("a", "b", "c", "d"))
+    sorted_otherwise = {"images": images, "labels": 3 - labels, "class_names": ("d", "c", "b", "a")}
+    once = {"attacks": "fgsm", "examine": False, **QUIET}
+    turned = robust_ssl.measure(named, data.from_arrays(**sorted_otherwise), **once)
+    straight = robust_ssl.measure(classifier, images, labels, **once)
+    assert turned.clean_accuracy == straight.clean_accuracy
+    others = data.from_arrays(images, labels, class_names=("a", "b", "c", "x"))
+    with pytest.raises(ValueError, match="which are not"):
+        robust_ssl.measure(named, others, **once)
+
+
 @pytest.mark.slow
 def test_autoattack_is_one_line(classifier):
     images, labels = tiny.images("test", n=8)

@@ -110,10 +110,14 @@ def config(tmp_path):
 def test_check_says_what_a_run_takes_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert main.main(["check", config, "--devices=2"]) == 0
+    epochs = [f"recipes.{name}.epochs=2" for name in ("baseline", "gen_af_stage1")]
+    assert main.main(["check", config, *epochs, "--devices=2"]) == 0
     out = capsys.readouterr().out
     assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
-    assert re.search(r"^baseline +the encoder +\d+ +\d+ +[\d,]+ of [\d,]+ +\d", out, re.MULTILINE)
+    # 48 images in batches of 16, twice; the head alone, one pass each.
+    assert re.search(r"^baseline +the encoder +2 +6 +36 of [\d,]+ +2 +\d", out, re.MULTILINE)
+    # The attack's two steps and two passes of the update, clean and under attack.
+    assert re.search(r"^gen_af_stage1 +the encoder +2 +6 .* 8 +[\d.]+ MB$", out, re.MULTILINE)
     assert re.search(r"^gen_af +gen_af_stage1 .*chosen on the way of", out, re.MULTILINE)
     assert re.search(r"^random_noise +0 +\d+ +0$", out, re.MULTILINE)
     assert out.endswith("nothing was found wrong, and nothing was written\n")

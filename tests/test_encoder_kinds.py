@@ -91,6 +91,7 @@ REGISTERS = {"register_tokens": (1, 4, 384)}
         ("timm-vit", vit(384), {"config.json": {"pretrained_cfg": {}}}, 6),
         ("timm-vit", vit(512), {"config.json": {"pretrained_cfg": {}}}, 8),
         ("timm-vit", vit(512), {}, None),
+        ("timm-vit", vit(1536), {}, None),  # SigLIP2's 16 or, gated, DINOv2's 24
         ("timm-vit", vit(384), {"config.json": {"num_heads": 4}}, 4),
         ("timm-vit", vit(768, **{"blocks.0.mlp.fc1.weight": (2304, 768)}), {}, None),
         ("dino", vit(384), {}, None),  # anybody's backbone
@@ -168,6 +169,13 @@ def test_other_names_are_not(name):
 def test_what_stands_beside_speaks_of_variants_too(beside):
     with pytest.raises(ValueError, match=r"variant|plain ResNet"):
         variants.check(beside)
+
+
+def test_a_vit_that_norms_elsewhere_is_refused():
+    beside = {"path": "vit_base_patch16_rpn_224-00e3b3b4.pth"}
+    with pytest.raises(ValueError, match="--variant plain"):
+        LAYOUTS["timm-vit"].network(vit(768), beside)
+    LAYOUTS["timm-vit"].network(vit(768), {"path": "trpnet.pth"})
 
 
 # --- positions -----------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
         {"patch_size": [16, 8]},
         {"image_size": 224},
         {"patch_size": 14},
-        {"global_pool": "map"},
+        {"global_pool": "avgmax"},
         {"pretrained_cfg": {}, "model_args": {"qk_norm": True}},
     ],
 )
@@ -303,6 +311,101 @@ def test_blue_first_is_noted_and_can_be_named(tmp_path):
     assert_same(encoder, adjustments.reverse_channels(RESNET))
     with pytest.raises(ValueError, match="'grb': there are rgb, bgr"):
         weights.import_encoder(file, **FACTS, channels="grb")
+
+
+TIMM_CONFIG = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 224, 224]}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("configs", "size", "transform"),
+    [
+        (
+            {"config.json": {"pretrained_cfg": {
+                **TIMM_CONFIG, "crop_pct": 0.875, "interpolation": "bicubic"}}},
+            224, {"crop_pct": 0.875, "interpolation": "bicubic", "resize": 256, "crop": 224},
+        ),
+        (
+            {"preprocessor_config.json": {
+                **HALF, "size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}},
+            224, {"interpolation": "bicubic", "resize": 256, "crop": 224},
+        ),
+        (
+            {"preprocessor_config.json": {
+                **HALF, "size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 2}},
+            224, {"interpolation": "bilinear", "crop_pct": 0.875, "resize": 256, "crop": 224},
+        ),
+        ({"preprocessor_config.json": {**HALF, "size": 32}}, 32, {}),
+        (
+            {"open_clip_config.json": {
+                "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+                "model_cfg": {"vision_cfg": {"image_size": 224}}}},
+            224, {"interpolation": "bicubic"},
+        ),
+    ],
+)  # fmt: skip
+def test_how_an_image_got_its_size_is_kept(configs, size, transform):
+    images = normalization.read(configs)
+    assert images.mean == (0.5,) * 3 and images.image_size == size
+    assert images.transform == transform
+    named = normalization.choose(configs, normalization="imagenet")
+    assert named.transform == transform and named.image_size == size
+
+
+def test_colors_and_means_are_turned_together():
+    record = {**HALF, "image_mean": [0.1, 0.2, 0.3], "do_flip_channel_order": True, "size": 8}
+    assert normalization.read({"preprocessor_config.json": record}).mean == (0.3, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("record", [{**HALF, "rescale_offset": True}, {**HALF, "crop_pct": "x",
+                                    "size": {"shortest_edge": 224}}])  # fmt: skip
+def test_a_transform_we_cannot_follow_is_refused(record):
+    with pytest.raises(ValueError, match=r"rescale_offset|crop_pct"):
+        normalization.read({"preprocessor_config.json": record})
+
+
+def test_absurd_numbers_beside_the_weights_are_problems(tmp_path):
+    options = {**SIZES, "width": 8, "heads": 2, "registers": 1, "layer_scale": True, "rotary": 1e2}
+    encoder = random_encoder(models.vision_transformer, **options)
+    tensors = tensors_of(encoder, "huggingface-dinov3")
+    known = {"patch_size": 16, "num_attention_heads": 2}
+    for config, message in (
+        ({"image_size": 10**9}, "at most 512 patches"),
+        ({"image_size": [16, 32]}, "no square"),
+        ({"image_size": "x"}, "x"),
+        ({"rope_theta": "x"}, "rope_theta|float"),
+        ({"num_attention_heads": 0}, "heads"),
+    ):
+        file = write(tmp_path, tensors, "model.safetensors", config={**known, **config})
+        with pytest.raises(ValueError, match=message):
+            weights.import_encoder(file, normalization="half")
+
+
+CONVNEXT = {"depths": (2, 1), "widths": (4, 8), "patch_size": 2, "image_size": 8}
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(
+    "layout", [layout.name for layout in convert.LAYOUTS if "convnext" in layout.name]
+)
+def test_every_convnext_comes_back(layout, second):
+    if second and layout in ("torchvision-convnext", "huggingface-dinov3-convnext"):
+        return  # these have the first version only
+    encoder = random_encoder(
+        models.convnext, **CONVNEXT, layer_scale=not second, response_norm=second
+    )
+    tensors = tensors_of(encoder, layout)
+    matching = [other.name for other in convert.LAYOUTS if other.matches(tensors.keys())]
+    assert matching == [layout]
+    _, options, _ = LAYOUTS[layout].network(tensors, {"config.json": {}})
+    assert {key: options[key] for key in ("depths", "widths", "patch_size")} == {
+        key: value for key, value in CONVNEXT.items() if key != "image_size"
+    }
+    assert (options["layer_scale"], options["response_norm"]) == (not second, second)
+    flat = traverse_util.flatten_dict(encoder.variables, sep="/")
+    back = mapping.join(LAYOUTS[layout].entries(encoder), tensors, flat, "it")
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(back[path], leaf)
 
 
 # --- wrappers and other parts --------------------------------------------------------------------
@@ -393,6 +496,8 @@ def test_an_unknown_part_is_left_out_if_it_is_named(tmp_path):
     file = write(tmp_path, {**PLAIN, **empty("gate.weight", "layer1.0.probe")})
     with pytest.raises(ValueError, match=r"unexpected gate\.weight(.|\n)*unexpected layer1"):
         weights.import_encoder(file, **FACTS)
+    one = weights.inspect_file(file, **FACTS, drop="gate").problems
+    assert len(one) == 1 and "layer1.0.probe" in one[0]
     named = {"drop": ("gate", "layer1.0.probe")}
     assert_same(weights.import_encoder(file, **FACTS, **named), RESNET)
     inspection = weights.inspect_file(file, **FACTS, **named)

@@ -75,6 +75,7 @@ TIMM = {
     },
     "registers, DINOv2": {"no_embed_class": True, "reg_tokens": 4, "init_values": 0.1},
     "registers with positions": {"reg_tokens": 2},
+    "SigLIP": {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"},
     "DeiT III": {"no_embed_class": True, "init_values": 0.1},
     "CLIP tower": {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": "layernorm"},
 }  # fmt: skip

@@ -269,6 +269,20 @@ def test_errors_have_their_exit_code_and_no_traceback(experiment, config_file, t
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_second_interrupt_says_where_it_was(experiment, config_file, tmp_path, capsys):
+    def interrupted(config, workdir, *, parallel):
+        with progress.Progress("quiet").stage("recipes/gen_af-seed0", total_steps=9) as bar:
+            bar.update(4, loss=1.0)
+            raise KeyboardInterrupt
+
+    experiment.run = interrupted
+    assert _call("run", config_file, tmp_path) == 75
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "robust-ssl: interrupted at step 4 of 9 of recipes/gen_af-seed0; the last checkpoint is "
+        "kept; run the same command again to go on"
+    )
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

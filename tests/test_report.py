@@ -546,10 +546,13 @@ def test_an_imbalanced_set_has_its_majority_class_as_a_line(classes, images, sai
 
 
 def test_what_was_left_out_and_what_is_in_both_splits_is_told(tmp_path):
+    balanced = {"baseline-seed0": 0.5, "gen_af-seed0": 0.75}
     document = of_classes(2, 48, test_among_train=7, notes=["train: left out, no classes: @eaDir/"])
+    document["run"]["balanced_accuracy"] = balanced
     results.check(document)
     report.write_report(tmp_path, document)
     page = (tmp_path / "report.md").read_text()
+    assert "where one answer has 50.0 %: baseline 50.0 %, gen_af 75.0 %." in page
     assert "Note on train: left out, no classes: @eaDir/." in page
     assert "Test images among the training images: 7 of 50." in page
     assert "always 'good\\|part'" in page

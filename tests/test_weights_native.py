@@ -90,6 +90,7 @@ def trust(directory):
         (vit.vit_tiny, {"depth": 1, "pooling": "mean", "patch_size": 8, "name": "mine"}),
         (vit.vit_small, {"depth": 1, "image_size": 8, "dtype": "bfloat16"}),
         (vit.vit_base, {"depth": 1, "image_size": 8}),
+        (models.convnext, {"depths": (1, 1), "widths": (4, 8), "patch_size": 2, "image_size": 8}),
     ],
 )
 def test_every_builder_round_trips_bit_equal(builder, options, tmp_path):

@@ -29,15 +29,17 @@ OFFLINE = [
     "surrogate.source=robust_ssl.data:photo_crops",
 ]
 FEW = [f"recipes.{name}.epochs=1" for name in ("baseline", "gen_af_stage1", "gen_af")]
-FEW += ["common.batch_size=128", "suite.num_steps=2"]
+FEW += ["recipes.gen_af_stage1.scored=False", "common.batch_size=128", "suite.num_steps=2"]
 LIMITS = ["downstream.train_limit=300", "downstream.test_limit=60", "surrogate.train_limit=128"]
-SMALL = [*FEW, *LIMITS, "--no-progress"]
+SMALL = [*FEW, *LIMITS]
 # Without the checkout, which is where the tests of this session may come from.
 ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 # By the longest beginning of a command: the command that is run for it, and what is added to make
 # it small.  None leaves the command as it is.
 COMMANDS = {
-    "robust-ssl run quickstart": (None, SMALL),
+    "robust-ssl run quickstart --workdir=runs/quickstart": (None, [*SMALL, "--no-progress"]),
+    # Once is enough: of others every step is traced.
+    "robust-ssl run quickstart": ("robust-ssl check quickstart", SMALL),
     # Data that are not here: everything is read and traced, and nothing run.
     "robust-ssl run": ("robust-ssl check", OFFLINE),
     "robust-ssl sweep": ("robust-ssl check", OFFLINE),

@@ -15,6 +15,7 @@ from robust_ssl.parallel import Parallel
 
 
 def test_asking_for_every_core_after_jax_has_started_changes_nothing():
+    jax.devices()
     xla.use_every_core()
     assert jax.device_count() == 4
 

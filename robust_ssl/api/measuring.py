@@ -7,28 +7,21 @@ import functools
 import html
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from robust_ssl import data, evaluation, report, threats
-from robust_ssl.api import inputs
-from robust_ssl.api.attacking import Perturbation
-from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
-from robust_ssl.attacks import UniversalPerturbation, autoattack
-from robust_ssl.build import Function, near
+from robust_ssl import data, disk, evaluation, models, report, threats
+from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
 from robust_ssl.experiment.examine import affordable
-from robust_ssl.experiment.groups import Group, Member, Scored, threat_name
+from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
 
-EPSILON = 8 / 255  # the usual budget of attacks on single images
-_NAME = "classifier"  # of the one model, among entries
 _EXAMINED = tuple(group for group in checks.GROUPS if group != "universal")
 
 
@@ -122,7 +115,7 @@ class Result:
         """Returns `as_dict` as text, and writes it if a path is given."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
         if path is not None:
-            pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+            disk.replace(path, text + "\n")
         return text
 
 
@@ -194,10 +187,11 @@ def measure(
     examples = inputs.examples_of(images, labels, inputs.size_of(classifier), "test")
     if not examples.class_names:
         raise ValueError("labels are needed to count right answers: measure(net, images, labels)")
+    classifier = _in_order(classifier, examples)
     num_classes = _classes(classifier, examples)
-    named = _named(attacks)
-    epsilon = _budget(named) if epsilon is None else epsilon
-    groups = _groups(named, epsilon, num_classes)
+    named = choice.named(attacks)
+    epsilon = choice.largest_budget(named) if epsilon is None else epsilon
+    groups = choice.grouped(named, epsilon, num_classes)
     scorer = _Scorer(classifier, examples, batch_size, jax.random.key(seed), parallel)
     parts = sum(len(members) for members in groups.values())
     with Progress(progress).stage("measure", parts + examine) as bar:
@@ -208,6 +202,18 @@ def measure(
     return Result(scored, verdict)
 
 
+def _in_order(classifier: Any, examples: Any) -> Any:
+    """Returns the classifier with its logits in the order of the images' classes, if both say it.
+
+    Raises:
+      ValueError: If they have other classes.
+    """
+    mine, asked = getattr(classifier, "class_names", ()), examples.class_names
+    if not mine or data.is_numbered(mine) or data.is_numbered(asked):
+        return classifier
+    return models.in_order_of(classifier, asked)
+
+
 def _classes(classifier: Any, examples: Any) -> int:
     classes = getattr(classifier, "num_classes", examples.num_classes)
     if examples.labels is not None and examples.labels.max() >= classes:
@@ -216,91 +222,6 @@ def _classes(classifier: Any, examples: Any) -> int:
             f"0 to {classes - 1}"
         )
     return classes
-
-
-# --- Which attacks ------------------------------------------------------------------------------
-
-
-def _named(given: Any) -> dict[str, Any]:
-    """Returns attacks by what they are called."""
-    if isinstance(given, Mapping):
-        named = dict(given)
-    else:
-        alone = isinstance(given, str) or not isinstance(given, Iterable)
-        named = {}
-        for attack in [given] if alone else given:
-            name = _name_of(attack)
-            # Two of one name are two attacks.
-            number = sum(other.partition(" (")[0] == name for other in named)
-            named[f"{name} ({number + 1})" if number else name] = attack
-    if not named:
-        raise ValueError('name at least one attack; see robust_ssl.list("attacks")')
-    return {name: _value(attack) for name, attack in named.items()}
-
-
-def _name_of(attack: Any) -> str:
-    if isinstance(attack, str):
-        return attack.rpartition(":")[2]
-    value = _value(attack)
-    return getattr(value, "name", type(value).__name__.lower())
-
-
-def _value(attack: Any) -> Any:
-    return attack.value if isinstance(attack, Perturbation) else attack
-
-
-def _budget(named: Mapping[str, Any]) -> float:
-    """Returns the largest budget of the perturbations under Linf, else the usual one."""
-    budgets = [
-        float(attack.threat.epsilon)
-        for attack in named.values()
-        if isinstance(getattr(attack, "threat", None), threats.Linf)
-    ]
-    return max(budgets, default=EPSILON)
-
-
-def _groups(
-    named: Mapping[str, Any], epsilon: float, num_classes: int
-) -> dict[Group, list[tuple[str, Any]]]:
-    """Returns attacks by family, threat and budget: of each group there is a worst case."""
-    groups: dict[Group, list[tuple[str, Any]]] = {}
-    linf = threats.Linf(epsilon)
-    with_budget = {n: _built(a, linf, num_classes) for n, a in named.items()}
-    for name, value in with_budget.items():
-        if isinstance(value, Mapping):
-            group = Group(_NAME, "hardened", AUTOATTACK, "Linf", epsilon)
-        else:
-            universal = isinstance(value, UniversalPerturbation)
-            threat = getattr(value, "threat", None)
-            budget = getattr(threat, "epsilon", getattr(threat, "area", 0.0))
-            family, against = ("universal", "public") if universal else ("per_image", "hardened")
-            group = Group(_NAME, against, family, threat_name(threat), float(budget))
-        groups.setdefault(group, []).append((name, value))
-    return groups
-
-
-def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
-    """Returns an attack by name under a threat; AutoAttack is a mapping of several."""
-    if not isinstance(attack, str):
-        if hasattr(attack, "init") and hasattr(attack, "step"):
-            raise ValueError(
-                f"{type(attack).__name__} is yet to be fitted: measure(..., "
-                "attacks=robust_ssl.attack(encoder, surrogate_images, attack=...))"
-            )
-        return attack
-    if attack == AUTOATTACK:
-        return autoattack.standard(linf, num_classes)
-    if attack in UNIVERSAL:
-        raise ValueError(
-            f"{attack!r} is one perturbation for all images, fitted before: measure(..., attacks="
-            f"robust_ssl.attack(encoder, surrogate_images, attack={attack!r}))"
-        )
-    if attack not in PER_IMAGE and ":" not in attack:
-        known = [*PER_IMAGE, AUTOATTACK]
-        raise ValueError(
-            f'no attack {attack!r}{near(attack, known)}; see robust_ssl.list("attacks")'
-        )
-    return Function.read(PER_IMAGE.get(attack, attack), f"attack {attack!r}")(linf)
 
 
 # --- Scoring and examining ----------------------------------------------------------------------

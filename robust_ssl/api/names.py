@@ -109,15 +109,32 @@ def _attacks() -> dict[str, str]:
 def _encoders() -> dict[str, str]:
     from robust_ssl import weights
 
-    return {name: _encoder_line(weights.encoder_card(name)) for name in weights.list_encoders()}
+    return {name: describe_encoder(weights.encoder_card(name)) for name in weights.list_encoders()}
 
 
-def _encoder_line(card: Mapping[str, Any]) -> str:
-    options, notes = card["options"], card["card"]
-    network = f"{card['builder'].rpartition(':')[2]} of width {options['width']}"
-    accuracy = notes.get("linear_accuracy")
-    linear = "" if accuracy is None else f", {100 * accuracy:.1f} % linear"
-    return f"{network}, {options['image_size']} px{linear}"
+def describe_encoder(card: Mapping[str, Any]) -> str:
+    """Returns what an encoder is in one line, as far as its card says it."""
+    options, details = card["options"], card["card"]
+    config = details.get("config", {})
+    method = config.get("method", "")
+    method = method["function"] if isinstance(method, Mapping) else method
+    source = config.get("data", {}).get("source", "")
+    trained = " on ".join(filter(None, [method.rpartition(":")[2], source]))
+    network = card["builder"].rpartition(":")[2]
+    parts = [
+        f"{network} of width {options['width']}" if "width" in options else network,
+        f"{options['image_size']} pixels" if "image_size" in options else "",
+        trained,
+    ]
+    if "linear_accuracy" in details:
+        parts.append(f"linear probe {100 * details['linear_accuracy']:.1f} %")
+    return ", ".join(filter(None, parts))
+
+
+def describe_set(public: Any) -> str:
+    """Returns how large a public data set is, in one line."""
+    images = " + ".join(f"{count:,} {split}" for split, count in public.images.items())
+    return f"{images} images, {public.classes} classes, {public.image_size} pixels"
 
 
 def _recipes() -> dict[str, str]:
@@ -142,8 +159,10 @@ def _functions(module: str) -> Callable[[], dict[str, str]]:
 
 def _data() -> dict[str, str]:
     from robust_ssl.build import resolve
+    from robust_ssl.data.public import SETS
 
-    return {name: first_line(resolve(path)) for name, path in BUILTIN.items()}
+    built_in = {name: first_line(resolve(path)) for name, path in BUILTIN.items()}
+    return {**built_in, **{public.name: describe_set(public) for public in SETS}}
 
 
 _PURPOSES = {

@@ -16,7 +16,6 @@ from typing import Any
 
 from robust_ssl import settings, words
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
-from robust_ssl.cli.listing import describe_encoder
 
 _EXAMPLES = """\
 examples:
@@ -196,6 +195,8 @@ def _card(name_or_path: str) -> str:
         folder = pathlib.Path(name_or_path)
     page = folder.joinpath("README.md")
     text = page.read_text(encoding="utf-8") if page.is_file() else json.dumps(card, indent=2)
+    from robust_ssl.api.names import describe_encoder
+
     return f"{card['name']}: {describe_encoder(card)}\n\n{text.rstrip()}"
 
 

@@ -7,7 +7,7 @@ import inspect
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from robust_ssl import shipped
@@ -50,49 +50,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-def first_line(value: Any) -> str:
-    """Returns the first line of a docstring.
-
-    Example:
-      >>> first_line(first_line)
-      'Returns the first line of a docstring.'
-    """
-    return next(iter((value.__doc__ or "").strip().splitlines()), "")
-
-
 def _configs() -> Lines:
     for name, file in shipped.configs().items():
         yield name, shipped.summary(file)
 
 
-def _encoders() -> Lines:
-    from robust_ssl import weights
-
-    for name in weights.list_encoders():
-        yield name, describe_encoder(weights.encoder_card(name))
-
-
-def describe_encoder(card: Mapping[str, Any]) -> str:
-    """Returns what an encoder is in one line, as far as its card says it."""
-    options, details = card["options"], card["card"]
-    config = details.get("config", {})
-    method = config.get("method", "")
-    method = method["function"] if isinstance(method, Mapping) else method
-    source = config.get("data", {}).get("source", "")
-    trained = " on ".join(filter(None, [method.rpartition(":")[2], source]))
-    network = card["builder"].rpartition(":")[2]
-    parts = [
-        f"{network} of width {options['width']}" if "width" in options else network,
-        f"{options['image_size']} pixels" if "image_size" in options else "",
-        trained,
-    ]
-    if "linear_accuracy" in details:
-        parts.append(f"linear probe {100 * details['linear_accuracy']:.1f} %")
-    return ", ".join(filter(None, parts))
-
-
 def _attacks() -> Lines:
     from robust_ssl import attacks
+    from robust_ssl.api.names import first_line
 
     others = (attacks.UniversalAttack, attacks.UniversalPerturbation)  # a contract, a result
     for name in attacks.__all__:
@@ -120,15 +85,17 @@ def _named(kind: str) -> Callable[[], Lines]:
 
 def _data(data_dir: str | None = None) -> Lines:
     from robust_ssl import data
+    from robust_ssl.api.names import describe_set, first_line
+    from robust_ssl.data.public import SETS
 
     for name in ("digits", "photo_crops"):
         yield f"robust_ssl.data:{name}", f"{first_line(getattr(data, name))} [built in]"
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     folder = pathlib.Path(folder).expanduser()
     here = {*_prepared(folder)}
-    public = {one.name: one for one in _public_sets()}
+    public = {one.name: one for one in SETS}
     for name in sorted(here | public.keys()):
-        size = _size(public[name]) if name in public else ""
+        size = describe_set(public[name]) if name in public else ""
         place = f"[in {folder}]" if name in here else f"[robust-ssl data prepare {name}]"
         yield name, " ".join(filter(None, [size, place]))
 
@@ -140,22 +107,9 @@ def _prepared(folder: pathlib.Path) -> Iterator[str]:
             yield file.parent.parent.relative_to(folder).as_posix()
 
 
-def _public_sets() -> tuple[Any, ...]:
-    try:
-        from robust_ssl.data.public.table import SETS
-    except ModuleNotFoundError:
-        return ()
-    return SETS
-
-
-def _size(one: Any) -> str:
-    images = " + ".join(f"{count:,} {split}" for split, count in one.images.items())
-    return f"{images} images, {one.classes} classes, {one.image_size} pixels"
-
-
 _KINDS: dict[str, Callable[..., Lines]] = {
     "configs": _configs,
-    "encoders": _encoders,
+    "encoders": _named("encoders"),
     "attacks": _attacks,
     "losses": _named("losses"),
     "objectives": _named("objectives"),

@@ -5,6 +5,7 @@ from robust_ssl.evaluation.analysis import per_layer_stability
 from robust_ssl.evaluation.counts import (
     Counts,
     PerImage,
+    balanced_accuracy,
     difference,
     wilson_interval,
     worst_case,
@@ -23,6 +24,7 @@ __all__ = [
     "Counts",
     "PerImage",
     "analysis",
+    "balanced_accuracy",
     "checks",
     "clean_correct",
     "difference",

@@ -220,3 +220,21 @@ def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     # Of the same images, so an image that is hard for both says nothing and adds no noise.
     each = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     return float(each.mean()), 1.96 * math.sqrt(float(np.square(each).sum())) / len(each)
+
+
+def balanced_accuracy(correct: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean over classes of the share of right images, in [0, 1].
+
+    One answer for all images gets one over the number of classes, however many are of one class.
+
+    Args:
+      correct: Bool ``[n]``.
+      labels: Integer ``[n]``; a class without images does not count.
+
+    Example:
+      >>> labels = np.array([0, 0, 0, 1])
+      >>> balanced_accuracy(labels == 0, labels)
+      0.5
+    """
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return float(np.mean(np.bincount(places, weights=correct) / counts))

@@ -22,6 +22,7 @@ from robust_ssl import data, evaluation, struct, threats
 from robust_ssl.evaluation import PerImage
 from robust_ssl.experiment.attack import Fitted
 from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.context import identity as identity  # names a group's model
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier

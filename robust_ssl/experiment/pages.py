@@ -6,20 +6,20 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from robust_ssl import evaluation, report
+from robust_ssl import disk, evaluation, report
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, at_main_budget, attack
 from robust_ssl.experiment.compare import outcomes_of, over_seeds
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.recipe import Recipe
-from robust_ssl.experiment.score import origin_of, saved_classifiers, score
+from robust_ssl.experiment.score import origin_of, read_outcomes, saved_classifiers, score
 from robust_ssl.parallel import everywhere
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import (
@@ -98,7 +98,7 @@ def _as_written(workdir: pathlib.Path) -> bool:
     if jax.process_index():
         return True  # the first process looks
     try:
-        record = json.loads((workdir / WRITTEN).read_text(encoding="utf-8"))
+        record = disk.read_json(workdir / WRITTEN)
         if digest(record["files"]) != record["sha256"]:
             return False
     except (OSError, ValueError, KeyError, TypeError):
@@ -156,6 +156,7 @@ def _document(
             "seeds": list(suite.seeds),
         },
         "seeds": list(context.plan.training.seeds),
+        "balanced_accuracy": _balanced(context, scored, models),
         "devices": manifest["devices"],
         "versions": manifest["versions"],
         "config": context.plan.text,
@@ -169,6 +170,13 @@ def _document(
         "verdicts": scored.results["verdicts"],
         "comparison": None if comparison is None else comparison.results,
     }
+
+
+def _balanced(context: Context, scored: StageDirectory, models: Iterable[str]) -> dict[str, float]:
+    """Clean accuracy as the mean over classes, of the models scored on the whole test split."""
+    right, labels = read_outcomes(scored), context.test_labels
+    known = [name for name in models if f"{name}, clean" in right]
+    return {n: evaluation.balanced_accuracy(right[f"{n}, clean"], labels) for n in known}
 
 
 def _largest_class(context: Context) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from robust_ssl.models.transformer import (
 from robust_ssl.types import Encoder
 
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, attention heads; DeiT
+_MOST_PATCHES = 512  # along a side; their angles are computed while the network is built
 DEPTH = 12  # blocks of all three sizes
 POOLINGS = ("token", "mean", "attention")
 
@@ -227,6 +228,11 @@ def check(module: ViT) -> None:
         raise ValueError(
             f"rotary positions need heads of a multiple of 4 features, these have "
             f"{module.width // module.heads}"
+        )
+    if module.rotary is not None and module.image_size > _MOST_PATCHES * max(module.patch_size, 1):
+        raise ValueError(
+            f"rotary positions are for at most {_MOST_PATCHES} patches along a side; images of "
+            f"{module.image_size} pixels have more"
         )
     if module.patch_size < 1 or module.image_size % module.patch_size:
         raise ValueError(

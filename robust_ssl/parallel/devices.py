@@ -84,23 +84,9 @@ class Parallel:
                 f"num_devices={num_devices}, but there are {len(devices)} devices: {devices}"
             )
         layout = cls(tuple(devices[:num_devices]), kind)
-        layout._connect()
+        if num_devices is None and jax.process_count() > 1:
+            _connect(layout)
         return layout
-
-    def _connect(self) -> None:
-        """Has the devices of all processes exchange something once they are all there.
-
-        The first exchange between CPU devices opens their connections, and gives up after 30
-        seconds.  Later ones wait for who is late: who compiles longer, or reads more.
-        """
-        if jax.process_count() == 1:
-            return
-        barrier("connect")
-        ones = self.put(np.ones(len(self.devices), np.float32))
-        total = jax.shard_map(
-            lambda x: jax.lax.psum(x, AXIS), mesh=self.mesh, in_specs=P(AXIS), out_specs=P()
-        )
-        jax.block_until_ready(jax.jit(total)(ones))
 
     @property
     def axis_name(self) -> str | None:
@@ -275,6 +261,21 @@ class Parallel:
     def _stack(self, x: jax.Array) -> jax.Array:
         """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""
         return x.reshape(len(self.devices), -1, *x.shape[1:])
+
+
+@functools.cache
+def _connect(layout: Parallel) -> None:
+    """Has the devices of all processes exchange something once they are all there.
+
+    The first exchange between CPU devices opens their connections, and gives up after 30 seconds.
+    Later ones wait for who is late: who compiles longer, or reads more.
+    """
+    barrier("connect")
+    ones = layout.put(np.ones(len(layout.devices), np.float32))
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x, AXIS), mesh=layout.mesh, in_specs=P(AXIS), out_specs=P()
+    )
+    jax.block_until_ready(jax.jit(total)(ones))
 
 
 def _pad(x: np.ndarray, missing: int) -> np.ndarray:

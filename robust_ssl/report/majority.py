@@ -33,3 +33,26 @@ def largest_class(document: Mapping[str, Any]) -> Largest | None:
     )
     least = max(LEAST, OVER_EVEN / downstream["classes"])
     return largest if largest.images >= least * largest.n else None
+
+
+def sentences(document: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    """Returns what the line of the largest class means, and each model's accuracy without its help.
+
+    Nothing is said of a balanced set.
+
+    Args:
+      document: ``results.json``.
+      shown: What each model is called.
+    """
+    if (largest := largest_class(document)) is None:
+        return ""
+    said = f"Always {largest.name!r}, the majority class: one answer for all images."
+    balanced = document["run"].get("balanced_accuracy") or {}
+    parts = [f"{shown[model]} {100 * share:.1f} %" for model, share in balanced.items()]
+    if not parts:
+        return said
+    even = 100 / document["run"]["downstream"]["classes"]
+    return (
+        f"{said} Balanced clean accuracy, the mean over classes, where one answer has "
+        f"{even:.1f} %: {', '.join(parts)}."
+    )

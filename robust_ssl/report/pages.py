@@ -259,7 +259,7 @@ def _run(run: Mapping[str, Any]) -> list[str]:
         f"Suite, at {budget(suite['epsilon'])}: {attacks}; seeds {seeds}.",
         f"Seeds of training: {_cell(run['seeds'])}." if run["seeds"] else "",
     ]
-    known = ("encoder", "downstream", "surrogate", "suite", "seeds", "config")
+    known = ("encoder", "downstream", "surrogate", "suite", "seeds", "config", "balanced_accuracy")
     rest = {name: entry for name, entry in run.items() if name not in known}
     text = _bullets(f"{name}: {_cell(entry)}" for name, entry in rest.items())
     parts = [_bullets(filter(None, lines)), _folded("Versions and devices", text) if rest else ""]

@@ -267,9 +267,8 @@ def headline_caption(document: Document) -> str:
     if reference:
         parts.append(f"Cost: training time relative to {reference}.")
     parts.append("Verdict: whether the figures under attack can be believed.")
-    if (largest := majority.largest_class(document)) is not None:
-        parts.append(f"Always {largest.name!r}, the majority class: one answer for all images.")
-    return " ".join(parts)
+    parts.append(majority.sentences(document, names(document["models"])))
+    return " ".join(filter(None, parts))
 
 
 def print_headline(document: Document, console: Any) -> None:

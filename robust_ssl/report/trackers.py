@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from robust_ssl import disk
 from robust_ssl.report.metrics import numbers, read_metrics, stage_directories
 from robust_ssl.workdir import WorkdirError, read_manifest, write_atomically
 
@@ -228,7 +229,7 @@ class Sender:
         if self._known("results", begun):
             return
         try:
-            table = _table(json.loads(text))
+            table = _table(disk.parse_json(text, file))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             _log.warning("%s cannot be read and is left out: %s", file, error)
             return
@@ -270,7 +271,7 @@ def _remembered(file: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(disk.read_json(file))
     except (OSError, ValueError) as error:
         raise WorkdirError(
             f"{file} says what was sent, and cannot be read ({error}); remove it to send all again"

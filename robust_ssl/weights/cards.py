@@ -182,7 +182,11 @@ def read_bytes(folder, name: str) -> bytes:
 def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Writes beside the file and renames, so that nobody ever reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    disk.replace(file, content)
+    try:
+        disk.replace(file, content)
+    except OSError as error:  # a full disk names no file
+        reason = error.strerror or error
+        raise OSError(error.errno, f"cannot write {file}: {reason}; make room") from error
     if file.read_bytes() != content:  # by its name, as whoever comes later does
         raise OSError(errno.EIO, f"{file} is not what was just written there")
 

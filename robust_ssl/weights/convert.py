@@ -43,6 +43,8 @@ LAYOUTS: tuple[mapping.Layout, ...] = (
 
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
+# Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
+_NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
 # Of what is asked for, what no builder takes.
 _NOT_OPTIONS = ("variant", "position_resizing")
 # Before the package had one spelling; configs of that time still have it.
@@ -186,6 +188,7 @@ def convert_encoder(
         "layout": inspection.layout.name,
         "dropped": dict(inspection.dropped),
         "normalization": inspection.normalization.source,
+        "transform": dict(inspection.normalization.transform),
         "notes": list(inspection.notes),
     }
     return native.save_encoder(encoder, out, {"imported_from": origin})
@@ -204,6 +207,9 @@ def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None
     if _is_native(path):
         raise ValueError(f"{path} is an encoder of this package already; load_encoder takes it")
     arguments = {_FORMER.get(key, key): x for key, x in arguments.items() if x is not None}
+    for key in ("drop", "inert"):
+        if isinstance(arguments.get(key), str):  # one name is not its letters
+            arguments[key] = (arguments[key],)
     reading = {key: arguments.pop(key) for key in ("reader", "inert") if key in arguments}
     place = {key: arguments.pop(key) for key in ("prefix", "drop") if key in arguments}
     channels = arguments.pop("channels", None)
@@ -241,8 +247,7 @@ def _normalization(configs, arguments: dict[str, Any], report: Report) -> Normal
     choice |= {key: arguments.pop(key, None) for key in ("normalization", "mean", "std")}
     try:
         images = normalization.choose(configs, **choice)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        # Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
+    except _NONSENSE as error:
         raise ValueError(
             "the JSON beside the weights says nothing sensible about images: "
             f"{type(error).__name__} {error}"
@@ -261,7 +266,7 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     """A name against another encoder's own header is an error; against other JSON it is noted."""
     try:
         stored = normalization.read(configs)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (*_NONSENSE, ValueError):
         return  # naming is the remedy for a file that cannot be understood
     if stored.mean is None or (stored.mean, stored.std) == (images.mean, images.std):
         return
@@ -327,7 +332,7 @@ def _with_network(
             "names": file.tensors.keys(),
         }  # fmt: skip
         name, options, assumed = inspection.layout.network(tensors, sources)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except _NONSENSE as error:
         raise ValueError(
             f"what is beside the weights is not as {inspection.layout.name} has it: "
             f"{type(error).__name__} {error}"
@@ -343,7 +348,8 @@ def _with_network(
             report.problems.append(
                 f"{key} is {options[key]!r} in the file, and {value!r} is asked for"
             )
-    images = _with_image_size(inspection.normalization, options, report)
+    named = "image_size" in arguments
+    images = _with_image_size(inspection.normalization, options, named, report)
     inspection = dataclasses.replace(
         inspection, normalization=images, builder=name, options=dict(options)
     )
@@ -364,7 +370,9 @@ def _check_options(builder: str, arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{builder} takes no {key!r}{near(key, known[1:])}")
 
 
-def _with_image_size(images: Normalization, options: dict[str, Any], report) -> Normalization:
+def _with_image_size(
+    images: Normalization, options: dict[str, Any], named: bool, report: Report
+) -> Normalization:
     """A network with positions knows its image size; another one's must be read or named."""
     size = options.setdefault("image_size", images.image_size)
     if size is None:
@@ -372,7 +380,7 @@ def _with_image_size(images: Normalization, options: dict[str, Any], report) -> 
         report.problems.append(
             "nothing beside the weights says how large images were; " + normalization.HOW_TO_SIZE
         )
-    elif images.image_size not in (None, size):
+    elif images.image_size not in (None, size) and not named:
         report.notes.append(
             f"the weights have positions for images of {size} pixels; {images.image_size} is said "
             "beside them"

@@ -24,8 +24,10 @@ class _Names:
       modules: Names of layers, which end in ``.weight`` and ``.bias``.
       stage: Number of stage 1 and the step to the next, ``{s}``.
       down: The same for what downsamples.
-      scale: Name of a block's scale, with its kind.
+      scale: Name of a block's scale.
       response: Names of a response norm's scale and bias.
+      response_axes: Their shape, -1 for channels.
+      scale_axes: The shape of a block's scale.
     """
 
     modules: Mapping[str, str]
@@ -33,7 +35,8 @@ class _Names:
     down: Callable[[int], int] = lambda stage: stage
     scale: str = ""
     response: tuple[str, str] = ("weight", "bias")
-    scale_axes: int = 0
+    response_axes: tuple[int, ...] = (1, 1, 1, -1)
+    scale_axes: tuple[int, ...] = (-1,)
 
     def entries(self, encoder: Encoder) -> list[Entry]:
         paths = traverse_util.flatten_dict(encoder.variables, sep="/")
@@ -50,12 +53,11 @@ class _Names:
             inner = f"block/{inner}" if inner else "block"
         if inner == "block":
             name = self.scale.format(s=number, b=block)
-            axes = (-1,) + (1,) * self.scale_axes
-            return Entry(path, (name,), _reshaped(axes) if self.scale_axes else COPY)
+            return Entry(path, (name,), _reshaped(self.scale_axes))
         name = self.modules[inner].format(s=number, b=block)
         if inner == "block/mlp/response":
             end = self.response[leaf == "bias"]
-            return Entry(path, (f"{name}.{end}",), _reshaped((1, 1, 1, -1)))
+            return Entry(path, (f"{name}.{end}",), _reshaped(self.response_axes))
         end = "bias" if leaf == "bias" else "weight"
         dense = inner.startswith("block/mlp")
         kind = (DENSE if dense else CONV) if leaf == "kernel" else COPY
@@ -80,6 +82,7 @@ _TIMM = _Names(
         "norm": "head.norm",
     },
     scale="stages.{s}.blocks.{b}.gamma",
+    response_axes=(-1,),
 )
 _AUTHORS = _Names(
     {
@@ -112,7 +115,7 @@ _TORCHVISION = _Names(
     stage=lambda stage: 2 * stage + 1,
     down=lambda stage: 2 * stage,
     scale="features.{s}.{b}.layer_scale",
-    scale_axes=2,
+    scale_axes=(-1, 1, 1),
 )
 _HUGGINGFACE = _Names(
     {

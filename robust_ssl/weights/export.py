@@ -22,8 +22,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Path:
     """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for others.
 
-    A ViT with pooling by attention or rotary positions gets transformers' names, of SigLIP and
-    DINOv3.
+    A ViT with rotary positions gets transformers' names, of DINOv3.
 
     ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
     has no classification layer.  The header says what weights do not (stem, padding, normalization,
@@ -68,9 +67,7 @@ def _layout_of(encoder: Encoder) -> str:
         return "torchvision-resnet"
     if isinstance(module, ConvNeXt):
         return "timm-convnext"
-    if module.rotary is not None:
-        return "huggingface-dinov3"
-    return "huggingface-siglip-vision" if module.pooling == "attention" else "timm-vit"
+    return "timm-vit" if module.rotary is None else "huggingface-dinov3"
 
 
 def export_stablehlo(

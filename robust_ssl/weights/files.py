@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from robust_ssl import disk, words
+from robust_ssl import disk
 from robust_ssl.weights import state_dicts, torch_pickle, torch_reader
 from robust_ssl.weights.state_dicts import SAVE_AGAIN
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
+from robust_ssl.words import line as one_line
 
 _INDEX = ".index.json"
 _FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
@@ -212,11 +213,11 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str, inert) -> 
 def _read_file(path: pathlib.Path, under: str | None, reader: str, inert) -> WeightsFile:
     """Reads one file by what its first bytes say it is."""
     weights = _read_open(path, under, reader, inert)
-    forged = [name for name in weights.tensors if words.line(name) != name]
+    forged = [name for name in weights.tensors if one_line(name) != name]
     if forged:
         raise ValueError(
             f"cannot read {path}: names of tensors hold characters that no network has, "
-            f"{words.line(forged[0])[:200]}; it is forged"
+            f"{one_line(forged[0])[:200]}; it is forged"
         )
     return weights
 
@@ -249,7 +250,7 @@ def _read_open(path: pathlib.Path, under: str | None, reader: str, inert) -> Wei
                 str(path), kind, sha256, tensors, place, configs, notes=(*notes, *more)
             )
     except ValueError as error:  # a refusal, or what NumPy has against forged sizes
-        raise ValueError(f"cannot read {path}: {words.line(error)}") from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _rewound(file: BinaryIO) -> BinaryIO:

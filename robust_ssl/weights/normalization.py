@@ -48,18 +48,23 @@ class Normalization:
       std: Per channel, of pixels in [0, 1].
       image_size: Height and width, pixels.
       source: Where this was read, for people.
+      transform: What made an image of this size where the encoder was evaluated, as far as it is
+        said: ``resize`` (the shorter side, pixels), ``crop`` (of its middle, pixels),
+        ``crop_pct``, ``interpolation``.  Kept with the encoder; data are prepared by their owner.
     """
 
     mean: Numbers | None = None
     std: Numbers | None = None
     image_size: int | None = None
     source: str = ""
+    transform: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.mean is None:
             return "not found"
         size = f", images of {self.image_size} pixels" if self.image_size else ""
-        return f"mean {self.mean}, std {self.std}{size} ({self.source})"
+        how = "".join(f", {key} {value}" for key, value in self.transform.items())
+        return f"mean {self.mean}, std {self.std}{size}{how} ({self.source})"
 
 
 def choose(
@@ -98,7 +103,8 @@ def choose(
     # Not even read if all is named: naming is the remedy for files that make no sense.
     images = read(configs) if mean is None or image_size is None else Normalization()
     if mean is not None:
-        images = dataclasses.replace(_of(mean, std), image_size=images.image_size)
+        size, transform = images.image_size, images.transform
+        images = dataclasses.replace(_of(mean, std), image_size=size, transform=transform)
     if image_size is not None:
         images = dataclasses.replace(images, image_size=_size(image_size))
     return images
@@ -122,8 +128,31 @@ def read(configs: Mapping[str, Any]) -> Normalization:
         return _preprocessor(record)
     timm = (configs.get("config.json") or {}).get("pretrained_cfg")
     if timm and {"mean", "std", "input_size"} <= timm.keys():
-        return _of(timm["mean"], timm["std"], _square(timm["input_size"][1:]), "config.json")
-    return Normalization()
+        size = _square(timm["input_size"][1:])
+        images = _of(timm["mean"], timm["std"], size, "config.json")
+        return dataclasses.replace(images, transform=_timm_transform(timm, size))
+    return _open_clip(configs.get("open_clip_config.json") or {})
+
+
+def _timm_transform(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    transform = {key: config[key] for key in ("crop_pct", "interpolation") if config.get(key)}
+    if "crop_pct" in transform:
+        # timm rounds down.
+        resize = math.floor(size / _positive(transform["crop_pct"], "crop_pct"))
+        transform |= {"resize": resize, "crop": size}
+    return transform
+
+
+def _open_clip(config: Mapping[str, Any]) -> Normalization:
+    preprocess = config.get("preprocess_cfg") or {}
+    vision = (config.get("model_cfg") or {}).get("vision_cfg") or {}
+    size = preprocess.get("size", vision.get("image_size"))
+    size = None if size is None else _square(size) if isinstance(size, Sequence) else _size(size)
+    if not {"mean", "std"} <= preprocess.keys():
+        return Normalization(image_size=size, source="open_clip_config.json" if size else "")
+    images = _of(preprocess["mean"], preprocess["std"], size, "open_clip_config.json")
+    told = {key: preprocess[key] for key in ("interpolation", "resize_mode") if key in preprocess}
+    return dataclasses.replace(images, transform=told)
 
 
 def channels(configs: Mapping[str, Any]) -> str | None:
@@ -181,12 +210,48 @@ def _preprocessor(record: Mapping[str, Any]) -> Normalization:
             f"{where} does not scale pixels to [0, 1] (rescale_factor {scale}); name mean, std "
             "and image size for pixels in [0, 1]"
         )
+    if record.get("rescale_offset"):
+        raise ValueError(
+            f"{where} takes 1 from the scaled pixels before they are normalized (rescale_offset); "
+            "name mean, std and image size for pixels in [0, 1]"
+        )
+    size, transform = _image_size(record), _transform(record)
     mean, std = PRESETS["none"]
     if record.get("do_normalize", True):
         if "image_mean" not in record or "image_std" not in record:
-            return Normalization(image_size=_image_size(record), source=where)
+            return Normalization(image_size=size, source=where, transform=transform)
         mean, std = record["image_mean"], record["image_std"]
-    return _of(mean, std, _image_size(record), where, "image_")
+    images = _of(mean, std, size, where, "image_")
+    if record.get("do_flip_channel_order") is True:  # after which they were normalized
+        images = dataclasses.replace(images, mean=images.mean[::-1], std=images.std[::-1])
+    return dataclasses.replace(images, transform=transform)
+
+
+# Pillow's numbers, which processors write.
+_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+
+def _transform(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor of Hugging Face does to an image's size."""
+    transform = {}
+    size, resample = record.get("size"), record.get("resample")
+    edge = size.get("shortest_edge") if isinstance(size, Mapping) else None
+    if record.get("do_resize", True) and resample in range(len(_RESAMPLE)):
+        transform["interpolation"] = _RESAMPLE[resample]
+    if edge is not None and record.get("crop_pct") and edge < 384:  # ConvNeXt's processor
+        resize = int(_size(edge) / _positive(record["crop_pct"], "crop_pct"))
+        return {**transform, "crop_pct": record["crop_pct"], "resize": resize, "crop": edge}
+    if edge is not None:
+        transform["resize"] = edge
+    if "crop_size" in record and record.get("do_center_crop", True):
+        transform["crop"] = _image_size(record)
+    return transform
+
+
+def _positive(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10:
+        raise ValueError(f"{name} must be a positive share, got {value!r}")
+    return float(value)
 
 
 def _image_size(record: Mapping[str, Any]) -> int | None:

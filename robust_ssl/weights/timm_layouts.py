@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl.weights import mapping
-from robust_ssl.weights.mapping import Layout, Network
+from robust_ssl.weights import mapping, variants
+from robust_ssl.weights.mapping import Kind, Layout, Network
 from robust_ssl.weights.vit_names import Configs, Tensors, check_sizes, names, shape_options
 
 TIMM = names(
@@ -33,7 +33,20 @@ TIMM = names(
         "block/scale2": "blocks.{}.ls2.gamma",
         "norm": "norm",
         "pooled_norm": "fc_norm",
-    }
+        "pool/probe": "attn_pool.latent",
+        "pool/qkv": ("attn_pool.q", "attn_pool.kv"),
+        "pool/output": "attn_pool.proj",
+        "pool/norm": "attn_pool.norm",
+        "pool/mlp/dense1": "attn_pool.mlp.fc1",
+        "pool/mlp/dense2": "attn_pool.mlp.fc2",
+    },
+    # The query's map lies by itself, those of keys and values together.
+    kinds={
+        "pool/qkv": Kind(
+            lambda arrays: np.concatenate([x.T for x in arrays], axis=-1),
+            lambda array, _: [x.T for x in np.split(array, [array.shape[-1] // 3], axis=-1)],
+        )
+    },
 )
 # Width -> heads: ViT and DeiT tiny, base, large, huge; timm's giant; DINOv2's giant; timm's
 # gigantic.  Heads of 64 features but for the huge, timm's giant and the gigantic.
@@ -90,6 +103,7 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
     """Makes `Layout.network`; `heads` are this writer's by width."""
 
     def network(tensors: Tensors, configs: Configs) -> Network:
+        variants.check_vit(configs)
         gated = any(".mlp.w12." in name for name in tensors)
         options = shape_options(tensors, TIMM, gated)
         config = configs.get("config.json") or {}
@@ -108,9 +122,9 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
             configs, "heads", "pooling", "activation", "norm_epsilon"
         )
         if "heads" not in told:
-            options["heads"] = _heads(options, tensors, configs, heads)
+            options["heads"] = _heads(options, gated, configs, heads)
         if "activation" not in told and not gated:
-            options["activation"] = _activation(clip)
+            options["activation"] = _activation(clip, "attn_pool.latent" in tensors)
         options |= ({"activation": "swiglu"} if gated else {}) | told
         return Network("vision_transformer", options, _assumed(options, told, writer))
 
@@ -129,11 +143,13 @@ def _told(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
             told["heads"] = value
     if "fc_norm.weight" in tensors:
         told["pooling"] = "mean"
+    if "attn_pool.latent" in tensors:
+        told["pooling"] = "attention"
     pool = config.get("global_pool", model.get("global_pool"))
-    if pool not in (None, "", "avg", "token"):
-        raise ValueError(f"config.json: global_pool is {pool!r}; token and avg are known")
+    if pool not in (None, "", *_POOLS):
+        raise ValueError(f"config.json: global_pool is {pool!r}; {', '.join(_POOLS)} are known")
     if pool:
-        told["pooling"] = {"avg": "mean", "token": "token"}[pool]
+        told["pooling"] = _POOLS[pool]
     if "pretrained_cfg" in config and "norm_pre.weight" in tensors:
         quick = "quickgelu" in str(config.get("architecture", ""))
         told["activation"] = "quick_gelu" if quick else "gelu"
@@ -142,15 +158,17 @@ def _told(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     return told
 
 
-def _heads(options, tensors: Tensors, configs: Configs, heads: Mapping[int, int]) -> int:
+def _heads(options, gated: bool, configs: Configs, heads: Mapping[int, int]) -> int:
     """The published number for a width, where all writers of this layout have the same."""
     width = options["width"]
     if "pretrained_cfg" in (configs.get("config.json") or {}):
         heads = {**heads, **_TIMM_HEADS}
-    elif width == _SMALL and width not in heads and _has_six_heads(options, tensors, configs):
+    elif width == _SMALL and width not in heads and _has_six_heads(options, configs):
         heads = {**heads, _SMALL: 6}
     if width == 768 and options["mlp_width"] == 3 * width:
         heads = {}  # timm's first vit_small: eight blocks, eight heads
+    if width == 1536 and not gated:
+        heads = {}  # SigLIP2's giant has 16, DINOv2's, which is gated, 24
     if width in heads:
         return heads[width]
     if width in (_SMALL, 192):
@@ -165,7 +183,7 @@ def _heads(options, tensors: Tensors, configs: Configs, heads: Mapping[int, int]
     )
 
 
-def _has_six_heads(options: Mapping[str, Any], tensors: Tensors, configs: Configs) -> bool:
+def _has_six_heads(options: Mapping[str, Any], configs: Configs) -> bool:
     """Whether a small network is DeiT's, DINO's or DINOv2's rather than MoCo v3's."""
     # MoCo v3 has patches of 16 pixels and neither layer scale nor further tokens.
     if options["layer_scale"] or options["registers"] or options["patch_size"] != 16:
@@ -178,7 +196,12 @@ def _has_six_heads(options: Mapping[str, Any], tensors: Tensors, configs: Config
     return dino_head or named
 
 
-def _activation(clip: bool) -> str:
+def _activation(clip: bool, pooled: bool) -> str:
+    if pooled:
+        raise ValueError(
+            "attn_pool: a SigLIP tower, and the file does not say which activation it has: name "
+            "--activation gelu_tanh (the release's) or gelu"
+        )
     if clip:
         raise ValueError(
             "norm_pre: a CLIP tower, and the file does not say which activation it has: name "
@@ -189,17 +212,22 @@ def _activation(clip: bool) -> str:
 
 def _assumed(options: Mapping[str, Any], told: Mapping[str, Any], writer: str) -> tuple[str, ...]:
     """What is filled in, and the flag that names it."""
+    pooled = _POOLED.get(options["pooling"])  # none of what is named and not known
     texts = {
         "heads": f"{options['heads']} attention heads, as {writer} has at a width of "
         f"{options['width']} (--heads)",
         "activation": f"{options['activation']} (--activation)",
         "norm_epsilon": f"{options['norm_epsilon']} under the root of a norm (--norm-epsilon)",
-        "pooling": f"features are {_POOLED[options['pooling']]} (--pooling)",
+        "pooling": f"features are {pooled} (--pooling)",
     }
     return tuple(text for key, text in texts.items() if key not in told)
 
 
-_POOLED = {"token": "the class token", "mean": "the mean of the patches"}
+_POOLS = {"avg": "mean", "token": "token", "map": "attention"}
+_POOLED = {
+    "token": "the class token", "mean": "the mean of the patches",
+    "attention": "pooled by attention",
+}  # fmt: skip
 
 
 def _resizing(usual: str | None) -> Callable[[Set[str], Configs], str | None]:

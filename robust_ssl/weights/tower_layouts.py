@@ -276,7 +276,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "huggingface-dinov3",
         "transformers' DINOv3 vision transformers",
         mapping.has(
-            r"(\w+\.)?embeddings\.cls_token", r"(\w+\.)?(model\.)?layer\.0\.layer_scale1\.lambda1"
+            r"(dinov3_vit\.)?embeddings\.cls_token",
+            r"(dinov3_vit\.)?(model\.)?layer\.0\.layer_scale1\.lambda1",
         ),
         rename_below(
             r"^(dinov3_vit\.)?", r"embeddings\.mask_token$", ((r"^model\.layer", "layer"),)

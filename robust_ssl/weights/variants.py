@@ -30,7 +30,9 @@ _OPTIONS = {
     "style": ("pytorch", None), "act_layer": ("relu", None), "zero_init_last": (True, False),
     "global_pool": ("avg", "", None),
 }  # fmt: skip
-_NAMED = "if it is a plain ResNet all the same, name it: --variant plain"
+_NAMED = "if it is a plain one all the same, name it: --variant plain"
+# timm's ViT that norms after each branch has the tensors of one that norms before it.
+_VIT_NAMES = re.compile(r"(?<![a-z])(rpn|res-?post-?norm)(?![a-z])", re.IGNORECASE)
 
 
 def assumed(configs: Mapping[str, Any], builder: str) -> tuple[str, ...]:
@@ -59,13 +61,9 @@ def check(configs: Mapping[str, Any]) -> None:
     _check_timm(configs.get("config.json") or {})
     if _is_told(configs):
         return
-    for where, text in _texts(configs):
-        word = _NAMES.search(text)
-        if word:
-            raise ValueError(
-                f"{where} is {text!r}: {word[0]!r} is a variant that has a plain ResNet's tensors "
-                f"and strides, blurs or pools otherwise; {_NAMED}"
-            )
+    _check_words(
+        configs, _NAMES, "has a plain ResNet's tensors and strides, blurs or pools otherwise"
+    )
     wrong = [
         f"{key} is {value!r}"
         for key, value in _entries(configs.get("config.json") or {})
@@ -73,6 +71,19 @@ def check(configs: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError(f"config.json: {'; '.join(wrong)}, which no plain ResNet has; {_NAMED}")
+
+
+def check_vit(configs: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file's name or words speak of a ViT that norms elsewhere."""
+    if not _is_told(configs):
+        _check_words(configs, _VIT_NAMES, "has a plain ViT's tensors and norms after its branches")
+
+
+def _check_words(configs: Mapping[str, Any], words: re.Pattern, what: str) -> None:
+    for where, text in _texts(configs):
+        word = words.search(text)
+        if word:
+            raise ValueError(f"{where} is {text!r}: {word[0]!r} is a variant that {what}; {_NAMED}")
 
 
 def _check_timm(config: Mapping[str, Any]) -> None:

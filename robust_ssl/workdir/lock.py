@@ -25,13 +25,14 @@ from typing import Any
 
 import jax
 
+from robust_ssl import disk
 from robust_ssl.parallel import exchange
 from robust_ssl.workdir.paths import WorkdirError
 
 FILE = ".lock"
 TOUCH_EVERY = 5  # seconds
 WATCH = 60  # seconds without a touch after which a holder elsewhere counts as gone
-_SHARED_WITHIN = 60  # seconds within which a shared disk shows what the first process wrote
+_SHARED_WITHIN = 50  # seconds within which a shared disk shows what the first process wrote
 
 _log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _alone(file: pathlib.Path) -> Iterator[None]:
 def _read(file: pathlib.Path) -> dict[str, Any] | None:
     """Returns who holds the directory; None for nobody, or a file that is damaged."""
     try:
-        holder = json.loads(file.read_text(encoding="utf-8"))
+        holder = disk.read_json(file)
     except (OSError, ValueError):
         return None
     known = {"host", "process", "started", "machine", "since", "token"}

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from robust_ssl import disk
 from robust_ssl.workdir.paths import WorkdirError, workdir_path
 
 SCHEMA = 2  # 1 is that of robust_ssl 0.1
@@ -69,7 +70,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """
     file = pathlib.Path(path) / "manifest.json"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = disk.read_json(file)
     except (OSError, ValueError) as error:
         raise WorkdirError(
             f"{file} cannot be read ({error}); bring it back from a copy, or remove "
@@ -142,7 +143,7 @@ def check_layout(workdir: str | os.PathLike) -> None:
 def _schema(file: pathlib.Path) -> Any:
     """Returns the schema of a stage's manifest; None for any other file."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = disk.read_json(file)
     except (OSError, ValueError):
         return None
     is_stage = isinstance(manifest, dict) and {"stage", "status"} <= manifest.keys()
@@ -218,17 +219,11 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
       OSError: If it cannot be written (a full disk), or is not what was written; it names the
         file.
     """
-    temporary = file.with_name(file.name + ".tmp")
     content = content if isinstance(content, bytes) else content.encode()
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # else a power cut may leave the new name with no content
-        os.replace(temporary, file)
+        disk.replace(file, content)
         written = file.read_bytes()  # by its name, as whoever comes later does
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(file, error) from error
     if written != content:
         raise OSError(errno.EIO, f"{file} is not what was just written there")

@@ -54,7 +54,8 @@ class Run:
     def __init__(self, folder, workdir, *, stages=TRAIN, before=None, flags=(), devices=1):
         folder = pathlib.Path(folder)
         config = folder / f"{len(stages)}stages.py"
-        config.write_text(CONFIG.format(stages=stages))
+        if not config.exists():  # another process may be reading it
+            config.write_text(CONFIG.format(stages=stages))
         self.output = folder / f"output-{time.monotonic_ns()}.txt"
         arguments = ["run", f"--config={config}", f"--workdir={workdir}", "--no-progress", *flags]
         self.process = os.fork()

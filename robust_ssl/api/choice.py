@@ -1,0 +1,98 @@
+"""Which attacks a classifier is measured with: names, perturbations and values, by budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from robust_ssl import threats
+from robust_ssl.api.attacking import Perturbation
+from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
+from robust_ssl.attacks import UniversalPerturbation, autoattack
+from robust_ssl.build import Function, near
+from robust_ssl.experiment.groups import Group, threat_name
+
+EPSILON = 8 / 255  # the usual budget of attacks on single images
+MODEL = "classifier"  # of the one model, among entries
+
+
+def named(given: Any) -> dict[str, Any]:
+    """Returns attacks by what they are called."""
+    if isinstance(given, Mapping):
+        by_name = dict(given)
+    else:
+        alone = isinstance(given, str) or not isinstance(given, Iterable)
+        by_name = {}
+        for attack in [given] if alone else given:
+            name = _name_of(attack)
+            # Two of one name are two attacks.
+            number = sum(other.partition(" (")[0] == name for other in by_name)
+            by_name[f"{name} ({number + 1})" if number else name] = attack
+    if not by_name:
+        raise ValueError('name at least one attack; see robust_ssl.list("attacks")')
+    return {name: _value(attack) for name, attack in by_name.items()}
+
+
+def _name_of(attack: Any) -> str:
+    if isinstance(attack, str):
+        return attack.rpartition(":")[2]
+    value = _value(attack)
+    return getattr(value, "name", type(value).__name__.lower())
+
+
+def _value(attack: Any) -> Any:
+    return attack.value if isinstance(attack, Perturbation) else attack
+
+
+def largest_budget(named: Mapping[str, Any]) -> float:
+    """Returns the largest budget of the perturbations under Linf, else the usual one."""
+    budgets = [
+        float(attack.threat.epsilon)
+        for attack in named.values()
+        if isinstance(getattr(attack, "threat", None), threats.Linf)
+    ]
+    return max(budgets, default=EPSILON)
+
+
+def grouped(
+    named: Mapping[str, Any], epsilon: float, num_classes: int
+) -> dict[Group, list[tuple[str, Any]]]:
+    """Returns attacks by family, threat and budget: of each group there is a worst case."""
+    groups: dict[Group, list[tuple[str, Any]]] = {}
+    linf = threats.Linf(epsilon)
+    with_budget = {n: _built(a, linf, num_classes) for n, a in named.items()}
+    for name, value in with_budget.items():
+        if isinstance(value, Mapping):
+            group = Group(MODEL, "hardened", AUTOATTACK, "Linf", epsilon)
+        else:
+            universal = isinstance(value, UniversalPerturbation)
+            threat = getattr(value, "threat", None)
+            budget = getattr(threat, "epsilon", getattr(threat, "area", 0.0))
+            family, against = ("universal", "public") if universal else ("per_image", "hardened")
+            group = Group(MODEL, against, family, threat_name(threat), float(budget))
+        groups.setdefault(group, []).append((name, value))
+    return groups
+
+
+def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
+    """Returns an attack by name under a threat; AutoAttack is a mapping of several."""
+    if not isinstance(attack, str):
+        if hasattr(attack, "init") and hasattr(attack, "step"):
+            raise ValueError(
+                f"{type(attack).__name__} is yet to be fitted: measure(..., "
+                "attacks=robust_ssl.attack(encoder, surrogate_images, attack=...))"
+            )
+        return attack
+    if attack == AUTOATTACK:
+        return autoattack.standard(linf, num_classes)
+    if attack in UNIVERSAL:
+        raise ValueError(
+            f"{attack!r} is one perturbation for all images, fitted before: measure(..., attacks="
+            f"robust_ssl.attack(encoder, surrogate_images, attack={attack!r}))"
+        )
+    if attack not in PER_IMAGE and ":" not in attack:
+        known = [*PER_IMAGE, AUTOATTACK]
+        raise ValueError(
+            f'no attack {attack!r}{near(attack, known)}; see robust_ssl.list("attacks")'
+        )
+    return Function.read(PER_IMAGE.get(attack, attack), f"attack {attack!r}")(linf)
