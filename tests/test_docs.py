@@ -47,8 +47,9 @@ def smoke(monkeypatch, tmp_path):
         return digits(split, image_size=image_size).subset(80 if split == "train" else 40, 0)
 
     monkeypatch.setattr(data, "digits", few)
-    quick = functools.partial(robust_ssl.attack, num_steps=2)
-    monkeypatch.setattr(robust_ssl, "attack", quick, raising=False)
+    for name, options in {"attack": {"num_steps": 2}, "measure": {"examine": False}}.items():
+        quick = functools.partial(getattr(robust_ssl, name), **options)
+        monkeypatch.setattr(robust_ssl, name, quick, raising=False)
     load = weights.load_encoder
     shipped = set(weights.list_encoders())
     for module in (weights, robust_ssl):
