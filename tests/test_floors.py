@@ -23,7 +23,7 @@ FLOORS = (
     {"api"},
     {"cli", "__init__"},
 )
-LIGHT = {"jax", "flax", "optax", "chex", "numpy"}
+LIGHT = {"jax", "jaxlib", "flax", "optax", "chex", "numpy"}
 HEAVY = ("tensorflow", "tensorflow_datasets", "matplotlib", "orbax", "sklearn", "PIL", "torch")
 
 
