@@ -178,6 +178,14 @@ def test_a_vit_that_norms_elsewhere_is_refused():
     LAYOUTS["timm-vit"].network(vit(768), {"path": "trpnet.pth"})
 
 
+def test_timms_own_config_of_a_plain_network_is_taken():
+    config = {"architecture": "resnet18", "pretrained_cfg": {}, "global_pool": "avg"}
+    arguments = {"num_classes": 10, "in_chans": 3, "global_pool": "avg"}
+    variants.check({"config.json": {**config, "model_args": arguments}})
+    with pytest.raises(ValueError, match="global_pool"):
+        variants.check({"config.json": {**config, "model_args": {"global_pool": "max"}}})
+
+
 # --- positions -----------------------------------------------------------------------------------
 
 

@@ -126,7 +126,8 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
         if "activation" not in told and not gated:
             options["activation"] = _activation(clip, "attn_pool.latent" in tensors)
         options |= ({"activation": "swiglu"} if gated else {}) | told
-        return Network("vision_transformer", options, _assumed(options, told, writer))
+        source = "timm" if "pretrained_cfg" in config else writer
+        return Network("vision_transformer", options, _assumed(options, told, source))
 
     return network
 

@@ -96,7 +96,12 @@ def _check_timm(config: Mapping[str, Any]) -> None:
             f"config.json: architecture {architecture!r} is no plain ResNet-18, 34, 50, 101 or 152"
         )
     # Options such as another stem or stride leave the tensors' names as they are.
-    changed = set(config.get("model_args") or {}) - {"num_classes", "in_chans"}
+    changed = {
+        key
+        for key, value in (config.get("model_args") or {}).items()
+        if key not in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
+        and not any(_same(value, choice) for choice in _OPTIONS.get(key, ()))
+    }
     if changed:
         raise ValueError(f"config.json: model_args changes the network: {sorted(changed)}")
 
