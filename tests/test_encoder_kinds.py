@@ -262,6 +262,11 @@ def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
     assert prepare(usual) == usual
 
 
+def test_what_features_a_distilled_deit_has_is_said():
+    assumed = LAYOUTS["timm-vit"].network(vit(192), {"names": {"dist_token"}})[2]
+    assert any("distillation token" in text for text in assumed)
+
+
 # --- what stands beside --------------------------------------------------------------------------
 
 

@@ -37,7 +37,8 @@ _VIT_NAMES = re.compile(r"(?<![a-z])(rpn|res-?post-?norm)(?![a-z])", re.IGNORECA
 
 def assumed(configs: Mapping[str, Any], builder: str) -> tuple[str, ...]:
     """Returns what is assumed of a network of which nothing says that it is a plain one."""
-    if _is_told(configs):
+    # A config of timm names the network; `check` has refused any other than a plain one.
+    if _is_told(configs) or "pretrained_cfg" in (configs.get("config.json") or {}):
         return ()
     where = "convolution" if builder in ("resnet18", "resnet34") else "3x3 convolution"
     return (f"a plain ResNet as torchvision's: stride in the first {where} of a stage, no blur, "
