@@ -178,6 +178,14 @@ def test_a_vit_that_norms_elsewhere_is_refused():
     LAYOUTS["timm-vit"].network(vit(768), {"path": "trpnet.pth"})
 
 
+def test_timms_own_config_of_a_plain_network_is_taken():
+    config = {"architecture": "resnet18", "pretrained_cfg": {}, "global_pool": "avg"}
+    arguments = {"num_classes": 10, "in_chans": 3, "global_pool": "avg"}
+    variants.check({"config.json": {**config, "model_args": arguments}})
+    with pytest.raises(ValueError, match="global_pool"):
+        variants.check({"config.json": {**config, "model_args": {"global_pool": "max"}}})
+
+
 # --- positions -----------------------------------------------------------------------------------
 
 
@@ -252,6 +260,11 @@ def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
     np.testing.assert_array_equal(distilled["pos_embed"], np.concatenate([token, grid], axis=1))
     usual = {"cls_token": token, "pos_embed": np.concatenate([token, grid], axis=1)}
     assert prepare(usual) == usual
+
+
+def test_what_features_a_distilled_deit_has_is_said():
+    assumed = LAYOUTS["timm-vit"].network(vit(192), {"names": {"dist_token"}})[2]
+    assert any("distillation token" in text for text in assumed)
 
 
 # --- what stands beside --------------------------------------------------------------------------

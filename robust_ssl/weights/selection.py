@@ -24,6 +24,7 @@ _WRAPPERS = {
 }
 _TRAINERS = ("module", "model")  # hold the network and are no part of their own
 _DEEPEST = 8  # names before an encoder's own; VISSL's have three
+_FEWEST = 10  # tensors of an encoder; most prefixes, of single layers, have two
 # Words of a second copy that follows the first one; it is taken only if it is named.
 _COPIES = {"momentum", "target", "ema", "k", "key", "slow", "averaged", "moving"}
 
@@ -166,7 +167,7 @@ def _places(names: Collection[str], layouts: Sequence[Layout]) -> dict[str, Layo
     places: dict[str, Layout] = {}
     for prefix in sorted(below, key=lambda prefix: (prefix.count("."), _is_copy(prefix), prefix)):
         # Parts of an encoder may look like a small one.
-        if prefix.startswith(tuple(places)):
+        if len(below[prefix]) < _FEWEST or prefix.startswith(tuple(places)):
             continue
         layout = next((x for x in layouts if x.matches(below[prefix])), None)
         if layout is not None:

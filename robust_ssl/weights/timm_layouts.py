@@ -126,7 +126,11 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
         if "activation" not in told and not gated:
             options["activation"] = _activation(clip, "attn_pool.latent" in tensors)
         options |= ({"activation": "swiglu"} if gated else {}) | told
-        return Network("vision_transformer", options, _assumed(options, told, writer))
+        source = "timm" if "pretrained_cfg" in config else writer
+        assumed = _assumed(options, told, source)
+        if any(name.endswith("dist_token") for name in configs.get("names", ())):
+            assumed += (_DISTILLED,)
+        return Network("vision_transformer", options, assumed)
 
     return network
 
@@ -223,6 +227,10 @@ def _assumed(options: Mapping[str, Any], told: Mapping[str, Any], writer: str) -
     return tuple(text for key, text in texts.items() if key not in told)
 
 
+_DISTILLED = (
+    "features are the class token alone, as in transformers' DeiT; timm takes the mean of it and "
+    "of the distillation token"
+)
 _POOLS = {"avg": "mean", "token": "token", "map": "attention"}
 _POOLED = {
     "token": "the class token", "mean": "the mean of the patches",

@@ -37,7 +37,8 @@ _VIT_NAMES = re.compile(r"(?<![a-z])(rpn|res-?post-?norm)(?![a-z])", re.IGNORECA
 
 def assumed(configs: Mapping[str, Any], builder: str) -> tuple[str, ...]:
     """Returns what is assumed of a network of which nothing says that it is a plain one."""
-    if _is_told(configs):
+    # A config of timm names the network; `check` has refused any other than a plain one.
+    if _is_told(configs) or "pretrained_cfg" in (configs.get("config.json") or {}):
         return ()
     where = "convolution" if builder in ("resnet18", "resnet34") else "3x3 convolution"
     return (f"a plain ResNet as torchvision's: stride in the first {where} of a stage, no blur, "
@@ -96,7 +97,12 @@ def _check_timm(config: Mapping[str, Any]) -> None:
             f"config.json: architecture {architecture!r} is no plain ResNet-18, 34, 50, 101 or 152"
         )
     # Options such as another stem or stride leave the tensors' names as they are.
-    changed = set(config.get("model_args") or {}) - {"num_classes", "in_chans"}
+    changed = {
+        key
+        for key, value in (config.get("model_args") or {}).items()
+        if key not in ("num_classes", "in_chans", "drop_rate", "drop_path_rate")
+        and not any(_same(value, choice) for choice in _OPTIONS.get(key, ()))
+    }
     if changed:
         raise ValueError(f"config.json: model_args changes the network: {sorted(changed)}")
 
