@@ -88,6 +88,7 @@ def test_an_unknown_name_is_told_with_near_ones(seen, tmp_path, name, message):
         ["--config.seed=1", "suite.epsilon=1/4", "--config=quickstart"],
         ["seed=7", "quickstart", "--config.seed=8", "suite.epsilon=1/4", "seed=1"],
         ["quickstart", "seed=7", "suite.epsilon=1/4", "--no-progress", "--config.seed=1"],
+        ["quickstart", "--config.mine={'a': 'b c'}", "d='e f'", "seed=1", "suite.epsilon=1/4"],
     ],
 )
 def test_settings_stand_anywhere_and_the_last_counts(seen, words):

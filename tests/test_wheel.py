@@ -76,6 +76,8 @@ def small(command: str) -> str:
     instead, more = COMMANDS[beginning]
     if instead:
         command = instead + command.removeprefix(beginning)
+        # Where another run of this test has been, it would be held against that.
+        command = re.sub(r" --workdir=\S+", "", command)
     return " ".join([command, *map(shlex.quote, more)])
 
 
@@ -89,7 +91,7 @@ def test_commands_are_found():
     page = "```bash\na b \\\n  c && d\n```\n```python\nno\n```\n```bash\n\ne\n```\n"
     assert commands(page) == ["a b c", "d", "e"]
     assert small("robust-ssl run --config=configs/score.py:a=b --workdir=x").startswith(
-        "robust-ssl check score:a=b --workdir=x downstream.source="
+        "robust-ssl check score:a=b downstream.source="
     )
     assert files("```python\n# mine.py\nx = 1\n```\n```python\ny = 2\n```\n") == {
         "mine.py": "x = 1\n",

@@ -18,6 +18,7 @@ from robust_ssl.cli import main
 from robust_ssl.cli.flags import Parser
 from robust_ssl.report import figures
 
+# Names of tests go from process to process as UTF-8, so `ids=ascii`.
 HOSTILE = (
     "\x1b[2J\x1b[31mred",  # clears the screen
     "\x1b]0;title\x07",
@@ -56,7 +57,7 @@ def terminal_only(text):
     return not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\u200b\ud800-\udfff]", text)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_a_terminal_gets_no_command(name, capsys):
     for margin in ("  ", ""):
         words.say(f"{name} is read", margin=margin)
@@ -102,7 +103,7 @@ def read_as_markdown(text):
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(f"- {text}\n")
 
 
-@pytest.mark.parametrize("name", [*MARKDOWN, *HOSTILE])
+@pytest.mark.parametrize("name", [*MARKDOWN, *HOSTILE], ids=ascii)
 def test_markdown_shows_a_name_as_it_is(name):
     page = read_as_markdown(words.markdown(name))
     assert set(re.findall(r"<(\w+)", page)) <= {"ul", "li", "code"}
@@ -170,7 +171,10 @@ def test_a_figure_that_fails_is_a_warning(tmp_path, caplog, monkeypatch):
     assert (tmp_path / "results.csv").exists() and (tmp_path / "report.md").exists()
 
 
-@pytest.mark.parametrize("name", ["[x](http://evil.example)", "caf\udce9", "=1+1|\n# h", "<b>"])
+HELD = ("[x](http://evil.example)", "caf\udce9", "=1+1|\n# h", "<b>")
+
+
+@pytest.mark.parametrize("name", HELD, ids=ascii)
 def test_a_report_holds_names_as_they_are(name, tmp_path, capsys):
     document = copy.deepcopy(a_document([entry(f"{name}-seed0")]))
     document["models"] = {f"{name}-seed0": {"recipe": name, "seed": 0}}

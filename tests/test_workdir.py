@@ -184,6 +184,14 @@ def test_a_bad_byte_in_the_log_costs_its_line(damage, tmp_path, caplog):
     assert (stage.path / "metrics.jsonl.damaged").exists()
 
 
+def test_a_digit_in_the_log_is_said(tmp_path, caplog):
+    file = begun(tmp_path).path / "metrics.jsonl"
+    file.write_text(file.read_text().replace("1.0", "2.0"))
+    with open_stage(tmp_path, "s", {"epochs": 1}, {"data": "a"}, 0) as stage:
+        assert stage.restore_latest(STATE)[0] == 1
+    assert "metrics.jsonl is not what was logged before step 1" in caplog.text
+
+
 # --- One run at a time ------------------------------------------------------------------------
 
 OTHER = """

@@ -100,8 +100,10 @@ def take_settings(
       SystemExit: With 2, from argparse, for what is neither and where a config is missing.
     """
     reads_config = hasattr(arguments, "words")
-    words = [*getattr(arguments, "words", ()), *(t for t in unknown if not t.startswith("-"))]
-    flags = [text for text in unknown if text.startswith("-")]
+    # argparse takes a flag that it does not know for a word where its value has a space.
+    left = [*getattr(arguments, "words", ()), *unknown]
+    words = [text for text in left if not text.startswith("-")]
+    flags = [text for text in left if text.startswith("-")]
     wrong = [text for text in flags if not text.startswith("--config.")]
     if not reads_config:
         wrong += words

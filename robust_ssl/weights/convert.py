@@ -185,7 +185,7 @@ def convert_encoder(
         "format": file.format,
         "sha256": file.sha256,
         "found_under": file.found_under,
-        "layout": inspection.layout.name,
+        "layout": _layout_of(inspection).name,
         "dropped": dict(inspection.dropped),
         "normalization": inspection.normalization.source,
         "transform": dict(inspection.normalization.transform),
@@ -198,6 +198,7 @@ def _imported(path, layout, under, name, arguments) -> tuple[Inspection, Encoder
     inspection, encoder = _examine(path, layout, under, arguments)
     if inspection.problems:
         raise ValueError(f"{path} cannot be imported:\n  " + "\n  ".join(inspection.problems))
+    assert encoder is not None  # else there would be a problem
     place = pathlib.Path(path)
     return inspection, encoder.replace(name=name or (place.name if place.is_dir() else place.stem))
 
@@ -278,14 +279,20 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     (report.problems if certain else report.notes).append(text)
 
 
+def _layout_of(inspection: Inspection) -> mapping.Layout:
+    assert inspection.layout is not None  # the first thing that is looked for
+    return inspection.layout
+
+
 def _with_tensors(
     inspection: Inspection, chosen: selection.Selection, report: Report
 ) -> tuple[Inspection, dict[str, np.ndarray]]:
     """Returns the tensors under the layout's names, float32."""
     sources: dict[str, str] = {}
     dropped = list(chosen.dropped)
+    rename = _layout_of(inspection).rename
     for name, own in chosen.names.items():
-        renamed = inspection.layout.rename(own)
+        renamed = rename(own)
         if renamed is None:
             dropped.append(name)
         elif renamed in sources:
@@ -295,11 +302,12 @@ def _with_tensors(
     tensors = _as_float32(inspection.file.tensors, sources, report)
     parts = selection.count_parts(dropped, sources.values())
     inspection = dataclasses.replace(inspection, kept=tuple(sources.values()), dropped=parts)
-    return inspection, inspection.layout.prepare(tensors)
+    return inspection, _layout_of(inspection).prepare(tensors)
 
 
 def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str, np.ndarray]:
-    tensors, widened, wrong, bad = {}, collections.Counter(), [], []
+    tensors, wrong, bad = {}, [], []
+    widened: collections.Counter[str] = collections.Counter()
     for renamed, name in sources.items():
         kind = arrays[name].dtype.name
         if kind in _WIDENED:
@@ -331,10 +339,10 @@ def _with_network(
             **configs, "options": {**stored, **arguments}, "layout": layout, "path": file.path,
             "names": file.tensors.keys(),
         }  # fmt: skip
-        name, options, assumed = inspection.layout.network(tensors, sources)
+        name, options, assumed = _layout_of(inspection).network(tensors, sources)
     except _NONSENSE as error:
         raise ValueError(
-            f"what is beside the weights is not as {inspection.layout.name} has it: "
+            f"what is beside the weights is not as {_layout_of(inspection).name} has it: "
             f"{type(error).__name__} {error}"
         ) from error
     if assumed:
@@ -390,7 +398,7 @@ def _with_image_size(
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], inspection: Inspection) -> Encoder:
     expected = traverse_util.flatten_dict(skeleton.variables, sep="/")
-    entries = inspection.layout.entries(skeleton)
+    entries = _layout_of(inspection).entries(skeleton)
     arrays = mapping.join(entries, tensors, expected, inspection.file.path)
     leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
     return skeleton.replace(variables=traverse_util.unflatten_dict(leaves, sep="/"))

@@ -61,27 +61,30 @@ def orbax_v1() -> Any:
     return v1
 
 
-def with_checksums(tree: Any, origin: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+def with_checksums(
+    tree: Any, origin: str = "", log: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what orbax saves in one commit: the arrays by path, and their description.
 
-    `origin` says what they were made from; `origin_of` gives it back.
+    `origin` says what they were made from, `log` is a checksum of what was logged until then;
+    `record_of` gives both back.
     """
     leaves = _flatten(tree)
     description = _describe(leaves)
     # Orbax may still read a buffer while the next step, which was given it by donation, writes
     # into it: on CPU host and device memory are the same.
     copies = {path: x.copy() if isinstance(x, jax.Array) else x for path, x in leaves.items()}
-    record = {"leaves": description, "origin": origin}
+    record = {"leaves": description, "origin": origin, "log": log}
     return copies, {**record, "sha256": digest(record)}
 
 
-def origin_of(path: str | os.PathLike) -> str:
-    """Returns what a tree on disk was made from, as `with_checksums` was told.
+def record_of(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns what `with_checksums` was told beside a tree on disk.
 
     Raises:
       DamagedTreeError: If what describes the tree has changed.
     """
-    return _record(plain(pathlib.Path(path)))["origin"]
+    return _record(plain(pathlib.Path(path)))
 
 
 def is_committed(path: pathlib.Path, origin: str) -> bool:
@@ -95,7 +98,7 @@ def is_committed(path: pathlib.Path, origin: str) -> bool:
 
 def _record(path: pathlib.Path) -> dict[str, Any]:
     stored = orbax_v1().metadata(path, TREE).custom_metadata or {}
-    record = {name: stored.get(name) for name in ("leaves", "origin")}
+    record = {name: stored.get(name) for name in ("leaves", "origin", "log")}
     # Orbax logs a damaged JSON file and reads it as an empty one.
     if record["leaves"] is None or digest(record) != stored.get("sha256"):
         raise DamagedTreeError("the description of its arrays has changed")

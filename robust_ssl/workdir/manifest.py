@@ -72,16 +72,12 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     try:
         manifest = disk.read_json(file)
     except (OSError, ValueError) as error:
-        raise WorkdirError(
-            f"{file} cannot be read ({error}); bring it back from a copy, or remove "
-            f"{file.parent} to run this stage again"
-        ) from error
+        raise WorkdirError(f"{file} cannot be read ({error}); {_again(file)}") from error
     needed = {"schema", "stage", "status", "config", "inputs", "seed", "started", "seconds"}
     missing = needed - set(manifest) if isinstance(manifest, dict) else needed
     if missing:
         raise WorkdirError(
-            f"{file} is no stage manifest: it lacks {', '.join(sorted(missing))}; remove "
-            f"{file.parent} to run this stage again"
+            f"{file} is no stage manifest: it lacks {', '.join(sorted(missing))}; {_again(file)}"
         )
     if manifest["schema"] != SCHEMA:
         raise WorkdirError(
@@ -89,6 +85,14 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         )
     _check_seal(file, manifest)
     return manifest
+
+
+def _again(file: pathlib.Path) -> str:
+    """The way out: parts say themselves what they were made from, so none of them is lost."""
+    return (
+        f"bring it back from a copy, or remove it: the same command then makes {file.parent.name} "
+        "again from what is intact there"
+    )
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,9 +112,7 @@ def _check_seal(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     written, now = written if isinstance(written, Mapping) else {}, _sums(manifest)
     if written.get("work") != now["work"]:
         raise WorkdirError(
-            f"{file} is not what was written there: its checksum does not agree; bring it back "
-            f"from a copy, or remove it: the same command then makes {file.parent.name} again from "
-            "what is intact there"
+            f"{file} is not what was written there: its checksum does not agree; {_again(file)}"
         )
     if written.get("record") != now["record"]:
         _log.warning("%s: versions, devices or times are not those that were written", file)

@@ -34,8 +34,8 @@ from robust_ssl.workdir.arrays import (
     WrongTreeError,
     is_committed,
     orbax_v1,
-    origin_of,
     read_tree,
+    record_of,
     with_checksums,
 )
 from robust_ssl.workdir.manifest import (
@@ -138,7 +138,7 @@ class StageDirectory:
             return  # a state is a function of its step: it is there already
         if self._workdir is not None:
             lock.check_held(self._workdir)
-        arrays, metadata = with_checksums(tree, self._origin_of_step(step))
+        arrays, metadata = with_checksums(tree, self._origin_of_step(step), self._log_sum())
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # Not orbax's `training.Checkpointer`: it reads the metadata of all steps when it starts,
         # so one flipped bit there would hide the intact state beside it (seen with 0.12.8).
@@ -154,6 +154,12 @@ class StageDirectory:
         self._saving.on_complete(lambda _: self._remove_old())
         self._saved_step = step
         self.write_manifest()
+
+    def _log_sum(self) -> str:
+        file = self.path / "metrics.jsonl"
+        if jax.process_index() or not file.exists():
+            return ""  # one process writes both
+        return sum_files(self.path, [file])[file.name]["sha256"]
 
     def _origin_of_step(self, step: int) -> str:
         return f"{self.origin}-{step}"  # the step too: directories may be renamed
@@ -214,7 +220,8 @@ class StageDirectory:
         for step in first_process(self._steps()):
             tree, error, foreign = None, None, False
             try:
-                foreign = origin_of(self.checkpoints / str(step)) != self._origin_of_step(step)
+                record = record_of(self.checkpoints / str(step))
+                foreign = record["origin"] != self._origin_of_step(step)
                 if not foreign:
                     tree = read_tree(self.checkpoints / str(step), like)
             except WrongTreeError:
@@ -228,6 +235,12 @@ class StageDirectory:
                 for number, reason in damaged.items():
                     self._move(number, "damaged", f"is damaged ({_brief(reason)})")
                 self.keep_metrics_before(step)
+                if record["log"] and self._log_sum() not in ("", record["log"]):
+                    _log.warning(
+                        "%s is not what was logged before step %d: its numbers may be wrong, the "
+                        "state is not",
+                        *(self.path / "metrics.jsonl", step),
+                    )
                 return step, tree
             damaged[step] = error or DamagedTreeError("another process could not read it")
         if damaged:
