@@ -192,6 +192,15 @@ def test_a_digit_in_the_log_is_said(tmp_path, caplog):
     assert "metrics.jsonl is not what was logged before step 1" in caplog.text
 
 
+def test_a_changed_log_of_a_finished_stage_is_said(tmp_path, caplog):
+    with open_stage(tmp_path, "s", {"epochs": 1}, {"data": "a"}, 0) as stage:
+        stage.log(0, loss=1.0)
+        stage.finish({})
+    (stage.path / "metrics.jsonl").unlink()
+    assert open_stage(tmp_path, "s", {"epochs": 1}, {"data": "a"}, 0).done
+    assert "metrics.jsonl is lost, or not what was logged" in caplog.text
+
+
 # --- One run at a time ------------------------------------------------------------------------
 
 OTHER = """

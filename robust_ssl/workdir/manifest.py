@@ -27,7 +27,7 @@ PACKAGES = ("robust-ssl", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # What is read from a manifest, and is not believed if it is not what was written.
 _WORK = ("schema", "stage", "status", "config", "inputs", "seed", "seconds")
-_WORK += ("fingerprint", "results", "files", "stuck")
+_WORK += ("fingerprint", "results", "files", "log", "stuck")
 # What is only told of it: one may look at it, but nothing is made of it.
 _RECORD = ("versions", "devices", "started", "finished", "before")
 

@@ -22,6 +22,7 @@ from robust_ssl.workdir.manifest import (
     make_directory,
     now,
     read_manifest,
+    sum_files,
     versions,
 )
 from robust_ssl.workdir.paths import WorkdirError, workdir_path
@@ -128,6 +129,7 @@ def _begin(
         "fingerprint": None,
         "results": None,
         "files": {},
+        "log": "",
         "stuck": (old or {}).get("stuck"),
     }
     stage = StageDirectory(path, manifest, locked=workdir)
@@ -155,6 +157,7 @@ def check_left(
     changed: list[str] = []
     if jax.process_index() == 0:
         changed = changed_files(path, manifest.get("files", {}))
+        _warn_of_log(path / "metrics.jsonl", manifest.get("log"))
     text = exchange("\n".join(changed))[0]  # what one process has read is enough
     if not text:
         return True
@@ -168,6 +171,13 @@ def check_left(
         f"{path} is not what was {made} there:\n{names}\nbring it back from a copy, or remove "
         f"{path / 'manifest.json'}: the same command then makes it again from what is intact"
     )
+
+
+def _warn_of_log(file: pathlib.Path, sha256: str | None) -> None:
+    """Says if a finished stage's log has changed: nothing is made of it any more."""
+    name = file.name
+    if sha256 and (not file.exists() or sum_files(file.parent, [file])[name]["sha256"] != sha256):
+        _log.warning("%s is lost, or not what was logged there", file)
 
 
 def _record_changes(path: pathlib.Path, old: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -305,6 +305,7 @@ class StageDirectory:
             fingerprint=identity or digest(results)[:16],
             results=results,
             files=sum_files(self.path, [*_left(self.path), *beside]),
+            log=self._log_sum(),
         )
         self.write_manifest()
         barrier("finish")  # later stages of every process read the result

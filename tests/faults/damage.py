@@ -1,5 +1,6 @@
 """What is on disk is lost, cut or changed; the disk is full."""
 
+import contextlib
 import os
 import random
 import resource
@@ -35,8 +36,12 @@ def _judge(case, workdir, name, stages, expected):
     """None where all is well: the result is the same, or the message has the name and a way out."""
     run = Run(case.folder, workdir, stages=stages)
     if run.wait() == 0:
-        same = result(workdir, stages) == expected
-        return None if same else "the result is another one, and nothing was said"
+        if name.name == "metrics.jsonl" and "not what was logged" in run.said:
+            return None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if result(workdir, stages) == expected:
+                return None
+        return "the result is another one, and nothing was said"
     lines = [line for line in run.said.splitlines() if "error:" in line or line.startswith("  ")]
     text = run.said
     named = name.name in text or str(name.parent) in text
