@@ -58,13 +58,15 @@ def terminal_only(text):
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
-def test_a_terminal_gets_no_command(name, capsys):
+def test_a_terminal_gets_no_command(name, capsys, monkeypatch):
     for margin in ("  ", ""):
         words.say(f"{name} is read", margin=margin)
     assert terminal_only(capsys.readouterr().err)
     assert "\n" not in words.line(name) and terminal_only(words.line(name))
     log = logging.getLogger("robust_ssl.some.module")
     main._log_to_stderr()
+    # Not to pytest, which would send the words to another process as UTF-8.
+    monkeypatch.setattr(logging.getLogger("robust_ssl"), "propagate", False)
     log.warning("%s failed: %s", name, ValueError(name))
     shown = capsys.readouterr().err
     assert terminal_only(shown) and "\nrobust-ssl: encoder" not in shown
