@@ -21,6 +21,7 @@ from robust_ssl.cli import flags, listing, main
 from robust_ssl.report import trackers
 from robust_ssl.report.metrics import read_metrics
 from robust_ssl.workdir import open_stage
+from robust_ssl.workdir.manifest import seal
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -372,7 +373,8 @@ def test_following_ends_with_the_run(tracker, work, monkeypatch):
             with open(recipe / "metrics.jsonl", "a") as log:
                 log.write('{"step": 9, "loss": 0.75}\n')
             manifest = json.loads((recipe / "manifest.json").read_text())
-            (recipe / "manifest.json").write_text(json.dumps({**manifest, "status": "done"}))
+            done = seal({**manifest, "status": "done"})
+            (recipe / "manifest.json").write_text(json.dumps(done))
 
     monkeypatch.setattr("time.sleep", sleep)
     assert call(work, "--follow", "--every=7") == 0

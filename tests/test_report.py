@@ -553,6 +553,6 @@ def test_what_was_left_out_and_what_is_in_both_splits_is_told(tmp_path):
     report.write_report(tmp_path, document)
     page = (tmp_path / "report.md").read_text()
     assert "where one answer has 50.0 %: baseline 50.0 %, gen_af 75.0 %." in page
-    assert "Note on train: left out, no classes: @eaDir/." in page
+    assert "Note on train: left out, no classes: `@`eaDir/." in page  # no address
     assert "Test images among the training images: 7 of 50." in page
     assert "always 'good\\|part'" in page

@@ -74,5 +74,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line.decode("utf-8"))
     except ValueError:  # bytes that are no UTF-8 too
         return None
-    whole = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    whole = isinstance(entry, dict) and type(entry.get("step")) is int  # true is none
     return entry if whole else None
