@@ -12,6 +12,7 @@ import numpy as np
 
 from robust_ssl.build import resolve
 from robust_ssl.data import pictures, tfds_source
+from robust_ssl.data.addresses import refuse_addresses
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
@@ -67,6 +68,7 @@ def load(
       >>> digits.images.shape, digits.num_classes
       ((100, 32, 32, 3), 10)
     """
+    refuse_addresses(source=source, data_dir=data_dir)
     if isinstance(source, Mapping) and "images" not in source:
         source = _pick_split(source, split)
     if isinstance(source, str) and _names_function(source):
