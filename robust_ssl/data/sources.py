@@ -13,6 +13,7 @@ import numpy as np
 
 from robust_ssl.build import resolve
 from robust_ssl.data import checks, folders, hub, pictures, tfds_source
+from robust_ssl.data.addresses import refuse_addresses
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
 
 _log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def load(
       >>> digits.images.shape, digits.num_classes
       ((100, 32, 32, 3), 10)
     """
+    refuse_addresses(source=source, data_dir=data_dir)
     if isinstance(source, Mapping) and "images" not in source:
         source = _pick_split(source, split)
     if isinstance(source, str) and _names_function(source):
