@@ -17,12 +17,10 @@ from robust_ssl import data, disk, evaluation, models, report, threats
 from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
-from robust_ssl.experiment.examine import affordable
+from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
-
-_EXAMINED = tuple(group for group in checks.GROUPS if group != "universal")
 
 
 class Row(NamedTuple):
@@ -281,7 +279,7 @@ class _Scorer:
         linf = [s for s in scored if s.group.threat == "Linf" and s.group.epsilon > 0]
         if not linf:
             reason = "Nothing was scored under Linf, which is what is examined."
-            return Verdict(checks.not_run(_EXAMINED, reason))
+            return Verdict(checks.not_run(PER_IMAGE_CHECKS, reason))
         per_image = [s for s in linf if s.group.family != "universal"]
         epsilon = max(s.group.epsilon for s in per_image or linf)
         figures = [s for s in per_image if s.group.epsilon == epsilon]
@@ -307,4 +305,4 @@ class _Scorer:
                 **options,
             )
         except ValueError as error:  # the figures stand, whatever cannot be examined
-            return Verdict(checks.not_run(_EXAMINED, str(error)))
+            return Verdict(checks.not_run(PER_IMAGE_CHECKS, str(error)))

@@ -27,7 +27,7 @@ from robust_ssl.workdir import digest, write_atomically
 _log = logging.getLogger(__name__)
 
 _PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
-_PER_IMAGE = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
+PER_IMAGE_CHECKS = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
 # Those that need a perturbation fitted on the public encoder.
 _OF_FITTED = (
     "per_image_not_weaker",
@@ -176,7 +176,7 @@ def _per_image(
     subject = _subject(context, scored)
     if subject is None:
         reason = "Nothing was scored that checks of one image could look at."
-        return "nothing", checks.Verdict(checks.not_run(_PER_IMAGE, reason))
+        return "nothing", checks.Verdict(checks.not_run(PER_IMAGE_CHECKS, reason))
     steps, queries, count = affordable(subject.spent)
     chosen = np.intersect1d(subject.rows, sample(context, count))
     batch = context.test.read(chosen)
@@ -199,7 +199,7 @@ def _per_image(
             **options,
         )
     except ValueError as error:  # hours of scoring are not lost for it
-        verdict = checks.Verdict(checks.not_run(_PER_IMAGE, str(error)))
+        verdict = checks.Verdict(checks.not_run(PER_IMAGE_CHECKS, str(error)))
     return f"{subject.words}, {len(chosen)} images", verdict
 
 
@@ -390,8 +390,7 @@ def _over_places(scored: Sequence[Scored]) -> checks.Check:
     places: dict[str, list[PerImage]] = {}
     for s in scored:
         for member in s.members:
-            threat = getattr(member.value, "threat", None)
-            if isinstance(threat, threats.Patch):
+            if isinstance(threat := getattr(member.value, "threat", None), threats.Patch):
                 places.setdefault(threat.location, []).append(s.results[member.label])
     if not places:
         return checks.not_run("patch_places_agree", "No patch was scored.")[0]

@@ -185,7 +185,7 @@ def convert_encoder(
         "format": file.format,
         "sha256": file.sha256,
         "found_under": file.found_under,
-        "layout": _layout_of(inspection).name,
+        "layout": inspection.known_layout.name,
         "dropped": dict(inspection.dropped),
         "normalization": inspection.normalization.source,
         "transform": dict(inspection.normalization.transform),
@@ -237,8 +237,8 @@ def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None
             size = encoder.image_size
             images = dataclasses.replace(inspection.normalization, image_size=size)
             inspection = dataclasses.replace(inspection, normalization=images)
-    notes, problems = tuple(report.notes), tuple(report.problems)
-    inspection = dataclasses.replace(inspection, notes=notes, problems=problems)
+    all_notes, problems = tuple(report.notes), tuple(report.problems)
+    inspection = dataclasses.replace(inspection, notes=all_notes, problems=problems)
     return inspection, None if problems else encoder
 
 
@@ -279,18 +279,13 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     (report.problems if certain else report.notes).append(text)
 
 
-def _layout_of(inspection: Inspection) -> mapping.Layout:
-    assert inspection.layout is not None  # the first thing that is looked for
-    return inspection.layout
-
-
 def _with_tensors(
     inspection: Inspection, chosen: selection.Selection, report: Report
 ) -> tuple[Inspection, dict[str, np.ndarray]]:
     """Returns the tensors under the layout's names, float32."""
     sources: dict[str, str] = {}
     dropped = list(chosen.dropped)
-    rename = _layout_of(inspection).rename
+    rename = inspection.known_layout.rename
     for name, own in chosen.names.items():
         renamed = rename(own)
         if renamed is None:
@@ -302,7 +297,7 @@ def _with_tensors(
     tensors = _as_float32(inspection.file.tensors, sources, report)
     parts = selection.count_parts(dropped, sources.values())
     inspection = dataclasses.replace(inspection, kept=tuple(sources.values()), dropped=parts)
-    return inspection, _layout_of(inspection).prepare(tensors)
+    return inspection, inspection.known_layout.prepare(tensors)
 
 
 def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str, np.ndarray]:
@@ -339,10 +334,10 @@ def _with_network(
             **configs, "options": {**stored, **arguments}, "layout": layout, "path": file.path,
             "names": file.tensors.keys(),
         }  # fmt: skip
-        name, options, assumed = _layout_of(inspection).network(tensors, sources)
+        name, options, assumed = inspection.known_layout.network(tensors, sources)
     except _NONSENSE as error:
         raise ValueError(
-            f"what is beside the weights is not as {_layout_of(inspection).name} has it: "
+            f"what is beside the weights is not as {inspection.known_layout.name} has it: "
             f"{type(error).__name__} {error}"
         ) from error
     if assumed:
@@ -398,7 +393,7 @@ def _with_image_size(
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], inspection: Inspection) -> Encoder:
     expected = traverse_util.flatten_dict(skeleton.variables, sep="/")
-    entries = _layout_of(inspection).entries(skeleton)
+    entries = inspection.known_layout.entries(skeleton)
     arrays = mapping.join(entries, tensors, expected, inspection.file.path)
     leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
     return skeleton.replace(variables=traverse_util.unflatten_dict(leaves, sep="/"))

@@ -40,6 +40,12 @@ class Inspection:
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
+    @property
+    def known_layout(self) -> mapping.Layout:
+        """The layout, once it is known that one fits."""
+        assert self.layout is not None  # the first thing that is looked for
+        return self.layout
+
     def __str__(self) -> str:
         # Of the file, before anything is widened to float32.
         types = collections.Counter(self.file.tensors[name].dtype.name for name in self.kept)
