@@ -19,17 +19,14 @@ common = load_beside(__file__, "common")
 
 EPSILON = 24 / 255
 INNER = {"epsilon": EPSILON, "step_size": 6 / 255, "num_steps": 7}  # of the attack in training
-# Passes over the training images, by recipe: in the small size as many as have improved validation.
-EPOCHS = {
-    "small": {"baseline": 6, "gen_af_stage1": 5, "gen_af": 2},
-    "full": {"baseline": 8, "gen_af_stage1": 8, "gen_af": 8},
-}
+# Passes over the training images: in the small size as many as have improved validation.
+EPOCHS = {"baseline": 6, "gen_af_stage1": 5, "gen_af": 2}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Returns the config; see the file's docstring for the argument."""
     size = parse_arguments(arguments, {"size": "small"})["size"]
-    if size not in EPOCHS:
+    if size not in ("small", "full"):
         raise ValueError(f"size must be small or full, got {size!r}")
     full = size == "full"
     config = ConfigDict()
@@ -49,14 +46,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     }
 
     # What all recipes have, and the attack by which each one's best epoch is chosen.
-    config.common = {"batch_size": 64}
+    config.common = {"epochs": 8, "batch_size": 64}
     config.training = {"validation": {"function": f"{common.ATTACKS}PGD", **INNER}}
-    epochs = EPOCHS[size]
-    config.recipes = common.recipes(
-        *epochs,
-        baseline={"epochs": epochs["baseline"]},
-        gen_af_stage1={"epochs": epochs["gen_af_stage1"], **INNER},
-        gen_af={"epochs": epochs["gen_af"], "num_steps": 3},
-    )
+    options = {"gen_af_stage1": dict(INNER), "gen_af": {"num_steps": 3}}
+    for name, epochs in () if full else EPOCHS.items():
+        options.setdefault(name, {})["epochs"] = epochs
+    config.recipes = common.recipes("baseline", "gen_af_stage1", "gen_af", **options)
     config.compare = {"reference": "baseline", "memory": False}
     return config

@@ -108,7 +108,7 @@ def unlabelled(split="train", *, n=32, size=SIZE):
 
 def config(*stages):
     """The quickstart's config with everything small; locked, but values may be set."""
-    tiny = settings.load_config(str(CONFIGS / "quickstart.py")).unlock()
+    tiny = settings.load_config(f"{CONFIGS / 'quickstart.py'}:size=full").unlock()
     tiny.encoder = {"function": "tiny:encoder"}
     tiny.surrogate = {"function": "tiny:unlabelled"}
     tiny.downstream = {"function": "tiny:images", "validation": 0.25}
