@@ -122,7 +122,7 @@ def assert_same(ours, expected):
     for step, wanted_step in zip(metrics, wanted_metrics, strict=True):
         assert step.keys() == wanted_step.keys()
         for name, value in wanted_step.items():
-            np.testing.assert_allclose(step[name], value, rtol=RTOL, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(step[name], value, rtol=RTOL, atol=ATOL, err_msg=name)
 
 
 def test_every_recipe_that_trains_is_looked_at():
