@@ -23,6 +23,7 @@ from tiny_recipes import (
 from robust_ssl import attacks, evaluation, experiment, finetuning, report
 from robust_ssl.evaluation.checks import Check
 from robust_ssl.experiment import compare, costs, fitting, groups, score, train
+from robust_ssl.workdir.manifest import seal
 
 slow = pytest.mark.slow  # a minute: each recipe and each attack is compiled
 
@@ -133,7 +134,7 @@ def test_the_files_say_what_the_rows_say(finished):
 def test_the_page_says_what_was_compared(finished):
     page = (finished[0] / "report.md").read_text()
     assert "- Encoder: tiny, " in page
-    assert "- Downstream set: images, train 48, validation 16, test 64." in page
+    assert "- Downstream set: images, train 48, validation 16, test 64, classes 4." in page
     assert "- Surrogate set, the attacker's: unlabelled, images 32." in page
     assert "- Suite, at 10/255: random_noise, universal_pgd; seeds 0." in page
     assert "- Seeds of training: 0, 1." in page
@@ -214,7 +215,7 @@ def test_a_comparison_follows_what_was_scored_again(finished, tmp_path):
     for entry in scored["results"]["results"]:
         if entry["model"] == "baseline-seed0":
             entry["verdict"] = "not believable"
-    file.write_text(json.dumps(scored))
+    file.write_text(json.dumps(seal(scored)))  # as if it had been scored so
     rows = rows_of(go(config(), workdir))
     marked = {key for key, row in rows.items() if row["verdict"] == "not believable"}
     assert marked == {("baseline", 0)}
