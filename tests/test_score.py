@@ -221,7 +221,7 @@ def test_autoattack_and_the_verdict(tmp_path):
         assert right == sorted(right, reverse=True) and right[-1] == right[-2]
         assert {entry["n"] for entry in turns} == {16}
         assert {entry["verdict"] for entry in turns} == {verdict["verdict"]}
-    assert {check["number"] for check in verdict["checks"]} == set(range(1, 28))
+    assert {check["number"] for check in verdict["checks"]} == set(range(1, 30))
     assert "images" in verdict["examined"]
     # Its encoder is the public one, so what was crafted again is what was crafted: not a bit less.
     [again] = [check for check in verdict["checks"] if check["number"] == 25]
