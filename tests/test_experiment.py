@@ -347,7 +347,8 @@ def test_the_quickstart_runs_at_smoke_size(tmp_path):
     config.surrogate.n = 128
     config.downstream.update(train_limit=256, test_limit=64)
     config.suite.num_steps = 2
-    config.common.epochs = 1
+    for recipe in config.recipes.values():
+        recipe.epochs = 1
     config.recipes.gen_af_stage1.num_steps = 2
     config.training.validation.num_steps = 2
     config.recipes.gen_af.update(images=16, num_steps=1)
