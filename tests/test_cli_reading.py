@@ -494,3 +494,11 @@ def test_type_checkers_see_the_public_names():
         for name in node.names:
             public = getattr(robust_ssl, name.asname or name.name)
             assert public is getattr(importlib.import_module(node.module), name.name)
+
+
+def test_a_public_set_under_another_librarys_name_is_listed_once(tmp_path, capsys):
+    (tmp_path / "svhn_cropped" / "3.1.0").mkdir(parents=True)
+    (tmp_path / "svhn_cropped" / "3.1.0" / "dataset_info.json").write_text("{}")
+    assert main.main(["list", "data", f"--data-dir={tmp_path}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("svhn")]
+    assert len(lines) == 1 and f"[in {tmp_path}]" in lines[0]

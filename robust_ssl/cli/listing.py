@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -86,13 +85,14 @@ def _named(kind: str) -> Callable[[], Lines]:
 def _data(data_dir: str | None = None) -> Lines:
     from robust_ssl import data
     from robust_ssl.api.names import describe_set, first_line
-    from robust_ssl.data.public import SETS
+    from robust_ssl.data import prepared
+    from robust_ssl.data.public import SETS, find_set
 
     for name in ("digits", "photo_crops"):
         yield f"robust_ssl.data:{name}", f"{first_line(getattr(data, name))} [built in]"
-    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    folder = pathlib.Path(folder).expanduser()
-    here = {*_prepared(folder)}
+    folder = prepared.data_directory(data_dir)
+    # Some public sets lie under the longer name that TFDS has for them.
+    here = {one.name if (one := find_set(name)) else name for name in _prepared(folder)}
     public = {one.name: one for one in SETS}
     for name in sorted(here | public.keys()):
         size = describe_set(public[name]) if name in public else ""
