@@ -17,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 
+from robust_ssl import disk
 from robust_ssl.progress import Progress
 
 try:
@@ -254,7 +255,7 @@ def _write_state(part: pathlib.Path, url: str, headers) -> None:
 
 def _read_state(part: pathlib.Path, url: str) -> str:
     try:
-        state = json.loads(_state(part).read_text(encoding="utf-8"))
+        state = disk.read_json(_state(part))
         return str(state["validator"]) if state["url"] == url else ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""

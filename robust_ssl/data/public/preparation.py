@@ -10,6 +10,7 @@ import pathlib
 import tempfile
 from collections.abc import Mapping
 
+from robust_ssl import disk
 from robust_ssl.build import near
 from robust_ssl.data import prepared
 from robust_ssl.data.public.digests import file_digests
@@ -142,6 +143,6 @@ def _compare(public: PublicSet, digests: Mapping[str, str]) -> None:
 
 def _recorded(folder: pathlib.Path) -> dict[str, str]:
     try:
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8"))["pixels"])
+        return dict(disk.read_json(folder / RECORD)["pixels"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # prepared by other means
