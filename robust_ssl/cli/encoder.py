@@ -55,7 +55,8 @@ def add_parser(commands: Any) -> None:
         action.add_argument(
             "file",
             metavar="FILE",
-            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON"
+            help="safetensors, PyTorch .pth, .pt, .ckpt or .bin, or a folder of one with its JSON; "
+            "hf://owner/name@<commit>"
             + ("; or a shipped encoder's name" if action is inspect else ""),
         )
         _add_names(action)
@@ -91,6 +92,12 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     """Flags for what a file may not tell."""
     where = command.add_argument_group("where the weights are")
     where.add_argument("--layout", help="how the tensors are called (default: found out)")
+    where.add_argument(
+        "--allow-moving",
+        action="store_true",
+        default=None,
+        help="of the hub: take a branch or a tag, whose files may change, in place of a commit",
+    )
     where.add_argument("--under", metavar="KEY", help="which entry of the file holds them")
     where.add_argument(
         "--reader",
@@ -168,13 +175,16 @@ def _as_usage() -> Iterator[None]:
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("layout", "under", "reader", "normalization", "mean", "std", "image_size")
     keys += ("inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads")
-    keys += ("pooling", "activation", "norm_epsilon", "position_resizing")
+    keys += ("pooling", "activation", "norm_epsilon", "position_resizing", "allow_moving")
     return {key: getattr(arguments, key) for key in keys}
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from robust_ssl import weights
+    from robust_ssl.weights import hub
 
+    _, arguments.file = hub.located(arguments.file, arguments.allow_moving)
+    arguments.allow_moving = None
     path = pathlib.Path(arguments.file)
     # One word is a name, if a misspelt one; resnet18.pth is a file that is not there.
     if not weights.is_foreign(path) and (path.exists() or not path.suffix):

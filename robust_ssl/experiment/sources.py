@@ -20,12 +20,13 @@ from robust_ssl.build import (
     read_entries,
 )
 from robust_ssl.types import Encoder
+from robust_ssl.weights import hub
 
 # What a foreign file may have to be told; `weights.import_encoder` says what each means.
 ENCODER_WORDS = (
     *("path", "function", "layout", "under", "normalization", "mean", "std", "image_size", "name"),
     *("reader", "inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads"),
-    *("pooling", "activation", "norm_epsilon", "position_resizing"),
+    *("pooling", "activation", "norm_epsilon", "position_resizing", "allow_moving"),
 )
 
 
@@ -116,7 +117,8 @@ class EncoderSource:
     """Where the public encoder comes from.
 
     Attributes:
-      path: A shipped encoder's name, a directory of `weights.save_encoder`, or a foreign file.
+      path: A shipped encoder's name, a directory of `weights.save_encoder`, a foreign file, or
+        ``hf://owner/name@<commit>``.
       function: Builds it: ``(key, **options) -> Encoder``.
       options: What a foreign file does not say itself, as `weights.import_encoder` takes it; of a
         directory, the ``builder`` of an encoder of your own.
@@ -172,6 +174,8 @@ class EncoderSource:
             for name in self.options:
                 if name not in ENCODER_WORDS:
                     raise ValueError(f"unknown entry {name!r}{near(name, ENCODER_WORDS)}")
+            if hub.is_address(self.path):
+                hub.parse(self.path, allow_moving=bool(self.options.get("allow_moving")))
             return
         try:
             weights.encoder_card(self.path)

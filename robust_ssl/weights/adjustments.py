@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from flax import traverse_util
 from robust_ssl import models
 from robust_ssl.types import Encoder
 from robust_ssl.weights import normalization
-from robust_ssl.weights.inspection import Inspection
+from robust_ssl.weights.inspection import Inspection, Report
+from robust_ssl.weights.normalization import Normalization
 
 CHANNELS = ("rgb", "bgr")
 
@@ -91,3 +93,21 @@ def reverse_channels(encoder: Encoder) -> Encoder:
             colors = kernel.reshape(-1, 3, kernel.shape[-1])[:, ::-1]
             flat[path] = colors.reshape(kernel.shape)
     return encoder.replace(variables=traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def with_image_size(
+    images: Normalization, options: dict[str, Any], named: bool, report: Report
+) -> Normalization:
+    """A network with positions knows its image size; another one's must be read or named."""
+    size = options.setdefault("image_size", images.image_size)
+    if size is None:
+        del options["image_size"]
+        report.problems.append(
+            "nothing beside the weights says how large images were; " + normalization.HOW_TO_SIZE
+        )
+    elif images.image_size not in (None, size) and not named:
+        report.notes.append(
+            f"the weights have positions for images of {size} pixels; {images.image_size} is said "
+            "beside them"
+        )
+    return dataclasses.replace(images, image_size=size)

@@ -24,6 +24,7 @@ from robust_ssl.types import Encoder
 from robust_ssl.weights import (
     adjustments,
     convnext_layouts,
+    hub,
     mapping,
     native,
     normalization,
@@ -53,7 +54,7 @@ _PLACEHOLDER_SIZE = 32  # of a ResNet whose image size is not known yet: no shap
 
 
 def is_foreign(path: str | os.PathLike) -> bool:
-    """Whether a path is a file or a folder that `save_encoder` did not write.
+    """Whether a path is a file or a folder that `save_encoder` did not write, or one of the hub.
 
     False also where there is nothing of this name: `load_encoder` says so best.
 
@@ -61,7 +62,7 @@ def is_foreign(path: str | os.PathLike) -> bool:
       >>> is_foreign("simclr-cifar10-r18w24"), is_foreign("nothing/here.pth")
       (False, False)
     """
-    return pathlib.Path(path).exists() and not _is_native(path)
+    return hub.is_address(path) or (pathlib.Path(path).exists() and not _is_native(path))
 
 
 def _is_native(path: str | os.PathLike) -> bool:
@@ -79,7 +80,7 @@ def inspect_file(
 
     Args:
       path: As in `import_encoder`, like all others.
-      layout: The layout's name; None to find it.
+      layout: The layout's name.
       under: Where in the file the tensors are.
       **arguments: What `import_encoder` would be given.
 
@@ -90,8 +91,8 @@ def inspect_file(
       ValueError: If the file cannot be read at all.
       FileNotFoundError: If it is not there.
     """
-    inspection, _ = _examine(path, layout, under, arguments)
-    return inspection
+    _, path = hub.located(path, arguments.pop("allow_moving", False))
+    return _examine(path, layout, under, arguments)[0]
 
 
 def import_encoder(
@@ -109,6 +110,7 @@ def import_encoder(
     prefix: str | None = None,
     drop: Sequence[str] = (),
     channels: str | None = None,
+    allow_moving: bool | None = False,
     **options: Any,
 ) -> Encoder:
     """Reads an encoder that another package wrote; nothing in the file is executed.
@@ -118,11 +120,11 @@ def import_encoder(
 
     Args:
       path: A ``.safetensors``, ``.pth``, ``.pt``, ``.ckpt`` or ``.bin`` file, or a folder with one
-        and its JSON files, as Hugging Face has them.
+        and its JSON files, as Hugging Face has them, or ``hf://owner/name@<commit>`` itself.
       layout: The name of one of `LAYOUTS`; None to find it by the tensors' names.
       under: Where in the file the tensors are, ``"state_dict"``; None to find them.
-      normalization: How training images were normalized, a name of `normalization.PRESETS`;
-        None to read it beside the file, or to name `mean` and `std` instead.
+      normalization: How training images were normalized, a name of `normalization.PRESETS`; None
+        to read it beside the file, or to name `mean` and `std` instead.
       mean: Per-channel mean of pixels in [0, 1].
       std: Per-channel standard deviation of pixels in [0, 1].
       image_size: Height and width the encoder was trained for, pixels; None to read it beside
@@ -133,8 +135,9 @@ def import_encoder(
       prefix: What the names of the encoder's tensors begin with; None to find it.  All that is not
         under it is left out.
       drop: Parts to leave out that nothing here knows, ``("gate", "backbone.gate")``.
-      channels: ``"bgr"`` for a network whose images are blue first; its first kernel is turned, so
-        that images, mean and std here are red first.  None: ``"rgb"``, or what JSON says.
+      channels: ``"bgr"`` for a network whose images are blue first; its first kernel is turned,
+        mean and std are red first.  None: ``"rgb"``, or what JSON says.
+      allow_moving: Whether a revision on the hub may be a branch or a tag, see `hub.parse`.
       **options: What weights do not tell: ``stem``, ``stem_padding``, ``variant``, ``heads``,
         ``position_resizing``, ...; also ``dtype``, ``"bfloat16"`` to compute in it.
 
@@ -150,7 +153,10 @@ def import_encoder(
         "reader": reader, "inert": inert, "prefix": prefix, "drop": drop, "channels": channels,
         **options,
     }  # fmt: skip
-    return _imported(path, layout, under, name, arguments)[1]
+    address, path = hub.located(path, allow_moving)
+    if address and _is_native(path):
+        return _native(address, path, {"layout": layout, "under": under, **arguments})
+    return _imported(path, layout, under, name or (address and address.name), arguments)[1]
 
 
 def convert_encoder(
@@ -170,7 +176,7 @@ def convert_encoder(
       layout: The layout's name; None to find it.
       under: Where in the file the tensors are.
       name: For tables and manifests.
-      **arguments: The other arguments of `import_encoder`.
+      **arguments: The others of `import_encoder`.
 
     Returns:
       `out`.
@@ -178,9 +184,15 @@ def convert_encoder(
     Raises:
       ValueError: As `import_encoder`; nothing is written then.
     """
+    address, path = hub.located(path, arguments.pop("allow_moving", False))
+    if address and _is_native(path):
+        encoder = _native(address, path, {"layout": layout, "under": under, **arguments})
+        card = {**native.encoder_card(path)["card"], "imported_from": {"source": str(address)}}
+        return native.save_encoder(encoder.replace(name=name or encoder.name), out, card)
+    name = name or (address and address.name)
     inspection, encoder = _imported(path, layout, under, name, arguments)
-    file = inspection.file
-    origin = {
+    file, origin = inspection.file, {"source": str(address)} if address else {}
+    origin |= {
         "file": pathlib.Path(file.path).name,
         "format": file.format,
         "sha256": file.sha256,
@@ -192,6 +204,13 @@ def convert_encoder(
         "notes": list(inspection.notes),
     }
     return native.save_encoder(encoder, out, {"imported_from": origin})
+
+
+def _native(address: hub.Address, path: pathlib.Path, arguments: Mapping[str, Any]) -> Encoder:
+    named = [key for key, value in arguments.items() if value not in (None, (), "safe")]
+    if named:
+        raise ValueError(f"{address} is an encoder of this package; leave out {', '.join(named)}")
+    return native.load_encoder(path)
 
 
 def _imported(path, layout, under, name, arguments) -> tuple[Inspection, Encoder]:
@@ -352,7 +371,7 @@ def _with_network(
                 f"{key} is {options[key]!r} in the file, and {value!r} is asked for"
             )
     named = "image_size" in arguments
-    images = _with_image_size(inspection.normalization, options, named, report)
+    images = adjustments.with_image_size(inspection.normalization, options, named, report)
     inspection = dataclasses.replace(
         inspection, normalization=images, builder=name, options=dict(options)
     )
@@ -371,24 +390,6 @@ def _check_options(builder: str, arguments: Mapping[str, Any]) -> None:
     for key in arguments:
         if key not in known:
             raise ValueError(f"{builder} takes no {key!r}{near(key, known[1:])}")
-
-
-def _with_image_size(
-    images: Normalization, options: dict[str, Any], named: bool, report: Report
-) -> Normalization:
-    """A network with positions knows its image size; another one's must be read or named."""
-    size = options.setdefault("image_size", images.image_size)
-    if size is None:
-        del options["image_size"]
-        report.problems.append(
-            "nothing beside the weights says how large images were; " + normalization.HOW_TO_SIZE
-        )
-    elif images.image_size not in (None, size) and not named:
-        report.notes.append(
-            f"the weights have positions for images of {size} pixels; {images.image_size} is said "
-            "beside them"
-        )
-    return dataclasses.replace(images, image_size=size)
 
 
 def _fill(skeleton: Encoder, tensors: Mapping[str, np.ndarray], inspection: Inspection) -> Encoder:
