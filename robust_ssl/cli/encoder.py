@@ -1,4 +1,4 @@
-"""``robust-ssl encoder``: inspect, convert and export weights.
+"""``robust-ssl encoder``: inspect, convert, export, lock and verify weights.
 
 As in `main`, JAX is imported only once the arguments are understood.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from robust_ssl import settings, words
+from robust_ssl.cli import provenance
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
 
 _EXAMPLES = """\
@@ -41,10 +42,10 @@ Nothing in a file is executed.  Exit codes: 0 done (inspect: it can be converted
 def add_parser(commands: Any) -> None:
     """Adds the command to argparse's `commands`."""
     command = add_command(
-        commands, "encoder", "inspect, convert and export the weights of encoders", _EXAMPLES
+        commands, "encoder", "inspect, convert, export, lock and verify encoders", _EXAMPLES
     )
     actions = command.add_subparsers(
-        dest="action", required=True, metavar="inspect | convert | export"
+        dest="action", required=True, metavar="inspect | convert | export | lock | verify"
     )
     # Inspecting and converting take the same file and the same names for what it does not tell.
     text = "say what a file of weights holds and whether it can be converted"
@@ -63,6 +64,7 @@ def add_parser(commands: Any) -> None:
         add_debug(action)
     convert.add_argument("--out", required=True, metavar="DIR", help="the encoder's new directory")
     convert.add_argument("--name", help="for tables and manifests (default: the file's)")
+    provenance.add_parsers(actions, _add_names)
     text = "write an encoder for PyTorch, or a whole model as a StableHLO program"
     export = add_command(actions, "export", text, _EXAMPLES)
     add_debug(export)
@@ -217,6 +219,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.file, arguments.out, name=arguments.name, **_named(arguments)
     )
     words.say(f"written: {place}")
+    provenance.write_beside(place)
     return DONE
 
 
@@ -241,7 +244,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.out:
         # PyTorch's layouts have no place for our heads.
         only = model.encoder if arguments.classifier else encoder
-        words.say(f"written: {weights.export_safetensors(only, arguments.out)}")
+        file = weights.export_safetensors(only, arguments.out)
+        words.say(f"written: {file}")
+        origins = [arguments.encoder, *([arguments.classifier] if arguments.classifier else [])]
+        provenance.write_beside(file, made_from=tuple(origins))
     if arguments.stablehlo:
         file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
         words.say(f"written: {file}")
@@ -265,4 +271,14 @@ def _fine_tuned(encoder, directory: str):
     return classifier
 
 
-_ACTIONS = {"inspect": _inspect, "convert": _convert, "export": _export}
+def _lock(arguments: argparse.Namespace) -> int:
+    return provenance.lock(arguments, _named(arguments))
+
+
+_ACTIONS = {
+    "inspect": _inspect,
+    "convert": _convert,
+    "export": _export,
+    "lock": _lock,
+    "verify": provenance.verify,
+}

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from robust_ssl import settings, words
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again
+MISSING = 3  # of what judges: there is not the evidence to say yes or no
 
 # What stands before the "=" of a setting: names, dots, and keys in brackets.  A config with
 # arguments, `gen_af:epochs=5`, has a colon there and a file, `a/b=c.py`, a slash.

@@ -166,7 +166,7 @@ def load_encoder(
     where, depth = f"{folder}/{CARD_FILE}", record["options"].get("depth")
     if builder is None and isinstance(depth, int) and depth > _DEEPEST:
         raise ValueError(f"{where} asks for {depth} layers; at most {_DEEPEST} are built")
-    builder = _allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
+    builder = allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
     skeleton = build_skeleton(builder, record["options"], where)
     preprocess = cards.read_preprocess(record, where, preprocess) or skeleton.preprocess
     cards.check_normalization(skeleton.mean, skeleton.std, where)
@@ -229,7 +229,8 @@ def _read_card(folder) -> dict[str, Any]:
     return record
 
 
-def _allowed_builder(name: str, folder) -> Callable[..., Encoder]:
+def allowed_builder(name: str, folder) -> Callable[..., Encoder]:
+    """Returns the builder that a card names; only those of `robust_ssl.models` are looked up."""
     if name not in _BUILDERS:
         raise ValueError(
             f"{folder}/{CARD_FILE} names the builder {name!r}, which is not one of "

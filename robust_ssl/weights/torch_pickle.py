@@ -200,7 +200,13 @@ _BUILDERS = {
 _KNOWN = _STORAGE_TYPES.keys() | _DTYPE_NAMES.keys() | _BUILDERS.keys() | DICTS | _INERT
 
 
-def _known(path: str, inert: Collection[str] = ()) -> bool:
+def is_known(path: str, inert: Collection[str] = ()) -> bool:
+    """Whether a name, ``"module.name"``, may stand in a file of weights.
+
+    Example:
+      >>> is_known("torch.FloatStorage"), is_known("os.system")
+      (True, False)
+    """
     return path in _KNOWN or path.startswith(_INERT_PACKAGES) or path in inert
 
 
@@ -255,5 +261,5 @@ def load(
     """
     kept = {} if storages is None else storages
     refer = functools.partial(_refer, fetch=fetch, storages=kept)
-    known = functools.partial(_known, inert=inert)
+    known = functools.partial(is_known, inert=inert)
     return pickles.load(file, pickles.Rules("file of weights", known, _call, refer, advice=_ADVICE))

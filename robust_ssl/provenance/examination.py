@@ -1,0 +1,75 @@
+"""`examine`: the ten checks of one source, in order, none left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from robust_ssl.provenance import content, documents, network, signature
+from robust_ssl.provenance.check import Check
+from robust_ssl.provenance.source import Source, open_source
+
+
+def examine(
+    source: str | os.PathLike | Source,
+    lock: Mapping[str, Any] | None = None,
+    *,
+    signature_file: str | os.PathLike | None = None,
+    public_key: str | os.PathLike | None = None,
+    allow_moving: bool = False,
+    **options: Any,
+) -> tuple[Check, ...]:
+    """Makes the ten checks of where an encoder comes from and whether it is what it was.
+
+    Each is passed, failed, or absent where there is nothing to judge by.  Nothing in the files is
+    executed.  The ninth is another program's opinion, and decides nothing.
+
+    Args:
+      source: As `open_source` takes it: a shipped name, a directory of this package, a foreign
+        file or folder, ``hf://owner/name@<commit>``; or what `open_source` has found.
+      lock: What `lock` returned and `read_lock` reads; None where there is none.
+      signature_file: Of model-signing; None looks beside the files.
+      public_key: The signer's, PEM.
+      allow_moving: Whether a revision of the hub may be a branch or a tag; the first check says so.
+      **options: What a foreign file has to be told, or the builder of an own network; by default
+        those of the lock.
+
+    Returns:
+      Ten checks, in the order of `NAMES`.
+
+    Raises:
+      ValueError: If there is nothing of this name, or the hub cannot be read.
+      FileNotFoundError: If a path is not there.
+
+    Example:
+      >>> checks = examine("simclr-cifar10-r18w24")
+      >>> [check.number for check in checks], checks[4].outcome
+      ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 'pass')
+    """
+    if not isinstance(source, Source):
+        options = {**(lock["options"] if lock else {}), **options}
+        source = open_source(source, allow_moving=allow_moving, **options)
+    return of_network(source, network.read(source), lock, signature_file, public_key)
+
+
+def of_network(
+    source: Source,
+    read: network.Network,
+    lock: Mapping[str, Any] | None = None,
+    signature_file: str | os.PathLike | None = None,
+    public_key: str | os.PathLike | None = None,
+) -> tuple[Check, ...]:
+    """Makes the ten checks of a source whose network has been read."""
+    return (
+        documents.check_revision(source, lock),
+        content.check_files(source, lock),
+        content.check_format(source),
+        signature.check_signature(source, signature_file, public_key),
+        network.check_architecture(read, lock),
+        network.check_weights(read),
+        network.check_references(read, lock),
+        documents.check_documents(source, lock),
+        content.check_scanner(source),
+        documents.check_training(source, lock),
+    )

@@ -1,0 +1,74 @@
+"""Check 4: a signature by OpenSSF model-signing with an elliptic-curve key."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from robust_ssl.provenance.check import INSTALL, Check, absent, failed, passed
+from robust_ssl.provenance.source import Source
+
+_BESIDE = ("model.sig",)  # what model-signing calls it
+
+
+def check_signature(
+    source: Source,
+    signature: str | os.PathLike | None,
+    public_key: str | os.PathLike | None,
+) -> Check:
+    """Verifies a signature over the files of a source; nothing is asked of the network.
+
+    Args:
+      source: What was signed.
+      signature: The file; None looks for ``model.sig`` beside the files.
+      public_key: The signer's key, PEM.
+    """
+    beside = [source.folder / name for name in _BESIDE if (source.folder / name).is_file()]
+    file = pathlib.Path(signature) if signature else next(iter(beside), None)
+    if file is None:
+        return absent("signature", "nobody has signed it, or the signature is not beside it")
+    if public_key is None:
+        said = "there is a signature and no key to verify it with: --public-key"
+        return absent("signature", said, signature=file.name)
+    missing = [str(path) for path in (file, public_key) if not pathlib.Path(path).is_file()]
+    if missing:
+        return absent("signature", f"{missing[0]} is not there")
+    try:
+        from model_signing import verifying
+    except ImportError:
+        return absent("signature", INSTALL, signature=file.name)
+    key = pathlib.Path(public_key)
+    evidence = {"signature": file.name, "key_sha256": hashlib.sha256(key.read_bytes()).hexdigest()}
+    try:
+        _verify(verifying, source, file, key)
+    except Exception as error:  # each library below has errors of its own
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return failed("signature", f"the signature does not hold: {cause}", **evidence)
+    said = f"signed with the key {evidence['key_sha256'][:16]}..."
+    return passed("signature", said, **evidence)
+
+
+def _verify(verifying: Any, source: Source, signature: pathlib.Path, key: pathlib.Path) -> None:
+    config = verifying.Config().use_elliptic_key_verifier(public_key=str(key))
+    if source.path.is_file():
+        config.verify(str(source.path.resolve()), str(signature))
+        return
+    # A folder of exactly these files: the hub's cache holds links, which model-signing refuses, and
+    # a lock beside an encoder is no part of what was signed.
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in source.files.items():
+            place = pathlib.Path(folder) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link(file.resolve(), place)
+        config.verify(folder, str(signature))
+
+
+def _link(file: pathlib.Path, place: pathlib.Path) -> None:
+    try:
+        os.link(file, place)
+    except OSError:  # another disk
+        shutil.copyfile(file, place)
