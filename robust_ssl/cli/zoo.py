@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from robust_ssl import disk, experiment, settings, weights, words
+from robust_ssl import disk, experiment, provenance, settings, weights, words
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
@@ -160,6 +160,7 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
     text = json.dumps(card["card"].get("config", {}), indent=2)
     disk.replace(folder / "config.json", text + "\n")
     disk.replace(folder / "README.md", _model_card(card))
+    provenance.write_beside(folder)
 
 
 def _model_card(card: Mapping[str, Any]) -> str:

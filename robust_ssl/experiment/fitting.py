@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from robust_ssl import data, evaluation, finetuning, optimizers, struct, weights
+from robust_ssl import data, evaluation, finetuning, optimizers, provenance, struct, weights
 from robust_ssl.build import text_of
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
@@ -305,3 +305,4 @@ def save_classifier(
         builder=builder,
         options=options or None,
     )
+    provenance.write_beside(stage.path / "classifier")

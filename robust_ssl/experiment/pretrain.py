@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from robust_ssl import data, optimizers, pretraining, weights
+from robust_ssl import data, optimizers, pretraining, provenance, weights
 from robust_ssl.build import text_of
 from robust_ssl.experiment.context import Context, without_labels
 from robust_ssl.experiment.loop import stage_key, train
@@ -164,6 +164,7 @@ def pretrain(context: Context) -> StageDirectory:
             builder=builder,
             options=options or None,
         )
+        provenance.write_beside(stage.path / "encoder")
         stage.finish(results, identity=fingerprint(trained.variables))
     return stage
 
