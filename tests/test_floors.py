@@ -17,7 +17,16 @@ FLOORS = (
     {"pretraining", "finetuning", "evaluation", "conformance"},
     {
         *("data", "weights", "zoo", "workdir", "progress", "stopping"),
-        *("settings", "shipped", "report", "schemas", "recipes", "pickles", "provenance"),
+        *(
+            "settings",
+            "shipped",
+            "report",
+            "schemas",
+            "recipes",
+            "pickles",
+            "provenance",
+            "inspection",
+        ),
     },
     {"experiment"},
     {"api"},

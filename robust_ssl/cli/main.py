@@ -22,6 +22,7 @@ from robust_ssl.cli import (
     config_files,
     data,
     encoder,
+    inspect,
     listing,
     run,
     show,
@@ -41,6 +42,7 @@ _COMMANDS = {
     "config": config_files,
     "data": data,
     "encoder": encoder,
+    "inspect": inspect,
     "completion": completion,
 }
 
