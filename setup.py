@@ -110,6 +110,14 @@ if __name__ == "__main__":
             "torch": ["torch>=2.10", "transformers>=5"],  # parity tests and benchmarks
             "prepare": ["tensorflow"],  # to prepare TFDS data sets from the network, once
             "hf": ["datasets>=3"],
+            # Where an encoder comes from: the hub, signatures, a scanner, bills of materials.
+            "provenance": [
+                "huggingface_hub>=1",
+                "model-signing>=1.1",
+                "pyopenssl>=24",  # which model-signing imports and does not declare
+                "picklescan>=1",
+                "cyclonedx-python-lib[json-validation]>=11",
+            ],
             "docs": [
                 "sphinx>=8",
                 "myst-nb",

@@ -1,6 +1,9 @@
 """The light inspection: a healthy classifier passes each time, and what has changed is found."""
 
 import json
+import pathlib
+import re
+import shlex
 import shutil
 from xml.etree import ElementTree
 
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import yaml
 from PIL import Image
 
 from robust_ssl import inspection, models, provenance, threats, weights
@@ -249,6 +253,25 @@ def test_a_baseline_is_found_beneath_and_its_absence_says_how_to_make_one(approv
     assert inspection.read_baseline(approved).lock is not None
     with pytest.raises(FileNotFoundError, match="--make-baseline"):
         inspection.read_baseline(tmp_path)
+
+
+OPERATIONS = pathlib.Path(__file__).parents[1] / "docs" / "operations"
+FILES = ("crontab", "robust-ssl-inspect.service", "github-workflow.yml", "cronjob.yaml")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_to_copy_call_what_there_is(name):
+    text = (OPERATIONS / name).read_text(encoding="utf-8")
+    if name.endswith((".yml", ".yaml")):
+        yaml.safe_load(text)
+    if name == "cronjob.yaml":
+        job = yaml.safe_load(text)["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        words = job["containers"][0]["command"]
+    else:
+        words = shlex.split(re.search(r"robust-ssl inspect [^|\n]*", text)[0])
+    assert words[0] == "robust-ssl"
+    arguments, unknown = main._parser().parse_known_args(words[1:])
+    assert arguments.command == "inspect" and arguments.images and not unknown
 
 
 # ------------------------------------------------------------------------------------ findings

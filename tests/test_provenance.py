@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save
 
 from robust_ssl import models, provenance, weights
 from robust_ssl.cli import main
-from robust_ssl.provenance.locks import needed
 from robust_ssl.weights import cards
 
 ENCODER = models.vision_transformer(
@@ -153,11 +152,13 @@ def test_a_healthy_encoder_has_ten_outcomes_and_none_failed(healthy):
     folder, lock = healthy
     checks = provenance.examine(folder, lock)
     assert not provenance.differs(checks)
-    assert provenance.holds(checks, needed(lock))
+    assert provenance.holds(checks, provenance.needed(lock))
     for name in ("files", "format", "architecture", "weights", "references", "documents"):
         assert outcome(checks, name) == "pass"
     assert outcome(checks, "training") == "pass"
     assert lock == provenance.lock(folder)
+    file = provenance.write_lock(lock, folder.parent / "encoder.lock.json")
+    assert provenance.examine(folder, file) == checks
 
 
 @pytest.mark.parametrize("case", TAMPERED)

@@ -103,7 +103,6 @@ def lock(arguments: argparse.Namespace, named: dict[str, Any]) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     """Prints the ten checks and says by the exit code whether the lock holds."""
     from robust_ssl import provenance
-    from robust_ssl.provenance.locks import needed
     from robust_ssl.weights import cards
 
     record = provenance.read_lock(arguments.lock)
@@ -119,7 +118,7 @@ def verify(arguments: argparse.Namespace) -> int:
         text = json.dumps(provenance.as_json(checks), indent=2, allow_nan=False)
         cards.replace_file(pathlib.Path(arguments.json), f"{text}\n".encode())
     signed = arguments.signature is not None or arguments.public_key is not None
-    names = needed(record, signed=signed)
+    names = provenance.needed(record, signed=signed)
     if provenance.differs(checks):
         print("\nit differs from its lock")
         return FAILED

@@ -14,7 +14,8 @@ from robust_ssl.provenance.check import (
     show,
 )
 from robust_ssl.provenance.examination import examine
-from robust_ssl.provenance.locks import lock, read_lock, verify, write_lock
+from robust_ssl.provenance.lock_files import read_lock, write_lock
+from robust_ssl.provenance.locks import lock, needed, verify
 from robust_ssl.provenance.materials import bill_of_materials
 from robust_ssl.provenance.source import Source, open_source
 from robust_ssl.provenance.statement import statement, write_beside
@@ -30,6 +31,7 @@ __all__ = [
     "holds",
     "is_missing",
     "lock",
+    "needed",
     "open_source",
     "read_lock",
     "show",

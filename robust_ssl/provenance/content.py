@@ -184,12 +184,12 @@ def _names(stream: BinaryIO, count: int) -> tuple[list[str], str]:
 
 
 def _is_harmless(name: str, file: pathlib.Path) -> bool:
-    """Whether a file is text or safetensors, in which a scanner of pickles finds only nonsense."""
+    """Whether a scanner of pickles has nothing to look at: text, safetensors, or no file at all."""
     try:
         with disk.open_regular(file) as stream:
             return _look(name, file, stream)[0] in ("text", "safetensors")
     except (OSError, ValueError):
-        return False
+        return True  # a pipe would be read for ever; that it is none, other checks say
 
 
 # ------------------------------------------------------------------------------------- a scanner

@@ -8,12 +8,13 @@ from typing import Any
 
 from robust_ssl.provenance import content, documents, network, signature
 from robust_ssl.provenance.check import Check
+from robust_ssl.provenance.lock_files import read_lock
 from robust_ssl.provenance.source import Source, open_source
 
 
 def examine(
     source: str | os.PathLike | Source,
-    lock: Mapping[str, Any] | None = None,
+    lock: Mapping[str, Any] | str | os.PathLike | None = None,
     *,
     signature_file: str | os.PathLike | None = None,
     public_key: str | os.PathLike | None = None,
@@ -28,7 +29,7 @@ def examine(
     Args:
       source: As `open_source` takes it: a shipped name, a directory of this package, a foreign
         file or folder, ``hf://owner/name@<commit>``; or what `open_source` has found.
-      lock: What `lock` returned and `read_lock` reads; None where there is none.
+      lock: What `lock` returned, or the file that `write_lock` wrote; None where there is none.
       signature_file: Of model-signing; None looks beside the files.
       public_key: The signer's, PEM.
       allow_moving: Whether a revision of the hub may be a branch or a tag; the first check says so.
@@ -39,7 +40,7 @@ def examine(
       Ten checks, in the order of `NAMES`.
 
     Raises:
-      ValueError: If there is nothing of this name, or the hub cannot be read.
+      ValueError: If there is nothing of this name, or the hub or the lock cannot be read.
       FileNotFoundError: If a path is not there.
 
     Example:
@@ -47,6 +48,8 @@ def examine(
       >>> [check.number for check in checks], checks[4].outcome
       ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 'pass')
     """
+    if isinstance(lock, str | os.PathLike):
+        lock = read_lock(lock)
     if not isinstance(source, Source):
         options = {**(lock["options"] if lock else {}), **options}
         source = open_source(source, allow_moving=allow_moving, **options)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from typing import Any
 
+from robust_ssl import disk
 from robust_ssl.provenance.check import INSTALL, Check, absent, failed, passed
 from robust_ssl.provenance.source import Source
 
@@ -41,9 +42,9 @@ def check_signature(
         from model_signing import verifying
     except ImportError:
         return absent("signature", INSTALL, signature=file.name)
-    key = pathlib.Path(public_key)
-    evidence = {"signature": file.name, "key_sha256": hashlib.sha256(key.read_bytes()).hexdigest()}
+    key, evidence = pathlib.Path(public_key), {"signature": file.name}
     try:
+        evidence["key_sha256"] = hashlib.sha256(disk.read_bytes(key)).hexdigest()
         _verify(verifying, source, file, key)
     except Exception as error:  # each library below has errors of its own
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -61,6 +62,8 @@ def _verify(verifying: Any, source: Source, signature: pathlib.Path, key: pathli
     # a lock beside an encoder is no part of what was signed.
     with tempfile.TemporaryDirectory() as folder:
         for name, file in source.files.items():
+            if not file.is_file():  # a pipe would be read for ever
+                raise ValueError(f"{name} is no regular file")
             place = pathlib.Path(folder) / name
             place.parent.mkdir(parents=True, exist_ok=True)
             _link(file.resolve(), place)
