@@ -153,10 +153,10 @@ def import_encoder(
         "reader": reader, "inert": inert, "prefix": prefix, "drop": drop, "channels": channels,
         **options,
     }  # fmt: skip
-    address, path = hub.located(path, allow_moving)
-    if address and _is_native(path):
-        return _native(address, path, {"layout": layout, "under": under, **arguments})
-    return _imported(path, layout, under, name or (address and address.name), arguments)[1]
+    address, place = hub.located(path, allow_moving)
+    if address and _is_native(place):
+        return _native(address, place, {"layout": layout, "under": under, **arguments})
+    return _imported(place, layout, under, name or getattr(address, "name", None), arguments)[1]
 
 
 def convert_encoder(
@@ -184,15 +184,15 @@ def convert_encoder(
     Raises:
       ValueError: As `import_encoder`; nothing is written then.
     """
-    address, path = hub.located(path, arguments.pop("allow_moving", False))
-    if address and _is_native(path):
-        encoder = _native(address, path, {"layout": layout, "under": under, **arguments})
-        card = {**native.encoder_card(path)["card"], "imported_from": {"source": str(address)}}
+    address, place = hub.located(path, arguments.pop("allow_moving", False))
+    if address and _is_native(place):
+        encoder = _native(address, place, {"layout": layout, "under": under, **arguments})
+        card = {**native.encoder_card(place)["card"], "imported_from": {"source": str(address)}}
         return native.save_encoder(encoder.replace(name=name or encoder.name), out, card)
-    name = name or (address and address.name)
-    inspection, encoder = _imported(path, layout, under, name, arguments)
-    file, origin = inspection.file, {"source": str(address)} if address else {}
-    origin |= {
+    name = name or getattr(address, "name", None)
+    inspection, encoder = _imported(place, layout, under, name, arguments)
+    file = inspection.file
+    origin = ({"source": str(address)} if address else {}) | {
         "file": pathlib.Path(file.path).name,
         "format": file.format,
         "sha256": file.sha256,
