@@ -80,6 +80,7 @@ def failed(result):
     return {name for name, outcome in outcomes(result).items() if outcome == "fail"}
 
 
+@pytest.mark.slow
 def test_a_healthy_classifier_passes_ten_times_in_a_row(approved):
     for seed in range(10):
         result = inspection.inspect(
@@ -180,6 +181,7 @@ def test_the_record_is_added_to_and_a_cut_line_costs_itself_only(approved, tmp_p
     assert (suite.get("tests"), suite.get("failures")) == ("9", str(len(failed(result))))
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_a_baseline_and_inspects(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(findings, "_SLOWER", 1e9)
     net, folder = str(place / "net"), tmp_path / "made"
@@ -198,6 +200,7 @@ def test_the_command_line_makes_a_baseline_and_inspects(place, tmp_path, capsys,
     swap_the_encoder(place / "net")
     assert main.main(inspect) == 1
     for wrong in (
+        command,  # a baseline is not replaced
         ["inspect", str(tmp_path / "none"), "--baseline", str(folder)],
         ["inspect", net, "--baseline", str(tmp_path / "none")],
         ["inspect", net, "--baseline", str(folder), "--images", str(tmp_path / "none")],

@@ -184,6 +184,7 @@ def test_without_a_lock_the_card_is_compared(folder):
     assert outcome(provenance.examine(folder), "files") == "fail"
 
 
+@pytest.mark.slow  # with the tests that have torch
 def test_a_foreign_file_is_examined_and_its_pickle_read_without_running_it(folder, tmp_path):
     torch = pytest.importorskip("torch")
     file = weights.export_safetensors(ENCODER, tmp_path / "ours.safetensors")
@@ -318,13 +319,14 @@ def test_a_lock_is_verified_where_it_was_moved_with_its_encoder(folder, tmp_path
     verify = ["encoder", "verify", str(moved / file.name)]
     assert main.main([*verify, "--json", str(checks)]) == 0
     assert len(json.loads(checks.read_text())) == 10
+    lock = ["encoder", "lock", str(moved / folder.name), "-o"]
+    assert main.main([*lock, str(moved / file.name)]) == 0  # it says the same
+    assert main.main([*lock, str(moved / folder.name / "encoder.safetensors")]) == 2
     assert main.main([*verify, "--signature", "none.sig", "--public-key", "none.pub"]) == 3
     flip(moved / folder.name)
     assert main.main(verify) == 1
     assert "encoder.safetensors has changed" in capsys.readouterr().out
-    # The training was known when it was locked.
-    file = tmp_path / "shipped.lock.json"
-    assert main.main(["encoder", "verify", str(moved / "encoder.lock.json"), "nothing"]) == 2
+    assert main.main([*verify, "nothing"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -368,6 +370,20 @@ def test_the_statement_names_every_file_with_its_hash(healthy):
     sums = {entry["name"]: entry["digest"]["sha256"] for entry in made["subject"]}
     assert sums == {n: entry["sha256"] for n, entry in healthy[1]["files"].items()}
     assert made["predicate"]["buildDefinition"]["resolvedDependencies"][0]["name"] == "cifar10"
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_statement_is_one_to_its_own_library(healthy):
+    pytest.importorskip("in_toto_attestation")
+    from google.protobuf import json_format
+    from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+    from in_toto_attestation.v1 import statement, statement_pb2
+
+    made = provenance.statement(healthy[0])
+    statement.Statement.copy_from_pb(
+        json_format.ParseDict(made, statement_pb2.Statement())
+    ).validate()
+    json_format.ParseDict(made["predicate"], provenance_pb2.Provenance())
 
 
 @pytest.mark.filterwarnings("default")

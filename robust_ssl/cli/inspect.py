@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         with xla.cache_in(None):
             return _make(arguments) if arguments.make_baseline else _inspect(arguments)
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # 1 is an answer here
         raise settings.SettingsError(str(error)) from error
 
 

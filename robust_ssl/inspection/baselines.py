@@ -74,6 +74,7 @@ def baseline(
     limit: int = 512,
     epsilon: float | None = None,
     seed: int = 0,
+    replace: bool = False,
     **options: Any,
 ) -> Baseline:
     """Writes what later inspections of a classifier compare with.
@@ -87,11 +88,12 @@ def baseline(
         ``[n, H, W, 3]``.
       labels: Their classes, int ``[n]``, in the order of the logits.
       perturbations: Fitted ones, whose effect is replayed; by name, or each by its own name.
-      folder: Made if it is not there; a baseline that lies there is replaced.
+      folder: Made if it is not there.
       canaries: So many images must keep their predictions.
       limit: At most so many images are kept, drawn by `seed`; fewer where they are large.
       epsilon: Budget of the short fits, pixel units; None is that of the perturbations.
       seed: Of the images and the short fits.
+      replace: Whether a baseline that lies there may be replaced: it is what was approved.
       **options: As `provenance.lock` takes them of a classifier with code of its own.
 
     Returns:
@@ -100,8 +102,11 @@ def baseline(
     Raises:
       ValueError: If images, labels, perturbations and classifier do not fit, or it is no
         `Classifier`, or cannot be locked as it is.
+      FileExistsError: If there is one and it may not be replaced.
       OSError: If it cannot be written.
     """
+    if (pathlib.Path(folder) / CARD).exists() and not replace:
+        raise FileExistsError(f"there is a baseline in {folder}; remove it, or give another folder")
     lock = None
     if isinstance(classifier, str | os.PathLike):
         source = provenance.open_source(classifier, **options)

@@ -141,7 +141,7 @@ def figure_trend(
     step = max(1, -(-len(entries) // 8))
     shown = list(places)[::step]
     axis.set_xticks(shown, [str(entries[x - 1].get("when", ""))[:10] for x in shown])
-    axis.legend(loc="lower left")
+    axis.legend(loc="best")
     header = ("when", "verdict", *_SHOWN)
     rows = [
         (e.get("when", ""), e.get("verdict", ""), *(e["figures"].get(key) for key in _SHOWN))

@@ -16,10 +16,18 @@ from robust_ssl.weights import cards
 SCHEMA = 1
 
 
-def write_lock(record: Mapping[str, Any], path: str | os.PathLike) -> pathlib.Path:
+def write_lock(
+    record: Mapping[str, Any], path: str | os.PathLike, *, replace: bool = False
+) -> pathlib.Path:
     """Writes a lock with a checksum of itself; a source that is a path is named from the lock's.
 
+    Args:
+      record: What `locks.lock` returned.
+      path: The file.
+      replace: Whether a file that says something else may be replaced: a lock is evidence.
+
     Raises:
+      FileExistsError: If there is another file and it may not be replaced.
       OSError: If it cannot be written.
     """
     file = pathlib.Path(path)
@@ -32,7 +40,12 @@ def write_lock(record: Mapping[str, Any], path: str | os.PathLike) -> pathlib.Pa
         except ValueError:  # another drive
             relative = str(place)
         source["given"] = pathlib.PurePath(relative).as_posix()
-    cards.replace_file(file, cards.encode({**record, "source": source}))
+    content = cards.encode({**record, "source": source})
+    if file.exists() and not replace and disk.read_bytes(file) != content:
+        raise FileExistsError(
+            f"{file} is there and says something else; remove it, or write elsewhere"
+        )
+    cards.replace_file(file, content)
     return file
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,7 +99,10 @@ def _dependencies(source: Source, card: Mapping[str, Any], imported: Any) -> lis
         dependencies.append(entry)
     data = documents.training(source)["data"]
     if data:
-        dependencies.append({"name": data, "annotations": {"role": "training data"}})
+        # A name alone is no descriptor there: it needs a digest or a URI.
+        uri = f"urn:robust-ssl:data:{urllib.parse.quote(data, safe='')}"
+        entry = {"name": data, "uri": uri, "annotations": {"role": "training data"}}
+        dependencies.append(entry)
     return dependencies
 
 
