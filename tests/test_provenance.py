@@ -351,6 +351,17 @@ def test_a_lock_that_cannot_be_used_is_refused(change, said, healthy, tmp_path, 
     assert "error:" in capsys.readouterr().err
 
 
+def test_a_lock_imports_nothing_that_it_names(healthy, folder, tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"builder": "hostile:build", "preprocess": "hostile:build", "head": "hostile:build"}
+    checks = provenance.examine(folder, {**healthy[1], "options": named})
+    assert not provenance.differs(checks)
+    recard(folder, lambda card: card.update(builder="hostile:build"))
+    assert outcome(provenance.examine(folder), "architecture") == "fail"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_is_wrong_in_itself_is_not_locked(folder):
     rewrite(folder, constant)
     with pytest.raises(ValueError, match="not locked as it is: weights"):

@@ -107,6 +107,39 @@ def baseline(
     """
     if (pathlib.Path(folder) / CARD).exists() and not replace:
         raise FileExistsError(f"there is a baseline in {folder}; remove it, or give another folder")
+    classifier, lock = _locked(classifier, options)
+    examples = _drawn(images, labels, classifier, limit, seed)
+    named = _named(perturbations, examples.images.shape[1:])
+    epsilon = _budget(named) if epsilon is None else epsilon
+    arrays, figures = _measured(classifier, examples, named, epsilon, seed)
+    record = {
+        **_described(classifier),
+        "seed": seed,
+        "images": len(examples),
+        "canaries": min(canaries, len(examples)),
+        "fits": {"count": _FITS, "steps": measuring.STEPS, "epsilon": float(epsilon)},
+        "figures": figures,
+    }
+    _write(pathlib.Path(folder), record, arrays, named, lock)
+    return read_baseline(folder)
+
+
+def _described(classifier: Classifier) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "kind": "robust_ssl inspection baseline",
+        "versions": versions(),
+        "classes": classifier.num_classes,
+        "class_names": list(classifier.class_names),
+        "image_size": classifier.encoder.image_size,
+        "device": measuring.device(),
+    }
+
+
+def _locked(
+    classifier: Any, options: Mapping[str, Any]
+) -> tuple[Classifier, dict[str, Any] | None]:
+    """Returns the classifier, and the lock of its files where it is a directory."""
     lock = None
     if isinstance(classifier, str | os.PathLike):
         source = provenance.open_source(classifier, **options)
@@ -116,26 +149,7 @@ def baseline(
         classifier = weights.load_classifier(source.path, **options)
     if not isinstance(classifier, Classifier):
         raise ValueError(f"need a Classifier or its directory, got {type(classifier).__name__}")
-    examples = _drawn(images, labels, classifier, limit, seed)
-    named = _named(perturbations, examples.images.shape[1:])
-    epsilon = _budget(named) if epsilon is None else epsilon
-    arrays, figures = _measured(classifier, examples, named, epsilon, seed)
-    record = {
-        "schema": SCHEMA,
-        "kind": "robust_ssl inspection baseline",
-        "versions": versions(),
-        "seed": seed,
-        "classes": classifier.num_classes,
-        "class_names": list(classifier.class_names),
-        "image_size": classifier.encoder.image_size,
-        "images": len(examples),
-        "canaries": min(canaries, len(examples)),
-        "fits": {"count": _FITS, "steps": measuring.STEPS, "epsilon": float(epsilon)},
-        "figures": figures,
-        "device": measuring.device(),
-    }
-    _write(pathlib.Path(folder), record, arrays, named, lock)
-    return read_baseline(folder)
+    return classifier, lock
 
 
 def _drawn(images: Any, labels: Any, classifier: Classifier, limit: int, seed: int) -> Any:

@@ -97,19 +97,25 @@ def inspect(
     ordered = tuple(checks[name] for name in findings.NAMES)
     verdict = _verdict(ordered, baseline, images is not None)
     record = {
-        "schema": SCHEMA,
-        "when": when.isoformat(timespec="seconds"),
-        "model": os.fspath(model) if isinstance(model, str | os.PathLike) else "a value",
-        "baseline": baseline.record["sha256"],
+        **_described(model, baseline, when),
         "verdict": verdict,
         "seed": seed,
         "seconds": round(time.perf_counter() - begun, 2),
-        "device": measuring.device(),
-        "versions": versions(),
         "figures": figures,
         "checks": provenance.as_json(ordered),
     }
     return Inspection(ordered, verdict, figures, record)
+
+
+def _described(model: Any, baseline: Baseline, when: datetime.datetime) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "when": when.isoformat(timespec="seconds"),
+        "model": os.fspath(model) if isinstance(model, str | os.PathLike) else "a value",
+        "baseline": baseline.record["sha256"],
+        "device": measuring.device(),
+        "versions": versions(),
+    }
 
 
 def _of_files(model: Any, baseline: Baseline, options: Mapping[str, Any]) -> list[Check]:

@@ -93,17 +93,19 @@ def check_format(source: Source) -> Check:
     known = _inert(source)
     unsafe = sorted({n for asked in names.values() for n in asked if not _is_known(n, known)})
     evidence = {"formats": formats, "pickle_names": names, "unsafe": unsafe, "problems": wrong}
+    evidence["inert"] = list(known)
     evidence["code"] = [name for name in formats if name.endswith(_CODE)]
     if unsafe:
         return failed("format", f"a pickle asks for {some(unsafe)}: do not open it", **evidence)
     if wrong:
         return failed("format", some(wrong, 2), **evidence)
     kinds = sorted({kind for kind in formats.values() if kind != "text"})
+    passed_over = f"; passed over as harmless: {some(known)}" if known else ""
     note = f"; code lies beside it and is never run: {some(evidence['code'])}"
     said = f"{', '.join(kinds) or 'text'}; pickles ask for nothing that weights do not need"
     if not names:
         said = f"{', '.join(kinds) or 'text'}; no pickle is in it"
-    return passed("format", said + (note if evidence["code"] else ""), **evidence)
+    return passed("format", said + passed_over + (note if evidence["code"] else ""), **evidence)
 
 
 def _inert(source: Source) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from robust_ssl.provenance.check import Check
 from robust_ssl.provenance.lock_files import read_lock
 from robust_ssl.provenance.source import Source, open_source
 
+_CODE = ("builder", "preprocess", "head")
+
 
 def examine(
     source: str | os.PathLike | Source,
@@ -34,7 +36,7 @@ def examine(
       public_key: The signer's, PEM.
       allow_moving: Whether a revision of the hub may be a branch or a tag; the first check says so.
       **options: What a foreign file has to be told, or the builder of an own network; by default
-        those of the lock.
+        those of the lock, but for code of your own, which is named again.
 
     Returns:
       Ten checks, in the order of `NAMES`.
@@ -51,7 +53,9 @@ def examine(
     if isinstance(lock, str | os.PathLike):
         lock = read_lock(lock)
     if not isinstance(source, Source):
-        options = {**(lock["options"] if lock else {}), **options}
+        told = lock["options"] if lock else {}
+        # A name from a file is never imported: code of one's own is named again by who verifies.
+        options = {**{name: told[name] for name in told if name not in _CODE}, **options}
         source = open_source(source, allow_moving=allow_moving, **options)
     return of_network(source, network.read(source), lock, signature_file, public_key)
 
