@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robust_ssl import disk
-from robust_ssl.weights import cards
+from robust_ssl.weights import cards, hub
 
 SCHEMA = 1
 
@@ -32,7 +32,7 @@ def write_lock(
     """
     file = pathlib.Path(path)
     source = dict(record["source"])
-    if source["kind"] != "shipped" and "://" not in source["given"]:
+    if source["kind"] != "shipped" and not hub.is_address(source["given"]):
         # A lock beside its encoder stays right where both are moved together.
         place = pathlib.Path(source["given"]).expanduser().resolve()
         try:

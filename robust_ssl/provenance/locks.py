@@ -14,10 +14,12 @@ from robust_ssl.provenance.check import NAMES, Check, some
 from robust_ssl.provenance.examination import examine, of_network
 from robust_ssl.provenance.lock_files import SCHEMA, read_lock
 from robust_ssl.provenance.source import Source, open_source
+from robust_ssl.weights import hub
 from robust_ssl.workdir import versions
 
 # Without these nothing is shown of an encoder, whatever the lock had.
 ALWAYS = ("files", "architecture", "weights", "references")
+_REFUSED = ("format", *ALWAYS)  # what fails one of them in itself is not locked
 
 
 def lock(
@@ -71,9 +73,6 @@ def lock(
     }
 
 
-_REFUSED = ("files", "format", "architecture", "weights", "references")
-
-
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns options as JSON has them: a function of your own by its name."""
     named = {name: name_of(x) if callable(x) else x for name, x in options.items()}
@@ -81,7 +80,7 @@ def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verify(
-    path: str | os.PathLike,
+    lock: Mapping[str, Any] | str | os.PathLike,
     source: str | os.PathLike | None = None,
     *,
     signature_file: str | os.PathLike | None = None,
@@ -91,8 +90,8 @@ def verify(
     """Makes the ten checks of an encoder against its lock.
 
     Args:
-      path: What `write_lock` wrote.
-      source: The encoder; None for the one that the lock names, from its own folder.
+      lock: What `write_lock` wrote, or `lock` returned.
+      source: The encoder; None for the one that the lock names, from the folder of its file.
       signature_file: As in `examine`.
       public_key: As in `examine`.
       **options: As in `examine`.
@@ -104,12 +103,12 @@ def verify(
       ValueError: If the lock or the source cannot be used.
       FileNotFoundError: If one of them is not there.
     """
-    record = read_lock(path)
+    is_file = isinstance(lock, str | os.PathLike)
+    record = read_lock(lock) if is_file else lock
     if source is None:
-        given = record["source"]["given"]
-        source = given
-        if record["source"]["kind"] != "shipped" and "://" not in given:
-            source = pathlib.Path(path).parent / given
+        source = record["source"]["given"]
+        if is_file and record["source"]["kind"] != "shipped" and not hub.is_address(source):
+            source = pathlib.Path(lock).parent / source
     return examine(source, record, signature_file=signature_file, public_key=public_key, **options)
 
 
