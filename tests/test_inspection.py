@@ -120,7 +120,12 @@ def flip_a_bit(folder):
     (folder / "head.safetensors").write_bytes(bytes(content))
 
 
+def delete_the_head(folder):
+    (folder / "head.safetensors").unlink()
+
+
 CHANGES = {
+    delete_the_head: {"files"},
     change_a_layer: {"files", "references", "canaries"},
     swap_the_encoder: {"files", "references", "canaries", "accuracy"},
     another_normalization: {"files", "architecture", "references"},
@@ -201,6 +206,8 @@ def test_the_command_line_makes_a_baseline_and_inspects(place, tmp_path, capsys,
     assert main.main(inspect) == 1
     for wrong in (
         command,  # a baseline is not replaced
+        [*inspect, "--data", "digits"],
+        [*command, "--images", "new"],
         ["inspect", str(tmp_path / "none"), "--baseline", str(folder)],
         ["inspect", net, "--baseline", str(tmp_path / "none")],
         ["inspect", net, "--baseline", str(folder), "--images", str(tmp_path / "none")],

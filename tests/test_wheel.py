@@ -54,6 +54,7 @@ COMMANDS = {
     "robust-ssl data": ("robust-ssl data --help #", []),
     "robust-ssl track": ("robust-ssl track --help #", []),
     "robust-ssl encoder": ("robust-ssl encoder --help #", []),
+    "robust-ssl inspect": ("robust-ssl inspect --help #", []),
     "robust-ssl zoo": ("robust-ssl zoo build --help #", []),
 }
 OTHERS = ("pip ", "python -m venv", "source ", "pytest ", "git clone", "cd ", "tensorboard ", "#")

@@ -24,6 +24,8 @@ examples:
 Exit codes: 0 it is what was approved, 1 something has changed, 2 wrong usage, 3 evidence is missing
 (no new image in --images, for example)."""
 
+# Of the one way or the other: what would be passed over is refused.
+_INSPECTING, _MAKING = ("images", "out", "junit"), ("data", "perturbation", "epsilon")
 _EXIT = {"pass": DONE, "fail": FAILED, "missing": MISSING}
 _MOST = 256  # new pictures that are read, drawn at random
 
@@ -86,6 +88,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Raises:
       SettingsError: If the model, the baseline, the data or a flag cannot be used.
     """
+    others, way = (_INSPECTING, "make-") if arguments.make_baseline else (_MAKING, "")
+    wrong = [f"--{name}" for name in others if getattr(arguments, name)]
+    if wrong:
+        raise settings.SettingsError(f"{', '.join(wrong)} cannot stand beside --{way}baseline")
     from robust_ssl import xla
 
     try:

@@ -135,7 +135,7 @@ def _loaded(model: Any, options: Mapping[str, Any]) -> tuple[Classifier | None, 
         return model, ""
     try:
         return weights.load_classifier(model, **options), ""
-    except ValueError as error:  # damaged or changed: what an inspection is for
+    except (ValueError, OSError) as error:  # damaged, changed, gone: what an inspection is for
         return None, str(error).splitlines()[0]
 
 
