@@ -1,6 +1,7 @@
 """Encoders of the hub: pinned, read through the cache's links, offline too; never the network."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -140,6 +141,10 @@ def test_what_cannot_be_fetched_or_read_is_said(served, cache, monkeypatch):
     link.resolve().unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"lead nowhere|cannot be fetched"):
+        weights.import_encoder(HERE)
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+    with pytest.raises(ValueError, match=r"the cache cannot be read|cannot be fetched"):
         weights.import_encoder(HERE)
     monkeypatch.setenv("HF_HUB_CACHE", "/dev/null/cache")
     with pytest.raises(ValueError, match="cannot be fetched"):

@@ -170,6 +170,16 @@ def test_a_tampered_encoder_is_found_by_its_check(case, healthy, folder):
     assert outcome(provenance.examine(folder, healthy[1]), name) == "fail"
 
 
+def test_an_encoder_that_computes_in_few_bits_is_held_as_closely(tmp_path):
+    network = ENCODER.module.clone(dtype=np.dtype("bfloat16"))
+    folder = weights.save_encoder(ENCODER.replace(module=network), tmp_path / "encoder")
+    lock = provenance.lock(folder)
+    assert outcome(provenance.examine(folder, lock), "references") == "pass"
+    mean = [m + 1 / 255 for m in ENCODER.mean]
+    recard(folder, lambda card: card["options"].update(mean=mean))
+    assert outcome(provenance.examine(folder, lock), "references") == "fail"
+
+
 def test_a_lock_with_mended_sums_still_shows_another_preprocessing(healthy, folder):
     another_mean(folder)
     mended = provenance.lock(folder)

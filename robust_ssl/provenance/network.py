@@ -269,7 +269,7 @@ def check_references(network: Network, lock: Mapping[str, Any] | None) -> Check:
         return failed("references", "features of the eight images are not finite")
     if lock is None:
         return absent("references", "no lock to compare the features of the eight images with")
-    tolerance = _tolerance(network)
+    tolerance = images.TOLERANCE
     moved = images.largest_difference(now, lock["references"])
     evidence = {"largest_difference": moved if np.isfinite(moved) else None, "tolerance": tolerance}
     if not moved <= tolerance:
@@ -279,9 +279,3 @@ def check_references(network: Network, lock: Mapping[str, Any] | None) -> Check:
         )
         return failed("references", f"{said}: other weights or another preprocessing", **evidence)
     return passed("references", "the eight images have the features of the lock", **evidence)
-
-
-def _tolerance(network: Network) -> float:
-    encoder = getattr(network.model, "encoder", network.model)
-    dtype = np.dtype(getattr(encoder.module, "dtype", None) or np.float32).name
-    return images.TOLERANCE.get(dtype, max(images.TOLERANCE.values()))

@@ -108,7 +108,10 @@ def fetch(source: str, *, allow_moving: bool = False) -> tuple[Address, pathlib.
     folder = _snapshot(address, _SAFE)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(address, (*_SAFE, *_PICKLED))
-    dangling = sorted(file.name for file in folder.iterdir() if not file.exists())
+    try:
+        dangling = sorted(file.name for file in folder.iterdir() if not file.exists())
+    except OSError as error:
+        raise ValueError(f"{address}: {_unreadable(error)}") from error
     if dangling:
         raise ValueError(
             f"{address}: links of the cache lead nowhere: {', '.join(dangling[:5])}; remove "
@@ -165,6 +168,8 @@ def _snapshot(address: Address, patterns: Sequence[str]) -> pathlib.Path:
 
 def _cause(error: Exception) -> str:
     cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    if isinstance(error, OSError) and error.filename:
-        return f"the cache cannot be read: {cause}; see HF_HUB_CACHE"
-    return cause
+    return _unreadable(error) if isinstance(error, OSError) and error.filename else cause
+
+
+def _unreadable(error: OSError) -> str:
+    return f"the cache cannot be read: {error}; see HF_HUB_CACHE"
