@@ -13,6 +13,7 @@ from robust_ssl.build import text_of
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.finetuning import UniversalPool
 from robust_ssl.types import Classifier, Encoder, TrainState, Variables
 from robust_ssl.workdir import StageDirectory, fingerprint, json_ready
@@ -305,4 +306,18 @@ def save_classifier(
         builder=builder,
         options=options or None,
     )
-    provenance.write_beside(stage.path / "classifier")
+    provenance.write_beside(stage.path / "classifier", made_from=_origin(context, source))
+
+
+def _origin(context: Context, source: EncoderSource | None) -> list[provenance.Source]:
+    """Returns the public encoder that a recipe began with, where it lies on disk."""
+    source = source or context.plan.encoder
+    path = context.workdir / "pretrain" / "encoder" if source.is_pretrained else source.path
+    if path is None:
+        return []
+    moving = source.options.get("allow_moving")
+    try:
+        return [provenance.open_source(path, allow_moving=moving)]
+    except (OSError, ValueError) as error:  # no reason to lose what was trained
+        _log.warning("the statement beside the classifier names no encoder: %s", error)
+        return []

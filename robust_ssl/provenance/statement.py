@@ -23,7 +23,7 @@ _BUILD_TYPE = f"{HOME}/blob/main/docs/provenance.md#build-type-v1"
 def statement(
     source: str | os.PathLike | Source,
     *,
-    made_from: Sequence[str | os.PathLike] = (),
+    made_from: Sequence[str | os.PathLike | Source] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Returns what an encoder or a classifier of this package was made from, and with what.
@@ -68,7 +68,7 @@ def statement(
                 "internalParameters": {"versions": card.get("versions", {})},
                 "resolvedDependencies": [
                     *_dependencies(source, card, imported),
-                    *(_weights_of(open_source(origin)) for origin in made_from),
+                    *(_weights_of(origin) for origin in made_from),
                 ],
             },
             "runDetails": {
@@ -106,11 +106,13 @@ def _dependencies(source: Source, card: Mapping[str, Any], imported: Any) -> lis
     return dependencies
 
 
-def _weights_of(source: Source) -> dict[str, Any]:
+def _weights_of(source: str | os.PathLike | Source) -> dict[str, Any]:
     """Returns an origin with the hash of its weights, of several files that of their hashes."""
+    source = source if isinstance(source, Source) else open_source(source)
     sums = [entry["sha256"] for name, entry in content.sums(source).items() if _is_weights(name)]
     whole = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-    return {"name": source.name, "digest": {"sha256": whole}}
+    entry = {"name": source.name, "digest": {"sha256": whole}}
+    return entry if source.address is None else {**entry, "uri": str(source.address)}
 
 
 def _is_weights(name: str) -> bool:
@@ -121,7 +123,7 @@ def write_beside(
     source: str | os.PathLike | Source,
     folder: str | os.PathLike | None = None,
     *,
-    made_from: Sequence[str | os.PathLike] = (),
+    made_from: Sequence[str | os.PathLike | Source] = (),
     **options: Any,
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes ``provenance.intoto.json`` and ``bom.cdx.json`` beside what they are about.
