@@ -487,6 +487,7 @@ def test_a_method_from_a_users_file_pretrains_an_encoder(tmp_path):
     }
     encoder = load_encoder(tmp_path / "run" / "pretrain" / "encoder")
     assert encoder.name == "mine"
+    assert (tmp_path / "run" / "pretrain" / "encoder" / "bom.cdx.json").is_file()
     assert encoder.module.dtype == jnp.float32  # what is attacked and scored
 
     manifest = json.loads((tmp_path / "run" / "pretrain" / "manifest.json").read_text())

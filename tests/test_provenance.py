@@ -393,6 +393,12 @@ def test_the_statement_names_every_file_with_its_hash(healthy):
     assert made["predicate"]["buildDefinition"]["resolvedDependencies"][0]["name"] == "cifar10"
 
 
+def test_the_statement_names_what_it_was_made_from(healthy):
+    made = provenance.statement(healthy[0], made_from=[healthy[0]])
+    origin = made["predicate"]["buildDefinition"]["resolvedDependencies"][-1]
+    assert origin["digest"]["sha256"] == healthy[1]["files"]["encoder.safetensors"]["sha256"]
+
+
 @pytest.mark.filterwarnings("default")
 def test_the_statement_is_one_to_its_own_library(healthy):
     pytest.importorskip("in_toto_attestation")

@@ -114,6 +114,8 @@ def test_every_recipe_is_made_and_loads_elsewhere(trained):
         np.testing.assert_array_equal(loaded(images).logits, ours(images).logits, err_msg=name)
         card = json.loads((directory / "classifier" / "classifier.json").read_text())["card"]
         assert card["stage"] == f"{name}-seed0" and card["downstream"] == run.downstream[0].name
+        made = json.loads((directory / "classifier" / "provenance.intoto.json").read_text())
+        assert "classifier.json" in [entry["name"] for entry in made["subject"]]
 
 
 def test_only_what_has_a_rate_moves(trained):
