@@ -191,7 +191,10 @@ def test_the_command_line_makes_a_baseline_and_inspects(place, tmp_path, capsys,
     monkeypatch.setattr(findings, "_SLOWER", 1e9)
     net, folder = str(place / "net"), tmp_path / "made"
     command = ["inspect", net, "--make-baseline", str(folder), "--data", "test_inspection:held_out"]
+    (stored,) = (place / "baseline" / "perturbations").iterdir()
+    command += ["--perturbation", str(stored)] * 2
     assert main.main(command) == 0
+    assert len(inspection.read_baseline(folder).perturbations) == 2  # of one name, and both kept
     pictures = tmp_path / "new" / "cam 1"
     pictures.mkdir(parents=True)
     inspect = ["inspect", net, "--baseline", str(folder), "--images", str(pictures.parent)]

@@ -7,8 +7,6 @@ import pathlib
 import sys
 from typing import Any
 
-import numpy as np
-
 from robust_ssl import settings, words
 from robust_ssl.cli.flags import DONE, FAILED, MISSING, add_command, add_debug
 
@@ -109,6 +107,8 @@ def _own(arguments: argparse.Namespace) -> dict[str, Any]:
 def _make(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         raise ValueError("--make-baseline needs --data: images with labels of the task")
+    import numpy as np
+
     from robust_ssl import data, inspection, models, weights
     from robust_ssl.api.names import BUILTIN
     from robust_ssl.attacks import UniversalPerturbation
@@ -121,7 +121,9 @@ def _make(arguments: argparse.Namespace) -> int:
     examples = data.load(source, split=arguments.split, image_size=size, limit=512)
     if examples.labels is None:
         raise ValueError(f"{arguments.data} has no labels, and accuracy is a part of a baseline")
-    named = {path: UniversalPerturbation.load(path) for path in arguments.perturbation}
+    stored = []
+    for path in map(pathlib.Path, arguments.perturbation):
+        stored.append(UniversalPerturbation.load(path).resized(size).replace(name=path.stem))
     labels = examples.labels
     if classifier.class_names and not data.is_numbered(examples.class_names):
         # By name: another folder may have the classes in another order.
@@ -133,7 +135,7 @@ def _make(arguments: argparse.Namespace) -> int:
         arguments.model,
         batch,
         labels,
-        {pathlib.PurePath(path).stem: value.resized(size) for path, value in named.items()},
+        stored,
         arguments.make_baseline,
         epsilon=arguments.epsilon,
         seed=arguments.seed or 0,
@@ -174,8 +176,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return _EXIT[result.verdict]
 
 
-def _pictures(folder: pathlib.Path, size: int) -> tuple[np.ndarray, str]:
+def _pictures(folder: pathlib.Path, size: int) -> tuple[Any, str]:
     """Returns new pictures at a size, uint8 ``[n, size, size, 3]``, and what could not be read."""
+    import numpy as np
+
     from robust_ssl.data import pictures
 
     if not folder.is_dir():
