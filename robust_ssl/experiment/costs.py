@@ -131,7 +131,8 @@ def _measure_steps(
             *(context, recipe.name, recipe, train.untrained(context, recipe)),
             train.public_encoder(context, recipe),
             rates=rates,
-            steps_per_epoch=1,
+            # As it was trained: another number is another program, compiled once more.
+            steps_per_epoch=results[recipe]["steps"] // results[recipe]["epochs"],
             seed=context.plan.seed,
         )
         constants = context.parallel.replicate(step.settings)
