@@ -71,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    ends_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     _print_what_can_be()
     try:
         arguments, unknown = _parser().parse_known_args(argv)
     except BrokenPipeError:  # of the help, or of a message
         return _reader_left(DONE)
+    arguments.ends_process = ends_process
     _log_to_stderr()
     try:
         overrides = take_settings(arguments, unknown, argv)
