@@ -110,6 +110,7 @@ if __name__ == "__main__":
             "torch": ["torch>=2.10", "transformers>=5"],  # parity tests and benchmarks
             "prepare": ["tensorflow"],  # to prepare TFDS data sets from the network, once
             "hf": ["datasets>=3"],
+            "grain": ["grain>=0.2.12"],  # processes that read and decode large sets
             "docs": [
                 "sphinx>=8",
                 "myst-nb",

@@ -49,7 +49,7 @@ NONE_MEANS = re.compile(
 ZERO_MEANS = re.compile(
     r".*\.(seed|seeds|target|layer|epochs|prune|l2_sp|weight_decay|weight|adv_ratio|tolerance"
     r"|clean_share|momentum|max_clean_loss|queue_size|low|epsilon|curve|budgets|edges|rates"
-    r"|warmup_epochs|min_scale|freeze|layers)(\[\d+\])*(\..*)?"
+    r"|warmup_epochs|min_scale|freeze|layers|workers)(\[\d+\])*(\..*)?"
 )
 # Counted from either end; how many layers an encoder has is known when a step is traced.
 NEGATIVE_MEANS = re.compile(r".*\.(layer|layers\[\d+\])")
