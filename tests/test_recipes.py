@@ -72,9 +72,9 @@ def trained():
     return [name for name, recipe in plan().recipes.items() if recipe.is_trained]
 
 
-def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch):
+def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch, total_steps):
     """Adam divides a gradient by its size, and so makes a step of rounding where it is zero."""
-    del decay, steps_per_epoch
+    del decay, steps_per_epoch, total_steps
     # Not more than a step can take: a loss that explodes makes large differences of rounding, too.
     clip = optax.clip_by_global_norm(0.3)
     return optax.chain(optax.add_decayed_weights(weight_decay), clip, optax.sgd(100 * rate))

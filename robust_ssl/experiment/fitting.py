@@ -48,6 +48,8 @@ def build_step(
       show: Whether the table of learning rates is logged.
     """
     attack = recipe.build_attack(encoder)
+    total = recipe.epochs * steps_per_epoch
+    budget = recipe.budget(total)
     # Rates decay by the pass over the data, however often each batch is replayed.
     passed = max(1, steps_per_epoch // getattr(attack, "replays", 1))
     params = classifier.variables["params"]
@@ -61,6 +63,7 @@ def build_step(
         weight_decay=recipe.weight_decay,
         decay=recipe.decay,
         steps_per_epoch=passed,
+        total_steps=total,
         l2_sp=recipe.l2_sp,
         hold_zeros=recipe.prune > 0,
     )
@@ -71,15 +74,17 @@ def build_step(
         losses=recipe.weighted_losses,
         key=key,
         attack=attack,
+        budget=budget,
         frozen=frozen,
         axis_name=context.parallel.axis_name,
         pretrained=encoder if recipe.compare_with_pretrained else None,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
+    first = attack if budget is None else finetuning.scaled(attack, budget(0))
     state = finetuning.init_state(
         # Far above any step, so that no step has this key.
-        *(classifier, tx, attack),
+        *(classifier, tx, first),
         key=jax.random.fold_in(key, 2**31),
         batch_size=recipe.batch_size,
     )
@@ -155,9 +160,8 @@ def fit(
         )
         variables = without_attack((best or state).variables)
         variables, more = afterwards(variables) if afterwards else (variables, {})
-        gradients = gradients_per_epoch(attack, step.passes)
         overfitting = {"catastrophic_overfitting": overfitted(stage.metrics(), len(validation))}
-        summary = _summary(state, best, epoch, gradients)
+        summary = _summary(state, best, epoch, recipe, attack, step.passes)
         results = {**(extra or {}), **summary, **overfitting, **more}
         save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
         stage.finish(results, identity=fingerprint(variables))
@@ -186,23 +190,47 @@ def _selection(
     }
 
 
-def _summary(state: TrainState, best: Best | None, steps_per_epoch: int, gradients: int) -> dict:
+def _summary(
+    state: TrainState,
+    best: Best | None,
+    steps_per_epoch: int,
+    recipe: Recipe,
+    attack: Any,
+    passes: int,
+) -> dict:
     """The numbers of a finished training; without a best epoch the last one was taken."""
     epochs = int(state.step) // steps_per_epoch
+    clean = clean_epochs(recipe, steps_per_epoch, epochs)
     return {
         "best_epoch": int(best.epoch) if best else epochs,
         "epochs": epochs,
         "steps": int(state.step),
         "validation_score": float(best.score) if best else None,
         "skipped": int(state.counters["skipped"]),
-        "gradient_evaluations_per_image": epochs * gradients,
+        "gradient_evaluations_per_image": gradients(attack, passes, epochs, clean),
+        **({"clean_epochs": clean} if recipe.ramp else {}),
     }
 
 
-def gradients_per_epoch(attack: Any, passes: int) -> int:
-    """Returns gradient evaluations per image in an epoch: the attack's and the update's passes."""
-    each = passes + (0 if attack is None else getattr(attack, "gradient_evaluations", 0))
-    return each * getattr(attack, "replays", 1)
+def clean_epochs(recipe: Recipe, steps_per_epoch: int, epochs: int) -> float:
+    """Returns for how many of its epochs a recipe's attack has no budget, and takes no time."""
+    if recipe.ramp is None:
+        return 0
+    first = int(recipe.budget(recipe.epochs * steps_per_epoch).first)
+    return min(first / steps_per_epoch, epochs)
+
+
+def gradients(attack: Any, passes: int, epochs: int, clean: float = 0) -> float:
+    """Returns gradient evaluations per image: the attack's and the update's passes.
+
+    Args:
+      attack: Of training, or None.
+      passes: Of the update; see `finetuning.Step`.
+      epochs: Of the training.
+      clean: How many of them the attack has no part in.
+    """
+    attacked = getattr(attack, "gradient_evaluations", 0) * (epochs - clean)
+    return (passes * epochs + attacked) * getattr(attack, "replays", 1)
 
 
 def without_attack(variables: Variables) -> Variables:

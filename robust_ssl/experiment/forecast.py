@@ -91,14 +91,16 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     state, step, batch = trace.step_of(context, recipe, classifier)
     attack = recipe.build_attack(train.public_encoder(context, recipe))
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
+    per_epoch *= getattr(attack, "replays", 1)
+    clean = fitting.clean_epochs(recipe, per_epoch, recipe.epochs)
     return Forecast(
         name=recipe.name,
         start=start,
         epochs=recipe.epochs,
-        steps=recipe.epochs * per_epoch * getattr(attack, "replays", 1),
+        steps=recipe.epochs * per_epoch,
         parameters=parameters,
         trained=None if recipe.select else _trained(params, recipe.rates),
-        gradients=recipe.epochs * fitting.gradients_per_epoch(attack, step.passes),
+        gradients=round(fitting.gradients(attack, step.passes, recipe.epochs, clean)),
         state_bytes=_bytes(state),
         step_bytes=_planned(step, state, batch) if memory else None,
     )

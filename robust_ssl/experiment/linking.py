@@ -28,6 +28,8 @@ from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
 from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
+# Came later: where they do nothing no text has them, so workdirs from before them go on.
+LATER = ("ramp",)
 # An entry that is there decides on others, which are then none: a text that had both, read again,
 # would seem to say both.
 DECIDED = {
@@ -43,7 +45,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     Args:
       value: A mapping of `Recipe`'s entries; ``"module:function"`` of a function that returns one;
         or ``{"function": ..., **options}``: options that the function does not take replace what
-        it returns, of ``select`` and ``attack`` setting by setting.
+        it returns, of ``select``, ``attack`` and ``ramp`` setting by setting.
       common: Entries of all recipes that do not say otherwise.
       where: Its name, for errors.
     """
@@ -72,7 +74,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
             missing = field.default_factory is dataclasses.MISSING
             default = field.default if missing else field.default_factory()
             text[field.name] = text_of(entries.get(field.name, default))
-    text = undecided(text)
+    text = {n: v for n, v in undecided(text).items() if n not in LATER or v is not None}
     if text.get("losses") and isinstance(text["losses"], Mapping):
         text["losses"] = _losses_text(text)
     return text
@@ -122,7 +124,7 @@ def _from_function(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: {given['function']} must return a mapping of a recipe's entries"
         )
-    for name in ("select", "attack"):
+    for name in ("select", "attack", "ramp"):
         # Settings of one thing: those that are not said stay, unless it is another thing.
         override, before = rest.get(name), made.get(name)
         settings = isinstance(override, Mapping) and isinstance(before, Mapping)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from robust_ssl import finetuning
+from robust_ssl import finetuning, optimizers
 from robust_ssl.build import (
     Count,
     Function,
@@ -110,6 +110,49 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ramp:
+    """How the budget of the inner attack grows within one training: none, rising, all of it.
+
+    Attributes:
+      start: Share of the training before which images stay clean: the paper's T1.
+      end: Share of the training from which on the attack has its whole budget: its T2.
+      stairs: Equal stairs between the two; None: the budget rises with every update.
+
+    References:
+      Ngnawe et al., "Epsilon-Scheduling", ICLR 2026: 12 and 37 of 50 epochs.
+    """
+
+    start: Share = 0.25
+    end: Share = 0.75
+    stairs: Count | None = None
+
+    def __post_init__(self):
+        if self.start > self.end:
+            raise ValueError(
+                f"start={self.start:g} and end={self.end:g}: a ramp must end after its start"
+            )
+
+    def schedule(self, steps: int) -> finetuning.BudgetSchedule:
+        """Returns the share of the budget by update, of a training of so many."""
+        first, full = (round(share * steps) for share in (self.start, self.end))
+        return finetuning.BudgetSchedule(first, full, self.stairs)
+
+
+class Decay:
+    """How learning rates fall: a factor for each epoch in (0, 1], or ``"cosine"``."""
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> float | str:
+        """Reads the one or the other."""
+        if value == optimizers.COSINE:
+            return value
+        try:
+            return read(Annotated[float, Range(0, 1, above=True)], value, where)
+        except ValueError as error:
+            raise ValueError(f'{error}, which is not "{optimizers.COSINE}" either') from None
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training, resolved: what a config's ``recipes`` become.
 
@@ -128,11 +171,13 @@ class Recipe:
       losses: What is minimized, by the name that is logged.
       adv_ratio: r: clean cross-entropy weighs 1 - r and adversarial r, beside the losses.
       attack: What crafts adversarial images; None where no loss needs them.
+      ramp: How the attack's budget grows; None: it has all of it from the first update on.
       batch_statistics: Whose statistics the running ones follow; see `finetuning.make_step`.
       augment: ``(key, image) -> image``.
       compare_with_pretrained: Whether losses see the public encoder's outputs.
       weight_decay: In the gradient, as in Gen-AF's code.
-      decay: Learning rates are multiplied by it after each epoch.
+      decay: Learning rates are multiplied by it after each epoch; ``"cosine"`` takes them to
+        zero by the last update of `epochs`, along half a cosine.
       l2_sp: Weight of the squared distance to the start.
       patience: Epochs without a better one after which training stops.
       best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
@@ -158,11 +203,12 @@ class Recipe:
     losses: Mapping[str, WeightedLoss] = dataclasses.field(default_factory=lambda: dict(CLEAN))
     adv_ratio: Share | None = None
     attack: InnerAttack | None = None
+    ramp: Ramp | None = None
     batch_statistics: Literal["clean", "adversarial", "both", "frozen", "twins"] = "clean"
     augment: Function | None = None
     compare_with_pretrained: bool = False
     weight_decay: NotNegative = 8e-4
-    decay: Annotated[float, Range(0, 1, above=True)] = 0.96
+    decay: Decay = 0.96
     l2_sp: NotNegative = 0.0
     patience: Count | None = None
     best: Literal["clean", "robust", "last"] | None = None
@@ -180,6 +226,11 @@ class Recipe:
             )
         if self.attack is None and self.batch_statistics in ("adversarial", "both"):
             raise ValueError(f"batch_statistics={self.batch_statistics!r} needs an attack")
+        if self.ramp is not None and not finetuning.has_budget(self.build_attack(None)):
+            raise ValueError(
+                "ramp scales the epsilon of an attack, and "
+                + ("there is no attack" if self.attack is None else "this attack has none")
+            )
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")
         if self.members and len(self.members) < 2:
@@ -223,6 +274,10 @@ class Recipe:
     def build_attack(self, encoder: Encoder) -> Any:
         """Returns the attack of training, None where there is none."""
         return None if self.attack is None else self.attack.build(encoder)
+
+    def budget(self, steps: int) -> finetuning.BudgetSchedule | None:
+        """Returns the share of its budget that the attack has at each of so many updates."""
+        return None if self.ramp is None else self.ramp.schedule(steps)
 
     def __repr__(self) -> str:
         return f"Recipe({self.name!r})"

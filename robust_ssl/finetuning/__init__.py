@@ -1,8 +1,10 @@
 """Secure fine-tuning: the step, adversaries in its state, layer sensitivity, interpolation."""
 
 from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, FreeReplays, UniversalPool
+from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.cost import Cost, measure, planned_bytes
 from robust_ssl.finetuning.interpolation import CurvePoint, Guarded, guard, interpolate
+from robust_ssl.finetuning.mixture import mixed_losses
 from robust_ssl.finetuning.overfitting import overfitting_epoch, overfitting_warning
 from robust_ssl.finetuning.sensitivity import (
     kernels,
@@ -10,11 +12,12 @@ from robust_ssl.finetuning.sensitivity import (
     rates_for,
     select_redundant,
 )
-from robust_ssl.finetuning.step import Step, init_state, make_step, mixed_losses
+from robust_ssl.finetuning.step import Step, init_state, make_step
 
 __all__ = [
     "COLLECTION",
     "Adversary",
+    "BudgetSchedule",
     "Cost",
     "CurvePoint",
     "FreeReplays",
@@ -22,6 +25,7 @@ __all__ = [
     "Step",
     "UniversalPool",
     "guard",
+    "has_budget",
     "init_state",
     "interpolate",
     "kernels",
@@ -33,5 +37,6 @@ __all__ = [
     "overfitting_warning",
     "planned_bytes",
     "rates_for",
+    "scaled",
     "select_redundant",
 ]
