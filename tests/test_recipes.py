@@ -92,6 +92,7 @@ def build(run, name):
         rates=rates_of(recipe),
         steps_per_epoch=1,
         seed=0,
+        teacher=train.untrained_teacher(run, recipe),
     )
 
 

@@ -135,6 +135,7 @@ def _measure_steps(
             rates=rates,
             steps_per_epoch=_LONG_EPOCH,
             seed=context.plan.seed,
+            teacher=train.untrained_teacher(context, recipe),
         )
         constants = context.parallel.replicate(step.settings)
         compiled[recipe] = context.parallel.compile(step.function, constants=constants)

@@ -32,6 +32,7 @@ def build_step(
     rates: Mapping[str, Any],
     steps_per_epoch: int,
     seed: int,
+    teacher: Classifier | None = None,
     show: bool = False,
 ):
     """Returns ``(state, step)`` of a fit, before its first step.
@@ -45,6 +46,7 @@ def build_step(
       rates: Path pattern to learning rate: the recipe's, or those of the layers it has chosen.
       steps_per_epoch: Updates per epoch.
       seed: Of the keys.
+      teacher: The classifier of the recipe's teacher.
       show: Whether the table of learning rates is logged.
     """
     attack = recipe.build_attack(encoder)
@@ -78,6 +80,8 @@ def build_step(
         frozen=frozen,
         axis_name=context.parallel.axis_name,
         pretrained=encoder if recipe.compare_with_pretrained else None,
+        teacher=teacher,
+        ema=recipe.ema or None,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
@@ -87,6 +91,8 @@ def build_step(
         *(classifier, tx, first),
         key=jax.random.fold_in(key, 2**31),
         batch_size=recipe.batch_size,
+        num_images=len(context.downstream[0]),
+        average=recipe.ema > 0,
     )
     return state, step
 
@@ -107,6 +113,7 @@ def fit(
     *,
     rates: Mapping[str, Any],
     seed: int,
+    teacher: Classifier | None = None,
     afterwards: Afterwards | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> StageDirectory:
@@ -120,6 +127,7 @@ def fit(
       encoder: The public encoder that it is built on.
       rates: As for `build_step`.
       seed: Of batches and keys.
+      teacher: The classifier of the recipe's teacher.
       afterwards: What is done to the best variables; returns them and more results.
       extra: Results that are there before.
     """
@@ -127,6 +135,7 @@ def fit(
     inputs = {
         **model_inputs("start", classifier),
         **model_inputs("encoder", encoder),
+        **(model_inputs("teacher", teacher) if teacher else {}),
         "train": train_set.fingerprint(),
         "validation": validation.fingerprint(),
     }
@@ -146,7 +155,7 @@ def fit(
         )
         epoch = batches.steps_per_epoch
         parts = (context, name, recipe, classifier, encoder)
-        schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed}
+        schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed, "teacher": teacher}
         state, step = build_step(*parts, **schedule, show=True)
         state, best = train(
             stage,
@@ -158,7 +167,7 @@ def fit(
             progress=context.progress,
             **_selection(context, stage, recipe, classifier, attack),
         )
-        variables = without_attack((best or state).variables)
+        variables = classifier_variables((best or state).variables)
         variables, more = afterwards(variables) if afterwards else (variables, {})
         overfitting = {"catastrophic_overfitting": overfitted(stage.metrics(), len(validation))}
         summary = _summary(state, best, epoch, recipe, attack, step.passes)
@@ -233,10 +242,9 @@ def gradients(attack: Any, passes: int, epochs: int, clean: float = 0) -> float:
     return (passes * epochs + attacked) * getattr(attack, "replays", 1)
 
 
-def without_attack(variables: Variables) -> Variables:
-    """Returns a classifier's variables on the host, without an adversary's perturbations."""
-    trees = {name: tree for name, tree in variables.items() if name != finetuning.COLLECTION}
-    return jax.device_get(trees)
+def classifier_variables(variables: Variables) -> Variables:
+    """Returns a classifier's variables on the host: the average of weights where there is one."""
+    return jax.device_get(finetuning.served(variables))
 
 
 @struct.dataclass
@@ -271,7 +279,7 @@ def validate(
         strongest = {"validation": context.plan.training.validation.build(context.encoder)}
         one_step = {"one step": attack} if _takes_one_step(attack) else {}
     results = evaluation.score(
-        template.with_variables(without_attack(variables)),
+        template.with_variables(classifier_variables(variables)),
         data.epoch_batches(context.downstream[1], context.plan.training.batch_size),
         {**strongest, **one_step} or {"nothing": _NoAttack()},
         key=stage_key(context.plan.seed, "validation"),

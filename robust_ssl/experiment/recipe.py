@@ -159,6 +159,7 @@ class Recipe:
     Attributes:
       name: In the config; its directory is called by it.
       start: The recipe whose classifier it starts from; None: the public encoder, a fresh head.
+      teacher: The recipe whose outputs on clean images losses pull to; see `losses.teacher_kl`.
       encoder: Another public encoder than the run's; None is the run's.
       head: ``"linear"``, ``"mlp"`` or a function of the number of classes.
       preprocess: What happens to pixels first.
@@ -179,6 +180,8 @@ class Recipe:
       decay: Learning rates are multiplied by it after each epoch; ``"cosine"`` takes them to
         zero by the last update of `epochs`, along half a cosine.
       l2_sp: Weight of the squared distance to the start.
+      ema: Decay, by update, of the average of weights and batch statistics; where it is above 0,
+        the average is what is validated and kept.
       patience: Epochs without a better one after which training stops.
       best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
         ``"last"``; None is robust where there is an attack.
@@ -189,6 +192,7 @@ class Recipe:
 
     name: str
     start: Recipe | None = None
+    teacher: Recipe | None = None
     encoder: EncoderSource | None = None
     head: str | Function = "mlp"
     preprocess: Function | None = None
@@ -210,6 +214,7 @@ class Recipe:
     weight_decay: NotNegative = 8e-4
     decay: Decay = 0.96
     l2_sp: NotNegative = 0.0
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.0
     patience: Count | None = None
     best: Literal["clean", "robust", "last"] | None = None
     tolerance: Share | None = None
@@ -231,6 +236,11 @@ class Recipe:
                 "ramp scales the epsilon of an attack, and "
                 + ("there is no attack" if self.attack is None else "this attack has none")
             )
+        remembers = self.attack is not None and finetuning.by_image(self.build_attack(None))
+        if self.augment is not None and remembers:
+            raise ValueError(
+                "augment moves the pixels that the attack remembers perturbations of; leave out one"
+            )
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")
         if self.members and len(self.members) < 2:
@@ -238,8 +248,8 @@ class Recipe:
 
     @property
     def needs(self) -> tuple[Recipe, ...]:
-        """The recipes that come first: its members, or its start."""
-        return (*self.members, *((self.start,) if self.start else ()))
+        """The recipes that come first: its members, or its start and its teacher."""
+        return (*self.members, *filter(None, (self.start, self.teacher)))
 
     @property
     def is_trained(self) -> bool:
@@ -247,11 +257,19 @@ class Recipe:
         return self.epochs > 0 and not self.members
 
     def chain(self) -> list[Recipe]:
-        """Returns the recipe with all that it is made from, each once, itself first."""
+        """Returns the recipe with all that it needs, each once, itself first."""
         chain = [self]
         for recipe in chain:
             chain += [other for other in recipe.needs if other not in chain]
         return chain
+
+    def lineage(self) -> list[Recipe]:
+        """Returns the recipe with those whose network it has: its starts, and its members."""
+        lineage = [self]
+        for recipe in lineage:
+            before = (*recipe.members, *filter(None, (recipe.start,)))
+            lineage += [other for other in before if other not in lineage]
+        return lineage
 
     @property
     def first(self) -> Recipe:

@@ -1,6 +1,14 @@
 """Secure fine-tuning: the step, adversaries in its state, layer sensitivity, interpolation."""
 
-from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, FreeReplays, UniversalPool
+from robust_ssl.finetuning.adversaries import (
+    ATTA,
+    COLLECTION,
+    Adversary,
+    FreeReplays,
+    UniversalPool,
+    by_image,
+)
+from robust_ssl.finetuning.averaging import AVERAGE, served
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.cost import Cost, measure, planned_bytes
 from robust_ssl.finetuning.interpolation import CurvePoint, Guarded, guard, interpolate
@@ -15,6 +23,8 @@ from robust_ssl.finetuning.sensitivity import (
 from robust_ssl.finetuning.step import Step, init_state, make_step
 
 __all__ = [
+    "ATTA",
+    "AVERAGE",
     "COLLECTION",
     "Adversary",
     "BudgetSchedule",
@@ -24,6 +34,7 @@ __all__ = [
     "Guarded",
     "Step",
     "UniversalPool",
+    "by_image",
     "guard",
     "has_budget",
     "init_state",
@@ -39,4 +50,5 @@ __all__ = [
     "rates_for",
     "scaled",
     "select_redundant",
+    "served",
 ]

@@ -19,7 +19,8 @@ import optax
 from robust_ssl import struct
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.build import resolve
-from robust_ssl.finetuning.adversaries import COLLECTION, Adversary
+from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image
+from robust_ssl.finetuning.averaging import AVERAGE, first_average, follow
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.outputs import (
     BATCH_STATISTICS,
@@ -49,6 +50,8 @@ class Settings:
       statistics: The batch statistics that training starts from, for ``"twins"``, or None.
       key: Base key.
       budget: The share of its budget that the attack has at a step; None: all of it, always.
+      teacher: Another classifier, or None.
+      ema: Decay of the average of weights, or None.
     """
 
     weights: Mapping[str, Any]
@@ -57,6 +60,8 @@ class Settings:
     statistics: Variables | None
     key: jax.Array
     budget: BudgetSchedule | None = None
+    teacher: Classifier | None = None
+    ema: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +92,8 @@ def init_state(
     *,
     key: jax.Array | None = None,
     batch_size: int | None = None,
+    num_images: int | None = None,
+    average: bool = False,
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -96,12 +103,15 @@ def init_state(
       attack: What the step is given; an `Adversary` has perturbations in the state.
       key: Random key of an adversary's first perturbations.
       batch_size: Size of the global batch, for an adversary.
+      num_images: Size of the training set, for an adversary that remembers every image.
+      average: Whether the state keeps an average of the weights, as a step with `ema` needs.
 
     Returns:
       A `TrainState` at step 0 with the counters ``skipped`` and ``skipped_in_a_row``.
 
     Raises:
-      ValueError: If an adversary comes without `key` or `batch_size`.
+      ValueError: If an adversary comes without `key`, `batch_size` or, if it needs it,
+        `num_images`.
 
     Example:
       >>> from robust_ssl import models
@@ -113,14 +123,18 @@ def init_state(
     # Copies: a donated state must not take the classifier's arrays with it.
     variables = jax.tree.map(jnp.array, classifier.variables)
     if isinstance(attack, Adversary):
-        if key is None or batch_size is None:
+        of = "num_images" if by_image(attack) else "batch_size"
+        count = num_images if by_image(attack) else batch_size
+        if key is None or count is None:
             raise ValueError(
                 f"{type(attack).__name__} keeps perturbations in the state: give init_state key= "
-                "and batch_size= too"
+                f"and {of}= too"
             )
         size = classifier.image_size
-        deltas = attack.init(key, (size, size, 3), batch_size)
+        deltas = attack.init(key, (size, size, 3), count)
         variables = {**variables, COLLECTION: {"deltas": deltas}}
+    if average:
+        variables = {**variables, AVERAGE: first_average(variables)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
@@ -138,9 +152,11 @@ def make_step(
     attack: Attack | Adversary | None = None,
     budget: BudgetSchedule | None = None,
     pretrained: Encoder | None = None,
+    teacher: Classifier | None = None,
     batch_statistics: str = "clean",
     frozen: Collection[str] = (),
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    ema: float | None = None,
     axis_name: str | None = None,
 ) -> Step:
     """Builds the update; give it to `Parallel.compile`.
@@ -160,6 +176,7 @@ def make_step(
       budget: Which share of its budget the attack has at a step; None: all of it.  Where it has
         none, per-image attacks are not computed, and adversarial images are the clean ones.
       pretrained: The public encoder, for losses that compare with it; frozen, evaluation mode.
+      teacher: A finished classifier, for losses that pull to its outputs on the clean images.
       batch_statistics: Whose statistics the running ones follow: ``"clean"``, ``"adversarial"``,
         ``"both"`` (the mean of the two) or ``"frozen"``.  In the first three each forward pass is
         normalized by its own batch; with ``"frozen"`` the encoder runs in evaluation mode,
@@ -169,12 +186,15 @@ def make_step(
       frozen: Paths of parameters that must not move, from `frozen_paths`.  They get no gradient
         (whose cost is saved), and a frozen norm's running statistics stay as they are too.
       augment: ``augment(key, image) -> image`` for one image in [0, 1], or None.
+      ema: Decay of the average of weights and batch statistics that the state keeps (`init_state`
+        with ``average=True``); None keeps none.
       axis_name: `Parallel.axis_name`.
 
     Returns:
       A `Step`, ``step(state, batch) -> (state, metrics)``.  The batch has ``images``, float32 in
-      [0, 1] or uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; and ``indices``, int32 ``[n]``,
-      each image's position in the global batch.  Metrics are scalars: each loss by name,
+      [0, 1] or uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; ``indices``, int32 ``[n]``,
+      each image's position in the global batch; and, for an adversary that remembers every image,
+      ``rows``, its position in the training set.  Metrics are scalars: each loss by name,
       unweighted, and ``loss``, ``clean_accuracy`` and ``robust_accuracy`` (where a loss reads
       those logits; shares of this batch in training mode), ``gradient_norm`` (of what is trained),
       ``budget`` (the share, where it has a schedule) and ``skipped`` (0 or 1).
@@ -220,16 +240,18 @@ def make_step(
         )
     losses, weights = _functions_and_weights(losses)
     # As NumPy: constants must not sit on one device or in one process.
-    weights, attack, pretrained, budget = jax.tree.map(
-        np.asarray, (weights, attack, pretrained, budget)
+    weights, attack, pretrained, budget, teacher = jax.tree.map(
+        np.asarray, (weights, attack, pretrained, budget, teacher)
     )
     statistics = None
     if batch_statistics == "twins":
         statistics = jax.tree.map(np.asarray, template.variables["batch_stats"])
-    read = outputs_read(losses, template, attack is not None, pretrained)
+    read = outputs_read(losses, template, attack is not None, pretrained, teacher)
     plan = _Plan(template, tx, losses, read, batch_statistics, frozen, augment, axis_name)
     passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
-    settings = Settings(weights, attack, pretrained, statistics, key, budget)
+    settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher)
+    if ema is not None:
+        settings = settings.replace(ema=np.float32(ema))
     return Step(functools.partial(_update, plan), settings, passes)
 
 
@@ -283,10 +305,10 @@ def _update(
     images = _clean_images(plan, state, batch, settings)
     attacked_images = _attacked_images(plan, state, keys.attack, images, batch, attack, share)
     labels = gather(batch["labels"], plan.axis_name)
-    pretrained = None
-    if settings.pretrained is not None:
-        outputs = settings.pretrained(images)
-        pretrained = gather_outputs(outputs, plan.read["pretrained"], plan.axis_name)
+    held = {}  # what no gradient flows into
+    for name in ("pretrained", "teacher"):
+        if (model := getattr(settings, name)) is not None:
+            held[name] = gather_outputs(model(images), plan.read[name], plan.axis_name)
 
     def total_loss(params, deltas):
         variables = {**state.variables, "params": stop_frozen(params, plan.frozen)}
@@ -304,9 +326,7 @@ def _update(
             adversarial, adversarial_statistics = outputs_of(
                 attacked_images(deltas), plan.read["adversarial"]
             )
-        inputs = LossInputs(
-            labels=labels, clean=clean, adversarial=adversarial, pretrained=pretrained
-        )
+        inputs = LossInputs(labels=labels, clean=clean, adversarial=adversarial, **held)
         loss, metrics = _weighted_sum(plan.losses, settings.weights, inputs)
         running = running_statistics(plan.batch_statistics, statistics, adversarial_statistics)
         return loss, (metrics | accuracies(inputs, plan.read), running)
@@ -327,6 +347,8 @@ def _update(
     if isinstance(attack, Adversary):
         moved = attack.update(deltas["deltas"], uphill["deltas"], keys.renewal, state.step)
         variables[COLLECTION] = {"deltas": moved}
+    if settings.ema is not None:
+        variables[AVERAGE] = follow(state.variables[AVERAGE], variables, settings.ema)
     return take_if_finite(state, variables, opt_state, metrics)
 
 
@@ -335,7 +357,8 @@ def _attacked_images(
 ):
     """Returns ``deltas -> adversarial images``; a per-image attack's do not depend on them."""
     if isinstance(attack, Adversary):
-        return lambda deltas: attack.apply(deltas["deltas"], key, images, batch["indices"])
+        places = batch["rows" if by_image(attack) else "indices"]
+        return lambda deltas: attack.apply(deltas["deltas"], key, images, places)
     if attack is None:
         return None
     # Against the weights before this step, outside of the loss: no gradient goes back through it.
