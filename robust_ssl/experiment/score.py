@@ -41,7 +41,7 @@ from robust_ssl.workdir import StageDirectory, WorkdirError, digest, load_arrays
 from robust_ssl.xla import release_programs
 
 OUTCOMES = "outcomes.npz"
-_ENSEMBLES = {"standard": autoattack.standard, "rand": autoattack.rand}
+_ENSEMBLES = {name: getattr(autoattack, name) for name in ("standard", "apgd", "rand")}
 
 
 # --- What is scored -----------------------------------------------------------------------------
@@ -279,10 +279,12 @@ def _jobs(
     crafted: Sequence[Fitted],
 ) -> list[_Job]:
     scoring, jobs = context.plan.scoring, []
+    count = scoring.per_image.images
+    some = None if count is None else sample(context, count)
 
-    def add(group: Group, members: Sequence[Member]) -> None:
+    def add(group: Group, members: Sequence[Member], rows: np.ndarray | None = None) -> None:
         parts = len(members) if group.family == "per_image" else 1
-        run = functools.partial(_score, group, model, members)
+        run = functools.partial(_score, group, model, members, rows)
         jobs.append(_Job(_words(group), parts, run))
 
     for against, fitted in (("public", public), ("hardened", crafted)):
@@ -294,7 +296,7 @@ def _jobs(
             members = per_image_members(context, built, against, scoring.seeds)
             if members:
                 threat = threat_name(budget.threat)
-                add(Group(name, against, "per_image", threat, budget.epsilon), members)
+                add(Group(name, against, "per_image", threat, budget.epsilon), members, some)
     for budget, ensemble in build_autoattack(context, model.num_classes):
         group = Group(name, "hardened", "autoattack", threat_name(budget.threat), budget.epsilon)
         run = functools.partial(_in_turn, group, model, ensemble)
@@ -302,8 +304,14 @@ def _jobs(
     return jobs
 
 
-def _score(group: Group, model: Classifier, members: Sequence[Member], scorer: Scorer) -> Scored:
-    return scorer.score(group, model, members)
+def _score(
+    group: Group,
+    model: Classifier,
+    members: Sequence[Member],
+    rows: np.ndarray | None,
+    scorer: Scorer,
+) -> Scored:
+    return scorer.score(group, model, members, rows)
 
 
 def _words(group: Group) -> str:
