@@ -77,7 +77,8 @@ def names_in(claim: dict) -> set[str]:
     """Returns the recipes that a claim speaks of."""
     if "order" in claim:
         return {*claim["order"]}
-    return {claim[entry] for entry in ("of", "over", "better_than") if entry in claim}
+    entries = ("of", "over", "better_than", "more", "than")
+    return {claim[entry] for entry in entries if entry in claim}
 
 
 def band(edges: str) -> dict:

@@ -196,6 +196,10 @@ class Claim:
         "over": str,
         "within": Positive,
         "better_than": str,
+        "more": str,
+        "than": str,
+        "margin": Share,
+        "seen": Natural,
     }
 
     @classmethod
