@@ -220,7 +220,7 @@ def test_the_text_of_a_recipe_without_a_ramp_is_what_it_was():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ramp": {"start": 0.6, "end": 0.4}}, "recipes.ramp.ramp: start=0.6 and end=0.4"),
+        ({"ramp": {"start": 0.6, "end": 0.4}}, "ramp.end must be at least the start, 0.6, got 0.4"),
         ({"ramp": {"start": 2}}, r"ramp.start must be a number in \[0, 1\]"),
         ({"ramp": {"begin": 0}}, "unknown entry 'begin'"),
         ({"ramp": {"stairs": 0}}, "ramp.stairs must be a whole number of at least 1"),

@@ -17,6 +17,7 @@ from robust_ssl.build import (
     Range,
     Share,
     read,
+    read_entries,
 )
 from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.experiment.suites import InnerAttack
@@ -126,11 +127,15 @@ class Ramp:
     end: Share = 0.75
     stairs: Count | None = None
 
-    def __post_init__(self):
-        if self.start > self.end:
+    @classmethod
+    def read(cls, value: Any, where: str) -> Ramp:
+        """Reads its entries, of which the end comes last."""
+        ramp = read_entries(cls, value, where)
+        if ramp.start > ramp.end:
             raise ValueError(
-                f"start={self.start:g} and end={self.end:g}: a ramp must end after its start"
+                f"{where}.end must be at least the start, {ramp.start:g}, got {ramp.end:g}"
             )
+        return ramp
 
     def schedule(self, steps: int) -> finetuning.BudgetSchedule:
         """Returns the share of the budget by update, of a training of so many."""
