@@ -9,7 +9,8 @@ later: ``seeds=0+1+2+3+4`` in the same workdir adds two.
 All recipes have one head (``head``), rates that fall to zero along a cosine (``decay``) and as many
 epochs.  Universal attacks are scored on all test images, attacks on single images and AutoAttack's
 two on a thousand.  EmbedAttack on the public encoder is the attacker who perturbs each image and
-sees no label.  Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``,
+sees no label.  The twin is the one who follows the published recipe with a seed of his own.
+Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``,
 ``epochs``, ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all),
 ``seeds``, ``recipes``, ``steps`` of fitting a universal attack, ``tune``, a recipe whose four tries
 ``robust-ssl sweep`` makes, and ``seen``, how many test images the claims leave out: those that
@@ -74,6 +75,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     config = compare.get_config(f"{text},scale=small")
     config.training.seeds = tuple(int(seed) for seed in given["seeds"].split("+"))
     config.suite.num_steps = given["steps"]
+    config.scoring.twin = len(config.training.seeds) > 1
     config.scoring.per_image = {
         "attacks": {
             "pgd": {"function": f"{common.ATTACKS}PGD", "num_steps": 20},

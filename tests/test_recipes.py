@@ -73,8 +73,9 @@ def trained():
     return [name for name in names if name not in ALIKE]
 
 
-# Other numbers, or an attack that others have, in the step of `gen_af` and of `ramp_fgsm`.
-ALIKE = ("gen_af_unguarded", "ramp_pgd", "ramp_pgd2", "ramp_nfgsm", "ramp_ema")
+# `gen_af` without its guard, and ramps: test_ramp.py and test_step_options.py are about those.
+ALIKE = ("gen_af_unguarded", "ramp_fgsm", "ramp_pgd", "ramp_pgd2", "ramp_nfgsm", "ramp_ema")
+ALIKE += ("ramp_teacher",)
 
 
 def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch, total_steps):

@@ -79,6 +79,7 @@ def _row(
         "seed": seed,
         **{share: float(np.mean(each)) for share, each in right.items()},
         "autoattack": None if auto is None else float(np.mean(auto)),
+        **({} if "robust_twin" in right else {"robust_twin": None}),
         "images": len(right["clean"]),
         "autoattack_images": None if auto is None else len(auto),
         "verdict": verdict,
@@ -96,7 +97,8 @@ def outcomes_of(
 
     Returns:
       ``"clean"``; ``"robust_public"`` and ``"robust_hardened"`` in the worst case over each suite;
-      ``"robust_worst"`` over both; ``"autoattack"`` if it was asked for, at its first budget.
+      ``"robust_worst"`` over both; ``"robust_twin"`` under what was crafted on another seed's
+      encoder and ``"autoattack"`` at its first budget, if they were asked for.
     """
     outcomes = read_outcomes(scored)
     suite = ("universal", "Linf", context.plan.suite.epsilon)
@@ -115,6 +117,9 @@ def outcomes_of(
             # Who sees the model can use both suites, and the second is not always the stronger.
             "robust_worst": public & hardened,
         }
+        twin = outcome_name(Group(model, "twin", *suite))
+        if twin in outcomes:
+            shares["robust_twin"] = outcomes[twin]
         for budget in auto:
             kind = threat_name(budget.threat)
             group = Group(model, "hardened", "autoattack", kind, budget.epsilon)

@@ -34,7 +34,8 @@ class Group(NamedTuple):
 
     Attributes:
       model: The classifier's name.
-      crafted_against: ``"public"`` or ``"hardened"``: whose weights the attacker saw.
+      crafted_against: Whose weights the attacker saw: ``"public"``, ``"hardened"``, the model's
+        own, or ``"twin"``, those of the same recipe with another seed.
       family: ``"universal"``, ``"per_image"`` or ``"autoattack"``.
       threat: What bounds the change, for example ``"Linf"``; see `threat_name`.
       epsilon: The budget (pixel units; for a patch the share of the image's area).

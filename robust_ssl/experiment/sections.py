@@ -95,6 +95,8 @@ class Scoring:
       checks: Whether the figures are examined.
       per_image: Attacks on single images.
       autoattack: The ensemble.
+      twin: Whether a recipe is attacked by what was crafted on its encoder of another seed, too:
+        by an attacker who knows how it was made, and has made one himself.
     """
 
     seeds: tuple[Natural, ...] = (0,)
@@ -104,6 +106,7 @@ class Scoring:
     checks: bool = True
     per_image: PerImage = PerImage()  # noqa: RUF009 (frozen)
     autoattack: AutoAttack = AutoAttack()
+    twin: bool = dataclasses.field(default=False, metadata={"later": True})
 
     def __post_init__(self):
         check_seeds(self.seeds, "seeds")

@@ -346,13 +346,7 @@ class PerImage:
         }
     )
     budgets: tuple[Budget, ...] = (Budget(8 / 255, threats.Linf(8 / 255), 8 / 255),)
-    images: Count | None = None
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """What a manifest keeps; there was a time before `images`."""
-        images = {} if self.images is None else {"images": self.images}
-        return {"attacks": self.attacks, "budgets": self.budgets, **images}
+    images: Count | None = dataclasses.field(default=None, metadata={"later": True})
 
     def __post_init__(self):
         check_names(self.attacks, "attacks")

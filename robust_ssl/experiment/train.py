@@ -282,6 +282,19 @@ def scored(context: Context, done: Trained) -> list[tuple[Recipe, int]]:
     return [(recipe, seed) for recipe, seed in pairs if model_name(recipe, seed) in done.results]
 
 
+def twins_of(context: Context, models: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the model of another seed for each recipe's, where that is asked for and made.
+
+    It is that of the first seed, and of the second for the first: so seeds may come later.
+    """
+    twins = {}
+    if context.plan.scoring.twin and context.plan.scoring.adaptive:
+        for recipe in context.plan.scored:
+            names = [model_name(recipe, seed) for seed in context.plan.training.seeds]
+            twins |= dict.fromkeys(names[1:], names[0]) | {names[0]: names[1]}
+    return {name: twin for name, twin in twins.items() if {name, twin} <= {*models}}
+
+
 def train_all(context: Context, recipes: list[Recipe], seeds: Any = None) -> Trained:
     """Makes recipes with all seeds, each after what it is made from.
 

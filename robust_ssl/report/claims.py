@@ -31,6 +31,7 @@ PLACES = {
     "robust_public": "under the public suite",
     "robust_hardened": "under the hardened suite",
     "robust_worst": "under both suites",
+    "robust_twin": "under attacks crafted on a twin",
     "autoattack": "under AutoAttack",
 }
 SLACK = 1e-9  # 0.6 - 0.1 is a little less than 0.5
