@@ -94,14 +94,16 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     state, step, batch = trace.step_of(context, recipe, classifier)
     attack = recipe.build_attack(train.public_encoder(context, recipe))
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
+    per_epoch *= getattr(attack, "replays", 1)
+    clean = fitting.clean_epochs(recipe, per_epoch, recipe.epochs)
     return Forecast(
         name=recipe.name,
         start=start,
         epochs=recipe.epochs,
-        steps=recipe.epochs * per_epoch * getattr(attack, "replays", 1),
+        steps=recipe.epochs * per_epoch,
         parameters=parameters,
         trained=None if recipe.select else _trained(params, recipe.rates),
-        gradients=recipe.epochs * fitting.gradients_per_epoch(attack, step.passes),
+        gradients=round(fitting.gradients(attack, step.passes, recipe.epochs, clean)),
         state_bytes=_bytes(state),
         step_bytes=_planned(step, state, batch) if memory else None,
     )
@@ -161,10 +163,11 @@ def _of_training(context: Context, recipe: Recipe) -> float:
     spent = getattr(attack, "gradient_evaluations", 0)
     if not recipe.is_trained:
         return 0.0
-    each = fitting.gradients_per_epoch(attack, 1 if attack is None else 2)
+    passes = 1 if attack is None else 2
     judge = context.plan.training.validation.build(context.encoder)
     judged = len(validation) * (judge.gradient_evaluations if spent else 1 / 3)
-    total = recipe.epochs * (len(train_set) * each + judged)
+    total = len(train_set) * fitting.gradients(attack, passes, recipe.epochs)
+    total += recipe.epochs * judged
     if recipe.select is not None:
         images = min(recipe.select.images, len(validation))
         layers = len(jax.tree.leaves(context.encoder.variables["params"])) / 3  # kernels, about
