@@ -47,6 +47,8 @@ STAGES = ("attack", "train", "score", "compare")
 def config(recipes=RECIPES):
     changed = tiny_recipes.config(recipes, *STAGES)
     changed.training.seeds, changed.scoring.twin = (0, 1), True
+    announced = {"more": "pgd_at", "than": "full", "by": "clean", "seen": 10}
+    changed.compare.claims = (*changed.compare.claims, announced)
     return changed
 
 
@@ -132,6 +134,8 @@ def test_the_files_say_what_the_rows_say(finished):
         for seed in (0, 1):
             assert f"| {name}, seed {seed} | worst of universal |" in page
     assert page.count("The order baseline < pgd_at of us ") == 1
+    assert "pgd_at has more than full without an attack: " in page
+    assert "after Holm over 1; seeds: 2, images: 54." in page  # ten of 64 were seen
     picture = (workdir / "figures" / "pareto.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 

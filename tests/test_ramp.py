@@ -58,6 +58,7 @@ def net():
     return tiny("linear")
 
 
+@slow
 def test_each_phase_is_the_step_with_that_attack_and_the_optimizer_goes_on():
     attack = attacks.PGD(threats.Linf(0.1), step_size=0.05, num_steps=2, keep_best=False)
     schedule, tx = BudgetSchedule(2, 4), optax.adam(1e-2)
