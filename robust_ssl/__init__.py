@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from robust_ssl.api import Perturbation, Result, attack, measure, secure
     from robust_ssl.api import list_names as list
+    from robust_ssl.bridges import from_callable, from_nnx, from_torch
     from robust_ssl.conformance import check, check_attack, check_loss
     from robust_ssl.types import (
         AttackInputs,
@@ -53,6 +54,9 @@ _HOMES = {
     "encoder_card": "weights",
     "export_safetensors": "weights",
     "export_stablehlo": "weights",
+    "from_callable": "bridges",
+    "from_nnx": "bridges",
+    "from_torch": "bridges",
     "import_encoder": "weights",
     "list": "api",
     "list_encoders": "weights",
@@ -81,6 +85,9 @@ __all__ = [
     "encoder_card",
     "export_safetensors",
     "export_stablehlo",
+    "from_callable",
+    "from_nnx",
+    "from_torch",
     "import_encoder",
     "list",
     "list_encoders",
