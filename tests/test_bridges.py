@@ -1,5 +1,6 @@
 """Models of other libraries, taken as they are: functions, modules of nnx."""
 
+import collections
 import functools
 import types
 
@@ -240,6 +241,9 @@ def test_a_named_tuple_is_picked_by_name_and_by_place():
     is_array = lambda value: isinstance(value, np.ndarray)  # noqa: E731
     assert pick(values, "logits", "it", is_array) is IMAGES
     assert pick((1, IMAGES), 1, "it", is_array) is IMAGES
+    pair = collections.namedtuple("Pair", "loss logits")(None, IMAGES)
+    assert pick(pair, 1, "it", is_array) is pick(pair, "logits", "it", is_array) is IMAGES
+    assert pick({"logits": IMAGES}, 0, "it", is_array) is IMAGES
 
 
 def test_an_encoder_without_classes_says_what_to_name():

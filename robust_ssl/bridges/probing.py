@@ -139,6 +139,8 @@ def pick(value: Any, output: str | int | None, kind: str, is_array: Callable[[An
     returned = f"{kind} returns a {type(value).__name__} of {{{shown}}}"
     if output is None:
         raise ValueError(f"{returned}; say which is meant: output={next(iter(parts), 0)!r}")
+    if isinstance(output, int) and output in range(len(parts)):
+        output = list(parts)[output]
     if output not in parts:
         raise ValueError(f"{returned}, no output {output!r}{near(str(output), parts)}")
     if not is_array(parts[output]):
@@ -151,7 +153,7 @@ def _parts(value: Any) -> dict[Any, Any]:
         return dict(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         names = getattr(value, "_fields", range(len(value)))  # of a named tuple
-        return {**dict(zip(names, value, strict=True)), **dict(enumerate(value))}
+        return dict(zip(names, value, strict=True))
     return dict(getattr(value, "__dict__", {}))
 
 
