@@ -15,6 +15,7 @@ import robust_ssl
 from robust_ssl import attacks, evaluation, models, threats, weights
 from robust_ssl.api import inputs
 from robust_ssl.bridges.probing import pick
+from robust_ssl.experiment import linking
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Classifier, Encoder
 
@@ -205,8 +206,9 @@ def test_what_cannot_work_says_so(tmp_path):
         "saved": lambda: weights.save_classifier(model, tmp_path),
         "exported": lambda: weights.export_stablehlo(model, tmp_path / "x"),
         "trained": lambda: robust_ssl.secure(model.encoder, IMAGES, LABELS),
+        "trained ": lambda: linking.check_against(None, model.encoder, "config.recipes.mine"),
     }.items():
-        with pytest.raises(ValueError, match=theirs.format(what)):
+        with pytest.raises(ValueError, match=theirs.format(what.strip())):
             call()
     with pytest.raises(ValueError, match=theirs.format("saved")):
         weights.save_encoder(model.encoder, tmp_path)

@@ -81,7 +81,7 @@ def from_callable(
         if variables is not None:
             raise ValueError("variables= is for functions of JAX: one on the host has its own")
         return _on_host(function, gradient, output, traits, kind)
-    taken = {} if variables is None else {"params": variables}
+    taken = {"params": {} if variables is None else variables}
     call = _with(function, variables is not None)
     return over_jax(call, taken, output, traits, kind)
 
@@ -154,7 +154,7 @@ def _on_host(function, gradient, output, traits: Traits, kind: str) -> Encoder |
     shapes, backward = [first.shape[1:]], None if gradient is None else backward
     call = differentiable(forward, backward, shapes, rank=3, kind=kind)
     bridge = Bridge(functools.partial(_features, call), kind, traits.shape)
-    return traits.model(bridge, {}, first.shape[1])
+    return traits.model(bridge, {"params": {}}, first.shape[1])
 
 
 def _features(call, variables, images):

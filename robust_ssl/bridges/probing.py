@@ -106,7 +106,7 @@ class Traits:
                 f"{head.kind} returns one number for an image; a classifier here has a logit for "
                 "each class, two at least: torch.stack([-x, x]) for one that says yes or no"
             )
-        return Classifier(encoder, {}, head, logits, self.class_names)
+        return Classifier(encoder, {"params": {}}, head, logits, self.class_names)
 
 
 def _same(variables: Any, features: Any) -> Any:

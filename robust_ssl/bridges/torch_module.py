@@ -63,6 +63,12 @@ def from_torch(
         images, returns something else than finite floats for each image, or no gradient reaches
         the image.
       ModuleNotFoundError: If PyTorch is not installed.
+
+    Example:
+      >>> import torch  # doctest: +SKIP
+      >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))  # doctest: +SKIP
+      >>> from_torch(net.eval(), 8, num_classes=5).image_size  # doctest: +SKIP
+      8
     """
     kind = _kind(module)
     images = {"normalization": normalization, "mean": mean, "std": std}
@@ -75,7 +81,7 @@ def from_torch(
     function = functools.partial(_features, call, names)
     bridge = Bridge(function, kind, traits.shape)
     if head is None:
-        return traits.model(bridge, {}, shapes[0][0])
+        return traits.model(bridge, {"params": {}}, shapes[0][0])
     return _with_head(runner, traits, bridge, shapes[0], kind)
 
 
@@ -128,7 +134,9 @@ def _with_head(
         )
     call = differentiable(part.forward, part.backward, [logits.shape[1:]], rank=1, kind=kind)
     head = Bridge(functools.partial(_logits, call), kind, shape)
-    return traits.classifier(traits.encoder(bridge, {}, shape[0]), head, logits.shape[1])
+    return traits.classifier(
+        traits.encoder(bridge, {"params": {}}, shape[0]), head, logits.shape[1]
+    )
 
 
 def _logits(call, variables, features):

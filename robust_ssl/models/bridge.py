@@ -49,7 +49,7 @@ class Bridge:
         if _devices() > 1:
             raise ValueError(
                 f"{self.kind} lies in one place, and {_devices()} devices ask for it; pass "
-                "parallel=robust_ssl.parallel.Parallel.create(num_devices=1)"
+                "parallel=robust_ssl.parallel.Parallel.create(num_devices=1), or --devices 1"
             )
         return self.function(variables, inputs)
 
