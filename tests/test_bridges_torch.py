@@ -96,6 +96,27 @@ def test_numbers_and_gradients_are_torchs_own(net):
     assert not net.conv1._forward_hooks and not net.fc._forward_pre_hooks
 
 
+def test_a_value_with_its_gradient_is_one_pass_forwards():
+    calls = []
+    module = Net().eval()
+    module.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    model = take(module, SIZE)
+    calls.clear()
+    value = jax.value_and_grad(lambda x: model(x).features[:, 0].sum())
+    first = jax.block_until_ready(value(jnp.asarray(IMAGES)))
+    assert calls == [True]
+    with torch.no_grad():  # weights that change are seen by the next call
+        module.fc.bias += 1
+    again = jax.block_until_ready(value(jnp.asarray(IMAGES)))
+    np.testing.assert_allclose(again[0] - first[0], len(IMAGES), rtol=1e-4)
+    np.testing.assert_allclose(again[1], first[1], atol=1e-6)
+    _, pull = jax.vjp(lambda x: model(x).features, jnp.asarray(IMAGES))
+    with torch.no_grad():  # also between a pass forwards and its gradient
+        module.fc.weight *= 2
+    (gradient,) = pull(jnp.ones((len(IMAGES), 4)).at[:, 1:].set(0))
+    np.testing.assert_allclose(gradient, 2 * first[1], atol=1e-5)
+
+
 def test_pgd_does_what_it_does_on_converted_weights(net):
     labels = net(normalized(IMAGES)).argmax(1).numpy()
     attack = attacks.PGD(threats.Linf(8 / 255), num_steps=5)
@@ -121,7 +142,7 @@ def test_the_three_calls_go_through(net):
     )
     perturbations = [fit(), fit(attack="l4a_base")]
     result = robust_ssl.measure(
-        model, IMAGES, labels, attacks=[*perturbations, "fgsm", "embed_attack"], progress="quiet"
+        model, IMAGES, labels, attacks=[*perturbations, "fgsm"], progress="quiet"
     )
     assert result.clean_accuracy == 1 and result.robust_accuracy < 1
     ran = [check.status for check in result.verdict.checks]

@@ -20,6 +20,7 @@ def differentiable(
     *,
     rank: int,
     kind: str,
+    remembering: Forward | None = None,
 ) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     """Makes a function that can be compiled, batched and differentiated once.
 
@@ -32,6 +33,7 @@ def differentiable(
       shapes: Of each output, for one input.
       rank: Of one input: 3 for an image.
       kind: What it is, for messages.
+      remembering: As `forward`, called where `backward` will follow; None for the same.
 
     Returns:
       A function of float32 ``[batch, ...]`` that returns float32 arrays ``[batch, *shape]``.
@@ -45,13 +47,15 @@ def differentiable(
       [[2.0, 2.0, 2.0]]
     """
 
-    @jax.custom_vjp
-    def call(inputs):
-        results = [jax.ShapeDtypeStruct((len(inputs), *s), jnp.float32) for s in shapes]
-        return _on_host(_as_one_batch(forward, rank), results, inputs)
+    def calling(function):
+        def call(inputs):
+            results = [jax.ShapeDtypeStruct((len(inputs), *s), jnp.float32) for s in shapes]
+            return _on_host(_as_one_batch(function, rank), results, inputs)
+
+        return call
 
     def call_and_keep(inputs):
-        return call(inputs), inputs
+        return calling(remembering or forward)(inputs), inputs
 
     def pull(inputs, cotangents):
         if backward is None:
@@ -66,6 +70,7 @@ def differentiable(
 
         return _on_host(_as_one_batch(all_cotangents, rank), [like], inputs, *cotangents)
 
+    call = jax.custom_vjp(calling(forward))
     call.defvjp(call_and_keep, pull)
     return call
 

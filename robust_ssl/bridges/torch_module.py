@@ -77,7 +77,9 @@ def from_torch(
     runner = Runner(module, kind, output, dict(taps or {}), head)
     shapes = _tried(runner, traits, kind)
     names = tuple(runner.taps)
-    call = differentiable(runner.forward, runner.backward, shapes, rank=3, kind=kind)
+    call = differentiable(
+        runner.forward, runner.backward, shapes, rank=3, kind=kind, remembering=runner.remembering
+    )
     function = functools.partial(_features, call, names)
     bridge = Bridge(function, kind, traits.shape)
     if head is None:

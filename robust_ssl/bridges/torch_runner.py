@@ -43,6 +43,7 @@ class Runner:
         self.taps, self.head = taps or {}, head
         # Two calls of a program may be under way at once, and hooks are the module's.
         self._lock = threading.Lock()
+        self._graph: tuple[Any, ...] | None = None
         self._check_mode()
         self.device, self.dtype = _place(module, kind)
         parts = dict(module.named_modules())
@@ -57,6 +58,13 @@ class Runner:
         with self._lock, torch.no_grad():
             return tuple(_to_numpy(x) for x in self._run(self._tensor(images)))
 
+    def remembering(self, images: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns the same, and keeps torch's graph for the next gradient at these images."""
+        with self._lock, _differentiating():
+            leaf, values = self._forward_from_leaf(images)
+            self._graph = (images, self._versions(), leaf, values)
+            return tuple(_to_numpy(x) for x in values)
+
     def backward(self, images: np.ndarray, cotangents: tuple[np.ndarray, ...]) -> np.ndarray:
         """Returns the gradient for the images of the outputs times their cotangents."""
         gradient = self.gradient(images, cotangents)
@@ -68,10 +76,9 @@ class Runner:
         """Returns the same, or None where no output depends on the images in torch's eyes."""
         import torch
 
-        with self._lock, torch.inference_mode(False), torch.enable_grad():
-            leaf = self._tensor(images).requires_grad_()
-            # A copy, since a module may change its input in place, and a leaf may not change.
-            values = self._run(leaf.clone())[: 1 if output_only else None]
+        with self._lock, _differentiating():
+            leaf, values = self._remembered(images) or self._forward_from_leaf(images)
+            values = values[: 1 if output_only else None]
             pairs = zip(values, cotangents, strict=not output_only)
             pairs = [(v, self._tensor(c).to(v.dtype)) for v, c in pairs if v.requires_grad]
             if not pairs:
@@ -79,6 +86,23 @@ class Runner:
             outputs, given = zip(*pairs, strict=True)
             (gradient,) = torch.autograd.grad(outputs, leaf, given, allow_unused=True)
             return None if gradient is None else _to_numpy(gradient)
+
+    def _forward_from_leaf(self, images: np.ndarray) -> tuple[Any, list[Any]]:
+        leaf = self._tensor(images).requires_grad_()
+        # A copy, since a module may change its input in place, and a leaf may not change.
+        return leaf, self._run(leaf.clone())
+
+    def _remembered(self, images: np.ndarray) -> tuple[Any, list[Any]] | None:
+        """Returns the graph of these very images, once; it holds every activation."""
+        if self._graph is None or not np.array_equal(self._graph[0], images):
+            return None
+        (_, versions, leaf, values), self._graph = self._graph, None
+        self._check_mode()
+        return (leaf, values) if versions == self._versions() else None
+
+    def _versions(self) -> list[int]:
+        """Returns what torch counts up when somebody changes a weight in place."""
+        return [x._version for x in (*self.module.parameters(), *self.module.buffers())]
 
     def output_of(self, images: np.ndarray) -> Any:
         """Returns the tensor that is taken for the output."""
@@ -165,6 +189,15 @@ class Runner:
                 f"{self.kind} is in training mode ({', '.join(training[:3])}{more}): its answers "
                 "would depend on the batch or on chance; call module.eval() first"
             )
+
+
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """Switches gradients on, whatever the caller's mode."""
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _place(module: Any, kind: str) -> tuple[Any, Any]:
