@@ -37,7 +37,7 @@ def _size(tree: Any) -> str:
 def _count(variables: Any) -> str:
     params = variables.get("params") if isinstance(variables, Mapping) else None
     shapes = [leaf.shape for leaf in jax.tree.leaves(params) if hasattr(leaf, "shape")]
-    return f"{sum(map(math.prod, shapes)):,} parameters"
+    return f"{sum(map(math.prod, shapes)):,} parameters" if shapes else "no parameters of JAX"
 
 
 def _lines(*lines: str) -> str:

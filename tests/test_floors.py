@@ -17,7 +17,7 @@ FLOORS = (
     {"pretraining", "finetuning", "evaluation", "conformance"},
     {
         *("data", "weights", "zoo", "workdir", "progress", "stopping"),
-        *("settings", "shipped", "report", "schemas", "recipes", "pickles"),
+        *("settings", "shipped", "report", "schemas", "recipes", "pickles", "bridges"),
     },
     {"experiment"},
     {"api"},

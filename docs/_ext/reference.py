@@ -11,6 +11,7 @@ PUBLIC = (
     "robust_ssl.api",
     "robust_ssl.attacks",
     "robust_ssl.attacks.autoattack",
+    "robust_ssl.bridges",
     "robust_ssl.build",
     "robust_ssl.conformance",
     "robust_ssl.data",

@@ -25,6 +25,7 @@ from robust_ssl.build import (
     text_of,
 )
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
+from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
@@ -232,6 +233,8 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
       where: The recipe's place in the config, for errors.
     """
     shape = (encoder.image_size, encoder.image_size, 3)
+    with inside(where):
+        refuse_bridge(encoder, "trained")
     with inside(f"{where}.attack"):
         if recipe.attack is not None:
             recipe.attack.check(shape)
