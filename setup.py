@@ -108,8 +108,10 @@ if __name__ == "__main__":
                 "ipykernel>=6.29",
             ],
             "torch": ["torch>=2.10", "transformers>=5"],  # parity tests and benchmarks
+            "onnx": ["torch>=2.10", "onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
             "prepare": ["tensorflow"],  # to prepare TFDS data sets from the network, once
             "hf": ["datasets>=3"],
+            "grain": ["grain>=0.2.12"],  # processes that read and decode large sets
             # Where an encoder comes from: the hub, signatures, a scanner, bills of materials.
             "provenance": [
                 "huggingface_hub>=1",

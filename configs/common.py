@@ -16,6 +16,13 @@ def recipes(*names: str, **options: dict) -> dict:
     }
 
 
+def falling(decay: str) -> dict:
+    """Returns the entry by which all recipes' rates fall: a factor an epoch, or ``cosine``."""
+    if not decay:
+        return {}
+    return {"decay": decay if decay == "cosine" else float(decay)}
+
+
 def surrogate(source: str) -> dict:
     """Returns the attacker's data: the package's photo crops, or the named set."""
     if source == SURROGATE:

@@ -8,7 +8,9 @@ Arguments: ``encoder``, ``surrogate`` and ``downstream`` as in ``gen_af.py``; ``
 of steps, ``small`` is for a CPU; ``recipes``: a part of them, as
 ``recipes=baseline+trades+universal`` (what they start from comes with them); ``without``: all but
 these, for example
-``without=twins`` for an encoder without batch norm; ``other``: the ensemble's second encoder, which
+``without=twins`` for an encoder without batch norm; ``head``: one for all recipes, ``linear`` or
+``mlp``, in place of each one's own; ``decay=cosine``: rates that fall to zero, for all recipes;
+``other``: the ensemble's second encoder, which
 must take images of the same size; ``band``: where `universal_band` has its perturbations, in
 cycles per pixel: the worst band of the page that the config ``analyze`` leaves for your encoder.
 
@@ -34,6 +36,8 @@ ARGUMENTS = {
     "train_limit": 0,
     "test_limit": 0,
     "scale": "research",
+    "head": "",
+    "decay": "",
     "recipes": "",
     "without": "",
     "other": "byol-cifar10-r18w16",
@@ -46,8 +50,16 @@ NAMES = (
     *("linear_probe", "baseline", "full", "lp_ft", "l2_sp", "pruned", "jpeg", "quantized"),
     *("smoothed", "pgd_at", "trades", "mart", "fgsm_rs", "free_at", "alf", "aff", "roli", "twins"),
     *("rift", "fare_encoder", "fare", "gen_af_stage1", "gen_af", "gen_af_released_stage1"),
-    *("gen_af_released", "shallow_stable", "universal", "universal_band", "universal_shallow"),
-    *("universal_trades", "warm_fgsm", "warm_pgd", "other_encoder", "ensemble"),
+    *("gen_af_unguarded", "gen_af_released", "shallow_stable", "universal", "universal_band"),
+    *(
+        "universal_shallow",
+        "universal_trades",
+        "warm_fgsm",
+        "warm_pgd",
+        "other_encoder",
+        "ensemble",
+    ),
+    *("ensemble", "ramp_fgsm", "ramp_pgd", "ramp_pgd2", "ramp_nfgsm", "ramp_ema", "ramp_teacher"),
 )
 ALWAYS = ("baseline", "full")  # what accuracy (scored) and cost (made) are held against
 # What the paper says, and what this project set itself; `report.judge` holds figures to it.
@@ -65,7 +77,8 @@ def names_in(claim: dict) -> set[str]:
     """Returns the recipes that a claim speaks of."""
     if "order" in claim:
         return {*claim["order"]}
-    return {claim[entry] for entry in ("of", "over", "better_than") if entry in claim}
+    entries = ("of", "over", "better_than", "more", "than")
+    return {claim[entry] for entry in entries if entry in claim}
 
 
 def band(edges: str) -> dict:
@@ -94,9 +107,16 @@ def chosen(names: str, without: str, options: dict) -> dict[str, bool]:
                 "that one out too"
             )
         recipe = getattr(recipes, name)(**options.get(name, {}))
-        made_from = [*recipe.get("members", ()), *filter(None, [recipe.get("start")])]
+        made_from = [*recipe.get("members", ())]
+        made_from += [recipe[entry] for entry in ("start", "teacher") if recipe.get(entry)]
         needed += [other for other in made_from if other not in needed]
     return {name: name in (*wanted, "baseline") for name in NAMES if name in needed}
+
+
+def begins(name: str, options: dict) -> bool:
+    """Returns whether a recipe has a head of its own: it starts from no other one."""
+    recipe = getattr(recipes, name)(**options.get(name, {}))
+    return not recipe.get("start") and not recipe.get("members")
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -119,6 +139,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         "num_steps": 200 if small else 4000,
     }
     config.common = {"epochs": given["epochs"], "batch_size": given["batch_size"]}
+    config.common.update(common.falling(given["decay"]))
     config.training = {"seeds": (0,) if small else (0, 1, 2)}
     options = {
         "free_at": {"epochs": given["epochs"]},
@@ -126,6 +147,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         "other_encoder": {"encoder": given["other"]},
     }
     names = chosen(given["recipes"], given["without"], options)
+    for name in [n for n in names if given["head"] and begins(n, options)]:
+        options[name] = {**options.get(name, {}), "head": given["head"]}
     for name, scored in names.items():
         if not scored:
             options.setdefault(name, {})["scored"] = False

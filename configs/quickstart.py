@@ -21,9 +21,13 @@ from robust_ssl.settings import load_beside, parse_arguments
 common = load_beside(__file__, "common")
 
 EPSILON = 24 / 255
-INNER = {"epsilon": EPSILON, "step_size": 6 / 255, "num_steps": 7}  # of the attack in training
+# Of the attack in training, by size.
+INNER = {
+    "small": {"epsilon": EPSILON, "step_size": 12 / 255, "num_steps": 3},
+    "full": {"epsilon": EPSILON, "step_size": 6 / 255, "num_steps": 7},
+}
 # Passes over the training images: in the small size as many as have improved validation.
-EPOCHS = {"baseline": 6, "gen_af_stage1": 5, "gen_af": 2}
+EPOCHS = {"baseline": 6, "gen_af_stage1": 4, "gen_af": 2}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -45,15 +49,23 @@ def get_config(arguments: str = "") -> ConfigDict:
         "epsilon": EPSILON,
         # Without it the attack on the public encoder is the program of those crafted again.
         "curve": (6 / 255, 12 / 255, 18 / 255) if full else (),
-        "num_steps": 100 if full else 60,
+        "num_steps": 100 if full else 40,
     }
+    if not full:
+        pgd = {"function": f"{common.ATTACKS}PGD", "num_steps": 10}
+        config.scoring = {"per_image": {"attacks": {"pgd": pgd}}}
 
     # What all recipes have, and the attack by which each one's best epoch is chosen.
     config.common = {"epochs": 8, "batch_size": 64}
-    config.training = {"validation": {"function": f"{common.ATTACKS}PGD", **INNER}}
-    options = {"gen_af_stage1": dict(INNER), "gen_af": {"num_steps": 3}}
+    config.training = {"validation": {"function": f"{common.ATTACKS}PGD", **INNER[size]}}
+    # The first stage is scored in the full size only: the second one starts from it.
+    options = {
+        "gen_af_stage1": {**INNER[size], "scored": full},
+        "gen_af": {"num_steps": 3},
+    }
     for name, epochs in () if full else EPOCHS.items():
         options.setdefault(name, {})["epochs"] = epochs
     config.recipes = common.recipes("baseline", "gen_af_stage1", "gen_af", **options)
-    config.compare = {"reference": "baseline", "memory": False}
+    timed = {} if full else {"steps_per_round": 1}
+    config.compare = {"reference": "baseline", "memory": False, **timed}
     return config

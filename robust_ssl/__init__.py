@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     from robust_ssl.api import Perturbation, Result, attack, measure, secure
     from robust_ssl.api import list_names as list
+    from robust_ssl.bridges import from_callable, from_nnx, from_torch
     from robust_ssl.conformance import check, check_attack, check_loss
     from robust_ssl.types import (
         AttackInputs,
@@ -22,8 +23,10 @@ if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
     )
     from robust_ssl.weights import (
         encoder_card,
+        export_onnx,
         export_safetensors,
         export_stablehlo,
+        export_torch,
         import_encoder,
         list_encoders,
         load_classifier,
@@ -51,8 +54,13 @@ _HOMES = {
     "check_attack": "conformance",
     "check_loss": "conformance",
     "encoder_card": "weights",
+    "export_onnx": "weights",
     "export_safetensors": "weights",
     "export_stablehlo": "weights",
+    "export_torch": "weights",
+    "from_callable": "bridges",
+    "from_nnx": "bridges",
+    "from_torch": "bridges",
     "import_encoder": "weights",
     "list": "api",
     "list_encoders": "weights",
@@ -79,8 +87,13 @@ __all__ = [
     "check_attack",
     "check_loss",
     "encoder_card",
+    "export_onnx",
     "export_safetensors",
     "export_stablehlo",
+    "export_torch",
+    "from_callable",
+    "from_nnx",
+    "from_torch",
     "import_encoder",
     "list",
     "list_encoders",

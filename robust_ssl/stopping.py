@@ -138,7 +138,7 @@ def _agreement() -> _Agreement:
 
 
 @contextlib.contextmanager
-def stop_on_signals(several: bool = False) -> Iterator[Callable[[], None]]:
+def stop_on_signals(several: bool = False, ends: bool = False) -> Iterator[Callable[[], None]]:
     """Turns the first SIGTERM or Ctrl-C into `request_stop`; a second one ends at once.
 
     Works in the main thread only, as signals do.  Of several processes a second signal ends none:
@@ -146,6 +146,8 @@ def stop_on_signals(several: bool = False) -> Iterator[Callable[[], None]]:
 
     Args:
       several: Whether this process is going to join others.
+      ends: Whether the process ends with the block.  A SIGTERM that comes after it then changes
+        nothing: what is done stays done, in the exit code too.
 
     Yields:
       A function to call once the processes have joined: JAX then has put a handler of its own in
@@ -182,3 +184,5 @@ def stop_on_signals(several: bool = False) -> Iterator[Callable[[], None]]:
         yield install
     finally:
         restore()
+        if ends:  # Python keeps this one to its last instruction, unlike a handler
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)

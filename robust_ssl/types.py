@@ -37,7 +37,7 @@ def _size(tree: Any) -> str:
 def _count(variables: Any) -> str:
     params = variables.get("params") if isinstance(variables, Mapping) else None
     shapes = [leaf.shape for leaf in jax.tree.leaves(params) if hasattr(leaf, "shape")]
-    return f"{sum(map(math.prod, shapes)):,} parameters"
+    return f"{sum(map(math.prod, shapes)):,} parameters" if shapes else "no parameters of JAX"
 
 
 def _lines(*lines: str) -> str:
@@ -272,13 +272,11 @@ class Classifier(struct.Value):
           The outputs and the new ``batch_stats``, ``{"encoder": ...}``.
         """
         encoder_key, head_key = jax.random.split(key)
-        outputs, batch_stats = self.encoder.apply_train(
-            images, key=encoder_key, axis_name=axis_name
-        )
+        outputs, stats = self.encoder.apply_train(images, key=encoder_key, axis_name=axis_name)
         logits = self.head.apply(
             self.head_variables, outputs.features, train=True, rngs={"dropout": head_key}
         )
-        return outputs.replace(logits=logits), {"encoder": batch_stats} if batch_stats else {}
+        return outputs.replace(logits=logits), {"encoder": stats} if stats else {}
 
 
 @struct.dataclass
@@ -310,14 +308,16 @@ class LossInputs(struct.Value):
       labels: int32 ``[batch]``.
       clean: Outputs for the unperturbed images.
       adversarial: Outputs for the perturbed images; None where nothing is attacked.
-      pretrained: Outputs of the frozen pre-trained encoder on the unperturbed images (no
-        logits, no gradient); None unless the step was asked for it.
+      pretrained: Outputs of the frozen public encoder on the unperturbed images, without logits.
+      teacher: Outputs of another classifier on the unperturbed images.  Both have no gradient, and
+        are None unless the step was asked for them.
     """
 
     labels: jax.Array
     clean: Outputs
     adversarial: Outputs | None = None
     pretrained: Outputs | None = None
+    teacher: Outputs | None = None
 
 
 @struct.dataclass

@@ -38,6 +38,11 @@ def test_there_are_no_more_targets_than_wrong_classes(classes, targets):
     assert parts[name][0].objective is expected
 
 
+def test_apgd_is_what_the_standard_ensemble_begins_with():
+    whole, part = (make(THREAT, 10) for make in (autoattack.standard, autoattack.apgd))
+    assert list(part.items()) == list(whole.items())[:2]
+
+
 def test_rand_averages_over_twenty_draws():
     parts = autoattack.rand(THREAT, 10)
     assert list(parts) == ["apgd-ce", "apgd-dlr"]
@@ -47,7 +52,7 @@ def test_rand_averages_over_twenty_draws():
     assert member.objective is labelled.margin
 
 
-@pytest.mark.parametrize("make", [autoattack.standard, autoattack.rand])
+@pytest.mark.parametrize("make", [autoattack.standard, autoattack.apgd, autoattack.rand])
 def test_one_class_is_refused(make):
     with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         make(THREAT, 1)

@@ -443,8 +443,9 @@ def _python(code, **environment):
     )
 
 
-def test_a_reader_that_leaves_is_no_error():
-    command = f"{sys.executable} -m robust_ssl.cli.main list configs"
+@pytest.mark.parametrize("what", ["list configs", "run --help"])
+def test_a_reader_that_leaves_is_no_error(what):
+    command = f"{sys.executable} -m robust_ssl.cli.main {what}"
     done = _python(f"set -o pipefail; {command} | true")
     assert (done.returncode, done.stderr) == (0, b"")
 

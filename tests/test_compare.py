@@ -4,8 +4,11 @@ import csv
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import tiny_recipes
 from tiny_recipes import (
     ATTACKS,
@@ -22,11 +25,14 @@ from tiny_recipes import (
 
 from robust_ssl import attacks, evaluation, experiment, finetuning, report
 from robust_ssl.evaluation.checks import Check
+from robust_ssl.experiment import attack as attack_stage
 from robust_ssl.experiment import compare, costs, fitting, groups, score, train
 from robust_ssl.workdir.manifest import seal
 
 slow = pytest.mark.slow  # a minute: each recipe and each attack is compiled
 
+KEY = jax.random.key(0)
+SHARES = {"clean", "robust_public", "robust_hardened", "robust_worst"}
 RECIPES = {
     "baseline": FROZEN,
     "full": {},
@@ -40,7 +46,9 @@ STAGES = ("attack", "train", "score", "compare")
 
 def config(recipes=RECIPES):
     changed = tiny_recipes.config(recipes, *STAGES)
-    changed.training.seeds = (0, 1)
+    changed.training.seeds, changed.scoring.twin = (0, 1), True
+    announced = {"more": "pgd_at", "than": "full", "by": "clean", "seen": 10}
+    changed.compare.claims = (*changed.compare.claims, announced)
     return changed
 
 
@@ -103,7 +111,7 @@ def test_recipes_are_compared_image_by_image(finished):
     for (recipe, seed), shares in right.items():
         row = rows_of(results)[recipe.name, seed]
         # No AutoAttack was asked for.
-        assert {*shares} == {"clean", "robust_public", "robust_hardened", "robust_worst"}
+        assert {*shares} - {"robust_twin"} == SHARES
         for share, images in shares.items():
             assert images.shape == (64,) and images.mean() == row[share]
             other = right[recipe, 1 - seed][share]
@@ -126,6 +134,8 @@ def test_the_files_say_what_the_rows_say(finished):
         for seed in (0, 1):
             assert f"| {name}, seed {seed} | worst of universal |" in page
     assert page.count("The order baseline < pgd_at of us ") == 1
+    assert "pgd_at has more than full without an attack: " in page
+    assert "after Holm over 1; seeds: 2, images: 54." in page  # ten of 64 were seen
     picture = (workdir / "figures" / "pareto.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
@@ -299,3 +309,30 @@ def test_what_cannot_be_compared_is_refused_before_the_first_step(tmp_path, chan
     with pytest.raises(experiment.UsageError, match=f"(?s){message}"):
         go(changed, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@slow
+def test_a_twin_is_attacked_by_what_was_crafted_on_the_other_seed(finished):
+    workdir, results = finished
+    rows, run = rows_of(results), context(config(), workdir)
+    full = run.plan.recipes["full"]
+    assert rows["baseline", 0]["robust_twin"] is None  # its encoder did not move: the public one
+    images, labels = (jnp.asarray(x) for x in tiny.images("test"))
+    for seed, other in ((0, 1), (1, 0)):
+        model, twin = (train.load_trained(run, full, each) for each in (seed, other))
+        crafted = attack_stage.attack(run, f"attack_full-seed{other}", twin.encoder, curve=False)
+        right = np.ones(len(labels), bool)
+        for one in attack_stage.load_perturbations(run, crafted):
+            if one.attack != "random_noise":
+                moved = attacks.attack_batch(one.perturbation, KEY, None, images / 255)
+                answers = model(evaluation.quantize(moved)).logits.argmax(-1)
+                right &= np.asarray(answers == labels)
+        assert rows["full", seed]["robust_twin"] == pytest.approx(right.mean())
+    assert "| twin |" in (workdir / "report.md").read_text()
+
+
+def test_a_twin_needs_another_seed(tmp_path):
+    changed = config()
+    changed.training.seeds, changed.scoring.twin = (0,), True
+    with pytest.raises(experiment.UsageError, match=r"config\.scoring\.twin needs another seed"):
+        go(changed, tmp_path)

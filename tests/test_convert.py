@@ -480,7 +480,7 @@ def test_a_processors_image_part_is_read(tmp_path):
     ("flags", "message"),
     [
         (["--out=a.safetensors", "--batch=0"], "--batch must be at least 1"),
-        (["--out=same", "--stablehlo=same"], "name one file"),
+        (["--out=same", "--stablehlo=same"], "name one place"),
     ],
 )
 def test_export_refuses_what_makes_no_sense(tmp_path, monkeypatch, capsys, flags, message):

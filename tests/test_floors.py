@@ -17,16 +17,8 @@ FLOORS = (
     {"pretraining", "finetuning", "evaluation", "conformance"},
     {
         *("data", "weights", "zoo", "workdir", "progress", "stopping"),
-        *(
-            "settings",
-            "shipped",
-            "report",
-            "schemas",
-            "recipes",
-            "pickles",
-            "provenance",
-            "inspection",
-        ),
+        *("settings", "shipped", "report", "schemas", "recipes", "pickles", "bridges"),
+        *("provenance", "inspection"),
     },
     {"experiment"},
     {"api"},

@@ -121,6 +121,18 @@ def test_adam_l2_decays_inside_the_gradient_and_slows_by_epochs():
     np.testing.assert_allclose(lengths, [-0.1, -0.1, -0.05, -0.05], rtol=1e-4)
 
 
+def test_a_cosine_takes_the_rate_to_zero_by_the_last_update():
+    tx = adam_l2(0.1, weight_decay=0.0, decay="cosine", steps_per_epoch=2, total_steps=8)
+    state, moved = tx.init(jnp.zeros(1)), []
+    for _ in range(9):
+        update, state = tx.update(jnp.ones(1), state, jnp.zeros(1))
+        moved.append(-float(update[0]))  # a constant gradient: Adam moves by the rate itself
+    expected = 0.1 * (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="needs total_steps"):
+        adam_l2(0.1, decay="cosine", steps_per_epoch=2)
+
+
 def test_frozen_statistics_go_with_the_parameters_of_their_norm():
     old = {
         "params": {"a": {"norm": {"scale": 0, "bias": 0}, "conv": {"kernel": 0}},

@@ -42,14 +42,14 @@ FREE_TEXTS = re.compile(
 NONE_MEANS = re.compile(
     r".*\.(image_size|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
     r"|preprocess|select|adv_ratio|attack|augment|patience|best|tolerance|threat|layer"
-    r"|loop_on_device)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
+    r"|loop_on_device|ramp|teacher|stairs|images)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
     r"|.*\.fit\.(num_steps|batch_size)|.*\.step_size"
 )
 # 0 is a number like others (seeds, places), or what leaves a part out.
 ZERO_MEANS = re.compile(
     r".*\.(seed|seeds|target|layer|epochs|prune|l2_sp|weight_decay|weight|adv_ratio|tolerance"
     r"|clean_share|momentum|max_clean_loss|queue_size|low|epsilon|curve|budgets|edges|rates"
-    r"|warmup_epochs|min_scale|freeze|layers)(\[\d+\])*(\..*)?"
+    r"|warmup_epochs|min_scale|freeze|layers|ema|noise|smoothing|margin|seen|ramp\.start|workers)(\[\d+\])*(\..*)?"
 )
 # Counted from either end; how many layers an encoder has is known when a step is traced.
 NEGATIVE_MEANS = re.compile(r".*\.(layer|layers\[\d+\])")
@@ -57,7 +57,8 @@ NEGATIVE_MEANS = re.compile(r".*\.(layer|layers\[\d+\])")
 TRIED = re.compile(r"config\.sweep\.grid\[\d+\]\[1\]\[\d+\]")
 SHARES = re.compile(
     r".*\.(adv_ratio|tolerance|clean_share|momentum|max_clean_loss|prune|validation|reach|decay"
-    r"|epsilon|curve|budgets|step_size|min_scale|final_momentum)(\[\d+\])?"
+    r"|epsilon|curve|budgets|step_size|min_scale|final_momentum|ema|smoothing|margin|ramp\.start"
+    r"|ramp\.end)(\[\d+\])?"
 )
 
 
@@ -252,6 +253,8 @@ def is_valid_otherwise(where, value, other):
         return NONE_MEANS.fullmatch(where) is not None
     if re.fullmatch(r"layer|layers(\[\d+\])?", last) and isinstance(other, str | int):
         return not isinstance(other, bool)  # a layer has a place, and also a name
+    if last == "decay" and value == "cosine":
+        return other == 0.5
     if FREE_TEXTS.fullmatch(where):
         return isinstance(other, str)
     data_or_encoder = last in ("surrogate", "downstream", "data", "encoder")

@@ -435,3 +435,8 @@ def test_a_converted_encoder_comes_with_both(tmp_path):
     assert origin["name"] == "ours.safetensors"
     assert len(origin["digest"]["sha256"]) == 64
     assert (tmp_path / "new" / "bom.cdx.json").is_file()
+    again = tmp_path / "again.safetensors"
+    assert main.main(["encoder", "export", str(tmp_path / "new"), "--out", str(again)]) == 0
+    made = json.loads((tmp_path / "again.safetensors.provenance.intoto.json").read_text())
+    (origin,) = made["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert origin["name"] == "new"

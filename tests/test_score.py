@@ -341,6 +341,31 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     assert figure.robust_correct.tolist() == [False, False]
 
 
+def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
+    changed = config()
+    changed.scoring.per_image.images = 32
+    run = context(changed, tmp_path)
+    rows = groups.sample(run, 32)
+    [pgd] = groups.per_image_members(
+        run, {"pgd": score.build_per_image(run, run.plan.scoring.per_image.budgets[0])["pgd"]},
+        "hardened",
+    )  # fmt: skip
+    assert pgd.gradient_evaluations == 2 * 32
+    group = groups.Group("one", "hardened", "per_image", "Linf", 8 / 255)
+    with run.open("score", {}, {}) as stage:
+        scorer = groups.Scorer(run, stage, 32)
+        part = scorer.score(group, classifier(), [pgd], rows)
+        whole = scorer.score(group, classifier(), [pgd])
+    np.testing.assert_array_equal(part.rows, rows)
+    for name in ("clean_correct", "robust_correct"):
+        expected = getattr(whole.worst, name)[rows]  # an image's key is that of its place
+        np.testing.assert_array_equal(getattr(part.worst, name), expected)
+    assert whole.rows is None and len(whole.worst.clean_correct) == 64
+    assert not any(", clean" in name for name in groups.outcomes([part]))
+    # A text without a limit is what it was before there were limits.
+    assert "images" not in context(config(), tmp_path).plan.text["scoring"]["per_image"]
+
+
 def test_what_is_alike_is_traced_once(tmp_path, monkeypatch):
     changed = config()
     changed.classifiers["wide"] = {"function": "test_score:with_mlp"}

@@ -63,7 +63,7 @@ def test_links_on_the_site():
     assert link("docs/results/speed.md", "../../benchmarks/README.md", "U") == (
         "../repository/benchmarks/README.md"
     )
-    assert link("docs/api.md", "../robust_ssl/losses.py", "U") == "api/robust_ssl/losses/index.rst"
+    assert link("docs/api.md", "../robust_ssl/struct.py", "U") == "api/robust_ssl/struct/index.rst"
     assert link("CHANGELOG.md", "docs/results/", "U") == "../results/README.md"
     assert link("docs/index.md", "https://x.org/#a", "U") == "https://x.org/#a"
     assert link("docs/index.md", "#results", "U") == "#results"

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,14 @@ def test_a_request_stands_until_it_is_cleared():
     assert stopping.stop_requested() and stopping.stop_requested()
     stopping.clear_stop()
     assert not stopping.stop_requested()
+
+
+def test_a_signal_after_the_end_changes_nothing():
+    code = (
+        "import atexit, os, signal\n"
+        "from robust_ssl import stopping\n"
+        "with stopping.stop_on_signals(ends=True): pass\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

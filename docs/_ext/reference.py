@@ -11,6 +11,7 @@ PUBLIC = (
     "robust_ssl.api",
     "robust_ssl.attacks",
     "robust_ssl.attacks.autoattack",
+    "robust_ssl.bridges",
     "robust_ssl.build",
     "robust_ssl.conformance",
     "robust_ssl.data",
@@ -44,8 +45,8 @@ def page_of(file: str) -> str | None:
     """Returns the page of a module's file, under docs/, or None if the module has none.
 
     Example:
-      >>> page_of("robust_ssl/losses.py"), page_of("robust_ssl/attacks/__init__.py")
-      ('api/robust_ssl/losses/index.rst', 'api/robust_ssl/attacks/index.rst')
+      >>> page_of("robust_ssl/struct.py"), page_of("robust_ssl/attacks/__init__.py")
+      ('api/robust_ssl/struct/index.rst', 'api/robust_ssl/attacks/index.rst')
     """
     path = file.removesuffix(".py").removesuffix("/__init__")
     return f"api/{path}/index.rst" if path.replace("/", ".") in PUBLIC else None

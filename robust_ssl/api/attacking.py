@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import pathlib
 import time
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import attacks, report, threats
+from robust_ssl import attacks, disk, report, threats
 from robust_ssl.api import inputs
 from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation
@@ -77,6 +78,26 @@ class Perturbation:
     def save(self, path: str | os.PathLike) -> None:
         """Writes one ``.npz`` file that NumPy alone can read; see `load`."""
         self.value.save(pathlib.Path(path))
+
+    def export_npy(self, path: str | os.PathLike) -> None:
+        """Writes one ``.npy`` array that PyTorch adds to pixels in [0, 1], float32 ``[3, H, W]``.
+
+        ``(images + torch.from_numpy(numpy.load(path))).clamp(0, 1)`` is then `apply`.
+
+        Raises:
+          ValueError: If it is not just added, as a patch is not.
+        """
+        delta = self.numpy()
+        images = np.random.default_rng(0).uniform(size=(4, *delta.shape)).astype(np.float32)
+        if np.abs(np.clip(images + delta, 0, 1) - self.apply(images)).max() > 1e-6:
+            threat = type(self.value.threat).__name__
+            raise ValueError(
+                f"a perturbation under {threat} is not just added to an image, and one array does "
+                "not say what else happens; give away the images: perturbation.apply(images)"
+            )
+        content = io.BytesIO()
+        np.save(content, np.ascontiguousarray(delta.transpose(2, 0, 1)))
+        disk.replace(path, content.getvalue())
 
     @classmethod
     def load(

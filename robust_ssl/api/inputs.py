@@ -10,6 +10,7 @@ import numpy as np
 
 from robust_ssl import data, weights
 from robust_ssl.api.names import BUILTIN
+from robust_ssl.models.bridge import Bridge
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder
 
@@ -41,6 +42,11 @@ def classifier_of(classifier: Any) -> Any:
     if isinstance(classifier, (str, os.PathLike)):
         return weights.load_classifier(classifier)
     if isinstance(classifier, Encoder):
+        if isinstance(classifier.module, Bridge):
+            raise ValueError(
+                f"{classifier.module.kind} was taken for an encoder; if it has logits, say where "
+                "it is taken how many: num_classes=10, or class_names="
+            )
         raise ValueError(
             "an encoder has no classes to measure; put a head on it: "
             "robust_ssl.secure(encoder, images, labels, recipe='linear_probe')"

@@ -16,6 +16,7 @@ from robust_ssl.experiment import Context, Plan, Recipe, linking
 from robust_ssl.experiment.sections import Training
 from robust_ssl.experiment.suites import InnerAttack
 from robust_ssl.experiment.train import load_trained
+from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.recipes import pgd
@@ -108,6 +109,7 @@ def secure(
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     if not isinstance(encoder, Encoder):
         raise ValueError(f"only a robust_ssl.Encoder can be trained, got {type(encoder).__name__}")
+    refuse_bridge(encoder, "trained")
     examples = inputs.examples_of(images, labels, encoder.image_size, "train")
     left = len(examples) - round(len(examples) * validation)
     common = {"epochs": epochs, "batch_size": max(1, min(batch_size, left)), "head": head}

@@ -8,6 +8,7 @@ from robust_ssl.attacks.fab import FABT
 from robust_ssl.attacks.fit_batch import FitBatch
 from robust_ssl.attacks.generative import AdvEncoderPAT, AdvEncoderPER
 from robust_ssl.attacks.layers import FFF, L4AUGS, SSP, STD, UAPPGD, L4ABase, L4AFuse
+from robust_ssl.attacks.noisy import NFGSM
 from robust_ssl.attacks.per_image import FGSM, PGD, EmbedAttack, attack_batch
 from robust_ssl.attacks.perturbation import UniversalPerturbation, random_delta
 from robust_ssl.attacks.square import Square
@@ -27,6 +28,7 @@ __all__ = [
     "FFF",
     "FGSM",
     "L4AUGS",
+    "NFGSM",
     "PGD",
     "SSP",
     "STD",

@@ -54,6 +54,22 @@ def standard(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
     }
 
 
+def apgd(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
+    """Returns the first two attacks of the standard ensemble: APGD-CE and targeted APGD.
+
+    They take a third of its time.  What they leave, FAB and Square seldom take; where gradients
+    are masked they may, so this is no AutoAttack and not to be called so.
+
+    Arguments and errors are those of `standard`.
+
+    Example:
+      >>> from robust_ssl import threats
+      >>> list(apgd(threats.Linf(8 / 255), 10))
+      ['apgd-ce', 'apgd-t']
+    """
+    return dict(list(standard(threat, num_classes).items())[:2])
+
+
 def rand(threat: Threat, num_classes: int) -> dict[str, list[Attack]]:
     """Returns AutoAttack for randomized models: APGD on two objectives, over 20 draws a step.
 

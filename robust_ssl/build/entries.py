@@ -193,8 +193,13 @@ def text_of(value: Any) -> Any:
     if hasattr(value, "text"):
         return text_of(value.text)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: text_of(getattr(value, field.name)) for field in fields}
+        text = {}
+        for field in dataclasses.fields(value):
+            entry = getattr(value, field.name)
+            # One that came later is not said where it does nothing: manifests of before are so.
+            if not field.metadata.get("later") or entry != field.default:
+                text[field.name] = text_of(entry)
+        return text
     if isinstance(value, Mapping):
         return {str(name): text_of(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -37,6 +37,8 @@ OPTIONS: dict[str, Any] = {
     "clean_share": Share,
     "target": Natural,
     "temperature": Positive,
+    "noise": NotNegative,
+    "smoothing": Annotated[float, Range(0, 1, below=True)],
     "stabilizer": Positive,
     "image_size": Count,
     "projection_dim": Count,

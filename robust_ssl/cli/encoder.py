@@ -35,6 +35,10 @@ examples:
       --classifier runs/gen_af/recipes/gen_af-seed0
       the encoder that a run has secured, under torchvision's or timm's names
 
+  robust-ssl encoder export simclr-cifar10-r18w24 --torch secured --onnx secured.onnx \\
+      --classifier runs/quickstart/recipes/gen_af-seed0
+      the whole model that a run has secured: secured/model.py loads it without this package
+
 Nothing in a file is executed.  Exit codes: 0 done (inspect: it can be converted like this),
 2 wrong usage or a file that cannot be used."""
 
@@ -65,7 +69,7 @@ def add_parser(commands: Any) -> None:
     convert.add_argument("--out", required=True, metavar="DIR", help="the encoder's new directory")
     convert.add_argument("--name", help="for tables and manifests (default: the file's)")
     provenance.add_parsers(actions, _add_names)
-    text = "write an encoder for PyTorch, or a whole model as a StableHLO program"
+    text = "write an encoder or a whole model for PyTorch, ONNX or StableHLO"
     export = add_command(actions, "export", text, _EXAMPLES)
     add_debug(export)
     export.add_argument(
@@ -75,10 +79,18 @@ def add_parser(commands: Any) -> None:
         "--classifier",
         metavar="DIR",
         help="a finished recipe of a run that started from this encoder, such as "
-        "runs/gen_af/recipes/gen_af-seed0: its weights, and its head for --stablehlo",
+        "runs/gen_af/recipes/gen_af-seed0: its weights, and its head for all but --out",
     )
     export.add_argument(
         "--out", metavar="FILE", help="safetensors with torchvision's names (ResNet), timm's (ViT)"
+    )
+    export.add_argument(
+        "--torch",
+        metavar="DIR",
+        help="model.safetensors and a model.py that loads it: encoder, head and normalization",
+    )
+    export.add_argument(
+        "--onnx", metavar="FILE", help="the same as one ONNX file, compared by onnxruntime"
     )
     export.add_argument(
         "--stablehlo",
@@ -224,13 +236,17 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if not (arguments.out or arguments.stablehlo):
-        raise ValueError("say where to: --out FILE.safetensors, --stablehlo FILE, or both")
+    places = {f"--{name}": getattr(arguments, name) for name in _TARGETS}
+    places = {flag: place for flag, place in places.items() if place}
+    if not places:
+        raise ValueError(
+            "say where to: --out FILE.safetensors, --torch DIR, --onnx FILE or --stablehlo FILE"
+        )
     if arguments.batch is not None and arguments.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
-    # The second would replace the first without a word.
-    if arguments.out == arguments.stablehlo:
-        raise ValueError("--out and --stablehlo name one file")
+    # One would replace the other without a word.
+    if len({pathlib.Path(place).absolute() for place in places.values()}) < len(places):
+        raise ValueError(f"{' and '.join(places)} name one place")
     from robust_ssl import weights
 
     # Exported from our own format only, where normalization and image size are known.
@@ -246,12 +262,28 @@ def _export(arguments: argparse.Namespace) -> int:
         only = model.encoder if arguments.classifier else encoder
         file = weights.export_safetensors(only, arguments.out)
         words.say(f"written: {file}")
-        origins = [arguments.encoder, *([arguments.classifier] if arguments.classifier else [])]
-        provenance.write_beside(file, made_from=tuple(origins))
+    _export_whole(arguments, model)
     if arguments.stablehlo:
         file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
         words.say(f"written: {file}")
+    origins = tuple(filter(None, (arguments.encoder, arguments.classifier)))
+    for place in places.values():
+        provenance.write_beside(place, made_from=origins)
     return DONE
+
+
+def _export_whole(arguments: argparse.Namespace, model: Any) -> None:
+    """Writes a model with its head and its normalization, and says how exact it is."""
+    from robust_ssl import weights
+
+    for place, export in ((arguments.torch, weights.export_torch),
+                          (arguments.onnx, weights.export_onnx)):  # fmt: skip
+        if place:
+            path, difference = export(model, place)
+            exact = f"same outputs to {difference:.0e} of the largest"
+            if difference is None:
+                exact = "not compared: torch is not installed"
+            words.say(f"written: {path} ({exact})")
 
 
 def _fine_tuned(encoder, directory: str):
@@ -275,6 +307,7 @@ def _lock(arguments: argparse.Namespace) -> int:
     return provenance.lock(arguments, _named(arguments))
 
 
+_TARGETS = ("out", "torch", "onnx", "stablehlo")
 _ACTIONS = {
     "inspect": _inspect,
     "convert": _convert,

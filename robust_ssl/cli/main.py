@@ -73,9 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    ends_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     _print_what_can_be()
-    arguments, unknown = _parser().parse_known_args(argv)
+    try:
+        arguments, unknown = _parser().parse_known_args(argv)
+    except BrokenPipeError:  # of the help, or of a message
+        return _reader_left(DONE)
+    arguments.ends_process = ends_process
     _log_to_stderr()
     try:
         overrides = take_settings(arguments, unknown, argv)
@@ -83,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a closed pipe is no error yet
         return code
     except BrokenPipeError:
-        return _reader_left(arguments)
+        # What trains is not done: its next call goes on.
+        return _reader_left(STOPPED if _COMMANDS[arguments.command] is run else DONE)
     except KeyboardInterrupt as interrupt:
         where = " ".join(["interrupted", *getattr(interrupt, "__notes__", ())])
         return _say_stopped(f"{where}; the last checkpoint is kept")
@@ -146,14 +151,13 @@ def _print_what_can_be() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _reader_left(arguments: argparse.Namespace) -> int:
+def _reader_left(code: int) -> int:
     """Ends quietly where who read the output has seen enough, as `head` has."""
     for stream in (sys.stdout, sys.stderr):
         # Else Python tries once more at its end, and says that it failed.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    # What trains is not done: its next call goes on.
-    return STOPPED if _COMMANDS[arguments.command] is run else DONE
+    return code
 
 
 def _say_stopped(message: str) -> int:

@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Runs a config, or the list of them for a zoo, and returns the exit code."""
     several = _check_cluster(arguments)
     command = _build_zoo if arguments.command == "zoo" else _run_config
-    with stopping.stop_on_signals(several) as install:
+    with stopping.stop_on_signals(several, arguments.ends_process) as install:
         return command(arguments, overrides, lambda: _started(arguments, several, install))
 
 

@@ -34,7 +34,8 @@ def check_loss(
       >>> check_loss(lambda inputs: inputs.clean.features.sum(axis=1))
     """
     labels, _, outputs = _made_up(batch, num_classes, dim, seed)
-    inputs = LossInputs(labels, outputs(), outputs(), pretrained=outputs().replace(logits=None))
+    pretrained = outputs().replace(logits=None)
+    inputs = LossInputs(labels, outputs(), outputs(), pretrained, teacher=outputs())
     equal = {"clean = adversarial": inputs.replace(adversarial=inputs.clean)}
     what = f"[batch] = ({batch},)"
     _check(resolve(loss), inputs, equal, (batch,), what, seed, lambda x: x, lambda _, moved: moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 
 from robust_ssl.data.examples import Examples, StreamedExamples
 from robust_ssl.data.order import permutation
+from robust_ssl.data.workers import read_in_processes
 from robust_ssl.parallel import Parallel, prefetch
 
 RESIDENT_LIMIT = 2 * 2**30  # bytes of uint8 pixels that may lie on a device
@@ -96,7 +98,8 @@ class Batches:
     in the set.  A set without labels has no ``labels``.
 
     A small set lies whole on every device, and a step sends only row numbers there; a large one
-    is read on the host in a thread that runs ahead, fastest if steps are asked for in order.
+    is read on the host in a thread that runs ahead, or by ``examples.workers`` processes; fastest
+    if steps are asked for in order.
     Either way, and on any number of devices, the batch of a step is the same.
 
     Args:
@@ -207,6 +210,9 @@ class Batches:
 
 def _host_batches(examples, order, parallel, first: int) -> Iterator[dict[str, jax.Array]]:
     # Not a method: the thread that runs this must not keep a forgotten `Batches` alive.
+    if workers := getattr(examples, "workers", 0):
+        with contextlib.closing(read_in_processes(examples, order, first, workers)) as batches:
+            yield from map(parallel.put, batches)
     for step in itertools.count(first):
         rows = order(step=step)
         yield parallel.put({**examples.read(rows), "rows": rows.astype(np.int32)})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +17,9 @@ import numpy as np
 
 from robust_ssl.data import checks, pictures
 from robust_ssl.data.order import permutation
+
+_log = logging.getLogger(__name__)
+_NAMED = 20  # unreadable pictures that are logged one by one
 
 Record = tuple[bytes | pathlib.Path | np.ndarray, int | None]  # a picture and its label
 
@@ -132,6 +137,11 @@ class StreamedExamples(_Split):
       notes: What was left out or changed where they were found, a sentence each.
       digests: Of the pixels of each row of the source, ``uint64``, 0 until it is read; all parts
         of a split share them.  See `robust_ssl.data.duplicates`.
+      workers: How many processes read and decode training batches; 0 are threads of this one.
+      skip_unreadable: Whether pictures that cannot be decoded are left out and counted.  In a batch
+        of the training split the one before it takes its place; in a batch of another split, and
+        by default, it is an error.
+      unreadable: Rows of such pictures, with what was wrong; all parts of a split share them.
 
     Example:
       >>> pixels = np.zeros((8, 8, 3), np.uint8)
@@ -151,6 +161,9 @@ class StreamedExamples(_Split):
     labels: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     digests: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    workers: int = 0
+    skip_unreadable: bool = False
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if len(self.rows) == 0:
@@ -170,26 +183,20 @@ class StreamedExamples(_Split):
             return (self.image_size, self.image_size, 3)
         return self._decode(self.rows[0], self.records(self.rows[:1])[0][0]).shape
 
-    def read(self, indices: Any) -> dict[str, np.ndarray]:
+    def read(self, indices: Any, threads: int | None = None) -> dict[str, np.ndarray]:
         """Reads and decodes the chosen examples: ``{"images", "labels"}``, as `Examples.read`.
+
+        Args:
+          indices: Which ones, int ``[k]``.
+          threads: In how many threads large pictures are decoded; None is one for each core.
 
         Raises:
           ValueError: If a picture is broken or differs in size, or a label is out of range.
         """
         rows = self.rows[np.asarray(indices)]
-        records = self.records(rows)
-        encoded = [picture for picture, _ in records]
-        if isinstance(encoded[0], np.ndarray) or _is_small(encoded[0]):
-            decoded = list(map(self._decode, rows, encoded))
-        else:  # Pillow lets other threads run while it decodes
-            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                decoded = list(pool.map(self._decode, rows, encoded))
-        for row, image in zip(rows, decoded, strict=True):
-            if image.shape != self.image_shape:
-                raise ValueError(
-                    f"image {row} of {self.where} is {image.shape}, the first one "
-                    f"{self.image_shape}; give image_size to bring all to one size"
-                )
+        records, decoded = self._read(rows, threads)
+        if any(image is None for image in decoded):
+            records, decoded = self._filled(records, decoded)
         # Each batch is checked, because nobody has read the whole source beforehand.
         batch = {"images": np.stack(decoded)}
         if self.class_names:
@@ -197,9 +204,62 @@ class StreamedExamples(_Split):
             batch["labels"] = checks.as_labels(labels, len(rows), self.num_classes, self.where)
         return batch
 
-    def _decode(self, row: int, picture: bytes | pathlib.Path | np.ndarray) -> np.ndarray:
+    def _read(self, rows: np.ndarray, threads: int | None = None) -> tuple[list, list]:
+        """Returns the records of rows and their pixels, None for a picture that is left out."""
+        records = list(self.records(rows))
+        encoded = [picture for picture, _ in records]
+        threads = threads or os.cpu_count() or 1
+        if isinstance(encoded[0], np.ndarray) or _is_small(encoded[0]) or threads == 1:
+            decoded = list(map(self._decode, rows, encoded))
+        else:  # Pillow lets other threads run while it decodes
+            with ThreadPoolExecutor(max_workers=threads) as pool:
+                decoded = list(pool.map(self._decode, rows, encoded))
+        for row, image in zip(rows, decoded, strict=True):
+            if image is not None and image.shape != self.image_shape:
+                raise ValueError(
+                    f"image {row} of {self.where} is {image.shape}, the first one "
+                    f"{self.image_shape}; give image_size to bring all to one size"
+                )
+        return records, decoded
+
+    def _filled(self, records: Sequence[Record], decoded: Sequence[np.ndarray | None]):
+        """Puts the readable picture before it, with its label, in the place of each other one."""
+        readable = [place for place, image in enumerate(decoded) if image is not None]
+        if not readable:
+            raise ValueError(
+                f"none of {len(decoded)} pictures in a row of {self.where} can be read: "
+                f"{self._first_unreadable}"
+            )
+        if self.split != "train":
+            raise ValueError(
+                f"{self._first_unreadable}; no other can take its place where figures are counted, "
+                "and the set is too large to read beforehand: remove the file"
+            )
+        # Before the first readable one comes the last, so that each place has one.
+        fills = [readable[bisect.bisect(readable, p) - 1] for p in range(len(decoded))]
+        return [records[p] for p in fills], [decoded[p] for p in fills]
+
+    @property
+    def _first_unreadable(self) -> str:
+        return next(iter(self.unreadable.values()))
+
+    def note_unreadable(self, found: Mapping[int, str]) -> None:
+        """Counts pictures that cannot be read; the first of them are logged."""
+        for row, wrong in found.items():
+            if row not in self.unreadable:
+                self.unreadable[row] = wrong
+                if len(self.unreadable) <= _NAMED:
+                    _log.warning("left out (%d so far): %s", len(self.unreadable), wrong)
+
+    def _decode(self, row: int, picture: bytes | pathlib.Path | np.ndarray) -> np.ndarray | None:
         file = f" ({picture})" if isinstance(picture, pathlib.Path) else ""
-        image = pictures.decode(picture, self.image_size, f"image {row} of {self.where}{file}")
+        try:
+            image = pictures.decode(picture, self.image_size, f"image {row} of {self.where}{file}")
+        except ValueError as error:
+            if not self.skip_unreadable:
+                raise
+            self.note_unreadable({int(row): str(error)})
+            return None
         # While it is there: a second pass over the pictures would take as long as an epoch.
         if not self.digests[row]:
             self.digests[row] = pixel_digest(image)
@@ -212,15 +272,26 @@ class StreamedExamples(_Split):
         return dataclasses.replace(self, rows=self.rows[indices], labels=labels)
 
     def in_memory(self, chunk: int = 1024) -> Examples:
-        """Reads everything once and returns it as `Examples`."""
+        """Reads everything once and returns it as `Examples`, without what cannot be read."""
         images = np.empty((len(self), *self.image_shape), np.uint8)
-        labels = np.empty(len(self), np.int32) if self.class_names else None
+        labels: list[int | None] = []
         for start in range(0, len(self), chunk):
-            part = self.read(np.arange(start, min(start + chunk, len(self))))
-            images[start : start + chunk] = part["images"]
-            if labels is not None:
-                labels[start : start + chunk] = part["labels"]
-        return Examples(images, labels, self.class_names, self.name, self.split, self.notes)
+            records, decoded = self._read(self.rows[start : start + chunk])
+            for (_, label), image in zip(records, decoded, strict=True):
+                if image is not None:
+                    images[len(labels)] = image
+                    labels.append(label)
+        count, notes = len(labels), self.notes
+        if count < len(self):
+            first = next(iter(self.unreadable.values()))
+            notes = (
+                *notes,
+                f"left out, {len(self) - count} that cannot be read; the first: {first}",
+            )
+        known = None
+        if self.class_names:
+            known = checks.as_labels(labels, count, self.num_classes, self.where)
+        return Examples(images[:count], known, self.class_names, self.name, self.split, notes)
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of names, shapes, rows and the first 64 images, 64 hex digits.

@@ -28,6 +28,8 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     memory_limit: int = 4 * 2**30,
+    workers: int = 0,
+    skip_unreadable: bool = False,
     **options: Any,
 ) -> Examples | StreamedExamples:
     """Reads one split of a data set.
@@ -58,6 +60,12 @@ def load(
       seed: For `limit`, and for a function that asks for it.
       memory_limit: A TFDS set or folder with more bytes of pixels than this is not decoded into
         memory but read on demand.
+      workers: How many processes read and decode the batches of a set that is read on demand, with
+        grain (``pip install 'robust-ssl[grain]'``); 0 are threads of this process.  Batches are
+        the same.
+      skip_unreadable: Whether pictures that cannot be decoded are left out, and counted in the
+        notes; in a set that is read on demand another one of the training batch takes the place.
+        Otherwise one is an error.
       **options: For a function.
 
     Returns:
@@ -92,6 +100,10 @@ def load(
         examples = tfds_source.open_split(source, split, image_size, data_dir)
     else:
         examples = _from_values(_one_size(source, image_size), split, "arrays")
+    if isinstance(examples, StreamedExamples):
+        examples = dataclasses.replace(
+            examples, workers=workers, skip_unreadable=skip_unreadable or examples.skip_unreadable
+        )
     examples = _fit(examples, image_size, limit, seed, memory_limit)
     if examples.notes:
         _log.warning("%s: %s", examples.where, "; ".join(examples.notes))

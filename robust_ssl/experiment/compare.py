@@ -9,9 +9,10 @@ import numpy as np
 
 from robust_ssl import report
 from robust_ssl.build import text_of
+from robust_ssl.data.order import permutation
 from robust_ssl.experiment import costs, train
 from robust_ssl.experiment.context import Context
-from robust_ssl.experiment.groups import Group, outcome_name, threat_name
+from robust_ssl.experiment.groups import Group, outcome_name, sample, threat_name
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.score import read_outcomes, score
 from robust_ssl.workdir import StageDirectory, json_ready
@@ -78,6 +79,7 @@ def _row(
         "seed": seed,
         **{share: float(np.mean(each)) for share, each in right.items()},
         "autoattack": None if auto is None else float(np.mean(auto)),
+        **({} if "robust_twin" in right else {"robust_twin": None}),
         "images": len(right["clean"]),
         "autoattack_images": None if auto is None else len(auto),
         "verdict": verdict,
@@ -95,7 +97,8 @@ def outcomes_of(
 
     Returns:
       ``"clean"``; ``"robust_public"`` and ``"robust_hardened"`` in the worst case over each suite;
-      ``"robust_worst"`` over both; ``"autoattack"`` if it was asked for, at its first budget.
+      ``"robust_worst"`` over both; ``"robust_twin"`` under what was crafted on another seed's
+      encoder and ``"autoattack"`` at its first budget, if they were asked for.
     """
     outcomes = read_outcomes(scored)
     suite = ("universal", "Linf", context.plan.suite.epsilon)
@@ -114,6 +117,9 @@ def outcomes_of(
             # Who sees the model can use both suites, and the second is not always the stronger.
             "robust_worst": public & hardened,
         }
+        twin = outcome_name(Group(model, "twin", *suite))
+        if twin in outcomes:
+            shares["robust_twin"] = outcomes[twin]
         for budget in auto:
             kind = threat_name(budget.threat)
             group = Group(model, "hardened", "autoattack", kind, budget.epsilon)
@@ -143,10 +149,7 @@ def _comparison(
     settings = context.plan.compare
     summary = report.summarize(rows, over_seeds(right))
     names = {settings.baseline, settings.reference} & summary.keys()
-    claims = [
-        {"claim": text_of(claim), "sentence": report.claims.judge(claim, summary)}
-        for claim in settings.claims
-    ]
+    claims = _judged(context, summary, right)
     sentences = [*_what_happened(trained)]
     points = report.points_of(summary)
     if any(point.name == settings.baseline for point in points):
@@ -166,6 +169,38 @@ def _comparison(
         "claims": [claim for claim in claims if claim["sentence"]],
         "sentences": sentences,
     }
+
+
+def _judged(
+    context: Context, summary: Any, right: Mapping[tuple[Recipe, int], Right]
+) -> list[dict[str, Any]]:
+    """Returns the claims with what can be said of them; announced ones are judged together."""
+    claims = context.plan.compare.claims
+    announced = [claim for claim in claims if "more" in claim]
+    by_seed: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for (recipe, seed), shares in right.items():
+        for share, images in shares.items():
+            by_seed.setdefault((recipe.name, share), {})[seed] = images
+    asked = {(claim["by"], claim.get("seen", 0)) for claim in announced}
+    unseen = {one: _unseen(context, *one) for one in asked}
+    places = report.claims.PLACES
+    tested = iter(report.announced.sentences(announced, by_seed, unseen, places))
+    return [
+        {
+            "claim": text_of(claim),
+            "sentence": next(tested) if "more" in claim else report.claims.judge(claim, summary),
+        }
+        for claim in claims
+    ]
+
+
+def _unseen(context: Context, share: str, seen: int) -> np.ndarray:
+    """Returns which images of a share are not among those that a ``test_limit`` would take."""
+    count, auto = len(context.test), context.plan.scoring.autoattack
+    rows = np.arange(count)
+    if share == "autoattack":
+        rows = sample(context, auto.images or count)
+    return ~np.isin(rows, permutation(count, context.plan.seed, "subset")[:seen])
 
 
 def _what_happened(trained: train.Trained) -> list[str]:

@@ -192,7 +192,8 @@ class Context:
         return self.once(("data", str(text_of(source)), split), lambda: self._read(source, split))
 
     def _read(self, source: Data, split: Literal["train", "test"]):
-        given = {n: getattr(source, n) for n in ("image_size", "data_dir", "memory_limit")}
+        names = ("image_size", "data_dir", "memory_limit", "workers", "skip_unreadable")
+        given = {name: getattr(source, name) for name in names}
         options = {name: value for name, value in given.items() if value is not None}
         named = source.source
         if source.function is not None:

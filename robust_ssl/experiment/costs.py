@@ -12,6 +12,7 @@ from robust_ssl.experiment.recipe import Recipe
 
 # Of a recipe's own training, without that of what it starts from.
 OWN = ("seconds_per_step", "seconds_per_image", "gradients_per_epoch", "peak_bytes")
+_LONG_EPOCH = 10**6  # updates: none that is timed leaves the phase of a ramp that it began in
 
 
 def measure(
@@ -123,6 +124,7 @@ def _measure_steps(
     context: Context, recipes: Sequence[Recipe], results: Mapping[Recipe, Mapping[str, Any]]
 ) -> dict[Recipe, finetuning.Cost]:
     settings, compiled, states = context.plan.compare, {}, {}
+    clean = {}  # of those recipes whose attack has no budget for a while: steps of that while
     for recipe in recipes:
         rates = recipe.rates
         if recipe.select is not None:
@@ -131,12 +133,19 @@ def _measure_steps(
             *(context, recipe.name, recipe, train.untrained(context, recipe)),
             train.public_encoder(context, recipe),
             rates=rates,
-            steps_per_epoch=1,
+            steps_per_epoch=_steps_per_epoch(recipe, results[recipe]),
             seed=context.plan.seed,
+            teacher=train.untrained_teacher(context, recipe),
         )
         constants = context.parallel.replicate(step.settings)
-        states[recipe] = context.parallel.replicate(state)
         compiled[recipe] = context.parallel.compile(step.function, constants=constants)
+        # At its end a ramp has the whole attack.
+        end = 0 if recipe.ramp is None else recipe.epochs * _LONG_EPOCH
+        states[recipe] = context.parallel.replicate(state.replace(step=state.step + end))
+        if results[recipe].get("clean_epochs"):
+            clean[recipe] = f"{recipe.name}, clean"
+            compiled[clean[recipe]] = compiled[recipe]
+            states[clean[recipe]] = context.parallel.replicate(state)
     batches = data.Batches(
         context.downstream[0],
         context.plan.recipes[settings.reference].batch_size,
@@ -144,7 +153,7 @@ def _measure_steps(
         stage="cost",
         parallel=context.parallel,
     )
-    return finetuning.measure(
+    measured = finetuning.measure(
         compiled,
         states,
         batches(0),
@@ -152,3 +161,23 @@ def _measure_steps(
         steps_per_round=settings.steps_per_round,
         memory=settings.memory,
     )
+    return {
+        recipe: _on_average(measured[recipe], measured.get(clean.get(recipe)), results[recipe])
+        for recipe in recipes
+    }
+
+
+def _steps_per_epoch(recipe: Recipe, results: Mapping[str, Any]) -> int:
+    """As many as it was trained with, since others are another program; more under a ramp."""
+    return results["steps"] // results["epochs"] if recipe.ramp is None else _LONG_EPOCH
+
+
+def _on_average(
+    attacked: finetuning.Cost, clean: finetuning.Cost | None, results: Mapping[str, Any]
+) -> finetuning.Cost:
+    """The cost of a step over a training of which a part is not attacked."""
+    if clean is None:
+        return attacked
+    share = results["clean_epochs"] / results["epochs"]
+    seconds = share * clean.seconds_per_step + (1 - share) * attacked.seconds_per_step
+    return attacked._replace(seconds_per_step=seconds)

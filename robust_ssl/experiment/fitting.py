@@ -33,6 +33,7 @@ def build_step(
     rates: Mapping[str, Any],
     steps_per_epoch: int,
     seed: int,
+    teacher: Classifier | None = None,
     show: bool = False,
 ):
     """Returns ``(state, step)`` of a fit, before its first step.
@@ -46,9 +47,12 @@ def build_step(
       rates: Path pattern to learning rate: the recipe's, or those of the layers it has chosen.
       steps_per_epoch: Updates per epoch.
       seed: Of the keys.
+      teacher: The classifier of the recipe's teacher.
       show: Whether the table of learning rates is logged.
     """
     attack = recipe.build_attack(encoder)
+    total = recipe.epochs * steps_per_epoch
+    budget = recipe.budget(total)
     # Rates decay by the pass over the data, however often each batch is replayed.
     passed = max(1, steps_per_epoch // getattr(attack, "replays", 1))
     params = classifier.variables["params"]
@@ -62,6 +66,7 @@ def build_step(
         weight_decay=recipe.weight_decay,
         decay=recipe.decay,
         steps_per_epoch=passed,
+        total_steps=total,
         l2_sp=recipe.l2_sp,
         hold_zeros=recipe.prune > 0,
     )
@@ -72,17 +77,23 @@ def build_step(
         losses=recipe.weighted_losses,
         key=key,
         attack=attack,
+        budget=budget,
         frozen=frozen,
         axis_name=context.parallel.axis_name,
         pretrained=encoder if recipe.compare_with_pretrained else None,
+        teacher=teacher,
+        ema=recipe.ema or None,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
+    first = attack if budget is None else finetuning.scaled(attack, budget(0))
     state = finetuning.init_state(
         # Far above any step, so that no step has this key.
-        *(classifier, tx, attack),
+        *(classifier, tx, first),
         key=jax.random.fold_in(key, 2**31),
         batch_size=recipe.batch_size,
+        num_images=len(context.downstream[0]),
+        average=recipe.ema > 0,
     )
     return state, step
 
@@ -103,6 +114,7 @@ def fit(
     *,
     rates: Mapping[str, Any],
     seed: int,
+    teacher: Classifier | None = None,
     afterwards: Afterwards | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> StageDirectory:
@@ -116,6 +128,7 @@ def fit(
       encoder: The public encoder that it is built on.
       rates: As for `build_step`.
       seed: Of batches and keys.
+      teacher: The classifier of the recipe's teacher.
       afterwards: What is done to the best variables; returns them and more results.
       extra: Results that are there before.
     """
@@ -123,6 +136,7 @@ def fit(
     inputs = {
         **model_inputs("start", classifier),
         **model_inputs("encoder", encoder),
+        **(model_inputs("teacher", teacher) if teacher else {}),
         "train": train_set.fingerprint(),
         "validation": validation.fingerprint(),
     }
@@ -142,7 +156,7 @@ def fit(
         )
         epoch = batches.steps_per_epoch
         parts = (context, name, recipe, classifier, encoder)
-        schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed}
+        schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed, "teacher": teacher}
         state, step = build_step(*parts, **schedule, show=True)
         state, best = train(
             stage,
@@ -154,11 +168,10 @@ def fit(
             progress=context.progress,
             **_selection(context, stage, recipe, classifier, attack),
         )
-        variables = without_attack((best or state).variables)
+        variables = classifier_variables((best or state).variables)
         variables, more = afterwards(variables) if afterwards else (variables, {})
-        gradients = gradients_per_epoch(attack, step.passes)
         overfitting = {"catastrophic_overfitting": overfitted(stage.metrics(), len(validation))}
-        summary = _summary(state, best, epoch, gradients)
+        summary = _summary(state, best, epoch, recipe, attack, step.passes)
         results = {**(extra or {}), **summary, **overfitting, **more}
         save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
         stage.finish(results, identity=fingerprint(variables))
@@ -187,29 +200,52 @@ def _selection(
     }
 
 
-def _summary(state: TrainState, best: Best | None, steps_per_epoch: int, gradients: int) -> dict:
+def _summary(
+    state: TrainState,
+    best: Best | None,
+    steps_per_epoch: int,
+    recipe: Recipe,
+    attack: Any,
+    passes: int,
+) -> dict:
     """The numbers of a finished training; without a best epoch the last one was taken."""
     epochs = int(state.step) // steps_per_epoch
+    clean = clean_epochs(recipe, steps_per_epoch, epochs)
     return {
         "best_epoch": int(best.epoch) if best else epochs,
         "epochs": epochs,
         "steps": int(state.step),
         "validation_score": float(best.score) if best else None,
         "skipped": int(state.counters["skipped"]),
-        "gradient_evaluations_per_image": epochs * gradients,
+        "gradient_evaluations_per_image": gradients(attack, passes, epochs, clean),
+        **({"clean_epochs": clean} if recipe.ramp else {}),
     }
 
 
-def gradients_per_epoch(attack: Any, passes: int) -> int:
-    """Returns gradient evaluations per image in an epoch: the attack's and the update's passes."""
-    each = passes + (0 if attack is None else getattr(attack, "gradient_evaluations", 0))
-    return each * getattr(attack, "replays", 1)
+def clean_epochs(recipe: Recipe, steps_per_epoch: int, epochs: int) -> float:
+    """Returns for how many of its epochs a recipe's attack has no budget, and takes no time."""
+    if recipe.ramp is None:
+        return 0
+    first = int(recipe.budget(recipe.epochs * steps_per_epoch).first)
+    return min(first / steps_per_epoch, epochs)
 
 
-def without_attack(variables: Variables) -> Variables:
-    """Returns a classifier's variables on the host, without an adversary's perturbations."""
-    trees = {name: tree for name, tree in variables.items() if name != finetuning.COLLECTION}
-    return jax.device_get(trees)
+def gradients(attack: Any, passes: int, epochs: int, clean: float = 0) -> float:
+    """Returns gradient evaluations per image: the attack's and the update's passes.
+
+    Args:
+      attack: Of training, or None.
+      passes: Of the update; see `finetuning.Step`.
+      epochs: Of the training.
+      clean: How many of them the attack has no part in.
+    """
+    attacked = getattr(attack, "gradient_evaluations", 0) * (epochs - clean)
+    return (passes * epochs + attacked) * getattr(attack, "replays", 1)
+
+
+def classifier_variables(variables: Variables) -> Variables:
+    """Returns a classifier's variables on the host: the average of weights where there is one."""
+    return jax.device_get(finetuning.served(variables))
 
 
 @struct.dataclass
@@ -244,7 +280,7 @@ def validate(
         strongest = {"validation": context.plan.training.validation.build(context.encoder)}
         one_step = {"one step": attack} if _takes_one_step(attack) else {}
     results = evaluation.score(
-        template.with_variables(without_attack(variables)),
+        template.with_variables(classifier_variables(variables)),
         data.epoch_batches(context.downstream[1], context.plan.training.batch_size),
         {**strongest, **one_step} or {"nothing": _NoAttack()},
         key=stage_key(context.plan.seed, "validation"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from robust_ssl import data, finetuning, optimizers
 from robust_ssl.experiment import fitting, trace, train
@@ -91,14 +94,16 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     state, step, batch = trace.step_of(context, recipe, classifier)
     attack = recipe.build_attack(train.public_encoder(context, recipe))
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
+    per_epoch *= getattr(attack, "replays", 1)
+    clean = fitting.clean_epochs(recipe, per_epoch, recipe.epochs)
     return Forecast(
         name=recipe.name,
         start=start,
         epochs=recipe.epochs,
-        steps=recipe.epochs * per_epoch * getattr(attack, "replays", 1),
+        steps=recipe.epochs * per_epoch,
         parameters=parameters,
         trained=None if recipe.select else _trained(params, recipe.rates),
-        gradients=recipe.epochs * fitting.gradients_per_epoch(attack, step.passes),
+        gradients=round(fitting.gradients(attack, step.passes, recipe.epochs, clean)),
         state_bytes=_bytes(state),
         step_bytes=_planned(step, state, batch) if memory else None,
     )
@@ -116,3 +121,121 @@ def _planned(step: Any, state: Any, batch: Any) -> int | None:
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+
+
+# --- Seconds ------------------------------------------------------------------------------------
+
+# What convolutions reach of a large matrix product: measured on CPU, 16 to 32 channels.
+_EFFICIENCY = 0.6
+_EXAMINATION = 0.5  # of what the per-image attacks of a model take; small samples cost more
+
+
+def image_gradients(context: Context) -> float:
+    """Returns how many gradients with respect to one image the stages of a run take, about.
+
+    A pass without a gradient counts a third.  Validation and the examination are in it, reading
+    and drawing are not.
+    """
+    planned, stages = context.plan, {*context.plan.stages}
+    total = 0.0
+    scored = [r for r in planned.scored if stages & {"score", "compare"}]
+    if planned.suite is not None and stages & {"attack", "score", "compare"}:
+        each = sum(fit.gradients * fit.members for fit in fits(context))
+        at_main = sum(fit.gradients * len(planned.suite.seeds) for fit in fits(context))
+        moved = [r for r in scored if planned.scoring.adaptive and not _is_frozen(r)]
+        total += each + at_main * len(moved) * len(planned.training.seeds)
+    if stages & {"train", "score", "compare"}:
+        seeds = len(planned.training.seeds)
+        total += seeds * sum(_of_training(context, recipe) for recipe in planned.in_order())
+    if scored or (planned.classifiers and "score" in stages):
+        models = len(scored) * len(planned.training.seeds) + len(planned.classifiers)
+        total += models * _of_scoring(context)
+    return total
+
+
+def _is_frozen(recipe: Recipe) -> bool:
+    return all(rate == "freeze" for path, rate in recipe.rates.items() if path[:4] != "head")
+
+
+def _of_training(context: Context, recipe: Recipe) -> float:
+    train_set, validation = context.downstream
+    attack = recipe.build_attack(context.encoder) if recipe.is_trained else None
+    spent = getattr(attack, "gradient_evaluations", 0)
+    if not recipe.is_trained:
+        return 0.0
+    passes = 1 if attack is None else 2
+    judge = context.plan.training.validation.build(context.encoder)
+    judged = len(validation) * (judge.gradient_evaluations if spent else 1 / 3)
+    total = len(train_set) * fitting.gradients(attack, passes, recipe.epochs)
+    total += recipe.epochs * judged
+    if recipe.select is not None:
+        images = min(recipe.select.images, len(validation))
+        layers = len(jax.tree.leaves(context.encoder.variables["params"])) / 3  # kernels, about
+        total += images * (judge.gradient_evaluations + layers * recipe.select.num_steps)
+    return total
+
+
+def _of_scoring(context: Context) -> float:
+    scoring, images = context.plan.scoring, len(context.test)
+    each = [
+        getattr(attack, "gradient_evaluations", 0)
+        for entry in scoring.per_image.attacks.values()
+        for attack in [entry.build(budget.threat, None) for budget in scoring.per_image.budgets]
+        if entry.target is None
+    ]
+    per_image = images * sum(each) * len(scoring.seeds)
+    # Some 100 steps of two APGDs and 5,000 queries, for those few that withstand the first one.
+    ensemble = len(scoring.autoattack.budgets) * min(images, scoring.autoattack.images) * 700.0
+    perturbations = len(context.plan.suite.attacks) if context.plan.suite else 0
+    examined = _EXAMINATION * per_image if scoring.checks else 0.0
+    return per_image + ensemble + images * (perturbations + 2) / 3 + examined
+
+
+def seconds(context: Context) -> float:
+    """Returns what the steps of a run take on its devices, seconds, within a factor of two or so.
+
+    From the arithmetic of the public encoder's forward pass and the speed of a matrix product,
+    which is measured.  Compiling is not in it.
+    """
+    size = context.encoder.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    cost = jax.jit(lambda model, x: model(x).features).lower(context.encoder, image).cost_analysis()
+    forward = float((cost or {}).get("flops", math.nan))
+    rate = _EFFICIENCY * _flops_per_second() * len(context.parallel.devices)
+    return 3 * forward * image_gradients(context) / rate
+
+
+@functools.cache
+def _flops_per_second(size: int = 768) -> float:
+    """Returns the speed of one device in a matrix product, the best of five."""
+    product = jax.jit(lambda x: x @ x)
+    x = jax.block_until_ready(product(jnp.ones((size, size), jnp.float32)))
+    best = math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        jax.block_until_ready(product(x))
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+def line(context: Context) -> str:
+    """Returns a line for the start of a run: about how long its steps take."""
+    count = len(context.parallel.devices)
+    kind = context.parallel.devices[0].platform
+    return (
+        f"about {_duration(seconds(context))} of steps on {count} {kind} device"
+        f"{'s' if count > 1 else ''}, an estimate; less what is done, and with compiling on top "
+        "the first time"
+    )
+
+
+def _duration(amount: float) -> str:
+    """Says a time as people do.
+
+    Example:
+      >>> [_duration(x) for x in (3, 75, 500, 9000)]
+      ['3 s', '80 s', '8 min', '2.5 h']
+    """
+    if amount < 100:
+        return f"{amount:.0f} s" if amount < 10 else f"{round(amount, -1):.0f} s"
+    return f"{amount / 60:.0f} min" if amount < 5400 else f"{amount / 3600:.1f} h"

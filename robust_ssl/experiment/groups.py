@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,8 @@ class Group(NamedTuple):
 
     Attributes:
       model: The classifier's name.
-      crafted_against: ``"public"`` or ``"hardened"``: whose weights the attacker saw.
+      crafted_against: Whose weights the attacker saw: ``"public"``, ``"hardened"``, the model's
+        own, or ``"twin"``, those of the same recipe with another seed.
       family: ``"universal"``, ``"per_image"`` or ``"autoattack"``.
       threat: What bounds the change, for example ``"Linf"``; see `threat_name`.
       epsilon: The budget (pixel units; for a patch the share of the image's area).
@@ -89,8 +90,14 @@ class Scorer:
     on_part: Callable[[], None] = lambda: None
     origin: str = ""
 
-    def score(self, group: Group, model: Classifier, members: Sequence[Member]) -> Scored:
-        """Scores all members on the whole split, or reads what was scored before.
+    def score(
+        self,
+        group: Group,
+        model: Classifier,
+        members: Sequence[Member],
+        rows: np.ndarray | None = None,
+    ) -> Scored:
+        """Scores all members on the whole split or some rows, or reads what was scored before.
 
         Per-image attacks take long, so each is kept by itself; universal ones share one pass over
         the clean images.
@@ -99,11 +106,12 @@ class Scorer:
         results: dict[str, PerImage] = {}
         for part in parts:
             chosen = {member.label: member.value for member in part}
-            name = file_name(group, chosen)
-            results |= self.kept(name, lambda c=chosen: self._score(model, c, self.context.test))
+            some = [] if rows is None else [f"{len(rows)} images"]
+            name = file_name(group, [*chosen, *some])
+            results |= self.kept(name, lambda c=chosen: self._score(model, c, rows))
         alone = {member.label: results[member.label] for member in members}
         worst = evaluation.worst_case(alone.values())
-        return Scored(group, tuple(members), {**alone, evaluation.WORST: worst})
+        return Scored(group, tuple(members), {**alone, evaluation.WORST: worst}, rows)
 
     def kept(self, name: str, compute: Callable[[], Mapping[str, PerImage]]) -> dict[str, PerImage]:
         """Returns what was computed under this name before, else computes and keeps it."""
@@ -118,14 +126,24 @@ class Scorer:
         self.on_part()
         return results
 
-    def _score(self, model: Classifier, chosen: Mapping[str, Any], test) -> dict[str, PerImage]:
+    def _score(
+        self, model: Classifier, chosen: Mapping[str, Any], rows: np.ndarray | None
+    ) -> dict[str, PerImage]:
+        test, size = self.context.test, self.batch_size
         return evaluation.score(
             model,
-            data.epoch_batches(test, self.batch_size),
+            data.epoch_batches(test, size) if rows is None else _batches(test, rows, size),
             chosen,
             key=stage_key(self.context.plan.seed, "score"),
             parallel=self.context.parallel,
         )
+
+
+def _batches(test: Any, rows: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Some images of a split, each with its place in all of it, which decides on its key."""
+    for start in range(0, len(rows), batch_size):
+        places = rows[start : start + batch_size].astype(np.int32)
+        yield {**test.read(places), "indices": places}
 
 
 class Scored(NamedTuple):
@@ -257,7 +275,8 @@ def per_image_members(
                 if not getattr(attack, "label_free", False):
                     continue
                 value = Transferred(attack, context.encoder)
-            cost = getattr(attack, "gradient_evaluations", 0) * len(context.test)
+            images = context.plan.scoring.per_image.images or len(context.test)
+            cost = getattr(attack, "gradient_evaluations", 0) * min(images, len(context.test))
             value = value if seed == 0 else Reseeded(value, jnp.int32(seed))
             members.append(Member(name, seed, value, 0.0, cost))
     return members

@@ -25,9 +25,12 @@ from robust_ssl.build import (
     text_of,
 )
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
+from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
+# Came later: where they do nothing no text has them, so workdirs from before them go on.
+LATER = {"ramp": None, "teacher": None, "ema": 0.0}
 # An entry that is there decides on others, which are then none: a text that had both, read again,
 # would seem to say both.
 DECIDED = {
@@ -43,7 +46,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     Args:
       value: A mapping of `Recipe`'s entries; ``"module:function"`` of a function that returns one;
         or ``{"function": ..., **options}``: options that the function does not take replace what
-        it returns, of ``select`` and ``attack`` setting by setting.
+        it returns, of ``select``, ``attack`` and ``ramp`` setting by setting.
       common: Entries of all recipes that do not say otherwise.
       where: Its name, for errors.
     """
@@ -57,7 +60,8 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     if "patience" not in given and entries.get("best") == "last":
         entries.pop("patience", None)  # where no epoch is judged, none can be better
     # By themselves first: a wrong one decides nothing.
-    for name, kind in (("start", str | None), ("select", Selection | None)):
+    kinds = {"start": str | None, "teacher": str | None, "select": Selection | None}
+    for name, kind in kinds.items():
         read(kind, given.get(name), f"{where}.{name}")
     read(tuple[str, ...], given.get("members", ()), f"{where}.members")
     for decider, names in DECIDED.items():
@@ -72,7 +76,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
             missing = field.default_factory is dataclasses.MISSING
             default = field.default if missing else field.default_factory()
             text[field.name] = text_of(entries.get(field.name, default))
-    text = undecided(text)
+    text = {n: v for n, v in undecided(text).items() if n not in LATER or v != LATER[n]}
     if text.get("losses") and isinstance(text["losses"], Mapping):
         text["losses"] = _losses_text(text)
     return text
@@ -89,7 +93,7 @@ def read_common(value: Any, where: str) -> dict[str, Any]:
     """Returns the entries of all recipes, each tried by itself: else a recipe would be blamed."""
     common = dict(read(Mapping[str, Any], value, where))
     check_known(common, ENTRIES, where)
-    for name in ("start", "members"):
+    for name in ("start", "teacher", "members"):
         if name in common:
             raise ValueError(
                 f"{where}.{name}: recipes cannot all be made from one of them; say it in each"
@@ -107,7 +111,7 @@ def check_each(entries: Mapping[str, Any], where: str) -> None:
             _check_rates(entry, place)
         elif name == "head":
             _read_head(entry, place)
-        elif name not in ("start", "members"):
+        elif name not in ("start", "teacher", "members"):
             read(hints[name], entry, place)
 
 
@@ -122,7 +126,7 @@ def _from_function(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: {given['function']} must return a mapping of a recipe's entries"
         )
-    for name in ("select", "attack"):
+    for name in ("select", "attack", "ramp"):
         # Settings of one thing: those that are not said stay, unless it is another thing.
         override, before = rest.get(name), made.get(name)
         settings = isinstance(override, Mapping) and isinstance(before, Mapping)
@@ -178,7 +182,9 @@ def _linked(name: str, entries: Mapping[str, Any], where: str, get: Any) -> Reci
     mine = entries[name]
     members = read(tuple[str, ...], mine["members"], f"{place}.members")
     start = read(str | None, mine.get("start"), f"{place}.start")
-    for entry, other in [("start", start), *(("members", member) for member in members)]:
+    teacher = read(str | None, mine.get("teacher"), f"{place}.teacher")
+    others = [("start", start), ("teacher", teacher), *(("members", name) for name in members)]
+    for entry, other in others:
         if other is not None and other not in entries:
             raise ValueError(f"{place}.{entry}: there is no recipe {other!r}{near(other, entries)}")
     start = None if start is None else get(start)
@@ -189,6 +195,7 @@ def _linked(name: str, entries: Mapping[str, Any], where: str, get: Any) -> Reci
         )
     text = {entry: value for entry, value in mine.items() if entry != "scored"}
     linked = {"name": name, "start": start, "members": tuple(map(get, members)), "text": text}
+    linked["teacher"] = None if teacher is None else get(teacher)
     values = {entry: value for entry, value in mine.items() if entry not in linked}
     if "rates" in values:
         _check_rates(values["rates"], f"{place}.rates")
@@ -226,6 +233,8 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
       where: The recipe's place in the config, for errors.
     """
     shape = (encoder.image_size, encoder.image_size, 3)
+    with inside(where):
+        refuse_bridge(encoder, "trained")
     with inside(f"{where}.attack"):
         if recipe.attack is not None:
             recipe.attack.check(shape)

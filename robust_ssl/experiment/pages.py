@@ -39,6 +39,8 @@ IMAGES = 256  # test images by which the outputs of layers are compared
 PICTURES = 8
 WRITTEN = ".pages.json"  # checksums of all that is written for reading
 
+_predictions = jax.jit(evaluation.predictions)
+
 
 Pairs = Sequence[tuple[Recipe, int]]
 
@@ -279,7 +281,7 @@ def _look(
     spread = np.linspace(0, count - 1, PICTURES).astype(int)
     answers = []
     for images in (clean[spread], attacked[spread]):
-        labels = np.asarray(evaluation.predictions(model, images))
+        labels = np.asarray(_predictions(model, images))
         # A function of a user may name fewer classes than its labels have.
         answers.append([names[n] if names and n < len(names) else str(n) for n in labels])
     measures = list(next(iter(stability.values())))

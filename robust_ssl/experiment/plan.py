@@ -312,6 +312,11 @@ def _check_compare(planned: Plan) -> None:
                 f"costs are compared at one batch size, but {reference.name} has "
                 f"{reference.batch_size} and {recipe.name} {recipe.batch_size}"
             )
+    if planned.scoring.twin and len(planned.training.seeds) < 2:
+        raise ValueError(
+            "config.scoring.twin needs another seed of each recipe: give config.training.seeds two "
+            "or more"
+        )
     if "compare" in planned.stages and not planned.scoring.adaptive:
         raise ValueError(
             "config.scoring.adaptive must be true: the comparison has the suite crafted again on "

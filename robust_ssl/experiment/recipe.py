@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from robust_ssl import finetuning
+from robust_ssl import finetuning, optimizers
 from robust_ssl.build import (
     Count,
     Function,
@@ -17,6 +17,7 @@ from robust_ssl.build import (
     Range,
     Share,
     read,
+    read_entries,
 )
 from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.experiment.suites import InnerAttack
@@ -110,12 +111,60 @@ class Selection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ramp:
+    """How the budget of the inner attack grows within one training: none, rising, all of it.
+
+    Attributes:
+      start: Share of the training before which images stay clean: the paper's T1.
+      end: Share of the training from which on the attack has its whole budget: its T2.
+      stairs: Equal stairs between the two; None: the budget rises with every update.
+
+    References:
+      Ngnawe et al., "Epsilon-Scheduling", ICLR 2026: 12 and 37 of 50 epochs.
+    """
+
+    start: Share = 0.25
+    end: Share = 0.75
+    stairs: Count | None = None
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> Ramp:
+        """Reads its entries, of which the end comes last."""
+        ramp = read_entries(cls, value, where)
+        if ramp.start > ramp.end:
+            raise ValueError(
+                f"{where}.end must be at least the start, {ramp.start:g}, got {ramp.end:g}"
+            )
+        return ramp
+
+    def schedule(self, steps: int) -> finetuning.BudgetSchedule:
+        """Returns the share of the budget by update, of a training of so many."""
+        first, full = (round(share * steps) for share in (self.start, self.end))
+        return finetuning.BudgetSchedule(first, full, self.stairs)
+
+
+class Decay:
+    """How learning rates fall: a factor for each epoch in (0, 1], or ``"cosine"``."""
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> float | str:
+        """Reads the one or the other."""
+        if value == optimizers.COSINE:
+            return value
+        try:
+            return read(Annotated[float, Range(0, 1, above=True)], value, where)
+        except ValueError as error:
+            raise ValueError(f'{error}, which is not "{optimizers.COSINE}" either') from None
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training, resolved: what a config's ``recipes`` become.
 
     Attributes:
       name: In the config; its directory is called by it.
       start: The recipe whose classifier it starts from; None: the public encoder, a fresh head.
+      teacher: The recipe whose outputs on clean images losses pull to; see `losses.teacher_kl`.
       encoder: Another public encoder than the run's; None is the run's.
       head: ``"linear"``, ``"mlp"`` or a function of the number of classes.
       preprocess: What happens to pixels first.
@@ -128,12 +177,16 @@ class Recipe:
       losses: What is minimized, by the name that is logged.
       adv_ratio: r: clean cross-entropy weighs 1 - r and adversarial r, beside the losses.
       attack: What crafts adversarial images; None where no loss needs them.
+      ramp: How the attack's budget grows; None: it has all of it from the first update on.
       batch_statistics: Whose statistics the running ones follow; see `finetuning.make_step`.
       augment: ``(key, image) -> image``.
       compare_with_pretrained: Whether losses see the public encoder's outputs.
       weight_decay: In the gradient, as in Gen-AF's code.
-      decay: Learning rates are multiplied by it after each epoch.
+      decay: Learning rates are multiplied by it after each epoch; ``"cosine"`` takes them to
+        zero by the last update of `epochs`, along half a cosine.
       l2_sp: Weight of the squared distance to the start.
+      ema: Decay, by update, of the average of weights and batch statistics; where it is above 0,
+        the average is what is validated and kept.
       patience: Epochs without a better one after which training stops.
       best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
         ``"last"``; None is robust where there is an attack.
@@ -144,6 +197,7 @@ class Recipe:
 
     name: str
     start: Recipe | None = None
+    teacher: Recipe | None = None
     encoder: EncoderSource | None = None
     head: str | Function = "mlp"
     preprocess: Function | None = None
@@ -158,12 +212,14 @@ class Recipe:
     losses: Mapping[str, WeightedLoss] = dataclasses.field(default_factory=lambda: dict(CLEAN))
     adv_ratio: Share | None = None
     attack: InnerAttack | None = None
+    ramp: Ramp | None = None
     batch_statistics: Literal["clean", "adversarial", "both", "frozen", "twins"] = "clean"
     augment: Function | None = None
     compare_with_pretrained: bool = False
     weight_decay: NotNegative = 8e-4
-    decay: Annotated[float, Range(0, 1, above=True)] = 0.96
+    decay: Decay = 0.96
     l2_sp: NotNegative = 0.0
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.0
     patience: Count | None = None
     best: Literal["clean", "robust", "last"] | None = None
     tolerance: Share | None = None
@@ -180,6 +236,16 @@ class Recipe:
             )
         if self.attack is None and self.batch_statistics in ("adversarial", "both"):
             raise ValueError(f"batch_statistics={self.batch_statistics!r} needs an attack")
+        if self.ramp is not None and not finetuning.has_budget(self.build_attack(None)):
+            raise ValueError(
+                "ramp scales the epsilon of an attack, and "
+                + ("there is no attack" if self.attack is None else "this attack has none")
+            )
+        remembers = self.attack is not None and finetuning.by_image(self.build_attack(None))
+        if self.augment is not None and remembers:
+            raise ValueError(
+                "augment moves the pixels that the attack remembers perturbations of; leave out one"
+            )
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")
         if self.members and len(self.members) < 2:
@@ -187,8 +253,8 @@ class Recipe:
 
     @property
     def needs(self) -> tuple[Recipe, ...]:
-        """The recipes that come first: its members, or its start."""
-        return (*self.members, *((self.start,) if self.start else ()))
+        """The recipes that come first: its members, or its start and its teacher."""
+        return (*self.members, *filter(None, (self.start, self.teacher)))
 
     @property
     def is_trained(self) -> bool:
@@ -196,11 +262,19 @@ class Recipe:
         return self.epochs > 0 and not self.members
 
     def chain(self) -> list[Recipe]:
-        """Returns the recipe with all that it is made from, each once, itself first."""
+        """Returns the recipe with all that it needs, each once, itself first."""
         chain = [self]
         for recipe in chain:
             chain += [other for other in recipe.needs if other not in chain]
         return chain
+
+    def lineage(self) -> list[Recipe]:
+        """Returns the recipe with those whose network it has: its starts, and its members."""
+        lineage = [self]
+        for recipe in lineage:
+            before = (*recipe.members, *filter(None, (recipe.start,)))
+            lineage += [other for other in before if other not in lineage]
+        return lineage
 
     @property
     def first(self) -> Recipe:
@@ -223,6 +297,10 @@ class Recipe:
     def build_attack(self, encoder: Encoder) -> Any:
         """Returns the attack of training, None where there is none."""
         return None if self.attack is None else self.attack.build(encoder)
+
+    def budget(self, steps: int) -> finetuning.BudgetSchedule | None:
+        """Returns the share of its budget that the attack has at each of so many updates."""
+        return None if self.ramp is None else self.ramp.schedule(steps)
 
     def __repr__(self) -> str:
         return f"Recipe({self.name!r})"

@@ -41,7 +41,7 @@ from robust_ssl.workdir import StageDirectory, WorkdirError, digest, load_arrays
 from robust_ssl.xla import release_programs
 
 OUTCOMES = "outcomes.npz"
-_ENSEMBLES = {"standard": autoattack.standard, "rand": autoattack.rand}
+_ENSEMBLES = {name: getattr(autoattack, name) for name in ("standard", "apgd", "rand")}
 
 
 # --- What is scored -----------------------------------------------------------------------------
@@ -177,9 +177,12 @@ def score(context: Context) -> StageDirectory:
         raise FloatingPointError("nothing is left to score: every recipe failed")
     public = attack(context)
     crafted = {name: crafted_again(context, name, model) for name, model in models.items()}
+    twins = train.twins_of(context, models)
+    twins = {name: twin for name, twin in twins.items() if crafted[twin].path != public.path}
     inputs = {
         **{f"classifier/{name}": identity(model) for name, model in models.items()},
         **{f"attack/{name}": stage.fingerprint for name, stage in crafted.items() if stage},
+        **{f"twin/{name}": crafted[twin].fingerprint for name, twin in twins.items()},
         "attack": public.fingerprint,
         "test": context.test.fingerprint(),
     }
@@ -195,7 +198,8 @@ def score(context: Context) -> StageDirectory:
         jobs = {}
         for name, model in models.items():
             again = [] if crafted[name] is None else fitted[crafted[name].path]
-            jobs[name] = _jobs(context, name, model, fitted[public.path], again)
+            twin = fitted[crafted[twins[name]].path] if name in twins else []
+            jobs[name] = _jobs(context, name, model, fitted[public.path], again, twin)
         total = sum(job.parts for some in jobs.values() for job in some)
         with context.progress.stage("score", total) as bar:
             done = itertools.count(1)
@@ -245,6 +249,8 @@ def origin_of(stage: StageDirectory, inputs: Mapping[str, str], model: str) -> s
     """Identifies what a model's scores are made from: other models may come to it and go."""
     shared = {n: v for n, v in stage.manifest["inputs"].items() if "/" not in n or n[:5] == "code/"}
     own = {name: inputs.get(f"{name}/{model}") for name in ("classifier", "attack")}
+    if f"twin/{model}" in inputs:
+        own["twin"] = inputs[f"twin/{model}"]
     manifest = stage.manifest
     return digest([manifest["config"], manifest["seed"], shared, own])[:16]
 
@@ -277,15 +283,18 @@ def _jobs(
     model: Classifier,
     public: Sequence[Fitted],
     crafted: Sequence[Fitted],
+    twin: Sequence[Fitted] = (),
 ) -> list[_Job]:
     scoring, jobs = context.plan.scoring, []
+    count = scoring.per_image.images
+    some = None if count is None else sample(context, count)
 
-    def add(group: Group, members: Sequence[Member]) -> None:
+    def add(group: Group, members: Sequence[Member], rows: np.ndarray | None = None) -> None:
         parts = len(members) if group.family == "per_image" else 1
-        run = functools.partial(_score, group, model, members)
+        run = functools.partial(_score, group, model, members, rows)
         jobs.append(_Job(_words(group), parts, run))
 
-    for against, fitted in (("public", public), ("hardened", crafted)):
+    for against, fitted in (("public", public), ("hardened", crafted), ("twin", twin)):
         for (threat, epsilon), members in _universal(context, fitted, against).items():
             add(Group(name, against, "universal", threat, epsilon), members)
     for against in ("public", "hardened"):
@@ -294,7 +303,7 @@ def _jobs(
             members = per_image_members(context, built, against, scoring.seeds)
             if members:
                 threat = threat_name(budget.threat)
-                add(Group(name, against, "per_image", threat, budget.epsilon), members)
+                add(Group(name, against, "per_image", threat, budget.epsilon), members, some)
     for budget, ensemble in build_autoattack(context, model.num_classes):
         group = Group(name, "hardened", "autoattack", threat_name(budget.threat), budget.epsilon)
         run = functools.partial(_in_turn, group, model, ensemble)
@@ -302,13 +311,20 @@ def _jobs(
     return jobs
 
 
-def _score(group: Group, model: Classifier, members: Sequence[Member], scorer: Scorer) -> Scored:
-    return scorer.score(group, model, members)
+def _score(
+    group: Group,
+    model: Classifier,
+    members: Sequence[Member],
+    rows: np.ndarray | None,
+    scorer: Scorer,
+) -> Scored:
+    return scorer.score(group, model, members, rows)
 
 
 def _words(group: Group) -> str:
     family = {"universal": "the suite", "per_image": "per-image attacks"}.get(group.family)
-    again = ", crafted again on it" if group.crafted_against == "hardened" else ""
+    again = {"hardened": ", crafted again on it", "twin": ", crafted on its twin"}
+    again = again.get(group.crafted_against, "")
     budget = report.budget(group.epsilon, group.threat)
     return f"{family or 'AutoAttack'} at {budget}{again if family == 'the suite' else ''}"
 
@@ -321,7 +337,7 @@ def _universal(
     scored = []
     for one in fitted:
         member = suite.attacks[one.attack]
-        if against == "hardened":
+        if against != "public":
             # Noise looks at no encoder: the public one is scored already.
             on_curve = one.epsilon != member.budgets[0]
             if member.is_noise or (on_curve and not adaptive_curve):

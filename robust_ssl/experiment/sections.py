@@ -25,8 +25,7 @@ from robust_ssl.experiment.sources import Data
 from robust_ssl.experiment.suites import (
     Budget,
     InnerAttack,
-    PerImageAttack,
-    check_names,
+    PerImage,
     check_seeds,
 )
 from robust_ssl.recipes import pgd
@@ -61,44 +60,17 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerImage:
-    """Attacks on single images.
-
-    Attributes:
-      attacks: By name; those that need no label are crafted on the public encoder too.
-      budgets: Under which each is scored; a number is an epsilon of `threats.Linf`.
-    """
-
-    attacks: Mapping[str, PerImageAttack] = dataclasses.field(
-        default_factory=lambda: {
-            "pgd": PerImageAttack.read(
-                {"function": "robust_ssl.attacks:PGD", "num_steps": 20}, "pgd"
-            )
-        }
-    )
-    budgets: tuple[Budget, ...] = (Budget(8 / 255, threats.Linf(8 / 255), 8 / 255),)
-
-    def __post_init__(self):
-        check_names(self.attacks, "attacks")
-        for name, attack in self.attacks.items():
-            for budget in self.budgets:
-                if attack.target is None:
-                    with inside(f"attacks.{name}"):
-                        attack.build(budget.threat)
-
-
-@dataclasses.dataclass(frozen=True)
 class AutoAttack:
     """The ensemble of Croce and Hein, each attack on what the ones before have left.
 
     Attributes:
-      version: ``"standard"``, or ``"rand"`` for randomized classifiers.
+      version: ``"standard"``, ``"apgd"`` (its first two), ``"rand"`` for randomized classifiers.
       budgets: Under which it is scored, of `threats.Linf` or `threats.L2`; none leaves it out.
       images: Of the test split, at random; None takes all.
       batch_size: Images at a time.
     """
 
-    version: Literal["standard", "rand"] = "standard"
+    version: Literal["standard", "apgd", "rand"] = "standard"
     budgets: tuple[Budget, ...] = ()
     images: Count | None = 1000
     batch_size: Count = 100
@@ -123,6 +95,8 @@ class Scoring:
       checks: Whether the figures are examined.
       per_image: Attacks on single images.
       autoattack: The ensemble.
+      twin: Whether a recipe is attacked by what was crafted on its encoder of another seed, too:
+        by an attacker who knows how it was made, and has made one himself.
     """
 
     seeds: tuple[Natural, ...] = (0,)
@@ -130,8 +104,9 @@ class Scoring:
     adaptive: bool = True
     adaptive_curve: bool = False
     checks: bool = True
-    per_image: PerImage = PerImage()
+    per_image: PerImage = PerImage()  # noqa: RUF009 (frozen)
     autoattack: AutoAttack = AutoAttack()
+    twin: bool = dataclasses.field(default=False, metadata={"later": True})
 
     def __post_init__(self):
         check_seeds(self.seeds, "seeds")
@@ -146,7 +121,6 @@ class SavedClassifier:
       builder: ``"module:function"`` of its encoder, where that is not of this package.
       head: ``"module:function"`` of its head, likewise.
       preprocess: ``"module:Class"`` of its input transformation, likewise.
-      class_names: What each logit stands for, in place of what its card says.
       class_names: What each logit stands for, in place of what its card says.
       function: Returns a `robust_ssl.Classifier`, in place of a path.
     """
@@ -225,6 +199,10 @@ class Claim:
         "over": str,
         "within": Positive,
         "better_than": str,
+        "more": str,
+        "than": str,
+        "margin": Share,
+        "seen": Natural,
     }
 
     @classmethod

@@ -12,6 +12,7 @@ from robust_ssl import weights
 from robust_ssl.build import (
     Count,
     Function,
+    Natural,
     Range,
     inside,
     names_function,
@@ -45,6 +46,8 @@ class Data:
       test_limit: At most so many test images; None takes all.
       data_dir: Where prepared sets are; None is the usual place.
       memory_limit: Above so many bytes of pixels a set is read on demand; None is the usual limit.
+      workers: Processes that read and decode such a set; 0 are threads.  Batches are the same.
+      skip_unreadable: Whether pictures that cannot be decoded are left out and counted.
     """
 
     source: str | None = None
@@ -56,6 +59,8 @@ class Data:
     test_limit: Count | None = None
     data_dir: str | None = None
     memory_limit: Count | None = None
+    workers: Natural = 0
+    skip_unreadable: bool = False
 
     @classmethod
     def read(cls, value: Any, where: str) -> Data:

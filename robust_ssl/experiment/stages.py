@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from robust_ssl import data, report, words
-from robust_ssl.experiment import pages, sweep
+from robust_ssl.experiment import forecast, pages, sweep
 from robust_ssl.experiment.analyze import analyze
 from robust_ssl.experiment.attack import attack
 from robust_ssl.experiment.attack import check as check_attack
@@ -95,7 +95,19 @@ def run(
         check(context)
         if not early:
             held.enter_context(hold(make_directory(workdir)))
+        _say_how_long(context)
         return _run_stages(context)
+
+
+def _say_how_long(context: Context) -> None:
+    """Logs an estimate; a run is not stopped for want of one."""
+    stages = {*context.plan.stages}
+    known = "pretrain" not in stages and jax.process_count() == 1
+    if known and stages & {"attack", "train", "score", "compare"}:
+        try:
+            _log.info("%s", forecast.line(context))
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            _log.debug("no estimate: %s", error)
 
 
 def _run_stages(context: Context) -> dict[str, Any]:

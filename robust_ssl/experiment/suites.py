@@ -326,3 +326,32 @@ class PerImageAttack:
         return dataclasses.replace(self.function, options={**self.function.options, **options})(
             threat
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class PerImage:
+    """Attacks on single images.
+
+    Attributes:
+      attacks: By name; those that need no label are crafted on the public encoder too.
+      budgets: Under which each is scored; a number is an epsilon of `threats.Linf`.
+      images: Of the test split, at random; None takes all.
+    """
+
+    attacks: Mapping[str, PerImageAttack] = dataclasses.field(
+        default_factory=lambda: {
+            "pgd": PerImageAttack.read(
+                {"function": "robust_ssl.attacks:PGD", "num_steps": 20}, "pgd"
+            )
+        }
+    )
+    budgets: tuple[Budget, ...] = (Budget(8 / 255, threats.Linf(8 / 255), 8 / 255),)
+    images: Count | None = dataclasses.field(default=None, metadata={"later": True})
+
+    def __post_init__(self):
+        check_names(self.attacks, "attacks")
+        for name, attack in self.attacks.items():
+            for budget in self.budgets:
+                if attack.target is None:
+                    with inside(f"attacks.{name}"):
+                        attack.build(budget.threat)

@@ -23,6 +23,7 @@ from robust_ssl.experiment.train import (
     model_name,
     public_encoder,
     untrained,
+    untrained_teacher,
 )
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import check_unchanged, json_ready, read_manifest
@@ -93,6 +94,7 @@ def step_of(context: Context, recipe: Recipe, classifier: Classifier):
         rates=rates,
         steps_per_epoch=steps,
         seed=context.plan.seed,
+        teacher=untrained_teacher(context, recipe),
     )
     part = recipe.batch_size // len(context.parallel.devices)
     return state, step, _batch_shapes(part, classifier.image_size)
@@ -103,6 +105,7 @@ def _batch_shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         "images": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((images,), jnp.int32),
         "indices": jax.ShapeDtypeStruct((images,), jnp.int32),
+        "rows": jax.ShapeDtypeStruct((images,), jnp.int32),
     }
 
 

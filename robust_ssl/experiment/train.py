@@ -85,6 +85,11 @@ def untrained(context: Context, recipe: Recipe, seed: int | None = None) -> Clas
     return _assemble(context, recipe, seed, lambda other: untrained(context, other, seed))
 
 
+def untrained_teacher(context: Context, recipe: Recipe) -> Classifier | None:
+    """Returns a classifier of the shape of a recipe's teacher; None where it has none."""
+    return recipe.teacher and untrained(context, recipe.teacher)
+
+
 def _assemble(context: Context, recipe: Recipe, seed: int, get) -> Classifier:
     """What training of a recipe starts from; `get` returns another recipe's classifier."""
     if recipe.members:
@@ -126,9 +131,9 @@ def load_trained(context: Context, recipe: Recipe, seed: int) -> Classifier:
 def load_saved(context: Context, recipe: Recipe, folder: Any) -> Classifier:
     """Returns a classifier of a recipe from disk, with what only the recipe knows."""
     builder, _ = builder_of(context, recipe)
-    chain = recipe.chain()
-    head = chain[-1].head.bound if isinstance(chain[-1].head, Function) else None
-    steps = [other.preprocess for other in chain if other.preprocess]
+    lineage = recipe.lineage()
+    head = lineage[-1].head.bound if isinstance(lineage[-1].head, Function) else None
+    steps = [other.preprocess for other in lineage if other.preprocess]
     preprocess = steps[0].function if steps else None
     return weights.load_classifier(folder, builder=builder, head=head, preprocess=preprocess)
 
@@ -152,6 +157,7 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
     """
     start = _assemble(context, recipe, seed, lambda other: load_trained(context, other, seed))
     name = directory(recipe, seed)
+    teacher = recipe.teacher and load_trained(context, recipe.teacher, seed)
     if not recipe.is_trained:
         return _as_it_is(context, recipe, seed, start)
     rates, extra, afterwards = recipe.rates, {}, None
@@ -170,6 +176,7 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
         *(context, name, recipe, start, public_encoder(context, recipe)),
         rates=rates,
         seed=seed,
+        teacher=teacher,
         afterwards=afterwards,
         extra=extra,
     )
@@ -185,7 +192,7 @@ def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifie
             counters = ("epochs", "steps", "skipped", "gradient_evaluations_per_image")
             results = dict.fromkeys(counters, 0)
             fitting.save_classifier(context, stage, classifier, results, recipe)
-            variables = fitting.without_attack(classifier.variables)
+            variables = fitting.classifier_variables(classifier.variables)
             stage.finish(results, identity=fingerprint(variables))
     return stage
 
@@ -273,6 +280,19 @@ def scored(context: Context, done: Trained) -> list[tuple[Recipe, int]]:
     """Returns the scored recipes with each seed that they were made with."""
     pairs = itertools.product(context.plan.scored, context.plan.training.seeds)
     return [(recipe, seed) for recipe, seed in pairs if model_name(recipe, seed) in done.results]
+
+
+def twins_of(context: Context, models: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the model of another seed for each recipe's, where that is asked for and made.
+
+    It is that of the first seed, and of the second for the first: so seeds may come later.
+    """
+    twins = {}
+    if context.plan.scoring.twin and context.plan.scoring.adaptive:
+        for recipe in context.plan.scored:
+            names = [model_name(recipe, seed) for seed in context.plan.training.seeds]
+            twins |= dict.fromkeys(names[1:], names[0]) | {names[0]: names[1]}
+    return {name: twin for name, twin in twins.items() if {name, twin} <= {*models}}
 
 
 def train_all(context: Context, recipes: list[Recipe], seeds: Any = None) -> Trained:

@@ -26,7 +26,11 @@ COLLECTION = "attack"  # where the variables of a training state keep an adversa
 
 @runtime_checkable
 class Adversary(Protocol):
-    """What `make_step` takes as `attack` besides per-image attacks: a pytree value."""
+    """What `make_step` takes as `attack` besides per-image attacks: a pytree value.
+
+    One with an attribute ``by_image = True`` has a perturbation for every training image: `init`
+    gets their number as `batch_size`, and `apply` images' places in the training set as `indices`.
+    """
 
     def init(self, key: jax.Array, image_shape: tuple[int, ...], batch_size: int) -> jax.Array:
         """Returns the first perturbations, one float array, allowed by the threat."""
@@ -44,6 +48,11 @@ class Adversary(Protocol):
         self, deltas: jax.Array, gradient: jax.Array, key: jax.Array, step: jax.Array
     ) -> jax.Array:
         """Returns the perturbations of the next step; `gradient` is that of the training loss."""
+
+
+def by_image(attack: Any) -> bool:
+    """Returns whether an adversary has a perturbation for every image of the training set."""
+    return getattr(attack, "by_image", False)
 
 
 @struct.dataclass
@@ -206,6 +215,64 @@ class FreeReplays:
         """Returns the perturbations after a step uphill, ``[batch_size, H, W, 3]``."""
         del key, step
         return _uphill(deltas, gradient, self.threat, _step_size(self, 1.0))
+
+
+@struct.dataclass
+class ATTA:
+    """One perturbation for each training image, remembered from epoch to epoch.
+
+    An image meets the perturbation that it had when it was last seen, moved by the gradient of that
+    update.  So a few epochs add up to an attack of as many steps, at no cost: the published form
+    takes a gradient of its own before each update, this one the update's.  There is a floating
+    point image in memory for every image of the set, twice, so it is for small sets.
+
+    Attributes:
+      threat: What the attacker may do to an image.
+      step_size: Length of a step, pixel units; None is half of the threat's `epsilon` (ours).  A
+        leaf.
+
+    Example:
+      >>> from robust_ssl import threats
+      >>> atta = ATTA(threats.Linf(0.1))
+      >>> atta.init(jax.random.key(0), (4, 4, 3), batch_size=50).shape  # of the training set
+      (50, 4, 4, 3)
+
+    References:
+      Zheng et al., "Efficient Adversarial Training with Transferable Adversarial Examples", CVPR
+      2020, without its inverse augmentation: images must not be augmented.
+    """
+
+    threat: Any
+    step_size: jax.Array | float | None = None
+
+    by_image = True
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Input gradients besides the update's own: none."""
+        return 0
+
+    def init(self, key: jax.Array, image_shape: tuple[int, ...], batch_size: int) -> jax.Array:
+        """Returns random allowed perturbations, float ``[batch_size, H, W, 3]``."""
+        keys = jax.random.split(key, batch_size)
+        return jax.vmap(lambda k: random_delta(k, image_shape, self.threat))(keys)
+
+    def apply(
+        self, deltas: jax.Array, key: jax.Array, images: jax.Array, indices: jax.Array
+    ) -> jax.Array:
+        """Returns the attacked images ``[n, H, W, 3]``; see `Adversary.apply`."""
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+        return jax.vmap(lambda d, x, k: _attacked(d, x, self.threat, k))(
+            deltas[indices], images, keys
+        )
+
+    def update(
+        self, deltas: jax.Array, gradient: jax.Array, key: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        """Returns the perturbations; those of images that were not in the batch stay."""
+        del key, step
+        # Their gradient is zero, and so is the steepest step.
+        return _uphill(deltas, gradient, self.threat, _step_size(self, 1 / 2))
 
 
 def _attacked(delta: jax.Array, image: jax.Array, threat: Any, key: jax.Array) -> jax.Array:

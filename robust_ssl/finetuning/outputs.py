@@ -63,7 +63,7 @@ def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, image
 
 
 def gather_outputs(outputs: Outputs, read: Set[str], axis_name: str | None) -> Outputs:
-    """Gathers the features and those taps that a loss reads, for the global batch.
+    """Gathers the features, and those logits and taps that a loss reads, for the global batch.
 
     The others stay where they are: a loss that takes "the second block" needs all their names.
     """
@@ -72,7 +72,10 @@ def gather_outputs(outputs: Outputs, read: Set[str], axis_name: str | None) -> O
     for name, tap in outputs.taps.items():
         if name in read:
             taps[name] = gather(tap, axis_name)
-    return Outputs(features=gather(outputs.features, axis_name), taps=taps)
+    logits = outputs.logits
+    if logits is not None and "logits" in read:
+        logits = gather(logits, axis_name)
+    return Outputs(features=gather(outputs.features, axis_name), logits=logits, taps=taps)
 
 
 def running_statistics(batch_statistics: str, clean, adversarial) -> Variables:
@@ -104,7 +107,11 @@ def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
 
 
 def outputs_read(
-    losses: Mapping[str, Loss], template: Classifier, attacked: bool, pretrained: Encoder | None
+    losses: Mapping[str, Loss],
+    template: Classifier,
+    attacked: bool,
+    pretrained: Encoder | None,
+    teacher: Classifier | None = None,
 ) -> dict[str, set[str]]:
     """Returns what the losses read: ``"logits"``, ``"features"`` and taps of each output.
 
@@ -120,8 +127,10 @@ def outputs_read(
         clean=outputs,
         adversarial=outputs if attacked else None,
         pretrained=None if pretrained is None else jax.eval_shape(pretrained, images),
+        teacher=None if teacher is None else jax.eval_shape(teacher, images),
     )
-    read: dict[str, set[str]] = {"clean": set(), "adversarial": set(), "pretrained": set()}
+    names = ("clean", "adversarial", "pretrained", "teacher")
+    read: dict[str, set[str]] = {name: set() for name in names}
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(inputs)[0]]
     # A loss reads what is an operand of its traced program, or its result.
     for name, loss in losses.items():

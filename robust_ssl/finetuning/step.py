@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from robust_ssl import losses as losses_lib
 from robust_ssl import struct
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.build import resolve
-from robust_ssl.finetuning.adversaries import COLLECTION, Adversary
+from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image
+from robust_ssl.finetuning.averaging import AVERAGE, first_average, follow
+from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.outputs import (
     BATCH_STATISTICS,
     accuracies,
@@ -48,6 +49,9 @@ class Settings:
       pretrained: The public encoder, or None.
       statistics: The batch statistics that training starts from, for ``"twins"``, or None.
       key: Base key.
+      budget: The share of its budget that the attack has at a step; None: all of it, always.
+      teacher: Another classifier, or None.
+      ema: Decay of the average of weights, or None.
     """
 
     weights: Mapping[str, Any]
@@ -55,6 +59,9 @@ class Settings:
     pretrained: Encoder | None
     statistics: Variables | None
     key: jax.Array
+    budget: BudgetSchedule | None = None
+    teacher: Classifier | None = None
+    ema: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +92,8 @@ def init_state(
     *,
     key: jax.Array | None = None,
     batch_size: int | None = None,
+    num_images: int | None = None,
+    average: bool = False,
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -94,12 +103,15 @@ def init_state(
       attack: What the step is given; an `Adversary` has perturbations in the state.
       key: Random key of an adversary's first perturbations.
       batch_size: Size of the global batch, for an adversary.
+      num_images: Size of the training set, for an adversary that remembers every image.
+      average: Whether the state keeps an average of the weights, as a step with `ema` needs.
 
     Returns:
       A `TrainState` at step 0 with the counters ``skipped`` and ``skipped_in_a_row``.
 
     Raises:
-      ValueError: If an adversary comes without `key` or `batch_size`.
+      ValueError: If an adversary comes without `key`, `batch_size` or, if it needs it,
+        `num_images`.
 
     Example:
       >>> from robust_ssl import models
@@ -111,69 +123,24 @@ def init_state(
     # Copies: a donated state must not take the classifier's arrays with it.
     variables = jax.tree.map(jnp.array, classifier.variables)
     if isinstance(attack, Adversary):
-        if key is None or batch_size is None:
+        of = "num_images" if by_image(attack) else "batch_size"
+        count = num_images if by_image(attack) else batch_size
+        if key is None or count is None:
             raise ValueError(
                 f"{type(attack).__name__} keeps perturbations in the state: give init_state key= "
-                "and batch_size= too"
+                f"and {of}= too"
             )
         size = classifier.image_size
-        deltas = attack.init(key, (size, size, 3), batch_size)
+        deltas = attack.init(key, (size, size, 3), count)
         variables = {**variables, COLLECTION: {"deltas": deltas}}
+    if average:
+        variables = {**variables, AVERAGE: first_average(variables)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
         opt_state=tx.init(variables["params"]),
         counters=no_skips(),
     )
-
-
-def mixed_losses(
-    adv_ratio: float,
-    regularization_weight: float = 0.0,
-    *,
-    on: str = "logits",
-    compat: str = "corrected",
-) -> dict[str, tuple[Loss, float]]:
-    r"""Returns Gen-AF's first-stage losses with their weights.
-
-    .. math:: (1 - r)\,\mathrm{CE}(x) + r\,\mathrm{CE}(\tilde x) + w\,\mathrm{GR}
-
-    A term of weight 0 is left out, so ``mixed_losses(0)`` is usual fine-tuning and needs no attack.
-
-    Args:
-      adv_ratio: `r` in [0, 1]; the released code has 1, no clean cross-entropy.
-      regularization_weight: `w`, at least 0.  The step takes the mean over images where the
-        released code adds up all pairs: its 20 at batch 256 is ``20 * 256`` here.
-      on: ``"logits"`` or ``"features"``, as in `genetic_regularization`.
-      compat: ``"corrected"`` or ``"released"``, as in `genetic_regularization`.  The released
-        code's other choices are arguments elsewhere: the attack's (budget 0.03, step 0.007, no
-        random start, un-normalized inputs) belong to the attack and the encoder.  Its leak of the
-        attack's gradients into the update is a bug that pure functions cannot have.
-
-    Returns:
-      Name to (loss, weight), as `make_step` takes them.
-
-    Raises:
-      ValueError: If `adv_ratio` is outside [0, 1] or the weight is negative.
-
-    Example:
-      >>> {name: weight for name, (_, weight) in mixed_losses(0.25, 2.0).items()}
-      {'clean_cross_entropy': 0.75, 'adversarial_cross_entropy': 0.25, 'genetic_regularization': 2.0}
-
-    References:
-      Zhou et al., IEEE S&P 2024, first stage.
-    """  # noqa: E501
-    if not 0 <= adv_ratio <= 1:
-        raise ValueError(f"adv_ratio must be in [0, 1], got {adv_ratio}")
-    if not 0 <= regularization_weight < float("inf"):
-        raise ValueError(f"regularization_weight must be at least 0, got {regularization_weight}")
-    regularization = functools.partial(losses_lib.genetic_regularization, on=on, compat=compat)
-    terms = {
-        "clean_cross_entropy": (losses_lib.clean_cross_entropy, 1 - adv_ratio),
-        "adversarial_cross_entropy": (losses_lib.adversarial_cross_entropy, adv_ratio),
-        "genetic_regularization": (regularization, regularization_weight),
-    }
-    return {name: (loss, weight) for name, (loss, weight) in terms.items() if weight > 0}
 
 
 def make_step(
@@ -183,10 +150,13 @@ def make_step(
     losses: Mapping[str, tuple[Loss | str, float]],
     key: jax.Array,
     attack: Attack | Adversary | None = None,
+    budget: BudgetSchedule | None = None,
     pretrained: Encoder | None = None,
+    teacher: Classifier | None = None,
     batch_statistics: str = "clean",
     frozen: Collection[str] = (),
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    ema: float | None = None,
     axis_name: str | None = None,
 ) -> Step:
     """Builds the update; give it to `Parallel.compile`.
@@ -203,7 +173,10 @@ def make_step(
       key: Base key; step `t` uses ``fold_in(key, t)``, image `i` of it ``fold_in(..., i)``.
       attack: Perturbs one image, sees its label; or an `Adversary`, whose perturbations are in the
         state (`init_state`).  None where no loss needs adversarial outputs.
+      budget: Which share of its budget the attack has at a step; None: all of it.  Where it has
+        none, per-image attacks are not computed, and adversarial images are the clean ones.
       pretrained: The public encoder, for losses that compare with it; frozen, evaluation mode.
+      teacher: A finished classifier, for losses that pull to its outputs on the clean images.
       batch_statistics: Whose statistics the running ones follow: ``"clean"``, ``"adversarial"``,
         ``"both"`` (the mean of the two) or ``"frozen"``.  In the first three each forward pass is
         normalized by its own batch; with ``"frozen"`` the encoder runs in evaluation mode,
@@ -213,23 +186,27 @@ def make_step(
       frozen: Paths of parameters that must not move, from `frozen_paths`.  They get no gradient
         (whose cost is saved), and a frozen norm's running statistics stay as they are too.
       augment: ``augment(key, image) -> image`` for one image in [0, 1], or None.
+      ema: Decay of the average of weights and batch statistics that the state keeps (`init_state`
+        with ``average=True``); None keeps none.
       axis_name: `Parallel.axis_name`.
 
     Returns:
       A `Step`, ``step(state, batch) -> (state, metrics)``.  The batch has ``images``, float32 in
-      [0, 1] or uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; and ``indices``, int32 ``[n]``,
-      each image's position in the global batch.  Metrics are scalars: each loss by name,
+      [0, 1] or uint8, ``[n, H, W, 3]``; ``labels``, int32 ``[n]``; ``indices``, int32 ``[n]``,
+      each image's position in the global batch; and, for an adversary that remembers every image,
+      ``rows``, its position in the training set.  Metrics are scalars: each loss by name,
       unweighted, and ``loss``, ``clean_accuracy`` and ``robust_accuracy`` (where a loss reads
-      those logits; shares of this batch in training mode), ``gradient_norm`` (of what is trained)
-      and ``skipped`` (0 or 1).
+      those logits; shares of this batch in training mode), ``gradient_norm`` (of what is trained),
+      ``budget`` (the share, where it has a schedule) and ``skipped`` (0 or 1).
 
     Raises:
       ValueError: If there is no loss, `batch_statistics` is not known or asks for an attack or a
-        batch norm that is not there, a loss does not return ``[batch]``, or it needs outputs that
-        are missing.
+        batch norm that is not there, `budget` for an epsilon that is not, a loss does not return
+        ``[batch]``, or it needs outputs that are missing.
 
     Example:
       >>> from robust_ssl import models
+      >>> from robust_ssl.finetuning import mixed_losses
       >>> encoder = models.resnet18(jax.random.key(0), width=8, image_size=8)
       >>> net = models.classifier(jax.random.key(1), encoder, 3, head="linear")
       >>> tx = optax.sgd(0.1)
@@ -252,20 +229,29 @@ def make_step(
         )
     if attack is None and batch_statistics in ("adversarial", "both"):
         raise ValueError(f"batch_statistics={batch_statistics!r} needs an attack, got None")
+    if budget is not None and not has_budget(attack):
+        raise ValueError(
+            "a budget schedule scales the epsilon of an attack, and this one has none: "
+            f"{type(attack).__name__}"
+        )
     if batch_statistics == "twins" and "encoder" not in template.variables.get("batch_stats", {}):
         raise ValueError(
             'batch_statistics="twins" is about batch norm, and this encoder has none; take "clean"'
         )
     losses, weights = _functions_and_weights(losses)
     # As NumPy: constants must not sit on one device or in one process.
-    weights, attack, pretrained = jax.tree.map(np.asarray, (weights, attack, pretrained))
+    weights, attack, pretrained, budget, teacher = jax.tree.map(
+        np.asarray, (weights, attack, pretrained, budget, teacher)
+    )
     statistics = None
     if batch_statistics == "twins":
         statistics = jax.tree.map(np.asarray, template.variables["batch_stats"])
-    read = outputs_read(losses, template, attack is not None, pretrained)
+    read = outputs_read(losses, template, attack is not None, pretrained, teacher)
     plan = _Plan(template, tx, losses, read, batch_statistics, frozen, augment, axis_name)
     passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
-    settings = Settings(weights, attack, pretrained, statistics, key)
+    settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher)
+    if ema is not None:
+        settings = settings.replace(ema=np.float32(ema))
     return Step(functools.partial(_update, plan), settings, passes)
 
 
@@ -311,15 +297,18 @@ def _update(
     plan: _Plan, state: TrainState, batch: Batch, settings: Settings
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Attacks the images, takes the gradient of the losses and moves the weights."""
-    attack, params = settings.attack, state.variables["params"]
+    attack, params, share = settings.attack, state.variables["params"], None
+    if settings.budget is not None:
+        share = settings.budget(state.step)
+        attack = scaled(attack, share)
     keys = _keys(settings.key, state.step)
     images = _clean_images(plan, state, batch, settings)
-    attacked_images = _attacked_images(plan, state, keys.attack, images, batch, attack)
+    attacked_images = _attacked_images(plan, state, keys.attack, images, batch, attack, share)
     labels = gather(batch["labels"], plan.axis_name)
-    pretrained = None
-    if settings.pretrained is not None:
-        outputs = settings.pretrained(images)
-        pretrained = gather_outputs(outputs, plan.read["pretrained"], plan.axis_name)
+    held = {}  # what no gradient flows into
+    for name in ("pretrained", "teacher"):
+        if (model := getattr(settings, name)) is not None:
+            held[name] = gather_outputs(model(images), plan.read[name], plan.axis_name)
 
     def total_loss(params, deltas):
         variables = {**state.variables, "params": stop_frozen(params, plan.frozen)}
@@ -337,9 +326,7 @@ def _update(
             adversarial, adversarial_statistics = outputs_of(
                 attacked_images(deltas), plan.read["adversarial"]
             )
-        inputs = LossInputs(
-            labels=labels, clean=clean, adversarial=adversarial, pretrained=pretrained
-        )
+        inputs = LossInputs(labels=labels, clean=clean, adversarial=adversarial, **held)
         loss, metrics = _weighted_sum(plan.losses, settings.weights, inputs)
         running = running_statistics(plan.batch_statistics, statistics, adversarial_statistics)
         return loss, (metrics | accuracies(inputs, plan.read), running)
@@ -352,24 +339,36 @@ def _update(
     )
     gradient, uphill = average(gradients, plan.axis_name)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
+    if share is not None:
+        metrics["budget"] = share
     updates, opt_state = plan.tx.update(gradient, state.opt_state, params)
     new = {**state.variables, **running, "params": optax.apply_updates(params, updates)}
     variables = keep_frozen(new, state.variables, plan.frozen)
     if isinstance(attack, Adversary):
         moved = attack.update(deltas["deltas"], uphill["deltas"], keys.renewal, state.step)
         variables[COLLECTION] = {"deltas": moved}
+    if settings.ema is not None:
+        variables[AVERAGE] = follow(state.variables[AVERAGE], variables, settings.ema)
     return take_if_finite(state, variables, opt_state, metrics)
 
 
-def _attacked_images(plan: _Plan, state: TrainState, key: jax.Array, images, batch: Batch, attack):
+def _attacked_images(
+    plan: _Plan, state: TrainState, key: jax.Array, images, batch: Batch, attack, share
+):
     """Returns ``deltas -> adversarial images``; a per-image attack's do not depend on them."""
     if isinstance(attack, Adversary):
-        return lambda deltas: attack.apply(deltas["deltas"], key, images, batch["indices"])
+        places = batch["rows" if by_image(attack) else "indices"]
+        return lambda deltas: attack.apply(deltas["deltas"], key, images, places)
     if attack is None:
         return None
     # Against the weights before this step, outside of the loss: no gradient goes back through it.
     model = plan.template.with_variables(state.variables)
-    crafted = attack_batch(attack, key, model, images, batch["labels"], batch["indices"])
+
+    def craft():
+        return attack_batch(attack, key, model, images, batch["labels"], batch["indices"])
+
+    # A branch and not a product with zero: without a budget the attack's gradients are saved.
+    crafted = craft() if share is None else jax.lax.cond(share > 0, craft, lambda: images)
     return lambda deltas: jax.lax.stop_gradient(crafted)
 
 

@@ -4,6 +4,7 @@ from robust_ssl.optimizers.anchoring import pull_to_start
 from robust_ssl.optimizers.finetuning import fine_tuning_optimizer
 from robust_ssl.optimizers.finite import no_skips, raise_if_stuck, take_if_finite
 from robust_ssl.optimizers.layerwise import (
+    COSINE,
     FREEZE,
     Rate,
     adam_l2,
@@ -19,6 +20,7 @@ from robust_ssl.optimizers.pruning import hold_zeros, prune
 from robust_ssl.optimizers.table import LayerRow, layer_table, render_table
 
 __all__ = [
+    "COSINE",
     "FREEZE",
     "LayerRow",
     "Rate",

@@ -18,8 +18,9 @@ def fine_tuning_optimizer(
     rates: Mapping[str, Rate],
     *,
     weight_decay: float,
-    decay: float,
+    decay: float | str,
     steps_per_epoch: int,
+    total_steps: int | None = None,
     l2_sp: float = 0.0,
     hold_zeros: bool = False,
 ) -> tuple[optax.GradientTransformation, frozenset[str]]:
@@ -29,8 +30,9 @@ def fine_tuning_optimizer(
       params: The parameters that training starts from, ``{"encoder": ..., "head": ...}``.
       rates: Path to rate, as `layer_rates` returns.
       weight_decay: Of all that is trained; with `l2_sp`, of the head only.
-      decay: Every rate is multiplied by this after each epoch.
+      decay: Every rate is multiplied by this after each epoch; or ``"cosine"``, see `adam_l2`.
       steps_per_epoch: Updates per epoch.
+      total_steps: Updates in all, for a cosine.
       l2_sp: Weight of the pull to `params`, for the encoder in the place of weight decay.
       hold_zeros: Whether kernel weights that are zero in `params` stay zero.
 
@@ -52,6 +54,7 @@ def fine_tuning_optimizer(
         weight_decay=0.0 if l2_sp else weight_decay,
         decay=decay,
         steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
     )
     parts = [layerwise_optimizer(params, rates, adam)]
     if l2_sp:

@@ -17,6 +17,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 FREEZE = "freeze"
+COSINE = "cosine"
 Rate = float | str  # a learning rate, or "freeze"
 
 
@@ -132,19 +133,25 @@ def adam_l2(
     rate: float,
     *,
     weight_decay: float = 8e-4,
-    decay: float = 0.96,
+    decay: float | str = 0.96,
     steps_per_epoch: int | None = None,
+    total_steps: int | None = None,
 ) -> optax.GradientTransformation:
     """Adam as Gen-AF uses it: weight decay inside the gradient, a little slower every epoch.
 
     Args:
       rate: Learning rate of the first epoch.
       weight_decay: Times the weights, added to the gradient before Adam (L2, unlike AdamW).
-      decay: The rate is multiplied by this after each epoch.
-      steps_per_epoch: Updates per epoch; None keeps the rate constant.
+      decay: The rate is multiplied by this after each epoch; ``"cosine"`` takes it to zero
+        along half a cosine.
+      steps_per_epoch: Updates per epoch; None keeps the rate constant, if there is no cosine.
+      total_steps: Updates until a cosine is at zero; nothing else needs them.
 
     Returns:
       An optax transformation.
+
+    Raises:
+      ValueError: If a cosine does not know when it ends.
 
     Example:
       >>> tx = adam_l2(0.1, weight_decay=0.0)
@@ -153,10 +160,15 @@ def adam_l2(
       [-0.1..., -0.1...]
 
     References:
-      Zhou et al., IEEE S&P 2024, released code (both tracks).
+      Zhou et al., IEEE S&P 2024, released code (both tracks).  Loshchilov and Hutter, "SGDR", ICLR
+      2017, for the cosine.
     """
     schedule = rate
-    if steps_per_epoch is not None:
+    if decay == COSINE:
+        if total_steps is None:
+            raise ValueError('decay="cosine" needs total_steps, the update at which it is at zero')
+        schedule = optax.cosine_decay_schedule(rate, total_steps)
+    elif steps_per_epoch is not None:
         schedule = optax.exponential_decay(rate, steps_per_epoch, decay, staircase=True)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),

@@ -140,7 +140,7 @@ def write_beside(
     source = source if isinstance(source, Source) else open_source(source, **options)
     place = source.folder if folder is None else pathlib.Path(folder)
     # A folder may hold several lone files, and each has a statement of its own.
-    prefix = f"{source.path.stem}." if source.path.is_file() else ""
+    prefix = f"{source.path.name}." if source.path.is_file() else ""
     made = {
         place / f"{prefix}{STATEMENT}": statement(source, made_from=made_from),
         place / f"{prefix}{MATERIALS}": bill_of_materials(source),

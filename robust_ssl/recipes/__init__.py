@@ -36,6 +36,7 @@ from robust_ssl.recipes.project import (
     gen_af_released,
     gen_af_released_stage1,
     gen_af_stage1,
+    gen_af_unguarded,
     other_encoder,
     shallow_stable,
     universal,
@@ -44,6 +45,14 @@ from robust_ssl.recipes.project import (
     universal_trades,
     warm_fgsm,
     warm_pgd,
+)
+from robust_ssl.recipes.ramps import (
+    ramp_ema,
+    ramp_fgsm,
+    ramp_nfgsm,
+    ramp_pgd,
+    ramp_pgd2,
+    ramp_teacher,
 )
 
 __all__ = [
@@ -61,6 +70,7 @@ __all__ = [
     "gen_af_released",
     "gen_af_released_stage1",
     "gen_af_stage1",
+    "gen_af_unguarded",
     "jpeg",
     "l2_sp",
     "linear_probe",
@@ -71,6 +81,12 @@ __all__ = [
     "pgd_at",
     "pruned",
     "quantized",
+    "ramp_ema",
+    "ramp_fgsm",
+    "ramp_nfgsm",
+    "ramp_pgd",
+    "ramp_pgd2",
+    "ramp_teacher",
     "rift",
     "roli",
     "shallow_stable",

@@ -63,6 +63,19 @@ def gen_af(images: int = 256, num_steps: int = 10, tolerance: float | None = 0.0
     }
 
 
+def gen_af_unguarded(images: int = 256, num_steps: int = 10) -> Entries:
+    """Returns Gen-AF's second stage as published: without the interpolation guard, which is ours.
+
+    Args:
+      images: As in `gen_af`.
+      num_steps: As in `gen_af`.
+
+    References:
+      Zhou et al., IEEE S&P 2024.
+    """
+    return gen_af(images, num_steps, tolerance=None)
+
+
 def gen_af_released_stage1() -> Entries:
     """Returns Gen-AF's first stage with the numbers of its released code.
 

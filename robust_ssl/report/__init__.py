@@ -1,6 +1,6 @@
 """What a run leaves for people and for programs: `results.json`, `report.md`, tables, figures."""
 
-from robust_ssl.report import claims, results
+from robust_ssl.report import announced, claims, results
 from robust_ssl.report.comparison import summarize
 from robust_ssl.report.figures import (
     attempt,
@@ -19,6 +19,7 @@ from robust_ssl.report.text import csv_text, markdown_table
 __all__ = [
     "Point",
     "advice",
+    "announced",
     "answer",
     "area_under_front",
     "attempt",

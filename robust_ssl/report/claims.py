@@ -3,6 +3,7 @@
 ``{"order": ("a", "b"), "of": "Someone"}``: each is more robust than the one before.
 ``{"reach": 0.9, "of": "a", "over": "b", "within": 1.5}``: which recipes have that part of a's gain
 over b at no more than that cost.  ``{"better_than": "a"}``: which are better in every share.
+``{"more": "a", "than": "b", "by": "clean"}``: a test, with those of all such claims (Holm).
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ ENTRIES = {  # by the entry that names the kind: the entries it needs, and those
     "order": (("order",), ("of", "by")),
     "reach": (("reach", "of", "over", "within"), ("by",)),
     "better_than": (("better_than",), ()),
+    "more": (("more", "than", "by"), ("margin", "seen")),  # judged together: `report.announced`
 }
 PLACES = {
     "clean": "without an attack",
     "robust_public": "under the public suite",
     "robust_hardened": "under the hardened suite",
     "robust_worst": "under both suites",
+    "robust_twin": "under attacks crafted on a twin",
     "autoattack": "under AutoAttack",
 }
 SLACK = 1e-9  # 0.6 - 0.1 is a little less than 0.5
@@ -63,10 +66,13 @@ def check_claim(claim: Claim, recipes: Iterable[str]) -> None:
             raise ValueError(f"{entry}={claim[entry]!r} in {claim} must be {limits}")
     named = [*claim.get("order", ())]
     if kind != "order":
-        named = [claim[entry] for entry in ("better_than", "of", "over") if entry in claim]
+        entries = ("better_than", "of", "over", "more", "than")
+        named = [claim[entry] for entry in entries if entry in claim]
     known = list(recipes)
     if kind == "order" and (len(named) < 2 or len({*named}) < len(named)):
         raise ValueError(f"{claim} must order two or more different recipes")
+    if claim.get("more") is not None and claim["more"] == claim["than"]:
+        raise ValueError(f"{claim} must compare two recipes")
     for name in named:
         if name not in known:
             raise ValueError(f"{name!r} in {claim} is not compared{_near(name, known)}")

@@ -38,6 +38,9 @@ SHARES = {
         "hardened suite", "accuracy under the attacks crafted again on the model itself"
     ),
     "robust_worst": Column("both suites", "accuracy under the attacks of both suites"),
+    "robust_twin": Column(
+        "twin", "accuracy under the attacks crafted on the same recipe's encoder of another seed"
+    ),
     "autoattack": Column("AutoAttack", "accuracy under AutoAttack"),
 }
 _REFERENCE = "relative to the reference"
@@ -54,7 +57,8 @@ COSTS = {
 }
 COLUMNS = SHARES | COSTS
 FIELDS = ("recipe", "seed", "verdict", *SHARES, "images", "autoattack_images", *COSTS)
-OPTIONAL = {"autoattack", "autoattack_images", "cost_factor"}
+OPTIONAL = {"autoattack", "autoattack_images", "cost_factor", "robust_twin"}
+LATER = {"robust_twin": None}  # rows from before it have no such field
 OPTIONAL |= {"gradients_per_epoch", "seconds_per_image", "peak_bytes"}
 
 
@@ -97,6 +101,7 @@ def summarize(rows: Sequence[Row], right: Outcomes | None = None) -> dict[str, d
       >>> baseline["clean"].mean, baseline["clean"].n, baseline["verdict"]
       (0.75, 2, 'not believable')
     """
+    rows = [{**LATER, **row} for row in rows]
     check_rows(rows)
     by_recipe: dict[str, list[Row]] = {}
     for row in rows:
@@ -129,7 +134,7 @@ def check_rows(rows: Sequence[Row]) -> None:
     places = set()
     for row in rows:
         where = f"the row of {row.get('recipe')!r}, seed {row.get('seed')}"
-        missing, unknown = sorted({*FIELDS} - {*row}), sorted({*row} - {*FIELDS})
+        missing, unknown = sorted({*FIELDS} - {*row} - {*LATER}), sorted({*row} - {*FIELDS})
         if missing or unknown:
             raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
         if (row["recipe"], row["seed"]) in places:
@@ -138,7 +143,7 @@ def check_rows(rows: Sequence[Row]) -> None:
         if row["verdict"] not in VERDICTS:
             raise ValueError(f"{where}: {row['verdict']!r} is no verdict; known: {VERDICTS}")
         for name in (*COLUMNS, "images", "autoattack_images"):
-            _check_number(where, name, row[name])
+            _check_number(where, name, row.get(name))
         if (row["autoattack"] is None) != (row["autoattack_images"] is None):
             raise ValueError(f"{where}: autoattack and autoattack_images go together")
 

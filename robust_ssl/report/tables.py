@@ -20,7 +20,9 @@ LABELS = {  # of recipes whose name alone says too little
 SOURCES = {
     "public": "crafted on the public encoder",
     "hardened": "crafted again on the model itself",
+    "twin": "crafted on the same recipe with another seed",
 }
+CRAFTED_ON = {"public": "public encoder", "hardened": "itself", "twin": "twin"}
 MARK = "NOT BELIEVABLE"
 
 Entry = Mapping[str, Any]  # of ``results``
@@ -133,7 +135,9 @@ def suite_cases(document: Document) -> dict[Group, dict[str, Entry]]:
     main = ("universal", "Linf", document["run"]["suite"]["epsilon"])
     # A suite of patches, or of budgets of its own, has none there: the first group stands for it.
     main = main if any(group[1:] == main for group in cases) else next(iter(cases))[1:]
-    return {group: models for group, models in cases.items() if group[1:] == main}
+    suites = ("public", "hardened")  # a twin is not there for every model
+    both = {group: models for group, models in cases.items() if group.crafted_against in suites}
+    return {group: models for group, models in both.items() if group[1:] == main}
 
 
 def strongest_cases(document: Document) -> dict[Group, dict[str, Entry]]:
@@ -306,7 +310,7 @@ def attack_rows(results: Iterable[Entry], shown: Mapping[str, str]) -> Rows:
         value, interval = _share_cell(over_seeds(robust, entries[0]["n"]))
         success = statistics.fmean(entry["attack_success_rate"] for entry in entries)
         name = f"{attack} of {FAMILIES[group.family]}" if attack == WORST else attack
-        crafted_on = "public encoder" if group.crafted_against == "public" else "itself"
+        crafted_on = CRAFTED_ON[group.crafted_against]
         row = {"recipe": label(shown[model]), "attack": name, "crafted on": crafted_on}
         row["budget"] = budget(group.epsilon, group.threat)
         row["under attack"] = f"{value} ({interval}){mark}"

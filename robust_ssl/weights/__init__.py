@@ -10,13 +10,16 @@ from robust_ssl.weights.native import (
     load_encoder,
     save_encoder,
 )
+from robust_ssl.weights.torch_export import export_onnx, export_torch
 
 __all__ = [
     "classifier_card",
     "convert_encoder",
     "encoder_card",
+    "export_onnx",
     "export_safetensors",
     "export_stablehlo",
+    "export_torch",
     "import_encoder",
     "inspect_file",
     "is_foreign",

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from robust_ssl.build import resolve
 from robust_ssl.models import ensembles, heads
+from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, native
 
@@ -67,6 +68,7 @@ def save_classifier(
     """
     from safetensors.numpy import save
 
+    refuse_bridge(classifier, "saved")
     if isinstance(classifier.head, heads.Reordered):  # as it was before it was turned
         names = dict(zip(classifier.head.order, classifier.class_names, strict=True))
         ordered = [names[place] for place in range(classifier.num_classes)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from robust_ssl import disk
 from robust_ssl.models import ConvNeXt, ResNet
+from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
 from robust_ssl.weights.convert import LAYOUTS
@@ -50,6 +51,7 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     """
     from safetensors.numpy import save
 
+    refuse_bridge(encoder, "exported")
     builder, options = native.builder_of(encoder)
     name = _layout_of(encoder)
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)
@@ -102,6 +104,7 @@ def export_stablehlo(
     """
     from jax import export
 
+    refuse_bridge(model, "exported")
     _need_flatbuffers()
     size = model.image_size
 

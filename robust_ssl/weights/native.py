@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from robust_ssl import models
 from robust_ssl.build import resolve
 from robust_ssl.models import resnet, vit
+from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.models.convnext import ConvNeXt
 from robust_ssl.types import Encoder
 from robust_ssl.weights import cards
@@ -89,6 +90,7 @@ def save_encoder(
     """
     from safetensors.numpy import save
 
+    refuse_bridge(encoder, "saved")
     if builder is None:
         builder_name, options = builder_of(encoder.replace(preprocess=None))
         builder = _BUILDERS[builder_name]

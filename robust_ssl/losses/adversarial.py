@@ -1,9 +1,4 @@
-"""What training minimizes: functions of `LossInputs` that return one value per image.
-
-A loss is never reduced: the step takes the mean, knows the weight and logs the name.  A loss sees
-the global batch, so one that compares images with each other does not depend on how many devices
-there are.
-"""
+"""Losses of labelled images, clean and attacked, and of features that are held in place."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.losses.inputs import advice, logits_of
 from robust_ssl.objectives import pairs
 from robust_ssl.objectives.layers import activation
 from robust_ssl.types import LossInputs, Outputs
@@ -22,7 +18,7 @@ _Held = Literal["adversarial", "clean"]
 _SILENT = 1e-12  # squared length below which an activation is no measure of anything
 
 
-def clean_cross_entropy(inputs: LossInputs) -> jax.Array:
+def clean_cross_entropy(inputs: LossInputs, smoothing: float = 0.0) -> jax.Array:
     r"""Measures how little the model believes in the right class of the unperturbed image.
 
     .. math:: \ell_i = -\log \operatorname{softmax}(f(x_i))_{y_i}
@@ -31,6 +27,7 @@ def clean_cross_entropy(inputs: LossInputs) -> jax.Array:
 
     Args:
       inputs: Uses `labels` and `clean.logits`, float ``[batch, classes]``.
+      smoothing: Share of the label that all classes get in equal parts, in [0, 1).
 
     Returns:
       One loss per image, at least 0, ``[batch]``.
@@ -44,10 +41,10 @@ def clean_cross_entropy(inputs: LossInputs) -> jax.Array:
       >>> np.round(clean_cross_entropy(inputs) / np.log(4), 3).tolist()
       [1.0, 1.0]
     """
-    return _cross_entropy(_logits(inputs.clean, "clean"), inputs.labels)
+    return _cross_entropy(logits_of(inputs.clean, "clean"), inputs.labels, smoothing)
 
 
-def adversarial_cross_entropy(inputs: LossInputs) -> jax.Array:
+def adversarial_cross_entropy(inputs: LossInputs, smoothing: float = 0.0) -> jax.Array:
     r"""Measures how little the model believes in the right class of the perturbed image.
 
     .. math:: \ell_i = -\log \operatorname{softmax}(f(\tilde x_i))_{y_i}
@@ -56,6 +53,7 @@ def adversarial_cross_entropy(inputs: LossInputs) -> jax.Array:
 
     Args:
       inputs: Uses `labels` and `adversarial.logits`, float ``[batch, classes]``.
+      smoothing: As in `clean_cross_entropy`.
 
     Returns:
       One loss per image, at least 0, ``[batch]``.
@@ -73,7 +71,7 @@ def adversarial_cross_entropy(inputs: LossInputs) -> jax.Array:
       Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018,
       Eq. 2.1.
     """
-    return _cross_entropy(_logits(inputs.adversarial, "adversarial"), inputs.labels)
+    return _cross_entropy(logits_of(inputs.adversarial, "adversarial"), inputs.labels, smoothing)
 
 
 def trades_kl(inputs: LossInputs) -> jax.Array:
@@ -102,8 +100,8 @@ def trades_kl(inputs: LossInputs) -> jax.Array:
       Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019,
       Eq. 5.
     """
-    clean = jax.nn.log_softmax(_logits(inputs.clean, "clean"))
-    adversarial = jax.nn.log_softmax(_logits(inputs.adversarial, "adversarial"))
+    clean = jax.nn.log_softmax(logits_of(inputs.clean, "clean"))
+    adversarial = jax.nn.log_softmax(logits_of(inputs.adversarial, "adversarial"))
     chex.assert_equal_shape([clean, adversarial])
     return jnp.sum(jnp.exp(clean) * (clean - adversarial), axis=-1)
 
@@ -138,7 +136,7 @@ def boosted_cross_entropy(inputs: LossInputs) -> jax.Array:
       Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples",
       ICLR 2020, first term of the loss in Algorithm 1.
     """
-    logits = _logits(inputs.adversarial, "adversarial")
+    logits = logits_of(inputs.adversarial, "adversarial")
     if logits.shape[-1] < 2:
         raise ValueError(
             f"boosted_cross_entropy needs a wrong class: at least 2 logits, got {logits.shape[-1]}"
@@ -183,7 +181,7 @@ def misclassification_kl(inputs: LossInputs) -> jax.Array:
     References:
       Wang et al., ICLR 2020, second term of the loss in Algorithm 1.
     """
-    logits = _logits(inputs.clean, "clean")
+    logits = logits_of(inputs.clean, "clean")
     wrong = ~jax.nn.one_hot(inputs.labels, logits.shape[-1], dtype=bool)
     # 1 - p as a sum, which keeps its digits where p is nearly 1.
     doubt = jnp.sum(jnp.where(wrong, jax.nn.softmax(logits), 0.0), axis=-1)
@@ -329,12 +327,12 @@ def genetic_regularization(
         raise ValueError(
             f'genetic_regularization: compat must be "corrected" or "released", got {compat!r}'
         )
-    pick = _logits if on == "logits" else _features
+    pick = logits_of if on == "logits" else _features
     clean, adversarial = pick(inputs.clean, "clean"), pick(inputs.adversarial, "adversarial")
     chex.assert_equal_shape([clean, adversarial])
     if compat == "released":
         reference, follower = adversarial, clean
-        error = _cross_entropy(_logits(inputs.adversarial, "adversarial"), inputs.labels)
+        error = _cross_entropy(logits_of(inputs.adversarial, "adversarial"), inputs.labels)
     else:
         reference, follower = jax.lax.stop_gradient(clean), adversarial
         error = jax.lax.stop_gradient(clean_cross_entropy(inputs))
@@ -344,16 +342,9 @@ def genetic_regularization(
     )
 
 
-def _logits(outputs: Outputs | None, which: str) -> jax.Array:
-    if outputs is None or outputs.logits is None:
-        raise ValueError(f"this loss needs {which} logits{_advice(which)}")
-    chex.assert_rank(outputs.logits, 2)
-    return outputs.logits
-
-
 def _features(outputs: Outputs | None, which: str) -> jax.Array:
     if outputs is None:
-        raise ValueError(f"this loss needs {which} features{_advice(which)}")
+        raise ValueError(f"this loss needs {which} features{advice(which)}")
     chex.assert_rank(outputs.features, 2)
     return outputs.features
 
@@ -372,7 +363,7 @@ def _moved_and_anchor(inputs: LossInputs, of: str, loss: str) -> tuple[Outputs |
 def _tap(outputs: Outputs | None, layer: int | str, which: str) -> jax.Array:
     """One activation of every image as a row, ``[batch, units]``."""
     if outputs is None:
-        raise ValueError(f"this loss needs {which} taps{_advice(which)}")
+        raise ValueError(f"this loss needs {which} taps{advice(which)}")
     if not outputs.taps:
         raise ValueError(
             f"this loss needs {which} taps, and the outputs have none: the encoder must return "
@@ -390,11 +381,10 @@ def _relative_drift(moved: jax.Array, anchor: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(moved - anchor), axis=-1) / scale
 
 
-def _advice(which: str) -> str:
-    return ": give the step an attack" if which == "adversarial" else ", and there are none"
-
-
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     chex.assert_shape(labels, logits.shape[:1])
     log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    error = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    if smoothing == 0:
+        return error
+    return (1 - smoothing) * error - smoothing * jnp.mean(log_probabilities, axis=-1)

@@ -1,0 +1,85 @@
+"""Batches that processes of their own read and decode, with grain.
+
+For sets whose pictures take longer to decode than a step takes.  A batch is the same function of
+its step wherever it is read, so neither the number of workers nor a resumed run changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+AHEAD = 2  # batches that each worker prepares
+_BESIDE = ("digests", "unreadable")  # what a worker found out about the set, beside its batch
+
+
+class _Steps:
+    """The batches from a step on, as a source of random access; it travels to the workers."""
+
+    def __init__(self, examples: Any, order: Callable[..., np.ndarray], first: int):
+        self.examples, self.order, self.first = examples, order, first
+
+    def __len__(self) -> int:
+        return 2**40  # training decides when it ends
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        rows = self.order(step=self.first + place)
+        batch = self.examples.read(rows, threads=1)
+        source = self.examples.rows[rows]
+        beside = {
+            "digests": self.examples.digests[source],
+            "unreadable": [(int(r), w) for r, w in self.examples.unreadable.items() if r in source],
+        }
+        return {**batch, "rows": rows.astype(np.int32), **beside}
+
+
+def read_in_processes(
+    examples: Any, order: Callable[..., np.ndarray], first: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batches from step `first` on, read by processes of their own.
+
+    Args:
+      examples: `StreamedExamples`; what it reads from must be picklable, as far as cloudpickle can.
+      order: ``order(step=...)``: which examples make the batch of a step, int ``[batch]``.
+      first: Number of the first step.
+      workers: How many processes.
+
+    Yields:
+      What ``examples.read`` returns, and ``rows``.
+
+    Raises:
+      ValueError: If a picture cannot be read, with its place; it ends the workers.
+      RuntimeError: If grain is not there, or a worker ends before its time.
+    """
+    grain = _grain()
+    steps = grain.MapDataset.source(_Steps(examples, order, first))
+    one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
+    iterator = iter(steps.to_iter_dataset(one_by_one).mp_prefetch(options))
+    with contextlib.closing(iterator):
+        while True:
+            batch = next(iterator)
+            beside = {name: batch.pop(name) for name in _BESIDE}
+            # Out of the memory that is shared with the worker, which takes it back.
+            batch = {name: np.array(values) for name, values in batch.items()}
+            examples.digests[examples.rows[batch["rows"]]] = np.array(beside["digests"])
+            examples.note_unreadable(dict(beside["unreadable"]))
+            yield batch
+
+
+def _grain() -> Any:
+    try:
+        import grain
+    except ImportError as error:
+        raise RuntimeError(
+            "pictures are read by processes of their own with grain, which is not installed: "
+            'pip install "robust-ssl[grain]", or set workers to 0'
+        ) from error
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # grain reads flags of its own, whoever started Python
+        flags.FLAGS.mark_as_parsed()
+    return grain

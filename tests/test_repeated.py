@@ -1,0 +1,113 @@
+"""Announced claims: intervals over seeds and images, Holm, Fieller, and what is said of them."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from robust_ssl import report
+from robust_ssl.evaluation.repeated import advantage, gain_ratio, holm
+from robust_ssl.report import announced, claims
+
+RANDOM = np.random.default_rng(0)
+
+
+def right(share, seeds=4, n=500, of=None):
+    """Outcomes in which images are hard for all seeds alike, to a part."""
+    hard = RANDOM.uniform(size=n) if of is None else of
+    noise = RANDOM.normal(0, 0.2, (seeds, n)) + RANDOM.normal(0, 0.02, (seeds, 1))
+    return hard + noise < share
+
+
+def test_an_advantage_is_its_closed_form():
+    first, second = right(0.7), right(0.6)
+    each = first.astype(float) - second
+    by_seed, by_image = each.mean(1), each.mean(0)
+    parts = np.array([by_seed.var(ddof=1) / 4, by_image.var(ddof=1) / 500])
+    freedom = parts.sum() ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 499)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(parts.sum())
+    found = advantage(first, second)
+    np.testing.assert_allclose(found[:3], [each.mean(), each.mean() - half, each.mean() + half])
+    t = (each.mean() + 0.02) / np.sqrt(parts.sum())
+    assert advantage(first, second, margin=0.02).p == pytest.approx(stats.t.sf(t, freedom))
+
+
+def test_one_seed_is_students_test_over_images():
+    first, second = right(0.7, seeds=1), right(0.6, seeds=1)
+    expected = stats.ttest_rel(first[0].astype(float), second[0].astype(float))
+    assert advantage(first, second).p == pytest.approx(expected.pvalue / 2)
+
+
+def test_what_is_always_the_same_is_certain():
+    one, none = np.ones((2, 5)), np.zeros((2, 5))
+    assert advantage(one, none) == (1, 1, 1, 0)
+    assert advantage(one, one).p == 1 and advantage(one, one, margin=0.01).p == 0
+
+
+def test_by_chance_alone_a_claim_holds_in_one_case_of_twenty():
+    """Both recipes are one and the same: seeds and images are all that differs."""
+    p = [advantage(right(0.5, n=200, of=hard), right(0.5, n=200, of=hard)).p
+         for hard in RANDOM.uniform(size=(400, 200))]  # fmt: skip
+    assert np.mean(np.array(p) < 0.05) < 0.08
+
+
+def test_a_ratio_holds_all_values_that_are_within_chance():
+    hard = RANDOM.uniform(size=500)
+    first, base, leader = (right(share, of=hard) for share in (0.6, 0.4, 0.7))
+    value, low, high = gain_ratio(first, base, leader)
+    assert low < value < high
+    a, b, c = (x.mean() for x in (first, base, leader))
+    assert value == pytest.approx((a - b) / (c - b))
+    assert gain_ratio(leader, base, leader) == pytest.approx((1, 1, 1))
+    assert gain_ratio(first, base, right(0.4, of=hard)) is None  # no gain, no share of it
+    assert gain_ratio(first, leader, base) is None
+
+
+def test_holm_is_its_published_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_shapes_that_differ_are_refused():
+    for other in (np.ones((3, 4)), np.ones((2, 5)), np.ones(4)):
+        with pytest.raises(ValueError, match=r"both must be \[seeds, images\]"):
+            advantage(np.ones((2, 4)), other)
+
+
+CLAIMS = (
+    {"more": "a", "than": "b", "by": "clean", "seen": 100},
+    {"more": "b", "than": "a", "by": "robust_worst", "margin": 0.02},
+    {"more": "c", "than": "a", "by": "clean"},
+)
+
+
+def test_announced_claims_are_judged_together_on_unseen_images():
+    hard = RANDOM.uniform(size=500)
+    first, second = right(0.7, of=hard), right(0.4, of=hard)
+    by_seed = {("a", "clean"): dict(enumerate(first)), ("b", "clean"): dict(enumerate(second[:3])),
+               ("a", "robust_worst"): dict(enumerate(first)),
+               ("b", "robust_worst"): dict(enumerate(second))}  # fmt: skip
+    fresh = np.arange(500) >= 100
+    unseen = {("clean", 100): fresh, ("robust_worst", 0): np.ones(500, bool),
+              ("clean", 0): np.ones(500, bool)}  # fmt: skip
+    one, two, three = announced.sentences(CLAIMS, by_seed, unseen, claims.PLACES)
+    found = advantage(first[:3, 100:], second[:3, 100:])
+    assert one.startswith("a has more than b without an attack: holds. ")
+    assert f"{100 * found.mean:+.1f} points" in one and "seeds: 3, images: 400" in one
+    assert f"p = {2 * found.p:.2g} after Holm over 2" in one
+    assert two.startswith("b has at most 2 points less than a under both suites: is not shown.")
+    assert three.endswith("cannot be judged, it was not measured.")
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"more": "a", "than": "b"}, "has no 'by'"),
+        ({"more": "a", "than": "a", "by": "clean"}, "must compare two recipes"),
+        ({"more": "a", "than": "d", "by": "clean"}, "'d' in .* is not compared"),
+        ({"more": "a", "than": "b", "by": "clen"}, "is no share"),
+        ({"more": "a", "than": "b", "by": "clean", "within": 2}, "unknown entry 'within'"),
+    ],
+)
+def test_an_announced_claim_that_cannot_be_is_refused(claim, message):
+    with pytest.raises(ValueError, match=message):
+        report.claims.check_claim(claim, ["a", "b", "c"])
