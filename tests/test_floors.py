@@ -19,6 +19,7 @@ FLOORS = (
         *("data", "weights", "zoo", "workdir", "progress", "stopping"),
         *("settings", "shipped", "report", "schemas", "recipes", "pickles"),
     },
+    {"audit"},
     {"experiment"},
     {"api"},
     {"cli", "__init__"},
