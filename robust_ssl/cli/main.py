@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import robust_ssl
 from robust_ssl import settings, stopping, words
 from robust_ssl.cli import (
+    audit,
     check,
     completion,
     config_files,
@@ -41,6 +42,7 @@ _COMMANDS = {
     "config": config_files,
     "data": data,
     "encoder": encoder,
+    "audit": audit,
     "completion": completion,
 }
 
