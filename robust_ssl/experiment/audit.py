@@ -341,8 +341,10 @@ def _provenance(context: Context) -> dict[str, Any] | None:
     source = _source(context)
     if source is None or importlib.util.find_spec("robust_ssl.provenance") is None:
         return None
-    examine = importlib.import_module("robust_ssl.provenance").examine
-    checks = [one.as_json() for one in examine(source, lock=context.plan.audit.lock)]
+    provenance = importlib.import_module("robust_ssl.provenance")
+    file, options = context.plan.audit.lock, context.plan.encoder.options
+    lock = None if file is None else provenance.read_lock(file)
+    checks = [one.as_json() for one in provenance.examine(source, lock=lock, **options)]
     outcomes = [one["outcome"] for one in checks]
     return {
         "checks": checks,
