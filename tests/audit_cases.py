@@ -132,7 +132,7 @@ MEASURED = {
     ],
     "provenance": provenance(),
     "screening": None,
-    "inspection": None,
+    "inspection": {"model": "recipes/gen_af-seed0", "baseline": "baseline"},
     "made": {
         "results_sha256": None,
         "versions": {"robust-ssl": "0.2.0", "jax": "0.10"},

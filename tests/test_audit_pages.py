@@ -56,7 +56,7 @@ def bare():
     cost = {**cases.MEASURED["cost"], "factor": None, "extra_training_seconds": None}
     cost["secured"] = {"training_seconds": None, "seconds_per_image": None}
     points = [{**p, "cost_factor": None} for p in cases.MEASURED["trade_off"]]
-    nothing = dict.fromkeys(("provenance", "layers", "bands"))
+    nothing = dict.fromkeys(("provenance", "layers", "bands", "inspection"))
     return cases.sealed(**nothing, cost=cost, trade_off=points, examples=[])
 
 
@@ -182,6 +182,17 @@ def test_what_a_company_writes_is_text():
     assert "'=1+1" in row
 
 
+def test_names_that_cannot_be_seen_are_escaped(tmp_path):
+    examples = [{**cases.MEASURED["examples"][0], "said_clean": "caf\udce9\u202eabc\x1b[2J"}]
+    data = {**cases.MEASURED["data"], "name": "\udce9\u202e{x}"}
+    layers = {"usual": [{"layer": "\u202eblock", "drift": 1.0}]}
+    whole = decide(cases.sealed(examples=examples, data=data, layers=layers), "pilot", "")
+    pages.write(tmp_path, whole)
+    text = (tmp_path / "audit.ja.html").read_text(encoding="utf-8")
+    assert "\u202e" not in text and "\x1b" not in text and r"caf\udce9\u202eabc" in text
+    assert r"\udce9\u202e{x}" in text
+
+
 def test_amber_is_what_is_not_decidable():
     for language in answers.LANGUAGES:
         text = pages.html(DECIDED["untrusted"], language)
@@ -204,7 +215,8 @@ def test_no_message_is_missing():
 
 def test_templates_hold_no_words():
     for file in FOLDER.glob("*.j2"):
-        text = re.sub(r"{[{%#].*?[}%#]}|<[^>]*>|&\w+;", " ", file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        text = re.sub(r"<code>.*?</code>|{[{%#].*?[}%#]}|<[^>]*>|&\w+;", " ", text)
         assert not re.search(r"[A-Za-z]{2}|[^\x00-\x7f\u2013\u2192\u00b7]", text), file.name
 
 

@@ -148,7 +148,8 @@ def _check_manifest(folder: pathlib.Path, measured: Mapping[str, Any]) -> None:
 def write(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
     """Writes a document; the file is there whole or not at all."""
     check(document)
-    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    # In ASCII: the name of a folder need not be UTF-8, and JSON has an escape for it.
+    text = json.dumps(document, indent=1, allow_nan=False)
     disk.replace(path, text + "\n")
 
 

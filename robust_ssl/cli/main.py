@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments without the program's name; None for those of this process.
 
     Returns:
-      0 done, 1 failed, 2 wrong usage, 75 stopped and resumable.
+      0 done, 1 failed, 2 wrong usage, 3 an audit is not decidable, 75 stopped and resumable.
 
     Raises:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.

@@ -1,7 +1,7 @@
 """The stage `audit`: what the other stages measured, brought together and decided on.
 
 Nothing is measured twice.  What this stage adds is the time of one inference, the pictures of the
-page, and the encoder's provenance.
+page, the encoder's provenance, and a baseline for inspections.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from robust_ssl.audit import pages as audit_pages
 from robust_ssl.evaluation.checks.result import BELIEVABLE, WITH_NOTES
 from robust_ssl.experiment import audit_pictures, pages, train
 from robust_ssl.experiment.attack import at_main_budget, attack
+from robust_ssl.experiment.audit_baseline import write_baseline
 from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.compare import compare
 from robust_ssl.experiment.context import Context, identity, model_inputs
@@ -136,7 +137,7 @@ def _measure(
         "examples": audit_pictures.examples(looks["usual"], context.plan.audit.examples),
         "provenance": _provenance(context),
         "screening": _screening(context),
-        "inspection": None,
+        "inspection": write_baseline(context, models["secured"]) if names["secured"] else None,
         "made": _made(context, scored),
     }
 

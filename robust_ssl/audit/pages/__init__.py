@@ -20,7 +20,7 @@ from robust_ssl import disk, settings
 from robust_ssl.audit import checklists, document, junit
 from robust_ssl.audit.answers import LANGUAGES
 from robust_ssl.audit.pages import drawing
-from robust_ssl.audit.pages.catalog import Catalog
+from robust_ssl.audit.pages.catalog import Catalog, seen
 from robust_ssl.audit.pages.numbers import Numbers
 
 PAGES = {"en": "audit.html", "ja": "audit.ja.html"}
@@ -44,6 +44,7 @@ def _environment() -> Any:
         loader=jinja2.PackageLoader("robust_ssl.audit", "pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=seen,
         trim_blocks=True,
         lstrip_blocks=True,
     )

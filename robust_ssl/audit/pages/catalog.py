@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from robust_ssl import words
+
 
 @functools.cache
 def messages(language: str) -> Mapping[str, str]:
@@ -42,7 +44,8 @@ class Catalog:
         """Returns a message as markup, values escaped unless they are markup themselves."""
         from markupsafe import Markup, escape
 
-        return Markup(escape(self.messages[key])).format(**values)
+        shown = {name: seen(value) for name, value in values.items()}
+        return Markup(escape(self.messages[key])).format(**shown)
 
     def has(self, key: str) -> bool:
         """Whether there is such a message."""
@@ -54,4 +57,15 @@ class Catalog:
 
     def plain(self, key: str, **values: Any) -> str:
         """Returns a message as text, for attributes and figures."""
-        return self.messages[key].format(**values)
+        return self.messages[key].format(**{name: seen(value) for name, value in values.items()})
+
+
+def seen(value: Any) -> Any:
+    r"""Returns a text with every character seen, markup as it is: a name must not forge a page.
+
+    Example:
+      >>> print(seen("caf\udce9"), seen(2))
+      caf\udce9 2
+    """
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return words.line(value) if is_text else value
