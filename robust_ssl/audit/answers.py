@@ -90,6 +90,10 @@ class Waiver:
         """Whether it counts on a day."""
         return self.date <= today <= self.until
 
+    def as_json(self) -> dict[str, str]:
+        """Returns what ``audit.json`` keeps of it."""
+        return {name: str(value) for name, value in dataclasses.asdict(self).items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Limit:

@@ -76,9 +76,7 @@ def decide(
         outcome.replace(" ", "_"): sum(g["outcome"] == outcome for g in decided["gates"])
         for outcome in (gates.PASSED, gates.FAILED, gates.NOT_DECIDABLE, gates.WAIVED)
     }
-    decided["expired"] = [
-        gates._as_json(waiver) for waiver in answers.waivers if not waiver.counts(date)
-    ]
+    decided["expired"] = [waiver.as_json() for waiver in answers.waivers if not waiver.counts(date)]
     decided["checklist"] = checklists.judge(items, document_, stage, answers)
     done = sum(item["state"] != checklists.NOT_DONE for item in decided["checklist"])
     decided["checklist_done"] = done

@@ -7,7 +7,6 @@ not open a gate.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -171,7 +170,7 @@ def judge(
         "own_reason": own.reason if own else None,
         "title": dict(gate.title),
         "reason": dict(gate.reason),
-        "waiver": _as_json(waiver) if waiver else None,
+        "waiver": waiver.as_json() if waiver else None,
     }
 
 
@@ -189,10 +188,6 @@ def _waiver(
     if outcome == PASSED or doubted:
         return None
     return next((w for w in waivers if w.gate == gate.id and w.counts(today)), None)
-
-
-def _as_json(waiver: Waiver) -> dict[str, str]:
-    return {name: str(value) for name, value in dataclasses.asdict(waiver).items()}
 
 
 def overall(gates: Sequence[Mapping[str, Any]]) -> str:
