@@ -13,10 +13,16 @@ import audit_cases as cases
 import pytest
 
 from robust_ssl import settings
-from robust_ssl.audit import answers, checklists, decision, pages, policy
+from robust_ssl.audit import answers, checklists, decision, document, pages, policy
 from robust_ssl.audit.pages import catalog, numbers
 from robust_ssl.evaluation.checks.table import CHECKS
 
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLES = {  # of the guide, with their outcomes
+    "pilot_yes_full_no": "failed",
+    "not_worth_it": "failed",
+    "not_believable": "not decidable",
+}
 POLICY, ITEMS = policy.read(), checklists.read()
 FOLDER = pathlib.Path(pages.__file__).parent
 TAIL = """
@@ -227,6 +233,23 @@ def test_money_is_said_as_people_say_it():
     assert numbers.money(3400.0, "CHF", "ja") == "3,400 CHF"
     assert numbers.money(0.0, "EUR", "en") == "EUR 0"
     assert numbers.plain(-0.000012) == f"{minus}0.000012"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_of_the_guide_is_what_its_command_makes(name):
+    folder = ROOT / "docs/audit/examples" / name
+    whole = document.read(folder / "audit.json")
+    rules = decision.rules(None, folder / "answers.yaml")
+    date = datetime.date.fromisoformat(whole["decided"]["date"])
+    again = decision.decide(whole, whole["decided"]["stage"], *rules, date)
+    assert again["decided"]["outcome"] == EXAMPLES[name]
+    for language, page in pages.PAGES.items():
+        text = (folder / page).read_text(encoding="utf-8")
+        assert pages.html(again, language) == text, "run the commands of its README"
+    failed = [g["id"] for g in again["decided"]["gates"] if g["outcome"] == "failed"]
+    if name == "pilot_yes_full_no":
+        assert decision.decide(whole, "pilot", *rules, date)["decided"]["outcome"] == "passed"
+    assert name != "not_worth_it" or failed == ["worth-it"]
 
 
 def test_without_jinja2_the_way_out_is_said(monkeypatch):
