@@ -276,6 +276,8 @@ GATE = "gates:\n- {id: a, measure: %s, comparison: %s, limit: %s, title: t, reas
         (("/measured/clean/usual", "atleast", 1), "comparison is 'atleast'; did you mean at_least"),
         (("/measured/clean/usual", "at_least", "high"), "limit is 'high', no number"),
         (("/measured/clean/usual", "at_least", "{pilto: 1}"), "unknown entry 'pilto'.*pilot"),
+        (("/measured/clean/usual", "at_least", "{full: 1}"), "no gate has a limit for the stage"),
+        (("/measured/clean", "is", "good"), "there is no single figure there"),
     ],
 )
 def test_a_policy_that_means_nothing_is_refused(gate, message):
@@ -337,6 +339,30 @@ def test_an_edited_verdict_is_refused():
     whole = edited(mend)
     whole["seal"] = document.digest(whole["measured"])
     document.check(whole)  # a seal can be made by anybody: the stage's own manifest is asked
+
+
+def test_a_word_or_an_interval_that_contradicts_itself_is_refused():
+    def word(measured):
+        measured["trust"]["secured"]["checks"][3]["status"] = "passed"
+        measured["trust"]["secured"]["trusted"] = True
+
+    def interval(measured):
+        measured["attacked"]["secured"]["accuracy"]["low"] = 0.95
+
+    for change, message in (
+        (word, "do not agree"),
+        (interval, r"\[0.95, 0.92\] does not hold 0.9"),
+    ):
+        whole = edited(change)
+        whole["seal"] = document.digest(whole["measured"])
+        with pytest.raises(document.AuditFileError, match=message):
+            document.check(whole)
+
+
+def test_a_policy_without_a_gate_is_refused():
+    with pytest.raises(lines.EntryError, match="has no gate"):
+        policy.parse(lines.parse("gates: []", "policy.yaml"))
+    assert gates.overall([]) == "not decidable"
 
 
 def test_what_the_stage_left_is_asked_too(tmp_path):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robust_ssl import settings
 from robust_ssl.audit import answers as answers_file
 from robust_ssl.audit import checklists, document, frameworks, gates, policy, risk
 from robust_ssl.audit.answers import AMOUNTS, STAGES, Answers
@@ -69,7 +70,12 @@ def decide(
         "risk": assess(whole["measured"], answers),
     }
     document_ = {**whole, "decided": decided}
-    held = [g for g in limits if stage in g.limits]
+    held = [gate for gate in limits if stage in gate.limits]
+    if not held:
+        raise settings.SettingsError(
+            f"{limits[0].where.split(',')[0]}: no gate has a limit for the stage {stage!r}, so "
+            "nothing would be decided"
+        )
     decided["gates"] = [gates.judge(gate, document_, stage, answers, date) for gate in held]
     decided["outcome"] = gates.overall(decided["gates"])
     decided["counts"] = {

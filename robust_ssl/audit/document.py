@@ -70,20 +70,38 @@ def check(document: Any, file: str = NAME) -> None:
     error = jsonschema.exceptions.best_match(_validator().iter_errors(document))
     if error is not None:
         raise AuditFileError(f"{file}, {_dotted(error.absolute_path)}: {error.message[:300]}")
+    _check_intervals(document["measured"], "measured", file)
     for role, verdict in document["measured"]["trust"].items():
-        # The words may not contradict each other, whoever computed the seal.
-        checks = verdict["checks"] if verdict else ()
-        failed = [check["name"] for check in checks if check["status"] == "failed"]
-        if failed and verdict["trusted"]:
-            raise AuditFileError(
-                f"{file}, measured.trust.{role}: trusted, but the check {failed[0]} failed"
-            )
+        if verdict is not None:
+            _check_verdict(verdict, f"{file}, measured.trust.{role}")
     if document["seal"] != digest(document["measured"]):
         raise AuditFileError(
             f"{file} is not what was written there: what was measured does not agree with its "
             "seal. Bring it back from a copy, or run `robust-ssl audit run` again: finished "
             "stages are kept"
         )
+
+
+def _check_verdict(verdict: Mapping[str, Any], where: str) -> None:
+    """Raises where the words of a verdict contradict each other, whoever computed the seal."""
+    failed = [check["name"] for check in verdict["checks"] if check["status"] == "failed"]
+    if failed and verdict["trusted"]:
+        raise AuditFileError(f"{where}: trusted, but the check {failed[0]} failed")
+    if verdict["trusted"] != verdict["verdict"].startswith("believable"):
+        raise AuditFileError(f"{where}: {verdict['verdict']!r} and trusted do not agree")
+
+
+def _check_intervals(value: Any, where: str, file: str) -> None:
+    """Raises where an interval does not hold its share: gates go by its ends."""
+    if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
+        if not value["low"] - 1e-9 <= value["value"] <= value["high"] + 1e-9:
+            raise AuditFileError(
+                f"{file}, {where}: [{value['low']}, {value['high']}] does not hold {value['value']}"
+            )
+    elif isinstance(value, Mapping | list):
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, entry in inner:
+            _check_intervals(entry, f"{where}.{name}", file)
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:

@@ -100,6 +100,10 @@ def holds(figure: Any, comparison: str, limit: float | str, where: str) -> bool 
     value = safe_end(figure, comparison)
     if value is None or value == "absent":
         return None
+    if isinstance(value, Mapping | list):
+        raise MissingFigureError(
+            f"{where}: there is no single figure there{settings.near('', _names(value))}"
+        )
     if comparison == "is":
         return str(value).lower() == str(limit).lower()
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -193,6 +197,8 @@ def _waiver(
 def overall(gates: Sequence[Mapping[str, Any]]) -> str:
     """Returns the outcome of all gates: one that fails decides, then one that is not decidable.
 
+    Without a gate nothing is decided.
+
     Example:
       >>> overall([{"outcome": "passed"}, {"outcome": "waived"}])
       'passed'
@@ -203,4 +209,4 @@ def overall(gates: Sequence[Mapping[str, Any]]) -> str:
     for outcome in (FAILED, NOT_DECIDABLE):
         if outcome in outcomes:
             return outcome
-    return PASSED
+    return PASSED if outcomes else NOT_DECIDABLE

@@ -67,6 +67,8 @@ def parse(entry: Entry) -> tuple[Gate, ...]:
         if gate.id in gates:
             raise item.error(f"has the id {gate.id!r}, which is there twice")
         gates[gate.id] = gate
+    if not gates:
+        raise entry.error("has no gate; a policy without one decides nothing")
     return tuple(gates.values())
 
 
