@@ -69,7 +69,9 @@ if __name__ == "__main__":
         python_requires=">=3.11",
         packages=[*find_packages(include=["robust_ssl", "robust_ssl.*"]), "robust_ssl.configs"],
         package_dir={"robust_ssl.configs": "configs"},  # found by name, `robust_ssl.shipped`
-        package_data={"robust_ssl": ["py.typed", "zoo/*/*", "schemas/*.json"]},
+        package_data={
+            "robust_ssl": ["py.typed", "zoo/*/*", "schemas/*.json", "audit/*.yaml", "audit/pages/*"]
+        },
         install_requires=[
             "jax>=0.10",
             "flax>=0.12",
@@ -106,6 +108,7 @@ if __name__ == "__main__":
                 "nbformat>=5.10",
                 "nbclient>=0.10",
                 "ipykernel>=6.29",
+                "jinja2>=3.1",
             ],
             "torch": ["torch>=2.10", "transformers>=5"],  # parity tests and benchmarks
             "onnx": ["torch>=2.10", "onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
@@ -129,6 +132,7 @@ if __name__ == "__main__":
                 "sphinx-intl",
                 "docutils>=0.22",  # which reads formulas
             ],
+            "audit": ["jinja2>=3.1"],  # the pages of an audit; flax brings PyYAML
             "completion": ["shtab>=1.7"],
             # Where `robust-ssl track` sends the metrics of a run.
             "wandb": ["wandb"],

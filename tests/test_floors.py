@@ -20,6 +20,7 @@ FLOORS = (
         *("settings", "shipped", "report", "schemas", "recipes", "pickles", "bridges"),
         *("provenance", "inspection"),
     },
+    {"audit"},
     {"experiment"},
     {"api"},
     {"cli", "__init__"},

@@ -14,11 +14,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CELL_SECONDS = 1800
 DRAWN = {
     "1_attack_and_secure": ("data", "fit", "attacked"),
+    "2_audit": (),
     "3_bring_your_own": ("plot",),
     "4_your_own_loss": (),
 }
 TABLES = {
     "1_attack_and_secure": ("measure", "secured encoder"),
+    "2_audit": ("gates", "robust-accuracy"),
     "3_bring_your_own": ("calls", "universal_pgd"),
     "4_your_own_loss": ("result", "pgd"),
 }

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import robust_ssl
 from robust_ssl import settings, stopping, words
 from robust_ssl.cli import (
+    audit,
     check,
     completion,
     config_files,
@@ -43,6 +44,7 @@ _COMMANDS = {
     "data": data,
     "encoder": encoder,
     "inspect": inspect,
+    "audit": audit,
     "completion": completion,
 }
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: Arguments without the program's name; None for those of this process.
 
     Returns:
-      0 done, 1 failed, 2 wrong usage, 75 stopped and resumable.
+      0 done, 1 failed, 2 wrong usage, 3 an audit is not decidable, 75 stopped and resumable.
 
     Raises:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.

@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
     build.add_argument(
         "--out", required=True, metavar="DIR", help="gets a folder for each encoder, and a table"
     )
-    _add_run_flags(build)
+    add_run_flags(build)
 
 
 def _add_run(commands: Any, name: str, text: str) -> None:
@@ -71,10 +71,11 @@ def _add_run(commands: Any, name: str, text: str) -> None:
     command.add_argument(
         "--workdir", required=True, metavar="DIR", help="where everything is written; made if new"
     )
-    _add_run_flags(command)
+    add_run_flags(command)
 
 
-def _add_run_flags(command: argparse.ArgumentParser) -> None:
+def add_run_flags(command: argparse.ArgumentParser) -> None:
+    """Adds the flags of everything that trains."""
     command.add_argument(
         "--devices", type=int, metavar="N", help="how many devices to use (default: all)"
     )
@@ -106,10 +107,10 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Runs a config, or the list of them for a zoo, and returns the exit code."""
-    several = _check_cluster(arguments)
+    several = check_cluster(arguments)
     command = _build_zoo if arguments.command == "zoo" else _run_config
     with stopping.stop_on_signals(several, arguments.ends_process) as install:
-        return command(arguments, overrides, lambda: _started(arguments, several, install))
+        return command(arguments, overrides, lambda: started(arguments, several, install))
 
 
 def _run_config(
@@ -145,7 +146,7 @@ def _build_zoo(
     return FAILED if failures else DONE
 
 
-def _started(arguments: argparse.Namespace, several: bool, install: Callable[[], None]) -> Any:
+def started(arguments: argparse.Namespace, several: bool, install: Callable[[], None]) -> Any:
     """Starts JAX and progress as the flags say; returns the devices."""
     _start_jax(arguments, several)
     install()  # joining the others has put JAX's handler in place of ours
@@ -179,7 +180,7 @@ def _layout(count: int | None, kind: str = "pmap") -> Any:
         raise settings.SettingsError(f"--devices: {error}") from None
 
 
-def _check_cluster(arguments: argparse.Namespace) -> bool:
+def check_cluster(arguments: argparse.Namespace) -> bool:
     """Returns whether this is one of several processes; half a set of flags is an error."""
     given = [arguments.coordinator, arguments.num_processes, arguments.process_id]
     some = any(value is not None for value in given)

@@ -70,9 +70,9 @@ def write(
         # Before the page and its figures: whatever becomes of them, the numbers are there.
         report.results.write(file, **document)
     # What opens stages comes first: all processes have to, and only one writes the page.
-    models = _models(context, pairs)
+    models = models_of(context, pairs)
     public = at_main_budget(context, attack(context))
-    looks = {n: _look(context, scored, n, model, public) for n, model in models.items()}
+    looks = {n: look(context, scored, n, model, public) for n, model in models.items()}
     layers = _layers(context, pairs)
     if jax.process_index():
         return right
@@ -124,7 +124,8 @@ def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
     return all(written[part] == new[part] for part in ("results", "verdicts", "comparison"))
 
 
-def _models(context: Context, pairs: Pairs) -> dict[str, Classifier]:
+def models_of(context: Context, pairs: Pairs) -> dict[str, Classifier]:
+    """Returns every scored classifier by name: those that were trained, those from elsewhere."""
     trained = {train.model_name(r, s): train.load_trained(context, r, s) for r, s in pairs}
     return {**trained, **saved_classifiers(context)}
 
@@ -212,7 +213,7 @@ def _figures(
     answers = [tuple(pair) for pair in first["answers"].tolist()]
     examples = (first["clean"], first["attacked"])
     paths = report.attempt(report.figure_examples, folder, *examples, predictions=answers)
-    drifts = {label: _drift(looks[name]) for name, label in shown.items()}
+    drifts = {label: drift(looks[name]) for name, label in shown.items()}
     paths += report.attempt(report.figure_stability, folder, drifts)
     for recipe, results in layers.items():
         chosen, name = (results["scores"], results["selected"]), f"sensitivity-{recipe}"
@@ -253,7 +254,7 @@ def _curve(
     return [points[epsilon] for epsilon in sorted(points)]
 
 
-def _look(
+def look(
     context: Context,
     scored: StageDirectory,
     name: str,
@@ -298,7 +299,8 @@ def _look(
     return arrays
 
 
-def _drift(look: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def drift(look: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Returns by how much the output of each layer moves, by tap and measure."""
     rows = zip(look["taps"].tolist(), look["drift"].tolist(), strict=True)
     return {tap: dict(zip(look["measures"].tolist(), row, strict=True)) for tap, row in rows}
 

@@ -23,6 +23,7 @@ from robust_ssl.build import (
     read_entries,
     text_of,
 )
+from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.grid import check_values, points
 from robust_ssl.experiment.linking import check_against, entries_of, in_order, link, read_common
 from robust_ssl.experiment.recipe import Recipe
@@ -40,7 +41,7 @@ from robust_ssl.experiment.suites import Suite, check_names
 from robust_ssl.report.claims import check_claim
 from robust_ssl.types import Encoder
 
-STAGES = ("pretrain", "attack", "train", "score", "compare", "sweep", "analyze")
+STAGES = ("pretrain", "attack", "train", "score", "compare", "audit", "sweep", "analyze")
 # What each stage reads of the config; `compare` and `sweep` run what they need of the others.
 NEEDS = {
     "pretrain": ("pretrain",),
@@ -48,6 +49,7 @@ NEEDS = {
     "train": ("encoder", "downstream", "recipes"),
     "score": ("encoder", "surrogate", "downstream", "suite"),
     "compare": ("encoder", "surrogate", "downstream", "suite", "recipes"),
+    "audit": ("encoder", "surrogate", "downstream", "suite", "recipes", "audit"),
     "sweep": ("encoder", "surrogate", "downstream", "suite", "recipes", "sweep"),
     "analyze": ("encoder", "surrogate", "downstream", "suite"),
 }
@@ -81,6 +83,7 @@ class Plan:
       classifiers: Classifiers from elsewhere that are scored too.
       scoring: How classifiers are scored.
       compare: How recipes are held against each other.
+      audit: What is decided on, and by which policy and answers.
       sweep: A grid over a recipe.
       analyze: Where attacks work.
       pretrain: How the public encoder is made, where it is.
@@ -97,6 +100,7 @@ class Plan:
     classifiers: Mapping[str, SavedClassifier] = dataclasses.field(default_factory=dict)
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
     compare: Compare = dataclasses.field(default_factory=Compare)
+    audit: Audit | None = None
     sweep: Sweep | None = None
     analyze: Analyze = dataclasses.field(default_factory=Analyze)
     pretrain: Pretrain | None = None
@@ -199,7 +203,7 @@ def _check(planned: Plan) -> None:
         )
     _check_names(planned)
     _check_names_in_sections(planned)
-    if {"compare", "sweep"} & {*planned.stages}:
+    if {"compare", "audit", "sweep"} & {*planned.stages}:
         _check_compare(planned)
     if planned.pretrain is not None:
         with inside("config.pretrain.encoder"):
@@ -211,7 +215,7 @@ def _check(planned: Plan) -> None:
 def _check_names_in_sections(planned: Plan) -> None:
     """Refuses names that sections have of recipes and attacks which are not there."""
     # What a section says is checked, whether its stage runs or not.
-    compared = bool({"compare", "sweep"} & {*planned.stages})
+    compared = bool({"compare", "audit", "sweep"} & {*planned.stages})
     for entry in ("reference", "baseline"):
         name = getattr(planned.compare, entry)
         if compared or (planned.recipes and name != getattr(Compare(), entry)):
@@ -221,6 +225,8 @@ def _check_names_in_sections(planned: Plan) -> None:
             check_claim(claim, list(planned.recipes))
     if planned.sweep is not None:
         _check_sweep(planned)
+    if planned.audit is not None:
+        planned.audit.check_names(planned.recipes, planned.classifiers)
     if "analyze" in planned.stages or planned.analyze != Analyze():
         _check_transfer(planned)
 
@@ -317,7 +323,7 @@ def _check_compare(planned: Plan) -> None:
             "config.scoring.twin needs another seed of each recipe: give config.training.seeds two "
             "or more"
         )
-    if "compare" in planned.stages and not planned.scoring.adaptive:
+    if {"compare", "audit"} & {*planned.stages} and not planned.scoring.adaptive:
         raise ValueError(
             "config.scoring.adaptive must be true: the comparison has the suite crafted again on "
             "the hardened encoder"

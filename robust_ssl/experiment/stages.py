@@ -12,10 +12,13 @@ from typing import Any
 import jax
 
 from robust_ssl import data, report, words
+from robust_ssl.audit import summary
 from robust_ssl.experiment import forecast, pages, sweep
 from robust_ssl.experiment.analyze import analyze
 from robust_ssl.experiment.attack import attack
 from robust_ssl.experiment.attack import check as check_attack
+from robust_ssl.experiment.audit import audit
+from robust_ssl.experiment.audit import check as check_audit
 from robust_ssl.experiment.compare import compare
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.plan import Plan, UsageError, plan
@@ -47,6 +50,7 @@ _RUN: dict[str, Callable[[Context], StageDirectory]] = {
     "train": train,
     "score": score,
     "compare": compare,
+    "audit": audit,
     "sweep": sweep.sweep,
     "analyze": analyze,
 }
@@ -119,7 +123,7 @@ def _run_stages(context: Context) -> dict[str, Any]:
                 raise Stopped(f"stopped before the stage {name}")
             finished[name] = stage = _RUN[name](context)
             _log.info("%s: done (%.0f s) in %s", name, stage.manifest["seconds"], stage.path)
-        if {"score", "compare"} & finished.keys():
+        if {"score", "compare"} & finished.keys() and "audit" not in finished:
             right = pages.write(context, finished.get("compare"))
     results = {name: stage.results for name, stage in finished.items()}
     if jax.process_index() == 0:
@@ -129,7 +133,10 @@ def _run_stages(context: Context) -> dict[str, Any]:
 
 def _print(context: Context, results: Mapping[str, Any], right: Any) -> None:
     """Prints the answer, and where everything else is."""
-    if {"score", "compare"} & results.keys():
+    if "audit" in results:
+        for line in summary.lines(context.workdir):
+            words.say(line, sys.stdout, margin="")
+    elif {"score", "compare"} & results.keys():
         document = report.results.read(context.workdir / "results.json")
         report.print_summary(document, outcomes=right)
         words.say(f"everything else: {context.workdir / 'report.md'}", sys.stdout)
@@ -155,6 +162,9 @@ def check(context: Context) -> None:
 
 def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
     stages = {*context.plan.stages}
+    if "audit" in stages:
+        yield check_audit
+        stages |= {"compare"}
     if "pretrain" in stages:
         yield check_pretrain
         if context.plan.encoder.is_pretrained:

@@ -1,0 +1,119 @@
+"""From what was measured to a decision: risk, gates, checklists; the same every time."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robust_ssl import settings
+from robust_ssl.audit import answers as answers_file
+from robust_ssl.audit import checklists, document, frameworks, gates, policy, risk
+from robust_ssl.audit.answers import AMOUNTS, STAGES, Answers
+
+
+def today() -> datetime.date:
+    """Returns the date on which a decision is made.
+
+    ``SOURCE_DATE_EPOCH``, seconds since 1970, stands for now where a page must be the same again
+    on another day.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch and epoch.isdigit():
+        return datetime.datetime.fromtimestamp(int(epoch), datetime.UTC).date()
+    return datetime.date.today()
+
+
+def rules(policy_file: str | os.PathLike | None, answers_path: str | os.PathLike | None):
+    """Reads what a decision goes by, before anything is measured.
+
+    Returns:
+      The gates of the policy, the items of the checklist, and the answers.
+
+    Raises:
+      EntryError: Naming file and line of what is wrong.
+    """
+    limits, items = policy.read(policy_file), checklists.read()
+    ids = [gate.id for gate in limits], [item.id for item in items]
+    return limits, items, answers_file.read(answers_path, *ids)
+
+
+def decide(
+    whole: Mapping[str, Any],
+    stage: str,
+    limits: Sequence[policy.Gate],
+    items: Sequence[checklists.Item],
+    answers: Answers,
+    date: datetime.date | None = None,
+) -> dict[str, Any]:
+    """Returns a document with what is decided on it for a stage.
+
+    Args:
+      whole: A document, sealed.
+      stage: One of `answers.STAGES`.
+      limits: The policy.
+      items: The checklist.
+      answers: What the company says.
+      date: Of the decision; None is today.
+
+    Raises:
+      MissingFigureError: If a gate points to a figure that is not there.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}; there are {', '.join(STAGES)}")
+    date = date or today()
+    decided: dict[str, Any] = {
+        "date": str(date),
+        "stage": stage,
+        "answers": answers.as_json(),
+        "risk": assess(whole["measured"], answers),
+    }
+    document_ = {**whole, "decided": decided}
+    held = [gate for gate in limits if stage in gate.limits]
+    if not held:
+        raise settings.SettingsError(
+            f"{limits[0].where.split(',')[0]}: no gate has a limit for the stage {stage!r}, so "
+            "nothing would be decided"
+        )
+    decided["gates"] = [gates.judge(gate, document_, stage, answers, date) for gate in held]
+    decided["outcome"] = gates.overall(decided["gates"])
+    decided["counts"] = {
+        outcome.replace(" ", "_"): sum(g["outcome"] == outcome for g in decided["gates"])
+        for outcome in (gates.PASSED, gates.FAILED, gates.NOT_DECIDABLE, gates.WAIVED)
+    }
+    decided["expired"] = [waiver.as_json() for waiver in answers.waivers if not waiver.counts(date)]
+    decided["checklist"] = checklists.judge(items, document_, stage, answers)
+    done = sum(item["state"] != checklists.NOT_DONE for item in decided["checklist"])
+    decided["checklist_done"] = done
+    decided["checklist_items"] = len(decided["checklist"])
+    decided["frameworks"] = frameworks.as_json()
+    document.check(document_)
+    return document_
+
+
+def assess(measured: Mapping[str, Any], answers: Answers) -> dict[str, Any] | None:
+    """Returns the risk section; None where amounts are missing."""
+    if any(name not in answers.amounts for name in AMOUNTS):
+        return None
+    attacked, clean, cost = (measured[name] for name in ("attacked", "clean", "cost"))
+    if any(part["secured"] is None for part in (attacked, clean)):
+        return None
+
+    def share(figure: Mapping[str, Any]) -> tuple[float, int]:
+        return figure["value"], figure["n"]
+
+    hours = cost["extra_training_seconds"]
+    rates = risk.Rates(
+        success_before=share(attacked["usual"]["success"]),
+        success_after=share(attacked["secured"]["success"]),
+        clean_before=share(clean["usual"]),
+        clean_after=share(clean["secured"]),
+        extra_training_hours=(hours or 0.0) / risk.SECONDS_PER_HOUR,
+        inference_ratio=cost["inference_ratio"],
+    )
+    return {
+        "currency": answers.currency,
+        "training_counted": hours is not None,
+        **risk.assess(answers.amounts, rates),
+    }

@@ -1,0 +1,225 @@
+"""YAML files that people fill in: every entry knows its line, so an error can name it.
+
+Only mappings, lists and plain texts are read.  What a text means, a number or a date, is decided by
+who asks: YAML's own guesses (``1e6`` is a text, ``NO`` is false) surprise people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from robust_ssl import disk, settings
+
+MOST_BYTES = 2**20
+MOST_NESTED = 16
+_TRUE, _FALSE = ("true", "yes"), ("false", "no")
+
+
+class EntryError(settings.SettingsError):
+    """An entry of a file that somebody filled in cannot be used; names file and line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A value of a YAML file, and where it stands.
+
+    Attributes:
+      value: A text, a list of entries, a mapping of names to entries, or None where it is empty.
+      line: From 1.
+      file: What errors call the file.
+      name: The path to it, ``"business.loss_per_error.low"``.
+    """
+
+    value: Any
+    line: int
+    file: str
+    name: str = ""
+
+    def error(self, message: str) -> EntryError:
+        """Returns the error that names file, line and entry."""
+        place = f"{self.file}, line {self.line}"
+        return EntryError(f"{place}: {self.name + ' ' if self.name else ''}{message}")
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing has been filled in, here or in any entry within."""
+        return all(entry.value in (None, "") for entry in self._leaves())
+
+    def _leaves(self) -> Iterator[Entry]:
+        inner = self.value.values() if isinstance(self.value, dict) else self.value
+        if isinstance(self.value, dict | list):
+            for entry in inner:
+                yield from entry._leaves()
+        else:
+            yield self
+
+    def mapping(self, known: Iterable[str] | None = None) -> dict[str, Entry]:
+        """Returns the entries by name, of which all must be known; none where it is empty."""
+        if self.value is None:
+            return {}
+        if not isinstance(self.value, dict):
+            raise self.error("must be entries with names, `name: value`, one a line")
+        for name, entry in self.value.items() if known is not None else ():
+            if name not in known:
+                raise dataclasses.replace(entry, name="").error(
+                    f"unknown entry {name!r}{f' in {self.name}' if self.name else ''}"
+                    f"{settings.near(name, known)}"
+                )
+        return self.value
+
+    def list(self) -> list[Entry]:
+        """Returns the items of a list; none where it is empty."""
+        if self.value is None:
+            return []
+        if not isinstance(self.value, list):
+            raise self.error("must be a list, `- item`, one a line")
+        return self.value
+
+    def get(self, name: str) -> Entry:
+        """Returns an entry that must be there and filled in."""
+        entries = self.mapping()
+        if name not in entries:
+            raise self.error(f"lacks {name!r}; add `{name}:` with its value")
+        if entries[name].value in (None, ""):
+            raise entries[name].error("is empty; fill it in")
+        return entries[name]
+
+    def text(self) -> str:
+        """Returns the text, which is empty where nothing was filled in."""
+        if isinstance(self.value, dict | list):
+            raise self.error("must be one text")
+        return (self.value or "").strip()
+
+    def number(self, low: float = -math.inf, high: float = math.inf) -> float:
+        """Returns the number, which must be finite and in ``[low, high]``."""
+        text = self.text()
+        try:
+            value = float(text)
+        except ValueError:
+            raise self.error(f"is {text!r}, no number{_number_hint(text)}") from None
+        if not math.isfinite(value):
+            raise self.error(f"is {text}; a finite number is needed")
+        if value < low:
+            allowed = "not be negative" if low == 0 else f"be at least {low:g}"
+            raise self.error(f"is {text}; it must {allowed}")
+        if value > high:
+            raise self.error(f"is {text}; it must be at most {high:g}{_share_hint(value, high)}")
+        return value
+
+    def flag(self) -> bool:
+        """Returns whether it says true."""
+        text = self.text().lower()
+        if text not in (*_TRUE, *_FALSE):
+            raise self.error(f"is {text!r}; write true or false")
+        return text in _TRUE
+
+    def date(self) -> datetime.date:
+        """Returns the date, written as 2027-03-31."""
+        try:
+            return datetime.date.fromisoformat(self.text())
+        except ValueError:
+            raise self.error(f"is {self.text()!r}; write a date as 2027-03-31") from None
+
+    def one_of(self, known: Iterable[str]) -> str:
+        """Returns a word that must be one of those known."""
+        known, text = list(known), self.text()
+        if text not in known:
+            raise self.error(f"is {text!r}{settings.near(text, known)}")
+        return text
+
+    def plain(self) -> Any:
+        """Returns the value without lines."""
+        if isinstance(self.value, dict):
+            return {name: entry.plain() for name, entry in self.value.items()}
+        if isinstance(self.value, list):
+            return [entry.plain() for entry in self.value]
+        return self.value
+
+
+def _number_hint(text: str) -> str:
+    plain = text.replace(",", "").replace("_", "").replace(" ", "")
+    if plain != text and plain.replace(".", "", 1).isdigit():
+        return f"; write {plain}"
+    if text.endswith("%"):
+        return "; write a share, 0.01 for 1 %"
+    return ""
+
+
+def _share_hint(value: float, high: float) -> str:
+    is_percent = high == 1 and value <= 100
+    return f"; a share of {value:g} % is written {value / 100:g}" if is_percent else ""
+
+
+def read(path: str | os.PathLike) -> Entry:
+    """Reads a YAML file; raises EntryError naming the line, OSError where it is not there."""
+    return parse(disk.read_bytes(path, MOST_BYTES), os.fspath(path))
+
+
+def parse(content: bytes | str, file: str) -> Entry:
+    """Reads YAML text.
+
+    Args:
+      content: The text, UTF-8.
+      file: What errors call it.
+
+    Raises:
+      EntryError: If it is no YAML, names an entry twice, is nested deeper than `MOST_NESTED`, or
+        has references (`&name`, `*name`), which nobody needs here.
+
+    Example:
+      >>> entry = parse("business: {currency: JPY}", "answers.yaml")
+      >>> entry.get("business").get("currency").text()
+      'JPY'
+    """
+    import yaml
+
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+                line = token.start_mark.line + 1
+                raise EntryError(f"{file}, line {line}: references (& and *) are not read here")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise EntryError(f"{file} is not UTF-8: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}, line {mark.line + 1}" if mark else file
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise EntryError(f"{place}: this is no YAML: {problem}") from error
+    except RecursionError as error:
+        raise EntryError(f"{file} is nested deeper than {MOST_NESTED} levels") from error
+    if node is None:
+        return Entry(None, 1, file)
+    return _entry(node, file, "", 0)
+
+
+def _entry(node: Any, file: str, name: str, depth: int) -> Entry:
+    import yaml
+
+    here = Entry(None, node.start_mark.line + 1, file, name)
+    if depth > MOST_NESTED:
+        raise here.error(f"is nested deeper than {MOST_NESTED} levels")
+    if isinstance(node, yaml.ScalarNode):
+        # An empty value, or YAML's own words for it.
+        blank = node.style is None and node.value in ("", "~", "null")
+        return dataclasses.replace(here, value=None if blank else node.value)
+    if isinstance(node, yaml.SequenceNode):
+        items = [_entry(n, file, f"{name}[{i}]", depth + 1) for i, n in enumerate(node.value)]
+        return dataclasses.replace(here, value=items)
+    entries: dict[str, Entry] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise here.error("has a name that is no text")
+        inner = _entry(value, file, f"{name}.{key.value}" if name else key.value, depth + 1)
+        # The line of the name: that of an empty value may be the next one.
+        inner = dataclasses.replace(inner, line=key.start_mark.line + 1)
+        if key.value in entries:
+            raise inner.error(f"is there twice; the first is on line {entries[key.value].line}")
+        entries[key.value] = inner
+    return dataclasses.replace(here, value=entries)

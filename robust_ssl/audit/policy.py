@@ -1,0 +1,111 @@
+"""The policy: which limits each stage of a roll-out has, each with its reason in both languages."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from robust_ssl.audit import lines
+from robust_ssl.audit.answers import LANGUAGES, STAGES
+from robust_ssl.audit.lines import Entry
+
+COMPARISONS = ("at_least", "at_most", "is")
+UNITS = ("share", "points", "factor", "count", "money", "word")
+_ENTRIES = ("id", "measure", "comparison", "limit", "unit", "title", "reason")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """One line of a policy.
+
+    Attributes:
+      id: Its name in limits and waivers.
+      measure: A JSON pointer into ``audit.json``.
+      comparison: One of `COMPARISONS`.
+      limits: By stage; a stage that is not named has no such gate.
+      unit: How its figure is written, one of `UNITS`.
+      title: In each language.
+      reason: Why there is this limit, in each language.
+      where: File and line, for errors.
+    """
+
+    id: str
+    measure: str
+    comparison: str
+    limits: Mapping[str, float | str]
+    unit: str
+    title: Mapping[str, str]
+    reason: Mapping[str, str]
+    where: str
+
+    def limit_at(self, stage: str) -> float | str:
+        """Returns the limit at a stage that has one."""
+        return self.limits[stage]
+
+
+def read(path: str | os.PathLike | None = None) -> tuple[Gate, ...]:
+    """Reads a policy; None is the one that is shipped.
+
+    Raises:
+      EntryError: Naming the line of what is wrong.
+    """
+    if path is not None:
+        return parse(lines.read(path))
+    file = importlib.resources.files("robust_ssl.audit") / "policy.yaml"
+    return parse(lines.parse(file.read_bytes(), "policy.yaml"))
+
+
+def parse(entry: Entry) -> tuple[Gate, ...]:
+    """Reads the entries of a policy; see `read`."""
+    entry.mapping(("gates",))
+    gates: dict[str, Gate] = {}
+    for item in entry.get("gates").list():
+        gate = _gate(item)
+        if gate.id in gates:
+            raise item.error(f"has the id {gate.id!r}, which is there twice")
+        gates[gate.id] = gate
+    if not gates:
+        raise entry.error("has no gate; a policy without one decides nothing")
+    return tuple(gates.values())
+
+
+def _gate(entry: Entry) -> Gate:
+    entries = entry.mapping(_ENTRIES)
+    name, comparison = entry.get("id").text(), entry.get("comparison").one_of(COMPARISONS)
+    measure = entry.get("measure")
+    if not measure.text().startswith(("/measured/", "/decided/risk")):
+        raise measure.error(
+            f"is {measure.text()!r}; a JSON pointer begins with /measured/ or /decided/risk"
+        )
+    return Gate(
+        id=name,
+        measure=measure.text(),
+        comparison=comparison,
+        limits=_limits(entry.get("limit"), comparison),
+        unit=entries["unit"].one_of(UNITS) if "unit" in entries else "count",
+        title=texts(entry.get("title")),
+        reason=texts(entry.get("reason")),
+        where=f"{entry.file}, line {entry.line}, gate {name}",
+    )
+
+
+def _limits(entry: Entry, comparison: str) -> dict[str, Any]:
+    """Reads one limit for all stages, or one for each."""
+
+    def value(limit: Entry) -> float | str:
+        return limit.text() if comparison == "is" else limit.number()
+
+    if isinstance(entry.value, dict):
+        return {s: value(limit) for s, limit in entry.mapping(STAGES).items() if limit.value}
+    return dict.fromkeys(STAGES, value(entry))
+
+
+def texts(entry: Entry) -> dict[str, str]:
+    """Returns a text in each language; one alone stands for both."""
+    if isinstance(entry.value, str):
+        return dict.fromkeys(LANGUAGES, entry.text())
+    entry.mapping(LANGUAGES)
+    return {language: " ".join(entry.get(language).text().split()) for language in LANGUAGES}

@@ -1,0 +1,37 @@
+"""What an audit says on a terminal: the outcome, what is in its way, and where the pages are."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from robust_ssl.audit import document, gates
+
+
+def lines(workdir: str | os.PathLike) -> list[str]:
+    """Returns the decision in a working directory, a line for the outcome and one a gate that is
+    not passed.
+    """
+    folder = pathlib.Path(workdir)
+    decided = document.read(folder / document.NAME)["decided"]
+    counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in decided["counts"].items())
+    shown = [f"{decided['stage']}: {decided['outcome'].upper()} ({counts})"]
+    shown += [_gate(gate) for gate in decided["gates"] if gate["outcome"] != gates.PASSED]
+    if decided["risk"] is None:
+        missing = ", ".join(decided["answers"]["missing"])
+        shown.append(f"  money: not computed; answers.yaml lacks {missing or 'nothing'}")
+    return [*shown, f"pages: {folder / 'audit.html'}, {folder / 'audit.ja.html'}"]
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    reason = f" ({gate['why']}{': ' if gate['untrusted'] else ''}{', '.join(gate['untrusted'])})"
+    why = reason if gate["why"] else f": {_number(gate['compared'])} against {gate['limit']}"
+    until = f", until {gate['waiver']['until']}" if gate["waiver"] else ""
+    return f"  {gate['outcome']}: {gate['id']}{why}{until}"
+
+
+def _number(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:.4g}" if is_number else str(value)

@@ -1,0 +1,258 @@
+"""The pages of an audit: nothing but what `audit.json` holds, the same in both languages."""
+
+import base64
+import datetime
+import hashlib
+import html.parser
+import json
+import pathlib
+import re
+import xml.etree.ElementTree as ElementTree
+
+import audit_cases as cases
+import pytest
+
+from robust_ssl import settings
+from robust_ssl.audit import answers, checklists, decision, document, pages, policy
+from robust_ssl.audit.pages import catalog, numbers
+from robust_ssl.evaluation.checks.table import CHECKS
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLES = {  # of the guide, with their outcomes
+    "pilot_yes_full_no": "failed",
+    "not_worth_it": "failed",
+    "not_believable": "not decidable",
+}
+POLICY, ITEMS = policy.read(), checklists.read()
+FOLDER = pathlib.Path(pages.__file__).parent
+TAIL = """
+organization: <script>alert(1)</script> 株式会社
+checklist:
+  fallback: {done: true, by: 佐藤, date: 2026-11-02, note: =1+1}
+waivers:
+- {gate: no-leakage, name: 佐藤, date: 2026-11-01, reason: r & d, until: 2027-01-01}
+- {gate: clean-loss, name: 鈴木, date: 2025-11-01, reason: r, until: 2026-01-01}
+"""
+SCREENING = {
+    "rows": [
+        {
+            "detector": "squeeze",
+            "attack": "advencoder",
+            "adaptive": adaptive,
+            "auc": 0.91 - 0.4 * adaptive,
+            "tpr_1": cases.share(0.5 - 0.4 * adaptive),
+            "tpr_5": cases.share(0.7 - 0.4 * adaptive),
+        }
+        for adaptive in (False, True)
+    ]
+}
+
+
+def decide(whole, stage, text):
+    ids = [gate.id for gate in POLICY], [item.id for item in ITEMS]
+    read = answers.parse(cases.entry(text), *ids)
+    return decision.decide(whole, stage, POLICY, ITEMS, read, datetime.date(2026, 11, 28))
+
+
+def leaking():
+    return cases.sealed(data={**cases.MEASURED["data"], "test_among_train": 3}, screening=SCREENING)
+
+
+def bare():
+    cost = {**cases.MEASURED["cost"], "factor": None, "extra_training_seconds": None}
+    cost["secured"] = {"training_seconds": None, "seconds_per_image": None}
+    points = [{**p, "cost_factor": None} for p in cases.MEASURED["trade_off"]]
+    nothing = dict.fromkeys(("provenance", "layers", "bands", "inspection"))
+    return cases.sealed(**nothing, cost=cost, trade_off=points, examples=[])
+
+
+def failed_recipe():
+    gone = {
+        name: {**cases.MEASURED[name], "secured": None} for name in ("attacked", "models", "trust")
+    }
+    gone["clean"] = {**cases.MEASURED["clean"], "secured": None, "loss": None}
+    return cases.sealed(**gone)
+
+
+DECIDED = {
+    "good": decide(cases.sealed(), "full", cases.answers_text()),
+    "waived": decide(leaking(), "pilot", cases.answers_text(tail=TAIL)),
+    "untrusted": decide(cases.untrusted(), "staged", cases.answers_text()),
+    "poor": decide(cases.sealed(), "staged", cases.answers_text(one_off_cost="90000000")),
+    "no money": decide(cases.sealed(provenance=cases.provenance((2,))), "pilot", ""),
+    "bare": decide(bare(), "full", cases.answers_text()),
+    "failed recipe": decide(failed_recipe(), "pilot", cases.answers_text()),
+}
+each = pytest.mark.parametrize("name", DECIDED)
+
+
+class Page(html.parser.HTMLParser):
+    """The texts of a page outside of what says where a number comes from, and these numbers."""
+
+    QUIET = ("style", "title", "code", "data")
+
+    def __init__(self, text):
+        super().__init__()
+        self.inside, self.values, self.texts, self.ids, self.tags = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        quiet = attrs.get("class") == "tick" or "data-value" in attrs
+        value = attrs.get("value" if tag == "data" else "data-value")
+        self.values += [] if value is None else [float(json.loads(value))]
+        if tag not in ("meta", "img", "br"):
+            self.inside.append((tag, quiet or tag in self.QUIET))
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.inside.pop()[0] == tag
+
+    def handle_data(self, data):
+        if not any(quiet for _, quiet in self.inside):
+            self.texts.append(data)
+
+
+def leaves(value):
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list):
+        for entry in inner:
+            yield from leaves(entry)
+    else:
+        yield value
+
+
+@each
+def test_every_number_is_in_the_document_and_the_same_in_both_languages(name):
+    known = [leaf for leaf in leaves(DECIDED[name])]
+    figures = {float(leaf) for leaf in known if isinstance(leaf, int | float)}
+    found = {}
+    for language in answers.LANGUAGES:
+        page = Page(pages.html(DECIDED[name], language))
+        assert len(page.values) > 30
+        assert set(page.values) <= figures
+        # What is no number of the document is a word of a catalogue, a policy or the company.
+        words = " ".join([*catalog.messages(language).values(), *map(str, known)])
+        outside = set(re.findall(r"\d[\d.,]*", " ".join(page.texts)))
+        edges = {"1", "10", "100", "1,000", "0"}  # of axes
+        assert {n.rstrip(".,") for n in outside} - edges <= set(
+            re.findall(r"\d[\d.,]*\d|\d", words)
+        )
+        found[language] = sorted(page.values)
+    assert found["en"] == found["ja"]
+
+
+@each
+@pytest.mark.parametrize("language", answers.LANGUAGES)
+def test_a_page_is_self_contained(name, language):
+    text = pages.html(DECIDED[name], language)
+    page = Page(text)
+    assert not page.inside, "every tag is closed"
+    assert len(page.ids) == len(set(page.ids))
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "object", "form", "base"}
+    for tag, attrs in page.tags:
+        assert "style" not in attrs and not any(key.startswith("on") for key in attrs)
+        if tag == "img":
+            assert attrs["src"].startswith("data:image/png;base64,") and attrs["alt"]
+        if tag == "a":
+            assert attrs["href"] in pages.PAGES.values()
+    style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style
+    allowed = next(a["content"] for _, a in page.tags if a.get("http-equiv"))
+    sha = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert allowed == f"default-src 'none'; style-src 'sha256-{sha}'; img-src data:"
+
+
+@each
+def test_the_same_document_gives_the_same_bytes(name, tmp_path):
+    first = {path.name: path.read_bytes() for path in pages.write(tmp_path, DECIDED[name])}
+    again = {path.name: path.read_bytes() for path in pages.write(tmp_path, DECIDED[name])}
+    assert first == again
+    assert set(first) == {"audit.json", "audit.html", "audit.ja.html", "checklist.csv", "junit.xml"}
+    suite = ElementTree.fromstring(first["junit.xml"])
+    counts = DECIDED[name]["decided"]["counts"]
+    assert int(suite.get("failures")) == counts["failed"]
+    assert int(suite.get("errors")) == counts["not_decidable"]
+
+
+def test_what_a_company_writes_is_text():
+    text = pages.html(DECIDED["waived"], "ja")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; 株式会社" in text
+    assert "&lt;b&gt;nut&lt;/b&gt;" in text and "r &amp; d" in text
+    row = checklists.as_csv(DECIDED["waived"]["decided"]["checklist"], ["c"] * 8).decode()
+    assert "'=1+1" in row
+
+
+def test_names_that_cannot_be_seen_are_escaped(tmp_path):
+    examples = [{**cases.MEASURED["examples"][0], "said_clean": "caf\udce9\u202eabc\x1b[2J"}]
+    data = {**cases.MEASURED["data"], "name": "\udce9\u202e{x}"}
+    layers = {"usual": [{"layer": "\u202eblock", "drift": 1.0}]}
+    whole = decide(cases.sealed(examples=examples, data=data, layers=layers), "pilot", "")
+    pages.write(tmp_path, whole)
+    text = (tmp_path / "audit.ja.html").read_text(encoding="utf-8")
+    assert "\u202e" not in text and "\x1b" not in text and r"caf\udce9\u202eabc" in text
+    assert r"\udce9\u202e{x}" in text
+
+
+def test_amber_is_what_is_not_decidable():
+    for language in answers.LANGUAGES:
+        text = pages.html(DECIDED["untrusted"], language)
+        assert '<section class="verdict undecided">' in text and "verdict passed" not in text
+        assert catalog.messages(language)["risk.doubted"] in text
+
+
+def test_no_message_is_missing():
+    english, japanese = (catalog.messages(language) for language in answers.LANGUAGES)
+    assert list(english) == list(japanese)
+    for key, text in english.items():
+        holes = re.findall(r"{(\w+)}", text), re.findall(r"{(\w+)}", japanese[key])
+        assert sorted(holes[0]) == sorted(holes[1]), key
+        same_in_both = text == japanese[key] or not re.search("[A-Za-z]{3}", text)
+        assert same_in_both or not japanese[key].isascii() or key == "other_language", key
+    assert {f"check.{name}" for name in CHECKS} == {k for k in english if k.startswith("check.")}
+    for name in answers.AMOUNTS:
+        assert f"amount.{name}" in english
+
+
+def test_templates_hold_no_words():
+    for file in FOLDER.glob("*.j2"):
+        text = file.read_text(encoding="utf-8")
+        text = re.sub(r"<code>.*?</code>|{[{%#].*?[}%#]}|<[^>]*>|&\w+;", " ", text)
+        assert not re.search(r"[A-Za-z]{2}|[^\x00-\x7f\u2013\u2192\u00b7]", text), file.name
+
+
+def test_money_is_said_as_people_say_it():
+    minus = numbers.MINUS
+    assert numbers.money(-1.2e9, "JPY", "ja") == f"{minus}12億円"
+    assert numbers.money(-1.2e9, "JPY", "en") == f"{minus}JPY 1.2 billion"
+    assert numbers.money(3400.0, "CHF", "ja") == "3,400 CHF"
+    assert numbers.money(0.0, "EUR", "en") == "EUR 0"
+    assert numbers.plain(-0.000012) == f"{minus}0.000012"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_of_the_guide_is_what_its_command_makes(name):
+    folder = ROOT / "docs/audit/examples" / name
+    whole = document.read(folder / "audit.json")
+    rules = decision.rules(None, folder / "answers.yaml")
+    date = datetime.date.fromisoformat(whole["decided"]["date"])
+    again = decision.decide(whole, whole["decided"]["stage"], *rules, date)
+    assert again["decided"]["outcome"] == EXAMPLES[name]
+    for language, page in pages.PAGES.items():
+        text = (folder / page).read_text(encoding="utf-8")
+        assert pages.html(again, language) == text, "run the commands of its README"
+    failed = [g["id"] for g in again["decided"]["gates"] if g["outcome"] == "failed"]
+    if name == "pilot_yes_full_no":
+        assert decision.decide(whole, "pilot", *rules, date)["decided"]["outcome"] == "passed"
+    assert name != "not_worth_it" or failed == ["worth-it"]
+
+
+def test_without_jinja2_the_way_out_is_said(monkeypatch):
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(settings.SettingsError, match=r"pip install 'robust-ssl\[audit\]'"):
+        pages.check_installed()

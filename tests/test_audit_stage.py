@@ -1,0 +1,176 @@
+"""The stage `audit` brings together what was measured; the command decides by its exit code."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import audit_cases as cases
+import pytest
+import tiny_recipes
+from tiny_recipes import FROZEN, go, snapshot
+
+from robust_ssl import experiment, settings
+from robust_ssl.audit import document, pages
+from robust_ssl.cli import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
+
+
+def command(capsys, *argv):
+    """Exit code, standard output, standard error."""
+    code = main.main(["audit", *map(str, argv)])
+    return (code, *capsys.readouterr())
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A working directory in which everything was measured."""
+    document.write(tmp_path / "audit.json", cases.sealed())
+    (tmp_path / "mine.yaml").write_text(cases.answers_text(), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_decision_is_an_exit_code(measured, capsys):
+    answers = f"--answers={measured / 'mine.yaml'}"
+    code, out, _ = command(capsys, "decide", measured, answers, FULL)
+    assert code == 0 and out.startswith("full: PASSED (11 passed, 0 failed")
+    assert (measured / "audit.ja.html").is_file()
+    # What was given is kept: a stage and answers need not be said again.
+    code, out, _ = command(capsys, "decide", measured)
+    assert code == 0 and out.startswith("full: PASSED")
+    document.write(measured / "audit.json", cases.sealed(provenance=cases.provenance((1,))))
+    code, out, _ = command(capsys, "decide", measured, PILOT)
+    assert code == 1 and "  failed: no-provenance-failure: 1 against 0.0" in out
+    document.write(measured / "audit.json", cases.untrusted())
+    code, out, _ = command(capsys, "decide", measured, PILOT)
+    assert code == 3 and "not decidable: robust-accuracy (untrusted: secured)" in out
+
+
+def test_without_answers_money_is_not_decided(measured, capsys):
+    code, out, _ = command(capsys, "decide", measured, STAGED)
+    assert code == 3 and "not decidable: worth-it (not measured)" in out
+    assert "money: not computed; answers.yaml lacks decisions_per_year" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--answers={}/wrong.yaml",), "wrong.yaml, line 1: unknown entry 'busines'"),
+        (("--answers={}/none.yaml",), "cannot be read: "),
+        (("--policy={}/rules.yaml",), "rules.yaml, line 2, gate a: there is no figure /measured/x"),
+    ],
+)
+def test_a_mistake_changes_nothing(measured, capsys, argv, message):
+    (measured / "wrong.yaml").write_text("busines: {}")
+    gate = "gates:\n- {id: a, measure: /measured/x, comparison: is, limit: b, title: t, reason: r}"
+    (measured / "rules.yaml").write_text(gate)
+    before = snapshot(measured)
+    code, _, err = command(capsys, "decide", measured, *(a.format(measured) for a in argv))
+    assert code == 2 and message in err
+    assert snapshot(measured) == before
+
+
+def test_a_directory_without_an_audit_says_what_comes_first(tmp_path, capsys):
+    code, _, err = command(capsys, "decide", tmp_path)
+    assert code == 2 and "first: robust-ssl audit run --workdir=" in err
+
+
+def test_run_refuses_before_jax_is_asked_for_devices(tmp_path, capsys, monkeypatch):
+    (tmp_path / "answers.yaml").write_text("busines: {}")
+    monkeypatch.setattr("robust_ssl.cli.run.started", None)
+    argv = ("run", f"--workdir={tmp_path / 'w'}", f"--answers={tmp_path / 'answers.yaml'}")
+    code, _, err = command(capsys, *argv)
+    assert code == 2 and "did you mean business" in err and not (tmp_path / "w").exists()
+    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
+    code, _, err = command(capsys, *argv[:2])
+    assert code == 2 and "robust-ssl[audit]" in err
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_init_prints_what_can_be_read(capsys, language, tmp_path):
+    code, out, _ = command(capsys, "init", f"--lang={language}")
+    assert code == 0
+    document.write(tmp_path / "audit.json", cases.sealed())
+    (tmp_path / "answers.yaml").write_text(out, encoding="utf-8")
+    assert command(capsys, "decide", tmp_path, PILOT)[0] == 0
+
+
+def test_help_and_decisions_need_no_jax(measured):
+    program = f"""
+import sys
+from robust_ssl.cli import main
+assert main.main(["audit", "decide", {str(measured)!r}]) == 0
+assert "jax" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True)
+
+
+def config():
+    changed = tiny_recipes.config({"baseline": FROZEN, "full": {}}, "audit")
+    changed.compare.claims = ()
+    changed.suite.attacks = {"universal_pgd": changed.suite.attacks.universal_pgd}
+    changed.audit = {"secured": "full", "examples": 2}
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"secured": "fulll"}, "config.audit.secured is 'fulll'.*did you mean 'full'"),
+        ({"usual": "basline"}, "config.audit.usual is 'basline', .*did you mean 'baseline'"),
+        ({"usual": "full"}, "are both 'full'"),
+        ({"stage": "pilto"}, "config.audit.stage must be one of 'pilot', 'staged', 'full'"),
+        ({"secure": "full"}, "unknown entry 'secure' in config.audit; did you mean 'secured'"),
+    ],
+)
+def test_what_an_audit_is_of_is_checked_with_the_config(section, message):
+    changed = config()
+    changed.audit.update(section)
+    with pytest.raises(experiment.UsageError, match=message):
+        experiment.plan(changed)
+
+
+def test_the_shipped_config_takes_a_classifier_from_elsewhere():
+    loaded = settings.load_config("audit:classifier=somewhere,data=parts")
+    assert settings.to_json(loaded)["classifiers"] == {"secured": {"path": "somewhere"}}
+    assert list(loaded.recipes) == ["baseline"]
+
+
+@pytest.mark.slow
+def test_the_stage_measures_once_and_decides_again(tmp_path):
+    results = go(config(), tmp_path)
+    whole = document.read_workdir(tmp_path)
+    measured = whole["measured"]
+    assert results["audit"] == measured
+    rows = json.loads((tmp_path / "results.json").read_text())["comparison"]["rows"]
+    row = {row["recipe"]: row for row in rows}
+    for role, recipe in (("usual", "baseline"), ("secured", "full")):
+        assert measured["clean"][role]["value"] == row[recipe]["clean"]
+        assert measured["attacked"][role]["accuracy"]["value"] == row[recipe]["robust_worst"]
+        assert measured["attacked"][role]["per_image"]["n"] == measured["data"]["test"] == 64
+    loss = measured["clean"]["loss"]
+    assert loss["value"] == pytest.approx(row["baseline"]["clean"] - row["full"]["clean"])
+    assert sum(band["share"] for band in measured["bands"]) == pytest.approx(1)
+    assert len(measured["examples"]) == 2 and measured["cost"]["same_network"]
+    # Nothing was examined, so nothing is trusted.
+    gates = {gate["id"]: gate["outcome"] for gate in whole["decided"]["gates"]}
+    assert gates["robust-accuracy"] == "not decidable"
+
+    before = snapshot(tmp_path)
+    again = config()
+    again.audit.stage = "full"
+    go(again, tmp_path)
+    after = snapshot(tmp_path)
+    changed = {name for name in after if after[name][1] != before.get(name, (0, b""))[1]}
+    assert changed == {"audit.json", "audit.html", "audit.ja.html", "checklist.csv", "junit.xml"}
+    assert document.read_workdir(tmp_path)["measured"] == measured
+
+    text = (tmp_path / "results.json").read_text().replace("not examined", "believable")
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(document.AuditFileError, match="somebody has edited it"):
+        document.read_workdir(tmp_path)
+    go(again, tmp_path)  # it is written anew from the stages
+    mended = document.read_workdir(tmp_path)["measured"]
+    assert {**mended, "made": {}} == {**measured, "made": {}}
