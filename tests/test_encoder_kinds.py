@@ -328,6 +328,7 @@ def test_blue_first_is_noted_and_can_be_named(tmp_path):
 
 TIMM_CONFIG = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 224, 224]}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SHORTER = {"mode": "shorter", "resize": 256, "crop": 224}
 
 
 @pytest.mark.parametrize(
@@ -336,24 +337,25 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         (
             {"config.json": {"pretrained_cfg": {
                 **TIMM_CONFIG, "crop_pct": 0.875, "interpolation": "bicubic"}}},
-            224, {"crop_pct": 0.875, "interpolation": "bicubic", "resize": 256, "crop": 224},
+            224, {"crop_pct": 0.875, "interpolation": "bicubic", **SHORTER, "offset": "nearest"},
         ),
         (
             {"preprocessor_config.json": {
                 **HALF, "size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}},
-            224, {"interpolation": "bicubic", "resize": 256, "crop": 224},
+            224, {"interpolation": "bicubic", **SHORTER, "offset": "down"},
         ),
         (
             {"preprocessor_config.json": {
                 **HALF, "size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 2}},
-            224, {"interpolation": "bilinear", "crop_pct": 0.875, "resize": 256, "crop": 224},
+            224,
+            {"interpolation": "bilinear", "crop_pct": 0.875, **SHORTER, "offset": "down"},
         ),
         ({"preprocessor_config.json": {**HALF, "size": 32}}, 32, {}),
         (
             {"open_clip_config.json": {
                 "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
                 "model_cfg": {"vision_cfg": {"image_size": 224}}}},
-            224, {"interpolation": "bicubic"},
+            224, {"interpolation": "bicubic", **SHORTER, "resize": 224, "offset": "nearest"},
         ),
     ],
 )  # fmt: skip

@@ -11,11 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
-# timm and open_clip import torchvision, whose compiled part is for one build of torch and says
-# nothing of networks.  Where it does not load, these names are all that its Python part asks for.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import torchvision_operators  # noqa: E402, F401 (before those that import torchvision)
+
 transformers = pytest.importorskip("transformers")
 
 import parity_cases_vit as cases  # noqa: E402

@@ -40,7 +40,7 @@ FREE_TEXTS = re.compile(
 )
 # None says: no limit, no such part, or as the rest of the run.
 NONE_MEANS = re.compile(
-    r".*\.(image_size|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
+    r".*\.(image_size|resizing|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
     r"|preprocess|select|adv_ratio|attack|augment|patience|best|tolerance|threat|layer"
     r"|loop_on_device)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
     r"|.*\.fit\.(num_steps|batch_size)|.*\.step_size"

@@ -10,6 +10,7 @@ from robust_ssl.weights.native import (
     load_encoder,
     save_encoder,
 )
+from robust_ssl.weights.transforms import resizing_of
 
 __all__ = [
     "classifier_card",
@@ -24,6 +25,7 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_stablehlo",
+    "resizing_of",
     "save_classifier",
     "save_encoder",
     "seal_card",

@@ -44,7 +44,7 @@ LAYOUTS: tuple[mapping.Layout, ...] = (
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
 # Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
-_NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
+NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
 # Of what is asked for, what no builder takes.
 _NOT_OPTIONS = ("variant", "position_resizing")
 # Before the package had one spelling; configs of that time still have it.
@@ -248,7 +248,7 @@ def _normalization(configs, arguments: dict[str, Any], report: Report) -> Normal
     choice |= {key: arguments.pop(key, None) for key in ("normalization", "mean", "std")}
     try:
         images = normalization.choose(configs, **choice)
-    except _NONSENSE as error:
+    except NONSENSE as error:
         raise ValueError(
             "the JSON beside the weights says nothing sensible about images: "
             f"{type(error).__name__} {error}"
@@ -267,7 +267,7 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     """A name against another encoder's own header is an error; against other JSON it is noted."""
     try:
         stored = normalization.read(configs)
-    except (*_NONSENSE, ValueError):
+    except (*NONSENSE, ValueError):
         return  # naming is the remedy for a file that cannot be understood
     if stored.mean is None or (stored.mean, stored.std) == (images.mean, images.std):
         return
@@ -335,7 +335,7 @@ def _with_network(
             "names": file.tensors.keys(),
         }  # fmt: skip
         name, options, assumed = inspection.known_layout.network(tensors, sources)
-    except _NONSENSE as error:
+    except NONSENSE as error:
         raise ValueError(
             f"what is beside the weights is not as {inspection.known_layout.name} has it: "
             f"{type(error).__name__} {error}"
