@@ -423,6 +423,29 @@ def test_every_convnext_comes_back(layout, second):
         np.testing.assert_array_equal(back[path], leaf)
 
 
+def test_clips_resnet_comes_back_and_what_is_missing_is_named(tmp_path):
+    options = {"depths": (1, 1, 1, 1), "width": 2, "heads": 2, "dim": 5, "image_size": 32}
+    encoder = random_encoder(models.clip_resnet, **options)
+    tensors = tensors_of(encoder, "open-clip-resnet")
+    matching = [other.name for other in convert.LAYOUTS if other.matches(tensors.keys())]
+    assert matching == ["open-clip-resnet"]
+    file = write(tmp_path, under("visual.", tensors))
+    assert_same(weights.import_encoder(file, normalization="clip", heads=2), encoder)
+    with pytest.raises(ValueError, match=r"2 is no published width .*--heads 1"):
+        weights.import_encoder(file, normalization="clip")
+    with pytest.raises(ValueError, match="only a ViT has positions"):
+        weights.import_encoder(file, normalization="clip", heads=2, image_size=64)
+    turned = weights.import_encoder(file, normalization="clip", heads=2, channels="bgr")
+    kernel = encoder.variables["params"]["stem"]["conv1"]["conv"]["kernel"]
+    ours = turned.variables["params"]["stem"]["conv1"]["conv"]["kernel"]
+    np.testing.assert_array_equal(ours, kernel[:, :, ::-1])
+    folder = weights.save_encoder(encoder, tmp_path / "ours")
+    assert weights.load_encoder(folder).module == encoder.module
+    del tensors["bn3.weight"]
+    with pytest.raises(ValueError, match=r"missing bn3\.weight"):
+        weights.import_encoder(write(tmp_path, tensors), normalization="clip", heads=2)
+
+
 # --- wrappers and other parts --------------------------------------------------------------------
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}

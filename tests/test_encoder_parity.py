@@ -169,6 +169,31 @@ def test_open_clip(activation, tmp_path):
     )
 
 
+@pytest.mark.parametrize("openai", [True, False])
+def test_clip_resnet(openai, tmp_path):
+    pytest.importorskip("open_clip")
+    from open_clip.modified_resnet import ModifiedResNet
+
+    model = cases.randomize(ModifiedResNet([2, 1, 1, 1], 5, 2, CONV_SIZE, 4))
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_var.abs_().add_(0.1)  # randomized too, and a variance is positive
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    state = {f"visual.{key}": x for key, x in model.state_dict().items()}
+    if openai:
+        state |= {"transformer.resblocks.0.ln_1.weight": torch.ones(3)}
+        state |= {"input_resolution": torch.ones(()), "logit_scale": torch.ones(())}
+    expected = watched_convnext(
+        model, model.avgpool, stages, lambda model, x: model(x), conv_images()
+    )
+    path = save(state, tmp_path)
+    encoder = check(
+        f"CLIP ResNet{', with text' * openai}", path, expected, image_size=CONV_SIZE, heads=2
+    )
+    back = weights.import_encoder(weights.export_safetensors(encoder, tmp_path / "out.safetensors"))
+    assert back.module == encoder.module
+
+
 def test_torchvision_vit(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     model = cases.randomize(

@@ -118,3 +118,33 @@ def test_pooling_by_attention_does_not_mind_the_order_of_tokens():
     # Of equal tokens it takes their value: the query does not matter.
     equal = jnp.tile(tokens[:, :1], (1, 5, 1))
     np.testing.assert_allclose(apply(variables, equal), apply(variables, equal[:, :1]), atol=1e-5)
+
+
+# --- CLIP's ResNets ------------------------------------------------------------------------------
+
+CLIP = {"depths": (1, 1, 1, 1), "width": 2, "heads": 2, "dim": 5, "image_size": 32}
+
+
+def test_clips_resnet_halves_where_others_stride():
+    shape = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    encoder = jax.eval_shape(lambda key: models.clip_resnet(key, **CLIP), jax.random.key(0))
+    outputs = jax.eval_shape(lambda encoder, x: encoder(x), encoder, shape)
+    assert outputs.features.shape == (2, 5) and outputs.features.dtype == jnp.float32
+    shapes = {name: tap.shape for name, tap in outputs.taps.items()}
+    assert shapes == {
+        "stem": (2, 8, 8, 2), "stage1/block1": (2, 8, 8, 8), "stage2/block1": (2, 4, 4, 16),
+        "stage3/block1": (2, 2, 2, 32), "stage4/block1": (2, 1, 1, 64),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"depths": (1, 1)}, "four positive depths"),
+        ({"heads": 3}, "3 heads do not divide 64"),
+        ({"image_size": 40}, "multiple of 32"),
+    ],
+)
+def test_sizes_of_clips_resnet_that_do_not_go_together_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        models.clip_resnet(jax.random.key(0), **{**CLIP, **wrong})

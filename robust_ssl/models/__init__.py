@@ -1,5 +1,6 @@
 """Networks: builders that return an `Encoder`, and heads that make a `Classifier` of it."""
 
+from robust_ssl.models.clip_resnet import CLIPResNet, clip_resnet
 from robust_ssl.models.convnext import ConvNeXt, convnext
 from robust_ssl.models.ensembles import confidence_ensemble, ensemble_members
 from robust_ssl.models.heads import LinearHead, MLPHead, classifier, in_order_of
@@ -26,6 +27,7 @@ __all__ = [
     "IMAGENET_STD",
     "JPEG",
     "RESIZINGS",
+    "CLIPResNet",
     "ConvNeXt",
     "LinearHead",
     "MLPHead",
@@ -34,6 +36,7 @@ __all__ = [
     "Smooth",
     "ViT",
     "classifier",
+    "clip_resnet",
     "confidence_ensemble",
     "convnext",
     "ensemble_members",

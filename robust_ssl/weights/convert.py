@@ -23,6 +23,7 @@ from robust_ssl.build import near
 from robust_ssl.types import Encoder
 from robust_ssl.weights import (
     adjustments,
+    clip_resnet_layouts,
     convnext_layouts,
     mapping,
     native,
@@ -37,6 +38,7 @@ from robust_ssl.weights.normalization import Normalization
 
 LAYOUTS: tuple[mapping.Layout, ...] = (
     *resnet_layouts.LAYOUTS,
+    *clip_resnet_layouts.LAYOUTS,
     *vit_layouts.LAYOUTS,
     *convnext_layouts.LAYOUTS,
 )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import disk
-from robust_ssl.models import ConvNeXt, ResNet
+from robust_ssl.models import CLIPResNet, ConvNeXt, ResNet
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
 from robust_ssl.weights.convert import LAYOUTS
@@ -22,7 +22,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Path:
     """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for others.
 
-    A ViT with rotary positions gets transformers' names, of DINOv3.
+    A ViT with rotary positions gets transformers' names, of DINOv3; CLIP's ResNets get open_clip's.
 
     ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
     has no classification layer.  The header says what weights do not (stem, padding, normalization,
@@ -67,6 +67,8 @@ def _layout_of(encoder: Encoder) -> str:
         return "torchvision-resnet"
     if isinstance(module, ConvNeXt):
         return "timm-convnext"
+    if isinstance(module, CLIPResNet):
+        return "open-clip-resnet"
     return "timm-vit" if module.rotary is None else "huggingface-dinov3"
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from robust_ssl import models
 from robust_ssl.build import resolve
 from robust_ssl.models import resnet, vit
+from robust_ssl.models.clip_resnet import CLIPResNet
 from robust_ssl.models.convnext import ConvNeXt
 from robust_ssl.types import Encoder
 from robust_ssl.weights import cards
@@ -35,7 +36,7 @@ CARD_FILE = "encoder.json"
 _BUILDERS = {
     f"robust_ssl.models:{name}": getattr(models, name)
     for name in (
-        *(*resnet.VARIANTS, "convnext"),
+        *(*resnet.VARIANTS, "convnext", "clip_resnet"),
         *(*(f"vit_{size}" for size in vit.SIZES), "vision_transformer"),
     )
 }
@@ -48,7 +49,7 @@ _OPTIONS = {
         for field in dataclasses.fields(kind)
         if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
     )
-    for kind in (vit.ViT, ConvNeXt)
+    for kind in (vit.ViT, ConvNeXt, CLIPResNet)
 }
 
 
@@ -269,6 +270,8 @@ def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:
         name, keys = "vision_transformer", _OPTIONS[vit.ViT]
     elif isinstance(module, ConvNeXt):
         name, keys = "convnext", _OPTIONS[ConvNeXt]
+    elif isinstance(module, CLIPResNet):
+        name, keys = "clip_resnet", _OPTIONS[CLIPResNet]
     if name is None:
         raise ValueError(
             f"no builder of robust_ssl.models makes {type(module).__name__}; pass the function "

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robust_ssl.models.clip_resnet import CLIP_MEAN, CLIP_STD
 from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
 from robust_ssl.weights import transforms
 
@@ -21,8 +22,7 @@ PRESETS: dict[str, tuple[Numbers, Numbers]] = {
     "cifar10": (CIFAR10_MEAN, CIFAR10_STD),
     # of the training split's pixels
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    # OpenAI's CLIP release, clip.py
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "clip": (CLIP_MEAN, CLIP_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # pixels in [-1, 1]: google/vit, BEiT
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # pixels as they are
