@@ -446,6 +446,51 @@ def test_clips_resnet_comes_back_and_what_is_missing_is_named(tmp_path):
         weights.import_encoder(write(tmp_path, tensors), normalization="clip", heads=2)
 
 
+def packed(tensors):
+    """EVA-02's tensors as the smaller ones have them."""
+    names = dict(tensors)
+    for letter in "qv":
+        names[f"blocks.0.attn.{letter}_bias"] = names.pop(f"blocks.0.attn.{letter}_proj.bias")
+    for whole, parts in (
+        ("attn.qkv.weight", "attn.{}_proj.weight"), ("mlp.fc1.weight", "mlp.fc1_{}.weight"),
+        ("mlp.fc1.bias", "mlp.fc1_{}.bias"),
+    ):  # fmt: skip
+        letters = "qkv" if "attn" in whole else "gx"
+        pieces = [names.pop(f"blocks.0.{parts.format(letter)}") for letter in letters]
+        names[f"blocks.0.{whole}"] = np.concatenate(pieces)
+    return names
+
+
+def test_every_eva02_comes_back(tmp_path):
+    options = {**SIZES, "width": 24, "heads": 3, "mlp_width": 8, "activation": "swiglu",
+               "rotary": 1e4, "rotary_reference": 16}  # fmt: skip
+    encoder = random_encoder(models.vision_transformer, **options, mlp_norm=True)
+    tensors = tensors_of(encoder, "timm-eva02")
+    del tensors["blocks.0.attn.k_proj.bias"]
+    for state in (tensors, under("visual.trunk.", packed(tensors))):
+        file = write(tmp_path, state)
+        found = weights.inspect_file(file, **FACTS, heads=3)
+        assert found.layout.name == "timm-eva02" and "16 patches a side" in str(found.notes)
+        back = weights.import_encoder(file, **FACTS, heads=3)
+        bias = back.variables["params"]["block1"]["attention"]["qkv"]["bias"]
+        np.testing.assert_array_equal(bias[24:48], 0)
+        assert back.module == encoder.module
+        ours = mapping.split(LAYOUTS["timm-eva02"].entries(back), {
+            path: np.asarray(x)
+            for path, x in traverse_util.flatten_dict(back.variables, sep="/").items()
+        })  # fmt: skip
+        assert all(np.array_equal(x, ours[name]) for name, x in tensors.items())
+    with pytest.raises(ValueError, match="no published width"):
+        weights.import_encoder(file, **FACTS)
+    with pytest.raises(ValueError, match="no bias of its keys"):
+        weights.export_safetensors(back, tmp_path / "out.safetensors")
+    ungated = {**packed(tensors), "blocks.0.mlp.fc2.weight": np.zeros((24, 16), np.float32)}
+    with pytest.raises(ValueError, match="this MLP is not gated"):
+        weights.import_encoder(write(tmp_path, ungated), **FACTS, heads=3)
+    with pytest.raises(ValueError, match="rotary_reference=16 must be positive, and needs rotary"):
+        models.vision_transformer(jax.random.key(0), **{**options, "rotary": None})
+
+
 # --- wrappers and other parts --------------------------------------------------------------------
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}

@@ -108,6 +108,31 @@ def test_timm_distilled_deit(tmp_path):
     check("timm, distilled DeiT", save(model.state_dict(), tmp_path), expected, heads=2)
 
 
+EVA = {
+    "tiny, small": {},
+    "base, large": {"qkv_fused": False, "scale_mlp": True},
+    "CLIP": {"qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True,
+             "global_pool": "token"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EVA)
+def test_timm_eva02(case, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.models.Eva(
+        **SHAPE, num_classes=0, mlp_ratio=5 / 3, swiglu_mlp=True, use_rot_pos_emb=True,
+        ref_feat_shape=(16, 16), dynamic_img_size=True, **EVA[case],
+    )  # fmt: skip
+    cases.randomize(model)
+    expected = watched(model, model.blocks, timm_features, cases.images())
+    path = save(model.state_dict(), tmp_path, "visual.trunk." * (case == "CLIP"))
+    check(f"timm EVA-02, {case}", path, expected, heads=2)
+    pixels = np.random.default_rng(1).uniform(size=(2, 40, 40, 3)).astype(np.float32)
+    expected = watched(model, model.blocks, timm_features, pixels)
+    encoder = weights.import_encoder(path, **NAMED, heads=2, image_size=40)
+    assert cases.largest_error(encoder, expected, pixels) < 1e-5
+
+
 def test_timm_resizes_positions_as_we_do(tmp_path):
     timm = pytest.importorskip("timm")
     options = {**SHAPE, "dynamic_img_size": True}

@@ -27,7 +27,7 @@ from robust_ssl.types import Encoder
 ENCODER_WORDS = (
     *("path", "function", "layout", "under", "normalization", "mean", "std", "image_size", "name"),
     *("reader", "inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads"),
-    *("pooling", "activation", "norm_epsilon", "position_resizing"),
+    *("pooling", "activation", "norm_epsilon", "position_resizing", "rotary_reference"),
 )
 
 

@@ -23,25 +23,15 @@ from robust_ssl.build import near
 from robust_ssl.types import Encoder
 from robust_ssl.weights import (
     adjustments,
-    clip_resnet_layouts,
-    convnext_layouts,
     mapping,
     native,
     normalization,
-    resnet_layouts,
     selection,
-    vit_layouts,
 )
 from robust_ssl.weights.files import read_weights
 from robust_ssl.weights.inspection import Inspection, Report
+from robust_ssl.weights.layouts import LAYOUTS
 from robust_ssl.weights.normalization import Normalization
-
-LAYOUTS: tuple[mapping.Layout, ...] = (
-    *resnet_layouts.LAYOUTS,
-    *clip_resnet_layouts.LAYOUTS,
-    *vit_layouts.LAYOUTS,
-    *convnext_layouts.LAYOUTS,
-)
 
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
@@ -51,7 +41,8 @@ NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
 _NOT_OPTIONS = ("variant", "position_resizing")
 # Before the package had one spelling; configs of that time still have it.
 _FORMER = {"normalisation": "normalization"}
-_PLACEHOLDER_SIZE = 32  # of a ResNet whose image size is not known yet: no shape hangs on it
+# Of a network whose image size is not known yet and changes no shape; windows of 7 and 12 fit.
+_PLACEHOLDER_SIZE = 384
 
 
 def is_foreign(path: str | os.PathLike) -> bool:

@@ -157,15 +157,7 @@ def _locate(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_beside(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the JSON files beside a file of weights by name, without reading the weights.
-
-    Args:
-      path: As in `read_weights`.
-
-    Raises:
-      ValueError: If one of them is damaged.
-      FileNotFoundError: If there are no weights.
-    """
+    """Returns the JSON files beside weights, as `read_weights` does, without reading the weights."""
     file = _locate(pathlib.Path(path))
     return _read_neighbours(file.parent) if _is_published(path, file) else {}
 
