@@ -491,6 +491,43 @@ def test_every_eva02_comes_back(tmp_path):
         models.vision_transformer(jax.random.key(0), **{**options, "rotary": None})
 
 
+SWIN = {"depths": (2, 1), "width": 4, "heads": (1, 2), "windows": 2, "image_size": 32,
+        "mlp_ratio": 2.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["timm-swin", "huggingface-swin"])
+def test_every_swin_comes_back(layout, tmp_path):
+    encoder = random_encoder(models.swin_transformer, **SWIN, pad_first=layout != "timm-swin")
+    tensors = tensors_of(encoder, layout)
+    matching = [other.name for other in convert.LAYOUTS if other.matches(tensors.keys())]
+    assert matching == [layout]
+    config = {"model_type": "swin"} if layout != "timm-swin" else {}
+    file = write(tmp_path, tensors, "model.safetensors", config=config)
+    back = weights.import_encoder(file, **FACTS)
+    assert back.module == encoder.module
+    assert_same(back, encoder)
+    with pytest.raises(ValueError, match="how large images were") as caught:
+        weights.import_encoder(file, normalization="none")
+    assert len(str(caught.value).splitlines()) == 2  # and nothing besides
+    with pytest.raises(ValueError, match="stage 2: windows of 2 places are larger than its side"):
+        weights.import_encoder(file, normalization="none", image_size=8)
+    table = next(name for name in tensors if name.endswith("bias_table"))
+    tensors[table] = tensors[table][:-1]
+    file = write(tmp_path, tensors, "model.safetensors", config=config)
+    with pytest.raises(ValueError, match="not that of a square window"):
+        weights.import_encoder(file, **FACTS)
+
+
+def test_a_swin_whose_config_is_anothers_is_refused(tmp_path):
+    encoder = random_encoder(models.swin_transformer, **SWIN, pad_first=True)
+    tensors = tensors_of(encoder, "huggingface-swin")
+    for wrong in ({"window_size": 7}, {"use_absolute_embeddings": True}, {"layer_norm_eps": 1e-6}):
+        config = {"model_type": "swin", **wrong}
+        file = write(tmp_path, tensors, "model.safetensors", config=config)
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            weights.import_encoder(file, **FACTS)
+
+
 # --- wrappers and other parts --------------------------------------------------------------------
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}

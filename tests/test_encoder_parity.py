@@ -4,6 +4,8 @@ With ``-s`` the largest relative error of each is printed; the table in docs/enc
 """
 
 import json
+import math
+import re
 
 import jax
 import numpy as np
@@ -368,6 +370,111 @@ def test_huggingface_convnext(kind, tmp_path):
         model, stem, [stage.layers for stage in stages], pooled, conv_images()
     )
     check(kind, tmp_path, expected, image_size=CONV_SIZE)
+
+
+# --- Swin ----------------------------------------------------------------------------------------
+
+SWIN_SIZE = 48  # sides of 12 and 6: windows of 6 tile and shift, and are the whole
+SWIN = {"patch_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "mlp_ratio": 2.0}
+
+
+def swin_images(size=SWIN_SIZE):
+    return np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
+
+
+def watched_swin(model, stem, stages, features, pixels):
+    """As for a ConvNeXt; transformers has places in a row, and its blocks return tuples."""
+    taps = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            side = math.isqrt(output.shape[1]) if output.ndim == 3 else output.shape[1]
+            taps[name] = output.reshape(len(output), side, side, -1).clone().numpy()
+
+        return hook
+
+    stem.register_forward_hook(keep("stem"))
+    for s, blocks in enumerate(stages, 1):
+        for b, block in enumerate(blocks, 1):
+            block.register_forward_hook(keep(f"stage{s}/block{b}"))
+    with torch.no_grad():
+        pooled = features(model, normalized(pixels))
+    return {"features": pooled.numpy(), **taps}
+
+
+def assert_swin(case, path, expected, size=SWIN_SIZE):
+    encoder = weights.import_encoder(path, **NAMED, image_size=size)
+    error = cases.largest_error(encoder, expected, swin_images(size))
+    print(f"\n{case} ({weights.inspect_file(path, **NAMED).layout.name}): {error:.1e}")
+    assert error < 1e-5
+    return encoder
+
+
+def test_timm_swin(tmp_path):
+    timm = pytest.importorskip("timm")
+    build = timm.models.SwinTransformer
+    model = cases.randomize(build(img_size=SWIN_SIZE, window_size=6, num_classes=0, **SWIN))
+    stages = [stage.blocks for stage in model.layers]
+    expected = watched_swin(model, model.patch_embed, stages, timm_features, swin_images())
+    state = model.state_dict()
+    path = save(state, tmp_path)
+    encoder = assert_swin("timm Swin", path, expected)
+    # As its authors name it: merged at a stage's end, with what is computed.
+    old = {
+        re.sub(r"layers\.(\d)\.downsample", lambda x: f"layers.{int(x[1]) - 1}.downsample", key): x
+        for key, x in state.items()
+    }
+    old["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(36, 36, dtype=torch.long)
+    old = weights.import_encoder(save(old, tmp_path), **NAMED, image_size=SWIN_SIZE)
+    again = weights.export_safetensors(encoder, tmp_path / "out.safetensors")
+    for back in (old, weights.import_encoder(again)):
+        assert back.module == encoder.module
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(encoder), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not model.load_state_dict(load_torch(again), strict=True).missing_keys
+
+
+def load_torch(file):
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_swins_whose_windows_do_not_tile(library, tmp_path):
+    """Sides of 7 and 4, with a pad before the shift or after it."""
+    if library == "timm":
+        timm = pytest.importorskip("timm")
+        build = timm.models.SwinTransformer
+        model = cases.randomize(
+            build(img_size=28, window_size=((3, 3), (2, 2)), num_classes=0, **SWIN)
+        )
+        stages = [stage.blocks for stage in model.layers]
+        expected = watched_swin(model, model.patch_embed, stages, timm_features, swin_images(28))
+        path = save(model.state_dict(), tmp_path)
+    else:
+        path, expected, _ = huggingface_swin(28, 3, tmp_path)
+    assert_swin(f"{library} Swin, padded", path, expected, 28)
+
+
+def huggingface_swin(size, window, folder):
+    config = transformers.SwinConfig(image_size=size, window_size=window, **SWIN)
+    model = cases.randomize(transformers.SwinModel(config))
+    model.save_pretrained(folder)
+    stages = [stage.blocks for stage in model.encoder.layers]
+    stem = model.embeddings.norm
+    return folder, watched_swin(model, stem, stages, pooled, swin_images(size)), model
+
+
+def test_huggingface_swin(tmp_path):
+    path, expected, model = huggingface_swin(SWIN_SIZE, 6, tmp_path)
+    encoder = assert_swin("transformers Swin", path, expected)
+    # Names as they are in memory.
+    save(model.state_dict(), tmp_path)
+    back = weights.import_encoder(tmp_path, **NAMED, image_size=SWIN_SIZE)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(encoder), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # --- the way back --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from robust_ssl.models.resnet import (
     resnet101,
     resnet152,
 )
+from robust_ssl.models.swin import Swin, swin_transformer
 from robust_ssl.models.vit import ViT, vision_transformer, vit_base, vit_small, vit_tiny
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Quantize",
     "ResNet",
     "Smooth",
+    "Swin",
     "ViT",
     "classifier",
     "clip_resnet",
@@ -47,6 +49,7 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "swin_transformer",
     "vision_transformer",
     "vit_base",
     "vit_small",

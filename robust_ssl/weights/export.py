@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import disk
-from robust_ssl.models import CLIPResNet, ConvNeXt, ResNet, ViT
+from robust_ssl.models import CLIPResNet, ConvNeXt, ResNet, Swin, ViT
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
 from robust_ssl.weights.layouts import LAYOUTS
@@ -69,6 +69,8 @@ def _layout_of(encoder: Encoder) -> str:
         return "timm-convnext"
     if isinstance(module, CLIPResNet):
         return "open-clip-resnet"
+    if isinstance(module, Swin):
+        return "timm-swin"
     if isinstance(module, ViT) and module.rotary_reference is not None:
         raise ValueError(
             "EVA-02 has no bias of its keys in PyTorch, which training here moves: it is not "

@@ -157,7 +157,7 @@ def _locate(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_beside(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the JSON files beside weights, as `read_weights` does, without reading the weights."""
+    """Returns the JSON files beside weights, as `read_weights` has them, without the weights."""
     file = _locate(pathlib.Path(path))
     return _read_neighbours(file.parent) if _is_published(path, file) else {}
 

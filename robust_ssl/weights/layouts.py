@@ -8,6 +8,7 @@ from robust_ssl.weights import (
     eva_layouts,
     mapping,
     resnet_layouts,
+    swin_layouts,
     vit_layouts,
 )
 
@@ -17,4 +18,5 @@ LAYOUTS: tuple[mapping.Layout, ...] = (
     *eva_layouts.LAYOUTS,
     *vit_layouts.LAYOUTS,
     *convnext_layouts.LAYOUTS,
+    *swin_layouts.LAYOUTS,
 )
