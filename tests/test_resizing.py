@@ -1,5 +1,6 @@
 """How pictures get their size: closed forms, words in a config, what an encoder's files say."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from robust_ssl import data, models, weights
+from robust_ssl.api import inputs
 from robust_ssl.data import Resizing, pictures
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.plan import Plan
 from robust_ssl.experiment.sources import Data, EncoderSource
+from robust_ssl.weights import transforms
 
 RAMP = np.repeat(np.arange(240, dtype=np.uint8).reshape(12, 20, 1), 3, axis=2)
 
@@ -106,20 +111,57 @@ TIMM = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32], "crop_pc
         "interpolation": "bilinear"}  # fmt: skip
 
 
-def test_an_encoders_own_resizing_is_found(tmp_path):
-    """Beside a foreign file, in the card of what is made of it, and for another size."""
-    encoder = models.resnet18(jax.random.key(0), width=8)
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    weights.export_safetensors(encoder, foreign / "model.safetensors")
-    assert weights.resizing_of(foreign) is None
-    (foreign / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM}))
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A folder of an encoder that timm's transform belongs to, and a folder of one picture."""
+    folder = tmp_path_factory.mktemp("foreign")
+    encoder = models.resnet18(jax.random.key(0), width=2)
+    weights.export_safetensors(encoder, folder / "model.safetensors")
+    config = {"architecture": "resnet18", "pretrained_cfg": TIMM}
+    (folder / "config.json").write_text(json.dumps(config))
+    pictures = folder.parent / "photos" / "train" / "a"
+    pictures.mkdir(parents=True)
+    Image.fromarray(RAMP).save(pictures / "1.png")
+    return folder, folder.parent / "photos"
+
+
+def test_an_encoders_own_resizing_is_found(foreign, tmp_path):
+    folder, _ = foreign
     expected = Resizing("shorter", 35, interpolation="bilinear", sized="keep")
-    assert weights.resizing_of(foreign) == expected
-    assert EncoderSource.read(str(foreign), "config.encoder").resizing(64).side == 71
+    assert weights.resizing_of(folder) == expected
+    assert EncoderSource.read(str(folder), "config.encoder").resizing(64).side == 71
     assert weights.resizing_of("simclr-cifar10-r18w24", 32) is None
-    (foreign / "config.json").write_text(
-        json.dumps({"pretrained_cfg": {**TIMM, "interpolation": "spline"}})
-    )
+    origin = {"imported_from": {"transform": transforms.of_timm(TIMM, 32)}}
+    encoder = models.resnet18(jax.random.key(0), width=2)
+    ours = weights.save_encoder(encoder, tmp_path / "ours", origin)
+    assert weights.resizing_of(ours) == expected
+    assert weights.resizing_of(ours, 64).side == 71
+    # What a card said before it told modes: the shorter side, and a crop of the middle.
+    before = {"resize": 40, "crop": 32, "interpolation": "bicubic"}
+    assert transforms.resizing(before, 32) == Resizing("shorter", 40, sized="keep")
+    assert transforms.resizing({"interpolation": "bicubic"}, 32) is None
+
+
+def test_a_transform_that_no_resizing_is_asks_for_one(tmp_path):
+    told = {**transforms.of_timm(TIMM, 32), "interpolation": "spline"}
     with pytest.raises(ValueError, match=r"interpolation must be one of .*say how"):
-        weights.resizing_of(foreign)
+        transforms.resizing(told, 32)
+
+
+def test_a_run_resizes_pictures_as_its_encoders_files_say(foreign):
+    folder, photos = foreign
+    planned = Plan(encoder=EncoderSource(path=str(folder), options={"image_size": 32}))
+    context = Context(planned, folder, None, None)
+    source = Data(source=str(photos))
+    own = Resizing("shorter", 35, interpolation="bilinear")
+    images = context.load_sized(source, "train").images
+    np.testing.assert_array_equal(images[0], own(RAMP, 32))
+    asked = dataclasses.replace(source, resizing=Resizing.read("squash", "here"))
+    images = context.load_sized(asked, "train").images
+    np.testing.assert_array_equal(images[0], Resizing("squash")(RAMP, 32))
+    # The encoder that is yet to be pre-trained has no transform.
+    images = context.load_sized(source, "train", context.encoder).images
+    np.testing.assert_array_equal(images[0], pictures.resize(RAMP, 32))
+    secured = inputs.examples_of(photos, None, 32, "train", inputs.resizing_of(folder))
+    np.testing.assert_array_equal(secured.images[0], own(RAMP, 32))
+    assert inputs.resizing_of(context.encoder) is None
