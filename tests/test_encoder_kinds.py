@@ -328,6 +328,7 @@ def test_blue_first_is_noted_and_can_be_named(tmp_path):
 
 TIMM_CONFIG = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 224, 224]}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SHORTER = {"mode": "shorter", "resize": 256, "crop": 224}
 
 
 @pytest.mark.parametrize(
@@ -336,24 +337,25 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         (
             {"config.json": {"pretrained_cfg": {
                 **TIMM_CONFIG, "crop_pct": 0.875, "interpolation": "bicubic"}}},
-            224, {"crop_pct": 0.875, "interpolation": "bicubic", "resize": 256, "crop": 224},
+            224, {"crop_pct": 0.875, "interpolation": "bicubic", **SHORTER, "offset": "nearest"},
         ),
         (
             {"preprocessor_config.json": {
                 **HALF, "size": {"shortest_edge": 256}, "crop_size": 224, "resample": 3}},
-            224, {"interpolation": "bicubic", "resize": 256, "crop": 224},
+            224, {"interpolation": "bicubic", **SHORTER, "offset": "down"},
         ),
         (
             {"preprocessor_config.json": {
                 **HALF, "size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 2}},
-            224, {"interpolation": "bilinear", "crop_pct": 0.875, "resize": 256, "crop": 224},
+            224,
+            {"interpolation": "bilinear", "crop_pct": 0.875, **SHORTER, "offset": "down"},
         ),
         ({"preprocessor_config.json": {**HALF, "size": 32}}, 32, {}),
         (
             {"open_clip_config.json": {
                 "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
                 "model_cfg": {"vision_cfg": {"image_size": 224}}}},
-            224, {"interpolation": "bicubic"},
+            224, {"interpolation": "bicubic", **SHORTER, "resize": 224, "offset": "nearest"},
         ),
     ],
 )  # fmt: skip
@@ -419,6 +421,111 @@ def test_every_convnext_comes_back(layout, second):
     back = mapping.join(LAYOUTS[layout].entries(encoder), tensors, flat, "it")
     for path, leaf in flat.items():
         np.testing.assert_array_equal(back[path], leaf)
+
+
+def test_clips_resnet_comes_back_and_what_is_missing_is_named(tmp_path):
+    options = {"depths": (1, 1, 1, 1), "width": 2, "heads": 2, "dim": 5, "image_size": 32}
+    encoder = random_encoder(models.clip_resnet, **options)
+    tensors = tensors_of(encoder, "open-clip-resnet")
+    matching = [other.name for other in convert.LAYOUTS if other.matches(tensors.keys())]
+    assert matching == ["open-clip-resnet"]
+    file = write(tmp_path, under("visual.", tensors))
+    assert_same(weights.import_encoder(file, normalization="clip", heads=2), encoder)
+    with pytest.raises(ValueError, match=r"2 is no published width .*--heads 1"):
+        weights.import_encoder(file, normalization="clip")
+    with pytest.raises(ValueError, match="only a ViT has positions"):
+        weights.import_encoder(file, normalization="clip", heads=2, image_size=64)
+    turned = weights.import_encoder(file, normalization="clip", heads=2, channels="bgr")
+    kernel = encoder.variables["params"]["stem"]["conv1"]["conv"]["kernel"]
+    ours = turned.variables["params"]["stem"]["conv1"]["conv"]["kernel"]
+    np.testing.assert_array_equal(ours, kernel[:, :, ::-1])
+    folder = weights.save_encoder(encoder, tmp_path / "ours")
+    assert weights.load_encoder(folder).module == encoder.module
+    del tensors["bn3.weight"]
+    with pytest.raises(ValueError, match=r"missing bn3\.weight"):
+        weights.import_encoder(write(tmp_path, tensors), normalization="clip", heads=2)
+
+
+def packed(tensors):
+    """EVA-02's tensors as the smaller ones have them."""
+    names = dict(tensors)
+    for letter in "qv":
+        names[f"blocks.0.attn.{letter}_bias"] = names.pop(f"blocks.0.attn.{letter}_proj.bias")
+    for whole, parts in (
+        ("attn.qkv.weight", "attn.{}_proj.weight"), ("mlp.fc1.weight", "mlp.fc1_{}.weight"),
+        ("mlp.fc1.bias", "mlp.fc1_{}.bias"),
+    ):  # fmt: skip
+        letters = "qkv" if "attn" in whole else "gx"
+        pieces = [names.pop(f"blocks.0.{parts.format(letter)}") for letter in letters]
+        names[f"blocks.0.{whole}"] = np.concatenate(pieces)
+    return names
+
+
+def test_every_eva02_comes_back(tmp_path):
+    options = {**SIZES, "width": 24, "heads": 3, "mlp_width": 8, "activation": "swiglu",
+               "rotary": 1e4, "rotary_reference": 16}  # fmt: skip
+    encoder = random_encoder(models.vision_transformer, **options, mlp_norm=True)
+    tensors = tensors_of(encoder, "timm-eva02")
+    del tensors["blocks.0.attn.k_proj.bias"]
+    for state in (tensors, under("visual.trunk.", packed(tensors))):
+        file = write(tmp_path, state)
+        found = weights.inspect_file(file, **FACTS, heads=3)
+        assert found.layout.name == "timm-eva02" and "16 patches a side" in str(found.notes)
+        back = weights.import_encoder(file, **FACTS, heads=3)
+        bias = back.variables["params"]["block1"]["attention"]["qkv"]["bias"]
+        np.testing.assert_array_equal(bias[24:48], 0)
+        assert back.module == encoder.module
+        ours = mapping.split(LAYOUTS["timm-eva02"].entries(back), {
+            path: np.asarray(x)
+            for path, x in traverse_util.flatten_dict(back.variables, sep="/").items()
+        })  # fmt: skip
+        assert all(np.array_equal(x, ours[name]) for name, x in tensors.items())
+    with pytest.raises(ValueError, match="no published width"):
+        weights.import_encoder(file, **FACTS)
+    with pytest.raises(ValueError, match="no bias of its keys"):
+        weights.export_safetensors(back, tmp_path / "out.safetensors")
+    ungated = {**packed(tensors), "blocks.0.mlp.fc2.weight": np.zeros((24, 16), np.float32)}
+    with pytest.raises(ValueError, match="this MLP is not gated"):
+        weights.import_encoder(write(tmp_path, ungated), **FACTS, heads=3)
+    with pytest.raises(ValueError, match="rotary_reference=16 must be positive, and needs rotary"):
+        models.vision_transformer(jax.random.key(0), **{**options, "rotary": None})
+
+
+SWIN = {"depths": (2, 1), "width": 4, "heads": (1, 2), "windows": 2, "image_size": 32,
+        "mlp_ratio": 2.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["timm-swin", "huggingface-swin"])
+def test_every_swin_comes_back(layout, tmp_path):
+    encoder = random_encoder(models.swin_transformer, **SWIN, pad_first=layout != "timm-swin")
+    tensors = tensors_of(encoder, layout)
+    matching = [other.name for other in convert.LAYOUTS if other.matches(tensors.keys())]
+    assert matching == [layout]
+    config = {"model_type": "swin"} if layout != "timm-swin" else {}
+    file = write(tmp_path, tensors, "model.safetensors", config=config)
+    back = weights.import_encoder(file, **FACTS)
+    assert back.module == encoder.module
+    assert_same(back, encoder)
+    with pytest.raises(ValueError, match="how large images were") as caught:
+        weights.import_encoder(file, normalization="none")
+    assert len(str(caught.value).splitlines()) == 2  # and nothing besides
+    with pytest.raises(ValueError, match="stage 2: windows of 2 places are larger than its side"):
+        weights.import_encoder(file, normalization="none", image_size=8)
+    table = next(name for name in tensors if name.endswith("bias_table"))
+    tensors[table] = tensors[table][:-1]
+    file = write(tmp_path, tensors, "model.safetensors", config=config)
+    with pytest.raises(ValueError, match="not that of a square window"):
+        weights.import_encoder(file, **FACTS)
+
+
+def test_a_swin_whose_config_is_anothers_is_refused(tmp_path):
+    encoder = random_encoder(models.swin_transformer, **SWIN, pad_first=True)
+    tensors = tensors_of(encoder, "huggingface-swin")
+    for wrong in ({"window_size": 7}, {"use_absolute_embeddings": True}, {"layer_norm_eps": 1e-6}):
+        config = {"model_type": "swin", **wrong}
+        file = write(tmp_path, tensors, "model.safetensors", config=config)
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            weights.import_encoder(file, **FACTS)
 
 
 # --- wrappers and other parts --------------------------------------------------------------------

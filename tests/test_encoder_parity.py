@@ -4,6 +4,8 @@ With ``-s`` the largest relative error of each is printed; the table in docs/enc
 """
 
 import json
+import math
+import re
 
 import jax
 import numpy as np
@@ -11,11 +13,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
-# timm and open_clip import torchvision, whose compiled part is for one build of torch and says
-# nothing of networks.  Where it does not load, these names are all that its Python part asks for.
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import torchvision_operators  # noqa: E402, F401 (before those that import torchvision)
+
 transformers = pytest.importorskip("transformers")
 
 import parity_cases_vit as cases  # noqa: E402
@@ -111,6 +110,31 @@ def test_timm_distilled_deit(tmp_path):
     check("timm, distilled DeiT", save(model.state_dict(), tmp_path), expected, heads=2)
 
 
+EVA = {
+    "tiny, small": {},
+    "base, large": {"qkv_fused": False, "scale_mlp": True},
+    "CLIP": {"qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True,
+             "global_pool": "token"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EVA)
+def test_timm_eva02(case, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.models.Eva(
+        **SHAPE, num_classes=0, mlp_ratio=5 / 3, swiglu_mlp=True, use_rot_pos_emb=True,
+        ref_feat_shape=(16, 16), dynamic_img_size=True, **EVA[case],
+    )  # fmt: skip
+    cases.randomize(model)
+    expected = watched(model, model.blocks, timm_features, cases.images())
+    path = save(model.state_dict(), tmp_path, "visual.trunk." * (case == "CLIP"))
+    check(f"timm EVA-02, {case}", path, expected, heads=2)
+    pixels = np.random.default_rng(1).uniform(size=(2, 40, 40, 3)).astype(np.float32)
+    expected = watched(model, model.blocks, timm_features, pixels)
+    encoder = weights.import_encoder(path, **NAMED, heads=2, image_size=40)
+    assert cases.largest_error(encoder, expected, pixels) < 1e-5
+
+
 def test_timm_resizes_positions_as_we_do(tmp_path):
     timm = pytest.importorskip("timm")
     options = {**SHAPE, "dynamic_img_size": True}
@@ -170,6 +194,31 @@ def test_open_clip(activation, tmp_path):
     check(
         f"open_clip, {activation}", save(state, tmp_path), expected, heads=2, activation=activation
     )
+
+
+@pytest.mark.parametrize("openai", [True, False])
+def test_clip_resnet(openai, tmp_path):
+    pytest.importorskip("open_clip")
+    from open_clip.modified_resnet import ModifiedResNet
+
+    model = cases.randomize(ModifiedResNet([2, 1, 1, 1], 5, 2, CONV_SIZE, 4))
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_var.abs_().add_(0.1)  # randomized too, and a variance is positive
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    state = {f"visual.{key}": x for key, x in model.state_dict().items()}
+    if openai:
+        state |= {"transformer.resblocks.0.ln_1.weight": torch.ones(3)}
+        state |= {"input_resolution": torch.ones(()), "logit_scale": torch.ones(())}
+    expected = watched_convnext(
+        model, model.avgpool, stages, lambda model, x: model(x), conv_images()
+    )
+    path = save(state, tmp_path)
+    encoder = check(
+        f"CLIP ResNet{', with text' * openai}", path, expected, image_size=CONV_SIZE, heads=2
+    )
+    back = weights.import_encoder(weights.export_safetensors(encoder, tmp_path / "out.safetensors"))
+    assert back.module == encoder.module
 
 
 def test_torchvision_vit(tmp_path):
@@ -321,6 +370,111 @@ def test_huggingface_convnext(kind, tmp_path):
         model, stem, [stage.layers for stage in stages], pooled, conv_images()
     )
     check(kind, tmp_path, expected, image_size=CONV_SIZE)
+
+
+# --- Swin ----------------------------------------------------------------------------------------
+
+SWIN_SIZE = 48  # sides of 12 and 6: windows of 6 tile and shift, and are the whole
+SWIN = {"patch_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "mlp_ratio": 2.0}
+
+
+def swin_images(size=SWIN_SIZE):
+    return np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
+
+
+def watched_swin(model, stem, stages, features, pixels):
+    """As for a ConvNeXt; transformers has places in a row, and its blocks return tuples."""
+    taps = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            side = math.isqrt(output.shape[1]) if output.ndim == 3 else output.shape[1]
+            taps[name] = output.reshape(len(output), side, side, -1).clone().numpy()
+
+        return hook
+
+    stem.register_forward_hook(keep("stem"))
+    for s, blocks in enumerate(stages, 1):
+        for b, block in enumerate(blocks, 1):
+            block.register_forward_hook(keep(f"stage{s}/block{b}"))
+    with torch.no_grad():
+        pooled = features(model, normalized(pixels))
+    return {"features": pooled.numpy(), **taps}
+
+
+def assert_swin(case, path, expected, size=SWIN_SIZE):
+    encoder = weights.import_encoder(path, **NAMED, image_size=size)
+    error = cases.largest_error(encoder, expected, swin_images(size))
+    print(f"\n{case} ({weights.inspect_file(path, **NAMED).layout.name}): {error:.1e}")
+    assert error < 1e-5
+    return encoder
+
+
+def test_timm_swin(tmp_path):
+    timm = pytest.importorskip("timm")
+    build = timm.models.SwinTransformer
+    model = cases.randomize(build(img_size=SWIN_SIZE, window_size=6, num_classes=0, **SWIN))
+    stages = [stage.blocks for stage in model.layers]
+    expected = watched_swin(model, model.patch_embed, stages, timm_features, swin_images())
+    state = model.state_dict()
+    path = save(state, tmp_path)
+    encoder = assert_swin("timm Swin", path, expected)
+    # As its authors name it: merged at a stage's end, with what is computed.
+    old = {
+        re.sub(r"layers\.(\d)\.downsample", lambda x: f"layers.{int(x[1]) - 1}.downsample", key): x
+        for key, x in state.items()
+    }
+    old["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(36, 36, dtype=torch.long)
+    old = weights.import_encoder(save(old, tmp_path), **NAMED, image_size=SWIN_SIZE)
+    again = weights.export_safetensors(encoder, tmp_path / "out.safetensors")
+    for back in (old, weights.import_encoder(again)):
+        assert back.module == encoder.module
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(encoder), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not model.load_state_dict(load_torch(again), strict=True).missing_keys
+
+
+def load_torch(file):
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_swins_whose_windows_do_not_tile(library, tmp_path):
+    """Sides of 7 and 4, with a pad before the shift or after it."""
+    if library == "timm":
+        timm = pytest.importorskip("timm")
+        build = timm.models.SwinTransformer
+        model = cases.randomize(
+            build(img_size=28, window_size=((3, 3), (2, 2)), num_classes=0, **SWIN)
+        )
+        stages = [stage.blocks for stage in model.layers]
+        expected = watched_swin(model, model.patch_embed, stages, timm_features, swin_images(28))
+        path = save(model.state_dict(), tmp_path)
+    else:
+        path, expected, _ = huggingface_swin(28, 3, tmp_path)
+    assert_swin(f"{library} Swin, padded", path, expected, 28)
+
+
+def huggingface_swin(size, window, folder):
+    config = transformers.SwinConfig(image_size=size, window_size=window, **SWIN)
+    model = cases.randomize(transformers.SwinModel(config))
+    model.save_pretrained(folder)
+    stages = [stage.blocks for stage in model.encoder.layers]
+    stem = model.embeddings.norm
+    return folder, watched_swin(model, stem, stages, pooled, swin_images(size)), model
+
+
+def test_huggingface_swin(tmp_path):
+    path, expected, model = huggingface_swin(SWIN_SIZE, 6, tmp_path)
+    encoder = assert_swin("transformers Swin", path, expected)
+    # Names as they are in memory.
+    save(model.state_dict(), tmp_path)
+    back = weights.import_encoder(tmp_path, **NAMED, image_size=SWIN_SIZE)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(encoder), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # --- the way back --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robust_ssl import models
-from robust_ssl.models import transformer
+from robust_ssl.models import swin, transformer
 from robust_ssl.models.convnext import ResponseNorm
 
 TINY = {"depths": (1, 2), "widths": (4, 8), "patch_size": 2, "image_size": 8}
@@ -118,3 +118,83 @@ def test_pooling_by_attention_does_not_mind_the_order_of_tokens():
     # Of equal tokens it takes their value: the query does not matter.
     equal = jnp.tile(tokens[:, :1], (1, 5, 1))
     np.testing.assert_allclose(apply(variables, equal), apply(variables, equal[:, :1]), atol=1e-5)
+
+
+# --- CLIP's ResNets ------------------------------------------------------------------------------
+
+CLIP = {"depths": (1, 1, 1, 1), "width": 2, "heads": 2, "dim": 5, "image_size": 32}
+
+
+def test_clips_resnet_halves_where_others_stride():
+    shape = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    encoder = jax.eval_shape(lambda key: models.clip_resnet(key, **CLIP), jax.random.key(0))
+    outputs = jax.eval_shape(lambda encoder, x: encoder(x), encoder, shape)
+    assert outputs.features.shape == (2, 5) and outputs.features.dtype == jnp.float32
+    shapes = {name: tap.shape for name, tap in outputs.taps.items()}
+    assert shapes == {
+        "stem": (2, 8, 8, 2), "stage1/block1": (2, 8, 8, 8), "stage2/block1": (2, 4, 4, 16),
+        "stage3/block1": (2, 2, 2, 32), "stage4/block1": (2, 1, 1, 64),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"depths": (1, 1)}, "four positive depths"),
+        ({"heads": 3}, "3 heads do not divide 64"),
+        ({"image_size": 40}, "multiple of 32"),
+    ],
+)
+def test_sizes_of_clips_resnet_that_do_not_go_together_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        models.clip_resnet(jax.random.key(0), **{**CLIP, **wrong})
+
+
+# --- Swin ----------------------------------------------------------------------------------------
+
+SWIN = {"depths": (2, 1), "width": 4, "heads": (1, 2), "windows": 2, "image_size": 32}
+
+
+def test_swin_has_a_tap_for_each_block_and_windows_no_larger_than_its_sides():
+    encoder = jax.eval_shape(
+        lambda key: models.swin_transformer(key, **{**SWIN, "windows": 7}), jax.random.key(0)
+    )
+    assert encoder.module.windows == (7, 4)
+    shape = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    outputs = jax.eval_shape(lambda encoder, x: encoder(x), encoder, shape)
+    assert outputs.features.shape == (2, 8) and outputs.features.dtype == jnp.float32
+    shapes = {name: tap.shape for name, tap in outputs.taps.items()}
+    assert shapes == {
+        "stem": (2, 8, 8, 4), "stage1/block1": (2, 8, 8, 4), "stage1/block2": (2, 8, 8, 4),
+        "stage2/block1": (2, 4, 4, 8),
+    }  # fmt: skip
+
+
+def test_a_shift_hides_what_was_not_beside_each_other():
+    """A row of four places moved by one: the first has come behind the last."""
+    mask = swin.shift_mask(4, 2, 1)[:, 0]
+    assert mask.shape == (4, 4, 4)
+    np.testing.assert_array_equal(mask[0], 0)  # the first window moved as a whole
+    apart = mask[1] < 0  # places 2 and 3 of the first two rows: 3 has come from the other edge
+    np.testing.assert_array_equal(apart[0], [False, True, False, True])
+
+
+def test_relative_places_are_the_same_for_the_same_step():
+    places = swin.relative_places(3)
+    assert places.min() == 0 and places.max() == 24 and len(np.unique(places)) == 25
+    assert places[0, 1] == places[1, 2] == places[3, 4] and places[0, 1] != places[2, 3]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"heads": (1, 3)}, "stage 2: 3 heads do not divide 8"),
+        ({"windows": (2, 5)}, "stage 2: windows of 5 places"),
+        ({"depths": (1,)}, "must be as many"),
+        ({"image_size": 30}, "patch_size must divide"),
+        ({"width": 0}, "must all be positive"),
+    ],
+)
+def test_sizes_of_a_swin_that_do_not_go_together_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        models.swin_transformer(jax.random.key(0), **{**SWIN, **wrong})

@@ -40,16 +40,16 @@ FREE_TEXTS = re.compile(
 )
 # None says: no limit, no such part, or as the rest of the run.
 NONE_MEANS = re.compile(
-    r".*\.(image_size|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
+    r".*\.(image_size|resizing|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
     r"|preprocess|select|adv_ratio|attack|augment|patience|best|tolerance|threat|layer"
-    r"|loop_on_device|ramp|teacher|stairs|images)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
+    r"|loop_on_device|ramp|teacher|stairs|images|side|crop)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
     r"|.*\.fit\.(num_steps|batch_size)|.*\.step_size"
 )
 # 0 is a number like others (seeds, places), or what leaves a part out.
 ZERO_MEANS = re.compile(
     r".*\.(seed|seeds|target|layer|epochs|prune|l2_sp|weight_decay|weight|adv_ratio|tolerance"
     r"|clean_share|momentum|max_clean_loss|queue_size|low|epsilon|curve|budgets|edges|rates"
-    r"|warmup_epochs|min_scale|freeze|layers|ema|noise|smoothing|margin|seen|ramp\.start|workers)(\[\d+\])*(\..*)?"
+    r"|warmup_epochs|min_scale|freeze|layers|ema|noise|smoothing|margin|seen|ramp\.start|workers|fill)(\[\d+\])*(\..*)?"
 )
 # Counted from either end; how many layers an encoder has is known when a step is traced.
 NEGATIVE_MEANS = re.compile(r".*\.(layer|layers\[\d+\])")
@@ -60,6 +60,12 @@ SHARES = re.compile(
     r"|epsilon|curve|budgets|step_size|min_scale|final_momentum|ema|smoothing|margin|ramp\.start"
     r"|ramp\.end)(\[\d+\])?"
 )
+
+
+RESIZING = {
+    "mode": "shorter", "side": 40, "crop": 32, "interpolation": "bicubic", "offset": "down",
+    "fill": [0, 0, 0], "sized": "keep",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,16 @@ def texts(saved):
     plain = {
         name: settings.to_json(settings.load_config(f"{tiny.CONFIGS}/{file}"))
         for name, file in files.items()
+    }
+    # No config that ships resizes in its own way.
+    plain["resizing"] = {
+        "stages": ["pretrain"],
+        "pretrain": {
+            "encoder": plain["pretrain"]["pretrain"]["encoder"],
+            "method": "robust_ssl.pretraining:SimCLR",
+            "epochs": 1,
+            "data": {"source": "./photos", "image_size": 32, "resizing": RESIZING},
+        },
     }
     completed = {f"all of {n}": experiment.plan(plain[n]).text for n in ("quickstart", "compare")}
     return plain | json.loads(json.dumps(completed))
@@ -205,7 +221,7 @@ def refusals(text, changes):
     return wrong
 
 
-ALL = [*CONFIGS, "all of quickstart", "all of compare"]
+ALL = [*CONFIGS, "resizing", "all of quickstart", "all of compare"]
 
 
 @pytest.mark.parametrize("config", ALL)

@@ -174,8 +174,9 @@ def attack(
       Perturbation('universal_pgd', 32x32 pixels, budget 10/255)
     """
     fitted = universal_attack(attack, options)
+    resizing = inputs.resizing_of(encoder)
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
-    surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train")
+    surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)
     if num_steps < 1 or batch_size < 1:
         raise ValueError(f"need at least one step and one image, got {num_steps} and {batch_size}")
     batch_size = min(batch_size, len(surrogate) - len(surrogate) % len(parallel.devices))

@@ -59,7 +59,20 @@ def classifier_of(classifier: Any) -> Any:
     return classifier
 
 
-def examples_of(images: Any, labels: Any, image_size: int | None, split: str) -> Any:
+def resizing_of(encoder: Any) -> data.Resizing | None:
+    """Returns how pictures were resized for an encoder that is named; None for a value."""
+    if not isinstance(encoder, (str, os.PathLike)):
+        return None
+    return weights.resizing_of(os.fspath(encoder))
+
+
+def examples_of(
+    images: Any,
+    labels: Any,
+    image_size: int | None,
+    split: str,
+    resizing: data.Resizing | None = None,
+) -> Any:
     """Returns examples of arrays, `data.Examples`, or a data set's name or folder.
 
     Args:
@@ -68,6 +81,7 @@ def examples_of(images: Any, labels: Any, image_size: int | None, split: str) ->
       labels: Of arrays; None where `images` has its own, or there are none.
       image_size: What the model takes, pixels; a data set by name is brought to it.
       split: Of a data set by name.
+      resizing: How its pictures get their size, see `data.load`.
 
     Raises:
       ValueError: If arrays have another size, with the line that resizes them.
@@ -76,7 +90,7 @@ def examples_of(images: Any, labels: Any, image_size: int | None, split: str) ->
         if labels is not None:
             raise ValueError(f"{str(images)!r} has its own labels; leave out `labels`")
         named = BUILTIN.get(str(images), images)
-        examples = data.load(named, split=split, image_size=image_size)
+        examples = data.load(named, split=split, image_size=image_size, resizing=resizing)
     elif isinstance(images, (data.Examples, data.StreamedExamples)):
         examples = images
     else:

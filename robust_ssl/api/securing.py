@@ -106,11 +106,12 @@ def secure(
       >>> net.num_classes
       10
     """
+    resizing = inputs.resizing_of(encoder)
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     if not isinstance(encoder, Encoder):
         raise ValueError(f"only a robust_ssl.Encoder can be trained, got {type(encoder).__name__}")
     refuse_bridge(encoder, "trained")
-    examples = inputs.examples_of(images, labels, encoder.image_size, "train")
+    examples = inputs.examples_of(images, labels, encoder.image_size, "train", resizing)
     left = len(examples) - round(len(examples) * validation)
     common = {"epochs": epochs, "batch_size": max(1, min(batch_size, left)), "head": head}
     name, recipes = _recipes(recipe, options, common, epsilon)

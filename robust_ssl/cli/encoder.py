@@ -151,6 +151,9 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     network.add_argument("--activation", help="of a ViT: gelu or quick_gelu")
     network.add_argument("--norm-epsilon", type=float, metavar="X", help="of a ViT's norms")
     network.add_argument(
+        "--rotary-reference", type=int, metavar="N", help="of EVA-02: patches a side it counts by"
+    )
+    network.add_argument(
         "--position-resizing",
         metavar="NAME",
         help="of a ViT, with --image-size: bicubic, antialias, offset or corners",
@@ -189,7 +192,8 @@ def _as_usage() -> Iterator[None]:
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("layout", "under", "reader", "normalization", "mean", "std", "image_size")
     keys += ("inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads")
-    keys += ("pooling", "activation", "norm_epsilon", "position_resizing", "allow_moving")
+    keys += ("pooling", "activation", "norm_epsilon", "position_resizing", "rotary_reference")
+    keys += ("allow_moving",)
     return {key: getattr(arguments, key) for key in keys}
 
 

@@ -22,11 +22,13 @@ from robust_ssl.data.examples import (
     check_image_size,
     from_arrays,
 )
+from robust_ssl.data.resizing import Resizing
 from robust_ssl.data.sources import is_folder, load
 
 __all__ = [
     "Batches",
     "Examples",
+    "Resizing",
     "Shared",
     "StreamedExamples",
     "are_known",

@@ -17,6 +17,7 @@ import numpy as np
 
 from robust_ssl.data import checks, pictures
 from robust_ssl.data.order import permutation
+from robust_ssl.data.resizing import Resizing
 
 _log = logging.getLogger(__name__)
 _NAMED = 20  # unreadable pictures that are logged one by one
@@ -142,6 +143,7 @@ class StreamedExamples(_Split):
         of the training split the one before it takes its place; in a batch of another split, and
         by default, it is an error.
       unreadable: Rows of such pictures, with what was wrong; all parts of a split share them.
+      resizing: How pictures get their size; None is as `robust_ssl.data.load` says.
 
     Example:
       >>> pixels = np.zeros((8, 8, 3), np.uint8)
@@ -164,6 +166,7 @@ class StreamedExamples(_Split):
     workers: int = 0
     skip_unreadable: bool = False
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
+    resizing: Resizing | None = None
 
     def __post_init__(self):
         if len(self.rows) == 0:
@@ -254,7 +257,8 @@ class StreamedExamples(_Split):
     def _decode(self, row: int, picture: bytes | pathlib.Path | np.ndarray) -> np.ndarray | None:
         file = f" ({picture})" if isinstance(picture, pathlib.Path) else ""
         try:
-            image = pictures.decode(picture, self.image_size, f"image {row} of {self.where}{file}")
+            where = f"image {row} of {self.where}{file}"
+            image = pictures.decode(picture, self.image_size, where, self.resizing)
         except ValueError as error:
             if not self.skip_unreadable:
                 raise

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from robust_ssl.data.resizing import FIT, Resizing
+
 # The only formats that Pillow is asked for: it tells a picture by its content, and would hand
 # PostScript in a file called .png to Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
@@ -33,18 +35,22 @@ _DEPTH = 258  # the TIFF tag: bits of each channel
 
 
 def decode(
-    picture: bytes | pathlib.Path | np.ndarray, image_size: int | None, where: str
+    picture: bytes | pathlib.Path | np.ndarray,
+    image_size: int | None,
+    where: str,
+    resizing: Resizing | None = None,
 ) -> np.ndarray:
     """Returns one picture as ``uint8 [H, W, 3]``, at `image_size` if that is given.
 
     Gray and palette pictures become RGB, alpha is dropped, and a photograph is turned as its EXIF
-    tag says.  A picture of another size is scaled with Lanczos' filter so that its shorter side
-    fits, and the center is kept.
+    tag says.  A picture of another size is resized as `resizing` says; without one it is scaled
+    with Lanczos' filter so that its shorter side fits, and the center is kept.
 
     Args:
       picture: An encoded file, its path, or pixels ``uint8 [H, W, 3]``.
       image_size: Height and width, pixels; None leaves the picture as it is stored.
       where: What an error calls it.
+      resizing: How it gets its size; None is `FIT`.
 
     Raises:
       ValueError: If the file is broken or no regular file, has another format than `FORMATS`,
@@ -53,7 +59,7 @@ def decode(
     from PIL import Image
 
     if isinstance(picture, np.ndarray):
-        return resize(picture, image_size)
+        return resize(picture, image_size, resizing)
     try:
         if isinstance(picture, pathlib.Path):
             _check_regular(picture)
@@ -67,7 +73,7 @@ def decode(
         ) from error
     if refusal:
         raise ValueError(f"{where} {refusal}")
-    return resize(pixels, image_size)
+    return resize(pixels, image_size, resizing)
 
 
 def to_rgb(picture: Any, where: str) -> np.ndarray:
@@ -154,18 +160,14 @@ def _is_deep(picture: Any) -> bool:
     return False
 
 
-def resize(image: np.ndarray, image_size: int | None) -> np.ndarray:
-    """Returns ``uint8 [H, W, 3]`` brought to `image_size`: Lanczos, center kept.
+def resize(
+    image: np.ndarray, image_size: int | None, resizing: Resizing | None = None
+) -> np.ndarray:
+    """Returns ``uint8 [H, W, 3]`` brought to `image_size`, by default with Lanczos, center kept.
 
     Example:
       >>> resize(np.full((10, 20, 3), 7, np.uint8), 5).shape
       (5, 5, 3)
     """
-    from PIL import Image, ImageOps
-
-    if image_size is None or image.shape[:2] == (image_size, image_size):
-        return image
     # Not by the longer side: encoders take squares, and bars at the edges are no pixels of the set.
-    size = (image_size, image_size)
-    fitted = ImageOps.fit(Image.fromarray(image), size, method=Image.Resampling.LANCZOS)
-    return np.asarray(fitted)
+    return image if image_size is None else (resizing or FIT)(image, image_size)

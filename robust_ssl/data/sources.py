@@ -15,6 +15,7 @@ from robust_ssl.build import resolve
 from robust_ssl.data import checks, folders, hub, pictures, tfds_source
 from robust_ssl.data.addresses import refuse_addresses
 from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
+from robust_ssl.data.resizing import Resizing
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def load(
     memory_limit: int = 4 * 2**30,
     workers: int = 0,
     skip_unreadable: bool = False,
+    resizing: Resizing | str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Examples | StreamedExamples:
     """Reads one split of a data set.
@@ -53,8 +55,7 @@ def load(
           `image_size` where it has such parameters, and with `options`; returns `Examples` or
           ``(images, labels)``.
       split: ``"train"``, ``"test"``, ...; for TFDS also a slice such as ``"train[:1000]"``.
-      image_size: Brings each image to this height and width, pixels (Lanczos, center kept); None
-        takes them as they are.
+      image_size: Brings each image to this height and width, pixels; None takes them as they are.
       data_dir: Where TFDS sets are; by default ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
       limit: At most so many examples, drawn by `seed`; None takes all.
       seed: For `limit`, and for a function that asks for it.
@@ -66,6 +67,10 @@ def load(
       skip_unreadable: Whether pictures that cannot be decoded are left out, and counted in the
         notes; in a set that is read on demand another one of the training batch takes the place.
         Otherwise one is an error.
+      resizing: How images are brought to their size: a `Resizing`, its fields as a mapping, or a
+        mode (``"shorter"``, ``"squash"``, ``"longest"``, ``"fit"``).  None leaves those of this
+        size as they are, and scales others with Lanczos' filter, center kept.
+        `robust_ssl.weights.resizing_of` has that of an encoder.
       **options: For a function.
 
     Returns:
@@ -84,6 +89,9 @@ def load(
       ((100, 32, 32, 3), 10)
     """
     refuse_addresses(source=source, data_dir=data_dir)
+    if resizing is not None:
+        resizing = Resizing.read(resizing, "resizing")
+        image_size = resizing.size(image_size)
     if isinstance(source, Mapping) and "images" not in source:
         source = _pick_split(source, split)
     if isinstance(source, str) and _names_function(source):
@@ -99,12 +107,18 @@ def load(
     elif isinstance(source, str):
         examples = tfds_source.open_split(source, split, image_size, data_dir)
     else:
-        examples = _from_values(_one_size(source, image_size), split, "arrays")
+        of_one_size = _one_size(source, image_size, resizing)
+        if of_one_size is not source and resizing is not None:  # done, and not to be done again
+            resizing = dataclasses.replace(resizing, sized="keep")
+        examples = _from_values(of_one_size, split, "arrays")
     if isinstance(examples, StreamedExamples):
         examples = dataclasses.replace(
-            examples, workers=workers, skip_unreadable=skip_unreadable or examples.skip_unreadable
+            examples,
+            workers=workers,
+            skip_unreadable=skip_unreadable or examples.skip_unreadable,
+            resizing=resizing or examples.resizing,
         )
-    examples = _fit(examples, image_size, limit, seed, memory_limit)
+    examples = _fit(examples, image_size, resizing, limit, seed, memory_limit)
     if examples.notes:
         _log.warning("%s: %s", examples.where, "; ".join(examples.notes))
     return examples
@@ -123,7 +137,7 @@ def is_folder(source: Any) -> bool:
     return is_text and not _names_function(source)
 
 
-def _fit(examples, image_size, limit, seed, memory_limit) -> Examples | StreamedExamples:
+def _fit(examples, image_size, resizing, limit, seed, memory_limit) -> Examples | StreamedExamples:
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
@@ -135,23 +149,25 @@ def _fit(examples, image_size, limit, seed, memory_limit) -> Examples | Streamed
         if examples.nbytes > memory_limit:
             return examples
         examples = examples.in_memory()
-    elif image_size is not None and examples.image_shape[:2] != (image_size, image_size):
-        resized = np.stack([pictures.resize(image, image_size) for image in examples.images])
-        examples = dataclasses.replace(examples, images=resized)
+    elif image_size is not None and (
+        resizing is not None or examples.image_shape[:2] != (image_size, image_size)
+    ):
+        resized = [pictures.resize(image, image_size, resizing) for image in examples.images]
+        examples = dataclasses.replace(examples, images=np.stack(resized))
     dark = checks.darkness(examples.images)
     if dark and dark not in examples.notes:
         examples = dataclasses.replace(examples, notes=(*examples.notes, dark))
     return examples
 
 
-def _one_size(source: Any, image_size: int | None) -> Any:
+def _one_size(source: Any, image_size: int | None, resizing: Resizing | None) -> Any:
     """Brings a list of images to one size, which an array has anyway."""
     images = source["images"] if isinstance(source, Mapping) else source
     images = images[0] if isinstance(images, tuple) and len(images) == 2 else images
     if image_size is None or not isinstance(images, list) or not images:
         return source
     images = [checks.as_pixels([image], f"image {i}")[0] for i, image in enumerate(images)]
-    images = [pictures.resize(image, image_size) for image in images]
+    images = [pictures.resize(image, image_size, resizing) for image in images]
     if isinstance(source, Mapping):
         return {**source, "images": images}
     return (images, source[1]) if isinstance(source, tuple) else images

@@ -177,6 +177,8 @@ class Context:
     ):
         """Returns a split; a folder's pictures get the encoder's size, unless told otherwise.
 
+        What is resized is resized as the public encoder's card says, unless told otherwise.
+
         Args:
           source: Where it comes from.
           split: Which one.
@@ -185,6 +187,9 @@ class Context:
         if source.image_size is None and data.is_folder(source.source):
             size = (encoder or self.encoder).image_size
             source = dataclasses.replace(source, image_size=size)
+        if source.resizing is None and source.image_size is not None and encoder is None:
+            resizing = self.plan.encoder.resizing(source.image_size)
+            source = dataclasses.replace(source, resizing=resizing)
         return self.load(source, split)
 
     def load(self, source: Data, split: Literal["train", "test"]):
@@ -192,7 +197,7 @@ class Context:
         return self.once(("data", str(text_of(source)), split), lambda: self._read(source, split))
 
     def _read(self, source: Data, split: Literal["train", "test"]):
-        names = ("image_size", "data_dir", "memory_limit", "workers", "skip_unreadable")
+        names = ("image_size", "data_dir", "memory_limit", "workers", "skip_unreadable", "resizing")
         given = {name: getattr(source, name) for name in names}
         options = {name: value for name, value in given.items() if value is not None}
         named = source.source

@@ -20,6 +20,7 @@ from robust_ssl.build import (
     read,
     read_entries,
 )
+from robust_ssl.data import Resizing
 from robust_ssl.types import Encoder
 from robust_ssl.weights import hub
 
@@ -27,7 +28,8 @@ from robust_ssl.weights import hub
 ENCODER_WORDS = (
     *("path", "function", "layout", "under", "normalization", "mean", "std", "image_size", "name"),
     *("reader", "inert", "prefix", "drop", "channels", "stem", "stem_padding", "variant", "heads"),
-    *("pooling", "activation", "norm_epsilon", "position_resizing", "allow_moving"),
+    *("pooling", "activation", "norm_epsilon", "position_resizing", "rotary_reference"),
+    "allow_moving",
 )
 
 
@@ -48,6 +50,8 @@ class Data:
       memory_limit: Above so many bytes of pixels a set is read on demand; None is the usual limit.
       workers: Processes that read and decode such a set; 0 are threads.  Batches are the same.
       skip_unreadable: Whether pictures that cannot be decoded are left out and counted.
+      resizing: How pictures are brought to their size, see `robust_ssl.data.Resizing`; None is as
+        the encoder's card says, of those of another size.
     """
 
     source: str | None = None
@@ -61,6 +65,12 @@ class Data:
     memory_limit: Count | None = None
     workers: Natural = 0
     skip_unreadable: bool = False
+    resizing: Resizing | None = None
+
+    def __post_init__(self):
+        if self.resizing is not None and self.image_size is not None:
+            with inside("resizing"):
+                self.resizing.size(self.image_size)
 
     @classmethod
     def read(cls, value: Any, where: str) -> Data:
@@ -192,6 +202,10 @@ class EncoderSource:
                 f"a path and also {unknown}; give one: only a foreign file of weights needs to be "
                 f"told more{near(unknown[0], ['builder'])}"
             )
+
+    def resizing(self, image_size: int) -> Resizing | None:
+        """Returns how its pictures were resized where it was evaluated, as far as its files say."""
+        return weights.resizing_of(self.path, image_size) if self.path else None
 
     def load(self, key: jax.Array) -> Encoder:
         """Returns the encoder with its weights; `key` is for a builder's first ones."""

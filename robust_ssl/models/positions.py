@@ -54,7 +54,7 @@ def resize_positions(encoder: Encoder, image_size: int, resizing: str = "bicubic
     old, new = (size // module.patch_size for size in (encoder.module.image_size, image_size))
     if old == new:
         return encoder
-    if module.rotary is not None:  # computed from where a patch is, in an image of any size
+    if not module.has_positions:  # computed from where a patch is, in an image of any size
         return encoder.replace(module=module, image_size=image_size)
     params = dict(encoder.variables["params"])
     # On the host in float64, rounded once: the resized positions are stored like trained ones.

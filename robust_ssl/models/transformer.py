@@ -86,12 +86,15 @@ class Attention(nn.Module):
     """Multi-head self-attention; one product makes queries, keys and values, in this order.
 
     With `rotary`, the base of its frequencies, patches' queries and keys are turned by where they
-    are; the first `prefix` tokens are no patches.
+    are; the first `prefix` tokens are no patches.  `reference` is EVA-02's, see `patch_angles`.
     """
 
     heads: int
     rotary: float | None = None
+    reference: int | None = None
+    inner_norm: bool = False
     prefix: int = 0
+    norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -104,38 +107,56 @@ class Attention(nn.Module):
         queries, keys, values = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.rotary is not None:
             side = math.isqrt(tokens - self.prefix)
-            angles = patch_angles(side, width // self.heads, self.rotary)
-            queries, keys = (_turned(x, angles, self.prefix) for x in (queries, keys))
-        mixed = jax.nn.dot_product_attention(queries, keys, values)
-        return _dense(width, self.dtype, "output")(mixed.reshape(batch, tokens, width))
+            angles = patch_angles(side, width // self.heads, self.rotary, self.reference)
+            paired = self.reference is not None
+            queries, keys = (_turned(x, angles, self.prefix, paired) for x in (queries, keys))
+        mixed = jax.nn.dot_product_attention(queries, keys, values).reshape(batch, tokens, width)
+        if self.inner_norm:
+            mixed = layer_norm(self, "norm")(mixed)
+        return _dense(width, self.dtype, "output")(mixed)
 
 
-def patch_angles(side: int, head_width: int, base: float) -> np.ndarray:
-    """Angles of DINOv3's rotary positions, float64 ``[side ** 2, head_width]``.
+def patch_angles(
+    side: int, head_width: int, base: float, reference: int | None = None
+) -> np.ndarray:
+    """Angles of rotary positions, float64 ``[side ** 2, head_width]``.
 
-    A quarter of a head's features turns with the row, a quarter with the column; both again.
+    Half of a head's pairs of features turn with the row, half with the column.  A pair is a feature
+    and the one half a head further on; with `reference` it is two neighbors.
 
     Args:
       side: Patches along a side.
       head_width: Features of a head; a multiple of 4.
-      base: Of the geometric row of frequencies, 100 in DINOv3.
+      base: Of the geometric row of frequencies, 100 in DINOv3, 10,000 in EVA-02.
+      reference: None counts places in whole turns, from -1 to 1 (DINOv3); a number counts them from
+        0 to this, whatever the side (EVA-02: 16, its patches along a side in pre-training).
 
     References:
-      Simeoni et al., "DINOv3", 2025, Section 3.2 (coordinates in [-1, 1]).
+      Simeoni et al., "DINOv3", 2025, Section 3.2 (coordinates in [-1, 1]); Fang et al., "EVA-02",
+      2023, Section 2.1.
     """
-    centers = 2 * (np.arange(side) + 0.5) / side - 1
-    rows, columns = np.meshgrid(centers, centers, indexing="ij")
+    if reference is None:
+        places = 2 * np.pi * (2 * (np.arange(side) + 0.5) / side - 1)
+    else:
+        places = np.arange(side) / side * reference
+    rows, columns = np.meshgrid(places, places, indexing="ij")
     frequencies = base ** -np.arange(0, 1, 4 / head_width)
     turns = np.stack([rows, columns], axis=-1).reshape(-1, 2, 1) * frequencies
-    return np.tile(2 * np.pi * turns.reshape(side * side, -1), 2)
+    turns = turns.reshape(side * side, -1)
+    return np.tile(turns, 2) if reference is None else np.repeat(turns, 2, axis=1)
 
 
-def _turned(x: jax.Array, angles: np.ndarray, prefix: int) -> jax.Array:
+def _turned(x: jax.Array, angles: np.ndarray, prefix: int, paired: bool = False) -> jax.Array:
     """Turns each pair of a head's features, of patches only; x is ``[batch, tokens, heads, n]``."""
     cosine, sine = (jnp.asarray(f(angles), x.dtype)[None, :, None] for f in (np.cos, np.sin))
     patches = x[:, prefix:]
-    first, second = jnp.split(patches, 2, axis=-1)
-    patches = patches * cosine + jnp.concatenate([-second, first], axis=-1) * sine
+    if paired:  # neighbors are a pair
+        crossed = jnp.stack([-patches[..., 1::2], patches[..., ::2]], axis=-1)
+        crossed = crossed.reshape(patches.shape)
+    else:
+        first, second = jnp.split(patches, 2, axis=-1)
+        crossed = jnp.concatenate([-second, first], axis=-1)
+    patches = patches * cosine + crossed * sine
     return jnp.concatenate([x[:, :prefix], patches], axis=1)
 
 
@@ -145,12 +166,16 @@ class MLP(nn.Module):
     width: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
+    inner_norm: bool = False
+    norm_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[batch, tokens, width]``."""
         width = 2 * self.width if self.activation == "swiglu" else self.width
         hidden = ACTIVATIONS[self.activation](_dense(width, self.dtype, "dense1")(x))
+        if self.inner_norm:
+            hidden = layer_norm(self, "norm")(hidden)
         return _dense(x.shape[-1], self.dtype, "dense2")(hidden)
 
 
@@ -163,14 +188,23 @@ class Block(nn.Module):
     layer_scale: bool = False
     norm_epsilon: float = 1e-6
     rotary: float | None = None
+    reference: int | None = None
+    attention_norm: bool = False
+    mlp_norm: bool = False
     prefix: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[batch, tokens, width]``."""
-        attention = Attention(self.heads, self.rotary, self.prefix, self.dtype, name="attention")
-        mlp = MLP(self.mlp_width, self.activation, self.dtype, name="mlp")
+        attention = Attention(
+            self.heads, self.rotary, self.reference, self.attention_norm, self.prefix,
+            self.norm_epsilon, self.dtype, name="attention",
+        )  # fmt: skip
+        mlp = MLP(
+            self.mlp_width, self.activation, self.dtype, self.mlp_norm, self.norm_epsilon,
+            name="mlp",
+        )  # fmt: skip
         x = x + self._scaled("scale1", attention(layer_norm(self, "norm1")(x)))
         return x + self._scaled("scale2", mlp(layer_norm(self, "norm2")(x)))
 

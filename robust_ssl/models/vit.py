@@ -51,7 +51,11 @@ class ViT(nn.Module):
       layer_scale: Whether each branch of a block is multiplied by a learned vector.
       activation: A name in `ACTIVATIONS`.
       norm_epsilon: Added to the variance in every layer norm.
-      rotary: Base of rotary positions in place of learned ones; None for learned ones.
+      rotary: Base of rotary positions; None for learned ones alone.
+      rotary_reference: Patches along a side by which rotary positions count, beside learned ones;
+        None: rotary ones count from -1 to 1 and take the place of learned ones.
+      attention_norm: A layer norm before attention's last map.
+      mlp_norm: A layer norm before an MLP's last map.
       dtype: What is computed in; parameters stay float32.
       axis_name: Accepted like every encoder's and unused: there are no batch statistics.
     """
@@ -72,6 +76,9 @@ class ViT(nn.Module):
     activation: str = "gelu"
     norm_epsilon: float = 1e-6
     rotary: float | None = None
+    rotary_reference: int | None = None
+    attention_norm: bool = False
+    mlp_norm: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -83,7 +90,7 @@ class ViT(nn.Module):
         del train  # no dropout, no batch statistics
         x = Embedding(
             self.width, self.patch_size, self.image_size, self.class_token, self.registers,
-            self.pre_norm, self.patch_bias, self.norm_epsilon, self.rotary is None, self.dtype,
+            self.pre_norm, self.patch_bias, self.norm_epsilon, self.has_positions, self.dtype,
             name="embed",
         )(x.astype(self.dtype))  # fmt: skip
         taps = {"embed": x}
@@ -91,7 +98,8 @@ class ViT(nn.Module):
             name = f"block{index + 1}"
             x = Block(
                 self.heads, self.mlp_width, self.activation, self.layer_scale,
-                self.norm_epsilon, self.rotary, self._prefix, self.dtype, name=name,
+                self.norm_epsilon, self.rotary, self.rotary_reference, self.attention_norm,
+                self.mlp_norm, self._prefix, self.dtype, name=name,
             )(x)  # fmt: skip
             taps[name] = x
         norm = layer_norm(self, "norm")
@@ -105,6 +113,11 @@ class ViT(nn.Module):
             )  # fmt: skip
             return pool(norm(x)[:, self._prefix :]).astype(jnp.float32), taps
         return self._pool(norm(x)), taps
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether there are learned positions."""
+        return self.rotary is None or self.rotary_reference is not None
 
     @property
     def _prefix(self) -> int:
@@ -138,6 +151,9 @@ def vision_transformer(
     activation: str = "gelu",
     norm_epsilon: float = 1e-6,
     rotary: float | None = None,
+    rotary_reference: int | None = None,
+    attention_norm: bool = False,
+    mlp_norm: bool = False,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -168,7 +184,11 @@ def vision_transformer(
       activation: ``"gelu"`` (exact), ``"gelu_tanh"`` (SigLIP), ``"quick_gelu"`` (OpenAI's CLIP)
         or ``"swiglu"`` (DINOv2 giant; then `mlp_width` is that of the gated values).
       norm_epsilon: 1e-6 in timm, DINO, MAE and DINOv2; 1e-12 in Hugging Face's ViT, 1e-5 in CLIP.
-      rotary: Base of rotary positions (DINOv3: 100), which take the place of learned ones.
+      rotary: Base of rotary positions, which take the place of learned ones (DINOv3: 100).
+      rotary_reference: Patches along a side by which rotary positions count (EVA-02: 16, with a
+        base of 10,000); then there are learned ones too.
+      attention_norm: A layer norm before attention's last map (EVA-02's CLIP).
+      mlp_norm: A layer norm before an MLP's last map (EVA-02 base and large).
       mean: Per-channel mean of the training pixels, in [0, 1].
       std: Per-channel standard deviation of the training pixels.
       dtype: ``"float32"`` or ``"bfloat16"``: what is computed in; parameters stay float32.
@@ -193,14 +213,15 @@ def vision_transformer(
       Oquab et al., "DINOv2", TMLR 2024; Darcet et al., "Vision Transformers Need Registers",
       ICLR 2024; Radford et al., "Learning Transferable Visual Models", ICML 2021 (CLIP);
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023 (SigLIP); Simeoni et
-      al., "DINOv3", 2025.
+      al., "DINOv3", 2025; Fang et al., "EVA-02", 2023.
     """
     module = ViT(
         width=width, heads=heads, depth=depth, patch_size=patch_size, image_size=image_size,
         mlp_width=4 * width if mlp_width is None else mlp_width, pooling=pooling,
         class_token=class_token, norm_after_pooling=norm_after_pooling, registers=registers,
         pre_norm=pre_norm, patch_bias=patch_bias, layer_scale=layer_scale, activation=activation,
-        norm_epsilon=norm_epsilon, rotary=rotary, dtype=jnp.dtype(dtype),
+        norm_epsilon=norm_epsilon, rotary=rotary, rotary_reference=rotary_reference,
+        attention_norm=attention_norm, mlp_norm=mlp_norm, dtype=jnp.dtype(dtype),
     )  # fmt: skip
     # Before any tracing, so that a wrong option is named instead of a shape deep inside.
     check(module)
@@ -224,6 +245,13 @@ def check(module: ViT) -> None:
         )
     if module.norm_after_pooling and module.pooling == "attention":
         raise ValueError("pooling='attention' has its norm before it: norm_after_pooling=False")
+    if module.rotary_reference is not None and (
+        module.rotary is None or module.rotary_reference < 1
+    ):
+        raise ValueError(
+            f"rotary_reference={module.rotary_reference} must be positive, and needs rotary too: "
+            "the base of its frequencies"
+        )
     if module.rotary is not None and (module.width // module.heads) % 4:
         raise ValueError(
             f"rotary positions need heads of a multiple of 4 features, these have "

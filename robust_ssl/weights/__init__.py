@@ -11,6 +11,7 @@ from robust_ssl.weights.native import (
     save_encoder,
 )
 from robust_ssl.weights.torch_export import export_onnx, export_torch
+from robust_ssl.weights.transforms import resizing_of
 
 __all__ = [
     "classifier_card",
@@ -27,6 +28,7 @@ __all__ = [
     "load_classifier",
     "load_encoder",
     "load_stablehlo",
+    "resizing_of",
     "save_classifier",
     "save_encoder",
     "seal_card",

@@ -86,7 +86,8 @@ def reverse_channels(encoder: Encoder) -> Encoder:
     Mean and standard deviation stay as they are: of red, green and blue.
     """
     flat = traverse_util.flatten_dict(encoder.variables, sep="/")
-    for path in ("params/stem/conv/kernel", "params/embed/patch/kernel"):
+    first = ("stem/conv", "stem/conv1/conv", "embed/patch")  # a network has one of them
+    for path in (f"params/{module}/kernel" for module in first):
         if path in flat:
             kernel = flat[path]
             # Both end in color, feature: a patch's rows are its pixels, color by color.

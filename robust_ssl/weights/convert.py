@@ -23,34 +23,27 @@ from robust_ssl.build import near
 from robust_ssl.types import Encoder
 from robust_ssl.weights import (
     adjustments,
-    convnext_layouts,
     hub,
     mapping,
     native,
     normalization,
-    resnet_layouts,
     selection,
-    vit_layouts,
 )
 from robust_ssl.weights.files import read_weights
 from robust_ssl.weights.inspection import Inspection, Report
+from robust_ssl.weights.layouts import LAYOUTS
 from robust_ssl.weights.normalization import Normalization
-
-LAYOUTS: tuple[mapping.Layout, ...] = (
-    *resnet_layouts.LAYOUTS,
-    *vit_layouts.LAYOUTS,
-    *convnext_layouts.LAYOUTS,
-)
 
 # Exact in float32, but for float64, which is rounded.
 _WIDENED = ("bfloat16", "float16", "float64")
 # Foreign JSON may have any shape; what its reading stumbles over is the reader's to know.
-_NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
+NONSENSE = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError)
 # Of what is asked for, what no builder takes.
 _NOT_OPTIONS = ("variant", "position_resizing")
 # Before the package had one spelling; configs of that time still have it.
 _FORMER = {"normalisation": "normalization"}
-_PLACEHOLDER_SIZE = 32  # of a ResNet whose image size is not known yet: no shape hangs on it
+# Of a network whose image size is not known yet and changes no shape; windows of 7 and 12 fit.
+_PLACEHOLDER_SIZE = 384
 
 
 def is_foreign(path: str | os.PathLike) -> bool:
@@ -267,7 +260,7 @@ def _normalization(configs, arguments: dict[str, Any], report: Report) -> Normal
     choice |= {key: arguments.pop(key, None) for key in ("normalization", "mean", "std")}
     try:
         images = normalization.choose(configs, **choice)
-    except _NONSENSE as error:
+    except NONSENSE as error:
         raise ValueError(
             "the JSON beside the weights says nothing sensible about images: "
             f"{type(error).__name__} {error}"
@@ -286,7 +279,7 @@ def _note_contradiction(configs, images: Normalization, report: Report) -> None:
     """A name against another encoder's own header is an error; against other JSON it is noted."""
     try:
         stored = normalization.read(configs)
-    except (*_NONSENSE, ValueError):
+    except (*NONSENSE, ValueError):
         return  # naming is the remedy for a file that cannot be understood
     if stored.mean is None or (stored.mean, stored.std) == (images.mean, images.std):
         return
@@ -354,7 +347,7 @@ def _with_network(
             "names": file.tensors.keys(),
         }  # fmt: skip
         name, options, assumed = inspection.known_layout.network(tensors, sources)
-    except _NONSENSE as error:
+    except NONSENSE as error:
         raise ValueError(
             f"what is beside the weights is not as {inspection.known_layout.name} has it: "
             f"{type(error).__name__} {error}"

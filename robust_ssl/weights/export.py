@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import disk
-from robust_ssl.models import ConvNeXt, ResNet
+from robust_ssl.models import CLIPResNet, ConvNeXt, ResNet, Swin, ViT
 from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Classifier, Encoder
 from robust_ssl.weights import cards, mapping, native
-from robust_ssl.weights.convert import LAYOUTS
+from robust_ssl.weights.layouts import LAYOUTS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -23,7 +23,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Path:
     """Writes an encoder as PyTorch knows it: torchvision's names for a ResNet, timm's for others.
 
-    A ViT with rotary positions gets transformers' names, of DINOv3.
+    A ViT with rotary positions gets transformers' names, of DINOv3; CLIP's ResNets get open_clip's.
 
     ``model.load_state_dict(safetensors.torch.load_file(file))`` takes it, strictly, where the model
     has no classification layer.  The header says what weights do not (stem, padding, normalization,
@@ -69,6 +69,15 @@ def _layout_of(encoder: Encoder) -> str:
         return "torchvision-resnet"
     if isinstance(module, ConvNeXt):
         return "timm-convnext"
+    if isinstance(module, CLIPResNet):
+        return "open-clip-resnet"
+    if isinstance(module, Swin):
+        return "timm-swin"
+    if isinstance(module, ViT) and module.rotary_reference is not None:
+        raise ValueError(
+            "EVA-02 has no bias of its keys in PyTorch, which training here moves: it is not "
+            "exported under timm's names; export_stablehlo takes all of it"
+        )
     return "timm-vit" if module.rotary is None else "huggingface-dinov3"
 
 

@@ -127,9 +127,7 @@ def read_weights(
     file = _locate(pathlib.Path(path))
     sharded = file.name.endswith(_INDEX)
     weights = (_read_shards if sharded else _read_file)(file, under, reader, inert)
-    # A lone file has no part in whatever else a download folder holds.
-    published = sharded or pathlib.Path(path).is_dir() or file.name in _FOLDER_FILES
-    beside = _read_neighbours(file.parent) if published else {}
+    beside = _read_neighbours(file.parent) if _is_published(path, file) else {}
     return dataclasses.replace(weights, configs={**weights.configs, **beside})
 
 
@@ -156,6 +154,18 @@ def _locate(path: pathlib.Path) -> pathlib.Path:
             + "; give the path of one"
         )
     return files[0]
+
+
+def read_beside(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the JSON files beside weights, as `read_weights` has them, without the weights."""
+    file = _locate(pathlib.Path(path))
+    return _read_neighbours(file.parent) if _is_published(path, file) else {}
+
+
+def _is_published(path: str | os.PathLike, file: pathlib.Path) -> bool:
+    """Whether a file belongs to what lies beside it: one of a download folder does not."""
+    sharded = file.name.endswith(_INDEX)
+    return sharded or pathlib.Path(path).is_dir() or file.name in _FOLDER_FILES
 
 
 def _read_neighbours(folder: pathlib.Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robust_ssl.models.clip_resnet import CLIP_MEAN, CLIP_STD
 from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
+from robust_ssl.weights import transforms
 
 Numbers = tuple[float, float, float]
 
@@ -20,8 +22,7 @@ PRESETS: dict[str, tuple[Numbers, Numbers]] = {
     "cifar10": (CIFAR10_MEAN, CIFAR10_STD),
     # of the training split's pixels
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    # OpenAI's CLIP release, clip.py
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "clip": (CLIP_MEAN, CLIP_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # pixels in [-1, 1]: google/vit, BEiT
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # pixels as they are
@@ -49,8 +50,8 @@ class Normalization:
       image_size: Height and width, pixels.
       source: Where this was read, for people.
       transform: What made an image of this size where the encoder was evaluated, as far as it is
-        said: ``resize`` (the shorter side, pixels), ``crop`` (of its middle, pixels),
-        ``crop_pct``, ``interpolation``.  Kept with the encoder; data are prepared by their owner.
+        said, see `robust_ssl.weights.transforms`.  Kept with the encoder, and applied to pictures
+        that need resizing.
     """
 
     mean: Numbers | None = None
@@ -130,17 +131,8 @@ def read(configs: Mapping[str, Any]) -> Normalization:
     if timm and {"mean", "std", "input_size"} <= timm.keys():
         size = _square(timm["input_size"][1:])
         images = _of(timm["mean"], timm["std"], size, "config.json")
-        return dataclasses.replace(images, transform=_timm_transform(timm, size))
+        return dataclasses.replace(images, transform=transforms.of_timm(timm, size))
     return _open_clip(configs.get("open_clip_config.json") or {})
-
-
-def _timm_transform(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    transform = {key: config[key] for key in ("crop_pct", "interpolation") if config.get(key)}
-    if "crop_pct" in transform:
-        # timm rounds down.
-        resize = math.floor(size / _positive(transform["crop_pct"], "crop_pct"))
-        transform |= {"resize": resize, "crop": size}
-    return transform
 
 
 def _open_clip(config: Mapping[str, Any]) -> Normalization:
@@ -151,8 +143,7 @@ def _open_clip(config: Mapping[str, Any]) -> Normalization:
     if not {"mean", "std"} <= preprocess.keys():
         return Normalization(image_size=size, source="open_clip_config.json" if size else "")
     images = _of(preprocess["mean"], preprocess["std"], size, "open_clip_config.json")
-    told = {key: preprocess[key] for key in ("interpolation", "resize_mode") if key in preprocess}
-    return dataclasses.replace(images, transform=told)
+    return dataclasses.replace(images, transform=transforms.of_open_clip(preprocess, size))
 
 
 def channels(configs: Mapping[str, Any]) -> str | None:
@@ -215,7 +206,8 @@ def _preprocessor(record: Mapping[str, Any]) -> Normalization:
             f"{where} takes 1 from the scaled pixels before they are normalized (rescale_offset); "
             "name mean, std and image size for pixels in [0, 1]"
         )
-    size, transform = _image_size(record), _transform(record)
+    size = _image_size(record)
+    transform = transforms.of_processor(record, size)
     mean, std = PRESETS["none"]
     if record.get("do_normalize", True):
         if "image_mean" not in record or "image_std" not in record:
@@ -225,33 +217,6 @@ def _preprocessor(record: Mapping[str, Any]) -> Normalization:
     if record.get("do_flip_channel_order") is True:  # after which they were normalized
         images = dataclasses.replace(images, mean=images.mean[::-1], std=images.std[::-1])
     return dataclasses.replace(images, transform=transform)
-
-
-# Pillow's numbers, which processors write.
-_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-
-
-def _transform(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a processor of Hugging Face does to an image's size."""
-    transform = {}
-    size, resample = record.get("size"), record.get("resample")
-    edge = size.get("shortest_edge") if isinstance(size, Mapping) else None
-    if record.get("do_resize", True) and resample in range(len(_RESAMPLE)):
-        transform["interpolation"] = _RESAMPLE[resample]
-    if edge is not None and record.get("crop_pct") and edge < 384:  # ConvNeXt's processor
-        resize = int(_size(edge) / _positive(record["crop_pct"], "crop_pct"))
-        return {**transform, "crop_pct": record["crop_pct"], "resize": resize, "crop": edge}
-    if edge is not None:
-        transform["resize"] = edge
-    if "crop_size" in record and record.get("do_center_crop", True):
-        transform["crop"] = _image_size(record)
-    return transform
-
-
-def _positive(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 10:
-        raise ValueError(f"{name} must be a positive share, got {value!r}")
-    return float(value)
 
 
 def _image_size(record: Mapping[str, Any]) -> int | None:

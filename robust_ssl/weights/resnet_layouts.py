@@ -21,7 +21,7 @@ from robust_ssl.weights.native import RESNETS
 
 NameOf = Callable[[Sequence[str]], str]  # ("stage1", "block1", "conv1", "norm") -> "layer1.0.bn1"
 
-_LEAVES = {
+LEAVES = {
     "kernel": ("weight", CONV),
     "scale": ("weight", COPY),
     "bias": ("bias", COPY),
@@ -30,7 +30,8 @@ _LEAVES = {
 }
 
 
-def _torchvision_name(parts: Sequence[str]) -> str:
+def torchvision_name(parts: Sequence[str]) -> str:
+    """Returns torchvision's name of a module, ``("stage1", "block1", "conv1", "norm")``."""
     if parts[0] == "stem":
         return {"conv": "conv1", "norm": "bn1"}[parts[1]]
     stage, block, *inner = parts
@@ -62,7 +63,7 @@ def _entries(name_of: NameOf) -> Callable[[Encoder], list[Entry]]:
         table = []
         for path in traverse_util.flatten_dict(encoder.variables, sep="/"):
             _, *module, leaf = path.split("/")
-            name, kind = _LEAVES[leaf]
+            name, kind = LEAVES[leaf]
             table.append(Entry(path, (f"{name_of(module)}.{name}",), kind))
         return table
 
@@ -149,7 +150,7 @@ def _solo_learn_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str,
     # Others write ``backbone.`` too, so only a layout that is named tells the padding.
     certain = configs.get("layout") == "solo-learn"
     small_stem = {"stem": "cifar", "stem_padding": 2} if certain else None
-    return _plain(_network(_torchvision_name, small_stem))(tensors, configs)
+    return _plain(_network(torchvision_name, small_stem))(tensors, configs)
 
 
 def _plain(network: Callable) -> Callable:
@@ -201,7 +202,7 @@ def _layout(
     prefix: str,
     dropped: str,
     network: Callable,
-    name_of: NameOf = _torchvision_name,
+    name_of: NameOf = torchvision_name,
     block: str = r"layer\d\.\d+\..*",
     but: str = "nothing at all",
     changes: tuple[tuple[str, str], ...] = (),
@@ -244,7 +245,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "conv1",
         r"(module\.)?(encoder_q|base_encoder)\.",
         r"fc\.",
-        _plain(_network(_torchvision_name)),
+        _plain(_network(torchvision_name)),
         but=r".*\.shortcut\..*",
     ),
     _layout(
@@ -253,7 +254,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "conv1",
         r"(module\.)?",
         r"(fc|linear)\.",
-        _plain(_network(_torchvision_name, _CIFAR_STEM)),
+        _plain(_network(torchvision_name, _CIFAR_STEM)),
         block=r"layer\d\.\d+\.shortcut\.\d\..*",
         changes=(_SHORTCUT,),
     ),
@@ -263,8 +264,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "conv1",
         r"(module\.)?",
         r"fc\.",
-        _plain(_network(_torchvision_name)),
-        but=r".*\.shortcut\..*",
+        _plain(_network(torchvision_name)),
+        but=r".*\.shortcut\..*|attnpool\..*",
     ),
     _layout(
         "sequential-resnet",
@@ -272,7 +273,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "0",
         r"",
         r"fc\.",
-        _plain(_network(_torchvision_name)),
+        _plain(_network(torchvision_name)),
         block=r"7\.0\.conv1\.weight",
         changes=_CHILDREN,
     ),
@@ -282,7 +283,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "0",
         r"",
         r"fc\.",
-        _plain(_network(_torchvision_name, _CIFAR_STEM)),
+        _plain(_network(torchvision_name, _CIFAR_STEM)),
         block=r"5\.0\.conv1\.weight",
         but=r"7\.0\.conv1\.weight",
         changes=(*_FEW_CHILDREN, _SHORTCUT),

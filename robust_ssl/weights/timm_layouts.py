@@ -322,7 +322,9 @@ LAYOUTS: tuple[Layout, ...] = (
     _layout(
         "timm-vit",
         "timm's and DeiT's ViTs, the DINO, MAE and DINOv2 releases' bare encoders",
-        mapping.has(rf"(module\.)?{_QKV}", but=r"(module\.)?decoder_embed\.weight"),
+        mapping.has(
+            rf"(module\.)?{_QKV}", but=r"(module\.)?(decoder_embed\.weight|blocks\.0\.attn\.q_bias)"
+        ),
         r"^(module\.)?",
         _PUBLISHED,
         "DeiT",

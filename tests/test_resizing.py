@@ -1,0 +1,167 @@
+"""How pictures get their size: closed forms, words in a config, what an encoder's files say."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from robust_ssl import data, models, weights
+from robust_ssl.api import inputs
+from robust_ssl.data import Resizing, pictures
+from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.plan import Plan
+from robust_ssl.experiment.sources import Data, EncoderSource
+from robust_ssl.weights import transforms
+
+RAMP = np.repeat(np.arange(240, dtype=np.uint8).reshape(12, 20, 1), 3, axis=2)
+
+
+def test_the_middle_is_where_each_library_has_it():
+    """The picture has the scaled size already, so a crop shows its own pixels."""
+    for offset, left in (("down", 4), ("nearest", 4)):
+        cut = Resizing("shorter", side=12, crop=11, offset=offset)(RAMP)
+        np.testing.assert_array_equal(cut, RAMP[:11, left : left + 11])
+    # Half a pixel of 1.5: torchvision takes the even one.
+    wide = Resizing("shorter", side=12, crop=9, offset="nearest")(RAMP)
+    np.testing.assert_array_equal(wide, RAMP[2:11, 6:15])
+    down = Resizing("shorter", side=12, crop=9, offset="down")(RAMP)
+    np.testing.assert_array_equal(down, RAMP[1:10, 5:14])
+
+
+def test_the_longer_side_leaves_bars():
+    whole = Resizing("longest", side=20, crop=20, fill=(1, 2, 3))(RAMP)
+    np.testing.assert_array_equal(whole[4:16], RAMP)
+    assert (whole[:4] == [1, 2, 3]).all() and (whole[16:] == [1, 2, 3]).all()
+
+
+def test_without_more_it_is_as_it_was():
+    fitted = ImageOps.fit(Image.fromarray(RAMP), (6, 6), method=Image.Resampling.LANCZOS)
+    expected = np.asarray(fitted)
+    np.testing.assert_array_equal(pictures.resize(RAMP, 6), expected)
+    np.testing.assert_array_equal(Resizing.read("fit", "here")(RAMP, 6), expected)
+    assert pictures.resize(RAMP[:, :12], 12) is not None
+    assert np.shares_memory(pictures.resize(RAMP[:, :12], 12), RAMP)
+
+
+def test_every_source_is_resized_the_same_way(tmp_path):
+    resizing = Resizing("squash", side=8, interpolation="bilinear")
+    expected = resizing(RAMP, 6)
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.fromarray(RAMP).save(tmp_path / split / label / "1.png")
+    sources = [tmp_path, np.stack([RAMP] * 2), [RAMP, RAMP], lambda split: np.stack([RAMP] * 2)]
+    for source in sources:
+        examples = data.load(source, image_size=6, resizing=resizing)
+        np.testing.assert_array_equal(examples.images[0], expected)
+    streamed = data.load(tmp_path, image_size=6, resizing=resizing, memory_limit=1)
+    np.testing.assert_array_equal(streamed.read([1])["images"][0], expected)
+    named = {"mode": "squash", "side": 8, "crop": 6, "interpolation": "bilinear"}
+    np.testing.assert_array_equal(data.load(RAMP[None], resizing=named).images[0], expected)
+
+
+def test_who_has_the_size_is_resized_or_kept():
+    square = RAMP[:, :12]
+    assert not (Resizing("shorter", side=14, crop=12)(square) == square).all()
+    np.testing.assert_array_equal(
+        Resizing("shorter", side=14, crop=12, sized="keep")(square), square
+    )
+    loaded = data.load(square[None], image_size=12, resizing={"side": 14})
+    assert not (loaded.images[0] == square).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("shorterr", "did you mean 'shorter'"),
+        ({"mode": "squish"}, "mode must be one of 'shorter', 'squash'"),
+        ({"sides": 8}, "did you mean 'side'"),
+        ({"interpolation": "cubic"}, "interpolation must be one of"),
+        ({"side": 0}, "side must be a whole number of at least 1"),
+        ({"side": 6}, "side is 6 and the square 8"),
+        ({"crop": 4}, "crop=4 and image_size is 8"),
+        ({"fill": [0, 0]}, "three numbers of 0 to 255"),
+        ({"mode": "fit", "side": 9}, "leave out side"),
+        (3, "must be one of shorter, squash"),
+    ],
+)
+def test_a_misspelt_resizing_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        Data.read({"source": "./x", "image_size": 8, "resizing": value}, "config.downstream")
+    with pytest.raises(ValueError, match=message):
+        data.load(RAMP[None], image_size=8, resizing=value)
+
+
+def test_a_size_must_be_known():
+    with pytest.raises(ValueError, match="give image_size or crop"):
+        data.load(RAMP[None], resizing="squash")
+
+
+def test_a_config_says_it_in_a_word_or_in_full():
+    by_word = Data.read({"source": "./x", "resizing": "squash"}, "config.downstream")
+    assert by_word.resizing == Resizing("squash")
+    again = Data.read(json.loads(json.dumps(by_word.text, default=vars)), "config.downstream")
+    assert again == by_word
+
+
+TIMM = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32], "crop_pct": 0.9,
+        "interpolation": "bilinear"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A folder of an encoder that timm's transform belongs to, and a folder of one picture."""
+    folder = tmp_path_factory.mktemp("foreign")
+    encoder = models.resnet18(jax.random.key(0), width=2)
+    weights.export_safetensors(encoder, folder / "model.safetensors")
+    config = {"architecture": "resnet18", "pretrained_cfg": TIMM}
+    (folder / "config.json").write_text(json.dumps(config))
+    pictures = folder.parent / "photos" / "train" / "a"
+    pictures.mkdir(parents=True)
+    Image.fromarray(RAMP).save(pictures / "1.png")
+    return folder, folder.parent / "photos"
+
+
+def test_an_encoders_own_resizing_is_found(foreign, tmp_path):
+    folder, _ = foreign
+    expected = Resizing("shorter", 35, interpolation="bilinear", sized="keep")
+    assert weights.resizing_of(folder) == expected
+    assert EncoderSource.read(str(folder), "config.encoder").resizing(64).side == 71
+    assert weights.resizing_of("simclr-cifar10-r18w24", 32) is None
+    origin = {"imported_from": {"transform": transforms.of_timm(TIMM, 32)}}
+    encoder = models.resnet18(jax.random.key(0), width=2)
+    ours = weights.save_encoder(encoder, tmp_path / "ours", origin)
+    assert weights.resizing_of(ours) == expected
+    assert weights.resizing_of(ours, 64).side == 71
+    # What a card said before it told modes: the shorter side, and a crop of the middle.
+    before = {"resize": 40, "crop": 32, "interpolation": "bicubic"}
+    assert transforms.resizing(before, 32) == Resizing("shorter", 40, sized="keep")
+    assert transforms.resizing({"interpolation": "bicubic"}, 32) is None
+
+
+def test_a_transform_that_no_resizing_is_asks_for_one(tmp_path):
+    told = {**transforms.of_timm(TIMM, 32), "interpolation": "spline"}
+    with pytest.raises(ValueError, match=r"interpolation must be one of .*say how"):
+        transforms.resizing(told, 32)
+
+
+def test_a_run_resizes_pictures_as_its_encoders_files_say(foreign):
+    folder, photos = foreign
+    planned = Plan(encoder=EncoderSource(path=str(folder), options={"image_size": 32}))
+    context = Context(planned, folder, None, None)
+    source = Data(source=str(photos))
+    own = Resizing("shorter", 35, interpolation="bilinear")
+    images = context.load_sized(source, "train").images
+    np.testing.assert_array_equal(images[0], own(RAMP, 32))
+    asked = dataclasses.replace(source, resizing=Resizing.read("squash", "here"))
+    images = context.load_sized(asked, "train").images
+    np.testing.assert_array_equal(images[0], Resizing("squash")(RAMP, 32))
+    # The encoder that is yet to be pre-trained has no transform.
+    images = context.load_sized(source, "train", context.encoder).images
+    np.testing.assert_array_equal(images[0], pictures.resize(RAMP, 32))
+    secured = inputs.examples_of(photos, None, 32, "train", inputs.resizing_of(folder))
+    np.testing.assert_array_equal(secured.images[0], own(RAMP, 32))
+    assert inputs.resizing_of(context.encoder) is None
