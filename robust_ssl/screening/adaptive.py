@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Adaptive:
       threat: Makes a threat of a budget.
       images: Clean images that are attacked one by one; the universal attack takes all.
       num_steps: Steps of the attack on single images.
-      weights: Of the detector's score; each is tried, and each image counts under its best.
+      weights: Of the detector's score, as for `Evasion`, as are the next.
+      cutoffs: Each is tried with each weight, and an image counts under what does most to it.
       universal_steps: Steps of the universal attack; 0 leaves it out.
       universal_batch: Its images a step.
     """
@@ -41,13 +43,21 @@ class Adaptive:
     threat: Callable[[Any], Threat] = threats.Linf
     images: int = 128
     num_steps: int = 40
-    weights: tuple[float, ...] = (0.3, 1.0)
+    weights: tuple[float, ...] = (1.0,)
+    cutoffs: tuple[float, ...] = (1.0, 0.25)
     universal_steps: int = 200
     universal_batch: int = 64
 
     def __post_init__(self):
-        if not self.weights or min(self.weights) <= 0:
-            raise ValueError(f"weights must be above 0, got {list(self.weights)}")
+        for name in ("weights", "cutoffs"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ValueError(f"{name} must be at least one number above 0, got {list(values)}")
+
+    @property
+    def tries(self) -> list[tuple[float, float]]:
+        """Every weight with every cutoff."""
+        return list(itertools.product(self.weights, self.cutoffs))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -90,13 +100,13 @@ def pass_detector(
     entries = []
     for kind in settings.kinds:
         # Without a weight it is the attack that does not know the detector, in the same program.
-        plain = bench.keep(f"plain-{kind}", lambda k=kind: _tried(bench, target, settings, k, 0.0))
+        plain = bench.keep(f"plain-{kind}", lambda k=kind: _tried(bench, target, settings, k, 0, 1))
         parts = [
             bench.keep(
-                f"{kind}-{target.name}-{weight:g}",
-                lambda k=kind, w=weight: _tried(bench, target, settings, k, w),
+                f"{kind}-{target.name}-{weight:g}-{cutoff:g}",
+                lambda k=kind, w=weight, c=cutoff: _tried(bench, target, settings, k, w, c),
             )
-            for weight in settings.weights
+            for weight, cutoff in settings.tries
         ]
         entries.append(_entry(bench, target, settings, kind, right, plain, parts))
     return entries
@@ -106,15 +116,18 @@ def count_parts(settings: Adaptive | None, detectors: int) -> int:
     """Returns how many parts `pass_detector` keeps for a number of detectors."""
     if settings is None:
         return 0
-    return len(settings.kinds) * (1 + detectors * len(settings.weights))
+    return len(settings.kinds) * (1 + detectors * len(settings.tries))
 
 
-def _tried(bench: Bench, target: Target, settings: Adaptive, kind: str, weight: float) -> Arrays:
+def _tried(
+    bench: Bench, target: Target, settings: Adaptive, kind: str, weight: float, cutoff: float
+) -> Arrays:
     known = {
         "detector": target.detector,
         "detector_key": bench.detector_key,
         "threshold": jnp.float32(_AIM * target.threshold),
         "weight": jnp.float32(weight),
+        "cutoff": jnp.float32(cutoff),
     }
     if kind == "per_image":
         threat = settings.threat(settings.epsilon)

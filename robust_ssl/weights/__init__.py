@@ -10,6 +10,7 @@ from robust_ssl.weights.native import (
     load_encoder,
     save_encoder,
 )
+from robust_ssl.weights.screens import load_screen, save_screen
 
 __all__ = [
     "classifier_card",
@@ -23,8 +24,10 @@ __all__ = [
     "list_encoders",
     "load_classifier",
     "load_encoder",
+    "load_screen",
     "load_stablehlo",
     "save_classifier",
     "save_encoder",
+    "save_screen",
     "seal_card",
 ]
