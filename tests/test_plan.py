@@ -144,7 +144,7 @@ def at(text, path):
 def misspelt(word):
     """A letter less, a letter more, another letter."""
     middle = len(word) // 2
-    letter = "z" if word[middle] == "q" else "q"
+    letter = "z" if word[middle : middle + 1] == "q" else "q"
     return (
         word[:middle] + word[middle + 1 :],
         word[:middle] + letter + word[middle:],

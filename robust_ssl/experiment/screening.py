@@ -23,6 +23,7 @@ class AdaptiveAttacks:
       weights: See `screening.Adaptive`, as the next.
       cutoffs: ...
       universal_steps: Steps of one perturbation for all images; 0 leaves it out.
+      universal_batch: Images of each.
     """
 
     images: Count = 128
@@ -30,6 +31,7 @@ class AdaptiveAttacks:
     weights: tuple[Positive, ...] = (1.0,)
     cutoffs: tuple[Positive, ...] = (1.0, 0.25)
     universal_steps: Natural = 200
+    universal_batch: Count = 64
 
     def __post_init__(self):
         for name in ("weights", "cutoffs"):

@@ -6,6 +6,7 @@ from robust_ssl.screening.detector import Detector, Known, scores
 from robust_ssl.screening.disagreement import Disagreement, fit_disagreement
 from robust_ssl.screening.evaluate import FUSED, Evaluation, evaluate, parts_of
 from robust_ssl.screening.evasion import Evasion, UniversalEvasion
+from robust_ssl.screening.fit import fit_screen
 from robust_ssl.screening.fusion import Calibrated, Fused, Surprise
 from robust_ssl.screening.neighbors import Neighbors, fit_neighbors
 from robust_ssl.screening.screen import Screen, Screened
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "fit_disagreement",
     "fit_neighbors",
+    "fit_screen",
     "fit_spectrum",
     "fit_squeeze",
     "fit_template",
