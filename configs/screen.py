@@ -17,6 +17,8 @@ from robust_ssl.settings import load_beside, parse_arguments
 common = load_beside(__file__, "common")
 quickstart = load_beside(__file__, "quickstart")
 
+EPSILON = 10 / 255
+
 
 def get_config(arguments: str = "") -> ConfigDict:
     """Returns the config; see the file's docstring for the arguments."""
@@ -25,6 +27,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.stages = ("attack", "train", "screen")
     if given["downstream"] != "digits":
         config.downstream = common.downstream(given["downstream"], given["train_limit"])
+        # Of photographs, which are not black and white: the budget of the published runs.
+        config.suite.epsilon = EPSILON
+        for attack in (config.training.validation, config.recipes.gen_af_stage1):
+            attack.update(epsilon=EPSILON, step_size=EPSILON / 2)
+    # The attacks that do not know the detectors have the budget of those that do.
+    config.scoring.per_image.budgets = (config.suite.epsilon,)
     config.screening = {
         "images": 512,
         "calibration": 200,

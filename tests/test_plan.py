@@ -44,6 +44,7 @@ NONE_MEANS = re.compile(
     r"|preprocess|select|adv_ratio|attack|augment|patience|best|tolerance|threat|layer"
     r"|loop_on_device)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
     r"|.*\.fit\.(num_steps|batch_size)|.*\.step_size|config\.screening\.(adaptive|model|public)"
+    r"|config\.screening\.adaptive\.epsilon"
 )
 # 0 is a number like others (seeds, places), or what leaves a part out.
 ZERO_MEANS = re.compile(

@@ -208,10 +208,10 @@ def _adaptive(context: Context) -> Adaptive | None:
     planned, settings = context.plan, context.plan.screening.adaptive
     if settings is None:
         return None
-    budgets = planned.scoring.per_image.budgets
-    linf = [budget.epsilon for budget in budgets if type(budget.threat).__name__ == "Linf"]
     options = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return Adaptive((linf or [planned.suite.epsilon])[0], **options)
+    if settings.epsilon is None:
+        options["epsilon"] = planned.suite.epsilon
+    return Adaptive(**options)
 
 
 def _counts(context: Context, bench: Bench) -> dict[str, Any]:

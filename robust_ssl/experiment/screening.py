@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from robust_ssl.build import Count, Function, Natural, Positive, near
+from robust_ssl.build import Count, Function, Natural, Positive, Share, near
 from robust_ssl.experiment.suites import check_names
 from robust_ssl.screening import FUSED
 
@@ -15,9 +15,10 @@ DETECTORS = ("template", "squeeze", "neighbors", "spectrum", "disagreement")
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveAttacks:
-    """Attacks that know the detectors: budgets are the suite's and the first of per-image attacks.
+    """Attacks that know the detectors, within `threats.Linf`.
 
     Attributes:
+      epsilon: Their budget, pixel units; None is the suite's.
       images: Test images that are attacked one by one.
       num_steps: Of that attack.
       weights: See `screening.Adaptive`, as the next.
@@ -26,6 +27,7 @@ class AdaptiveAttacks:
       universal_batch: Images of each.
     """
 
+    epsilon: Share | None = None
     images: Count = 128
     num_steps: Count = 40
     weights: tuple[Positive, ...] = (1.0,)
