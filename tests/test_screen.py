@@ -184,9 +184,13 @@ def test_the_stage_leaves_figures_and_a_screen_and_goes_on_where_it_was(tmp_path
         assert kinds == ["per_image", "universal"]
     screen = robust_ssl.load_screen(tmp_path / "screen", builder=tiny.encoder)
     assert screen(tiny.images("test", n=8)[0]).score.shape == (8,)
+    assert "| template" in (tmp_path / "screening.md").read_text()
     before = snapshot(tmp_path / "screen")
     go(screened(), tmp_path)
     assert snapshot(tmp_path / "screen") == before
+    (tmp_path / "screening.json").unlink()
+    go(screened(), tmp_path)
+    assert json.loads((tmp_path / "screening.json").read_text()) == document
 
 
 @pytest.mark.slow

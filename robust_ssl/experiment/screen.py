@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import screening, weights
+from robust_ssl import report, screening, weights
 from robust_ssl.build import inside
 from robust_ssl.evaluation import to_pixels
 from robust_ssl.experiment import train
@@ -28,6 +28,7 @@ from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import (
     StageDirectory,
+    digest,
     json_ready,
     load_arrays,
     save_arrays,
@@ -37,7 +38,7 @@ from robust_ssl.workdir import (
 _log = logging.getLogger(__name__)
 
 SCHEMA = 1
-FILE = "screening.json"
+FILE, PAGE = "screening.json", "screening.md"
 
 
 def check(context: Context) -> None:
@@ -78,7 +79,7 @@ def screen(context: Context) -> StageDirectory:
 
     Returns:
       The stage's directory, with ``classifier/`` for `robust_ssl.load_screen`; its results are
-      ``screening.json`` in the workdir.
+      ``screening.json`` in the workdir, and ``screening.md`` for readers.
     """
     settings, public_attacks = context.plan.screening, attack(context)
     name, public_name = _names(context)
@@ -93,7 +94,7 @@ def screen(context: Context) -> StageDirectory:
     }
     told = {"screening": settings, "per_image": context.plan.scoring.per_image}
     with context.open("screen", told, inputs, redo=True, made="screened") as stage:
-        file = context.workdir / FILE
+        file, page = context.workdir / FILE, context.workdir / PAGE
         if stage.done:
             return stage
         bench = Bench(
@@ -118,7 +119,9 @@ def screen(context: Context) -> StageDirectory:
             _save(context, stage, name, served)
             text = json.dumps(json_ready(results), indent=1, allow_nan=False) + "\n"
             write_atomically(file, text)
-        stage.finish(results, beside=[file] if jax.process_index() == 0 else [])
+            write_atomically(page, report.screening_page(results))
+        beside = [file, page] if jax.process_index() == 0 else []
+        stage.finish(results, _identity(results), beside)
     return stage
 
 
@@ -212,6 +215,12 @@ def _adaptive(context: Context) -> Adaptive | None:
     if settings.epsilon is None:
         options["epsilon"] = planned.suite.epsilon
     return Adaptive(**options)
+
+
+def _identity(results: dict[str, Any]) -> str:
+    """Identifies figures whatever the machine: milliseconds are no result."""
+    entries = [{**entry, "milliseconds": None} for entry in results["detectors"]]
+    return digest(json_ready({**results, "detectors": entries}))[:16]
 
 
 def _counts(context: Context, bench: Bench) -> dict[str, Any]:
