@@ -31,9 +31,11 @@ if TYPE_CHECKING:  # editors and type checkers do not run `__getattr__`
         list_encoders,
         load_classifier,
         load_encoder,
+        load_screen,
         load_stablehlo,
         save_classifier,
         save_encoder,
+        save_screen,
     )
 
 __version__ = "0.2.0"
@@ -66,10 +68,12 @@ _HOMES = {
     "list_encoders": "weights",
     "load_classifier": "weights",
     "load_encoder": "weights",
+    "load_screen": "weights",
     "load_stablehlo": "weights",
     "measure": "api",
     "save_classifier": "weights",
     "save_encoder": "weights",
+    "save_screen": "weights",
     "secure": "api",
 }
 
@@ -99,10 +103,12 @@ __all__ = [
     "list_encoders",
     "load_classifier",
     "load_encoder",
+    "load_screen",
     "load_stablehlo",
     "measure",
     "save_classifier",
     "save_encoder",
+    "save_screen",
     "secure",
 ]
 

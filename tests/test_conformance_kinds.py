@@ -27,7 +27,7 @@ def test_an_unknown_kind_is_refused_with_near_names():
         check("x", None)
     assert set(KINDS) == {
         *("loss", "objective", "attack", "universal_attack"),
-        *("threat", "encoder", "method", "augmentation"),
+        *("threat", "encoder", "method", "augmentation", "detector"),
     }
 
 

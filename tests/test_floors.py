@@ -14,7 +14,7 @@ FLOORS = (
     {"types", "struct", "build", "working_directory", "words", "disk"},
     {"threats", "frequencies", "objectives", "losses", "models", "parallel", "xla"},
     {"attacks", "optimizers"},
-    {"pretraining", "finetuning", "evaluation", "conformance"},
+    {"pretraining", "finetuning", "evaluation", "screening", "conformance"},
     {
         *("data", "weights", "zoo", "workdir", "progress", "stopping"),
         *("settings", "shipped", "report", "schemas", "recipes", "pickles", "bridges"),

@@ -30,7 +30,7 @@ CONFIGS = {
 }
 # The user gives names here: to recipes, losses, attacks, classifiers.  Any name is right.
 NAMED_BY_THE_USER = re.compile(
-    r"config\.(recipes|classifiers|suite\.attacks|scoring\.per_image\.attacks"
+    r"config\.(recipes|classifiers|suite\.attacks|screening\.detectors|scoring\.per_image\.attacks"
     r"|recipes\.[^.]+\.losses)\.[^.]+"
 )
 # Texts that are free, or are looked up where the data are read.
@@ -43,13 +43,14 @@ NONE_MEANS = re.compile(
     r".*\.(image_size|resizing|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
     r"|preprocess|select|adv_ratio|attack|augment|patience|best|tolerance|threat|layer"
     r"|loop_on_device|ramp|teacher|stairs|images|side|crop)|config\.(sweep|scoring\.autoattack\.images)|config\.pretrain\.encoder\.name"
-    r"|.*\.fit\.(num_steps|batch_size)|.*\.step_size"
+    r"|.*\.fit\.(num_steps|batch_size)|.*\.step_size|config\.screening\.(adaptive|model|public)"
+    r"|config\.screening\.adaptive\.epsilon"
 )
 # 0 is a number like others (seeds, places), or what leaves a part out.
 ZERO_MEANS = re.compile(
     r".*\.(seed|seeds|target|layer|epochs|prune|l2_sp|weight_decay|weight|adv_ratio|tolerance"
     r"|clean_share|momentum|max_clean_loss|queue_size|low|epsilon|curve|budgets|edges|rates"
-    r"|warmup_epochs|min_scale|freeze|layers|ema|noise|smoothing|margin|seen|ramp\.start|workers|fill)(\[\d+\])*(\..*)?"
+    r"|warmup_epochs|min_scale|freeze|layers|ema|noise|smoothing|margin|seen|ramp\.start|workers|fill|universal_steps)(\[\d+\])*(\..*)?"
 )
 # Counted from either end; how many layers an encoder has is known when a step is traced.
 NEGATIVE_MEANS = re.compile(r".*\.(layer|layers\[\d+\])")
@@ -161,10 +162,11 @@ def at(text, path):
 def misspelt(word):
     """A letter less, a letter more, another letter."""
     middle = len(word) // 2
+    letter = "z" if word[middle : middle + 1] == "q" else "q"
     return (
         word[:middle] + word[middle + 1 :],
-        word[:middle] + "q" + word[middle:],
-        word[:middle] + "q" + word[middle + 1 :],
+        word[:middle] + letter + word[middle:],
+        word[:middle] + letter + word[middle + 1 :],
     )
 
 

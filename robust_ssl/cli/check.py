@@ -84,7 +84,8 @@ def _parts(context: Any, memory: bool) -> list[str]:
         parts.append(_images(context))
     if planned.suite is not None and stages - {"pretrain", "train"}:
         parts.append(_table([_fit_row(fit) for fit in forecast.fits(context)]))
-    if planned.recipes and stages & {"train", "score", "compare", "audit", "sweep", "analyze"}:
+    fitted = {"train", "score", "screen", "compare", "audit", "sweep", "analyze"}
+    if planned.recipes and stages & fitted:
         rows = [_row(one, memory) for one in forecast.forecasts(context, memory=memory)]
         seeds = len(planned.training.seeds)
         times = f"; each is made {seeds} times, once a seed" if seeds > 1 else ""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from robust_ssl.conformance.attacks import check_attack, check_universal_attack
+from robust_ssl.conformance.detectors import check_detector
 from robust_ssl.conformance.encoders import check_encoder
 from robust_ssl.conformance.losses import check_loss, check_objective
 from robust_ssl.conformance.methods import check_augmentation, check_method
@@ -18,6 +19,7 @@ from robust_ssl.conformance.threats import check_threat
 KINDS: dict[str, Callable[..., None]] = {
     "attack": check_attack,
     "augmentation": check_augmentation,
+    "detector": check_detector,
     "encoder": check_encoder,
     "loss": check_loss,
     "method": check_method,
@@ -46,7 +48,7 @@ def check(kind: str, value: Any, **options: Any) -> None:
       >>> check("los", "robust_ssl.losses:trades_kl")
       Traceback (most recent call last):
       ValueError: unknown kind 'los'; did you mean 'loss'? The kinds are attack, augmentation,
-      encoder, loss, method, objective, threat, universal_attack
+      detector, encoder, loss, method, objective, threat, universal_attack
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=2)

@@ -27,6 +27,7 @@ from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.grid import check_values, points
 from robust_ssl.experiment.linking import check_against, entries_of, in_order, link, read_common
 from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.screening import Screening, check_models
 from robust_ssl.experiment.sections import (
     Analyze,
     Compare,
@@ -41,13 +42,16 @@ from robust_ssl.experiment.suites import Suite, check_names
 from robust_ssl.report.claims import check_claim
 from robust_ssl.types import Encoder
 
-STAGES = ("pretrain", "attack", "train", "score", "compare", "audit", "sweep", "analyze")
+STAGES = (
+    *("pretrain", "attack", "train", "score", "screen", "compare", "audit", "sweep", "analyze"),
+)
 # What each stage reads of the config; `compare` and `sweep` run what they need of the others.
 NEEDS = {
     "pretrain": ("pretrain",),
     "attack": ("encoder", "surrogate", "suite"),
     "train": ("encoder", "downstream", "recipes"),
     "score": ("encoder", "surrogate", "downstream", "suite"),
+    "screen": ("encoder", "surrogate", "downstream", "suite"),
     "compare": ("encoder", "surrogate", "downstream", "suite", "recipes"),
     "audit": ("encoder", "surrogate", "downstream", "suite", "recipes", "audit"),
     "sweep": ("encoder", "surrogate", "downstream", "suite", "recipes", "sweep"),
@@ -82,6 +86,7 @@ class Plan:
       recipes: By name, linked.
       classifiers: Classifiers from elsewhere that are scored too.
       scoring: How classifiers are scored.
+      screening: How inputs are screened for attacks.
       compare: How recipes are held against each other.
       audit: What is decided on, and by which policy and answers.
       sweep: A grid over a recipe.
@@ -99,6 +104,7 @@ class Plan:
     recipes: Mapping[str, Recipe] = dataclasses.field(default_factory=dict)
     classifiers: Mapping[str, SavedClassifier] = dataclasses.field(default_factory=dict)
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
+    screening: Screening = dataclasses.field(default_factory=Screening)
     compare: Compare = dataclasses.field(default_factory=Compare)
     audit: Audit | None = None
     sweep: Sweep | None = None
@@ -196,7 +202,7 @@ def _check(planned: Plan) -> None:
                     raise ValueError(f"the stage {stage!r} needs config.encoder")
             elif not getattr(planned, section):
                 raise ValueError(f"the stage {stage!r} needs config.{section}")
-    if "score" in planned.stages and not planned.recipes and not planned.classifiers:
+    if {"score", "screen"} & {*planned.stages} and not planned.recipes | planned.classifiers:
         raise ValueError(
             "config.classifiers is empty; name what is to be scored, for example "
             "--config.classifiers.secured.path=runs/gtsrb/recipes/gen_af-seed0"
@@ -223,6 +229,7 @@ def _check_names_in_sections(planned: Plan) -> None:
     for number, claim in enumerate(planned.compare.claims if compared else ()):
         with inside(f"config.compare.claims[{number}]"):
             check_claim(claim, list(planned.recipes))
+    check_models(planned.screening, [*planned.recipes, *planned.classifiers])
     if planned.sweep is not None:
         _check_sweep(planned)
     if planned.audit is not None:

@@ -26,6 +26,8 @@ from robust_ssl.experiment.pretrain import check as check_pretrain
 from robust_ssl.experiment.pretrain import pretrain
 from robust_ssl.experiment.score import check as check_score
 from robust_ssl.experiment.score import score
+from robust_ssl.experiment.screen import check as check_screen
+from robust_ssl.experiment.screen import screen
 from robust_ssl.experiment.trace import check as check_train
 from robust_ssl.experiment.train import train
 from robust_ssl.parallel import Parallel, everywhere
@@ -49,6 +51,7 @@ _RUN: dict[str, Callable[[Context], StageDirectory]] = {
     "attack": attack,
     "train": train,
     "score": score,
+    "screen": screen,
     "compare": compare,
     "audit": audit,
     "sweep": sweep.sweep,
@@ -171,15 +174,17 @@ def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
             if stages != {"pretrain"}:
                 yield check_data
             return  # steps are traced once the encoder is there
-    if stages & {"attack", "score", "compare", "sweep", "analyze"}:
+    if stages & {"attack", "score", "screen", "compare", "sweep", "analyze"}:
         yield lambda run: _within("config.surrogate", lambda: run.surrogate)
         yield check_attack
-    if stages & {"train", "score", "compare", "sweep", "analyze"}:
+    if stages & {"train", "score", "screen", "compare", "sweep", "analyze"}:
         yield check_data
-    if stages & {"train", "score", "compare", "analyze"}:
+    if stages & {"train", "score", "screen", "compare", "analyze"}:
         yield check_train
     if stages & {"score", "compare"}:
         yield check_score
+    if "screen" in stages:
+        yield check_screen
     if "sweep" in stages:
         yield lambda run: _within("config.sweep", lambda: sweep.with_points(run))
 

@@ -12,6 +12,7 @@ from robust_ssl.report.figures import (
 )
 from robust_ssl.report.pages import print_summary, write_report
 from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front, points_of
+from robust_ssl.report.screening import screening_page
 from robust_ssl.report.sentences import advice, answer, verdict_lines
 from robust_ssl.report.tables import budget, label, names
 from robust_ssl.report.text import csv_text, markdown_table
@@ -39,6 +40,7 @@ __all__ = [
     "points_of",
     "print_summary",
     "results",
+    "screening_page",
     "summarize",
     "verdict_lines",
     "write_report",

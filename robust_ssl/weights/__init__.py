@@ -10,6 +10,7 @@ from robust_ssl.weights.native import (
     load_encoder,
     save_encoder,
 )
+from robust_ssl.weights.screens import load_screen, save_screen
 from robust_ssl.weights.torch_export import export_onnx, export_torch
 from robust_ssl.weights.transforms import resizing_of
 
@@ -27,9 +28,11 @@ __all__ = [
     "list_encoders",
     "load_classifier",
     "load_encoder",
+    "load_screen",
     "load_stablehlo",
     "resizing_of",
     "save_classifier",
     "save_encoder",
+    "save_screen",
     "seal_card",
 ]

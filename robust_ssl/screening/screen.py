@@ -1,0 +1,98 @@
+"""The function that is served: is this image suspicious, how much, and why."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robust_ssl import struct
+from robust_ssl.evaluation import to_pixels
+from robust_ssl.screening.fusion import Fused
+
+NOTHING = "nothing"
+
+
+class Screened(NamedTuple):
+    """What a screen says of a batch.
+
+    Attributes:
+      suspicious: Bool ``[n]``.
+      score: How surprising the image would be among clean ones, nats, float ``[n]``.
+      reason: The detector that is surprised the most, by image; "nothing" where none is.
+    """
+
+    suspicious: np.ndarray
+    score: np.ndarray
+    reason: list[str]
+
+
+@struct.dataclass
+class Screen:
+    """Screens the images of one classifier; `robust_ssl.load_screen` reads one.
+
+    Attributes:
+      model: The classifier.
+      fused: The detectors, calibrated on clean images.
+      threshold: In nats; an image above is suspicious.
+      key: That detectors draw with, the same for all images.
+
+    Example:
+      >>> from robust_ssl.screening import Calibrated, Spectrum, Surprise, fit_spectrum
+      >>> images = jax.random.uniform(jax.random.key(0), (64, 8, 8, 3))
+      >>> spectrum = fit_spectrum(None, None, images, None, num_bands=4)
+      >>> clean = [float(spectrum.score(None, None, image)) for image in images]
+      >>> members = {"spectrum": Calibrated(spectrum, Surprise.fit(np.asarray(clean)))}
+      >>> screen = Screen(None, Fused(members), 5.0, jax.random.key(0))
+      >>> screened = screen(np.full((1, 8, 8, 3), 128, np.uint8))
+      >>> screened.suspicious.tolist(), screened.reason
+      ([True], ['spectrum'])
+    """
+
+    model: Any
+    fused: Fused
+    threshold: jax.Array | float
+    key: jax.Array
+
+    def __call__(self, images: np.ndarray | jax.Array) -> Screened:
+        """Screens images, each by itself.
+
+        Args:
+          images: uint8, or float pixels in [0, 1], ``[n, H, W, 3]``.
+
+        Raises:
+          ValueError: If the shape is another, or pixels are not in [0, 1].
+        """
+        _check(images)
+        names = sorted(self.fused.members)  # as a compiled function orders them
+        pixels = to_pixels(jnp.asarray(images))
+        nats = np.asarray(_nats(self.fused, self.key, self.model, pixels))
+        score = nats.max(axis=1, initial=0.0)
+        reason = [
+            names[place] if value > 0 else NOTHING
+            for place, value in zip(nats.argmax(axis=1), score, strict=True)
+        ]
+        # NaN is not below any threshold: what cannot be judged is not let through.
+        return Screened(~(score <= float(self.threshold)), score, reason)
+
+
+def _check(images: Any) -> None:
+    shape, kind = np.shape(images), np.asarray(images).dtype
+    if len(shape) != 4 or shape[-1] != 3 or not shape[0]:
+        raise ValueError(f"images must be [n, height, width, 3], got shape {shape}")
+    if kind != np.uint8 and (kind.kind != "f" or np.min(images) < 0 or np.max(images) > 1):
+        raise ValueError(
+            f"images must be uint8, or float pixels in [0, 1], got {kind} from "
+            f"{np.min(images):g} to {np.max(images):g}"
+        )
+
+
+@jax.jit
+def _nats(fused: Fused, key: jax.Array, model: Any, images: jax.Array) -> jax.Array:
+    def one(image):
+        own = fused.scores(key, model, image)
+        return jnp.stack([own[name] for name in sorted(own)])
+
+    return jax.vmap(one)(images)
