@@ -42,9 +42,7 @@ from robust_ssl.experiment.suites import Suite, check_names
 from robust_ssl.report.claims import check_claim
 from robust_ssl.types import Encoder
 
-STAGES = (
-    *("pretrain", "attack", "train", "score", "screen", "compare", "audit", "sweep", "analyze"),
-)
+STAGES = ("pretrain", "attack", "train", "score", "screen", "compare", "audit", "sweep", "analyze")
 # What each stage reads of the config; `compare` and `sweep` run what they need of the others.
 NEEDS = {
     "pretrain": ("pretrain",),
