@@ -339,6 +339,17 @@ def test_a_lock_is_verified_where_it_was_moved_with_its_encoder(folder, tmp_path
     assert main.main([*verify, "nothing"]) == 2
 
 
+def test_a_lock_beside_its_encoder_is_not_in_itself_whatever_it_is_called(healthy, folder):
+    file = provenance.write_lock(healthy[1] | {"source": _at(folder)}, folder / "approved.json")
+    assert outcome(provenance.verify(file), "files") == "pass"
+    (folder / "another.json").write_text("{}")
+    assert outcome(provenance.verify(file), "files") == "fail"
+
+
+def _at(folder):
+    return {"given": str(folder), "kind": "encoder", "revision": ""}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
