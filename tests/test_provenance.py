@@ -281,20 +281,20 @@ def test_a_signature_holds_for_its_key_and_its_files_only(folder, keys):
     from model_signing import signing
 
     config = signing.Config().use_elliptic_key_signer(private_key=str(keys / "ours.pem"))
+    provenance.write_beside(folder)  # signed with it
     config.sign(str(folder), str(folder / "model.sig"))
 
     def checked(key):
         checks = provenance.examine(folder, public_key=key and keys / key)
         return outcome(checks, "signature"), checks[3].said
 
-    assert checked("ours.pub")[0] == "pass"
+    assert checked("ours.pub")[0] == "pass", checked("ours.pub")[1]
     assert checked("theirs.pub")[0] == "fail"
     assert checked(None) == ("absent", checked(None)[1])
     assert checked("nobody.pub")[0] == "absent"
-    # What this package writes beside an encoder is no part of what was signed.
-    provenance.write_beside(folder)
+    # What this package writes about an encoder may come later.
     provenance.write_lock(provenance.lock(folder), folder / "encoder.lock.json")
-    assert checked("ours.pub")[0] == "pass"
+    assert checked("ours.pub")[0] == "pass", checked("ours.pub")[1]
     (folder / "more.json").write_text("{}")
     assert checked("ours.pub")[0] == "fail"
     (folder / "more.json").unlink()
@@ -337,6 +337,17 @@ def test_a_lock_is_verified_where_it_was_moved_with_its_encoder(folder, tmp_path
     assert main.main(verify) == 1
     assert "encoder.safetensors has changed" in capsys.readouterr().out
     assert main.main([*verify, "nothing"]) == 2
+
+
+def test_a_lock_beside_its_encoder_is_not_in_itself_whatever_it_is_called(healthy, folder):
+    file = provenance.write_lock(healthy[1] | {"source": _at(folder)}, folder / "approved.json")
+    assert outcome(provenance.verify(file), "files") == "pass"
+    (folder / "another.json").write_text("{}")
+    assert outcome(provenance.verify(file), "files") == "fail"
+
+
+def _at(folder):
+    return {"given": str(folder), "kind": "encoder", "revision": ""}
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,15 @@ def examine(
     if isinstance(lock, str | os.PathLike):
         lock = read_lock(lock)
     if not isinstance(source, Source):
-        told = lock["options"] if lock else {}
-        # A name from a file is never imported: code of one's own is named again by who verifies.
-        options = {**{name: told[name] for name in told if name not in _CODE}, **options}
-        source = open_source(source, allow_moving=allow_moving, **options)
+        source = open_source(source, allow_moving=allow_moving, **told(lock, options))
     return of_network(source, network.read(source), lock, signature_file, public_key)
+
+
+def told(lock: Mapping[str, Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a foreign file has to be told: by the lock, and over it by who asks."""
+    # A name from a file is never imported: code of one's own is named again by who verifies.
+    by_lock = {} if lock is None else {n: x for n, x in lock["options"].items() if n not in _CODE}
+    return {**by_lock, **options}
 
 
 def of_network(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
 
 from robust_ssl import disk
-from robust_ssl.provenance.check import INSTALL, Check, absent, failed, passed
-from robust_ssl.provenance.source import Source
+from robust_ssl.provenance.check import INSTALL, Check, absent, failed, passed, some
+from robust_ssl.provenance.source import Source, about
 
 _BESIDE = ("model.sig",)  # what model-signing calls it
 
@@ -54,20 +56,35 @@ def check_signature(
 
 
 def _verify(verifying: Any, source: Source, signature: pathlib.Path, key: pathlib.Path) -> None:
+    """Raises unless the signature holds and every file of the source is signed."""
     config = verifying.Config().use_elliptic_key_verifier(public_key=str(key))
     if source.path.is_file():
         config.verify(str(source.path.resolve()), str(signature))
         return
-    # A folder of exactly these files: the hub's cache holds links, which model-signing refuses, and
-    # a lock beside an encoder is no part of what was signed.
+    # What lies about an encoder may be signed with it or may have come later.
+    config.set_ignore_unsigned_files(True)
+    # A folder of these files: the hub's cache holds links, which model-signing refuses.
     with tempfile.TemporaryDirectory() as folder:
-        for name, file in source.files.items():
+        for name, file in {**source.files, **about(source.folder)}.items():
             if not file.is_file():  # a pipe would be read for ever
                 raise ValueError(f"{name} is no regular file")
             place = pathlib.Path(folder) / name
             place.parent.mkdir(parents=True, exist_ok=True)
             _link(file.resolve(), place)
-        config.verify(folder, str(signature))
+        config.verify(pathlib.Path(folder), signature)  # a text fails in the library
+    unsigned = sorted(source.files.keys() - _signed(signature))
+    if unsigned:
+        raise ValueError(f"not signed: {some(unsigned)}")
+
+
+def _signed(signature: pathlib.Path) -> set[str]:
+    """Returns the names that a signature, which has been verified, is over."""
+    bundle = disk.read_json(signature)
+    payload = base64.b64decode(bundle["dsseEnvelope"]["payload"])
+    statement = disk.parse_json(payload, signature)
+    # Of a file that is signed in shards, each has its first and last byte behind the name.
+    names = (entry["name"] for entry in statement["predicate"]["resources"])
+    return {re.sub(r":\d+:\d+$", "", name) for name in names}
 
 
 def _link(file: pathlib.Path, place: pathlib.Path) -> None:

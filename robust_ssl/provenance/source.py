@@ -137,6 +137,12 @@ def _listed(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return dict(sorted(files.items()))
 
 
+def about(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the locks, statements and bills of materials in a folder, by name."""
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(_OWN)]
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
 def _is_left(name: str) -> bool:
     hidden = name.startswith(".") or name == "__pycache__"
     return hidden or name.endswith(_OWN)
