@@ -16,6 +16,7 @@ from robust_ssl import settings
 from robust_ssl.audit import answers, checklists, decision, document, pages, policy
 from robust_ssl.audit.pages import catalog, numbers
 from robust_ssl.evaluation.checks.table import CHECKS
+from robust_ssl.experiment.audit_screening import screening_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = {  # of the guide, with their outcomes
@@ -33,19 +34,35 @@ waivers:
 - {gate: no-leakage, name: 佐藤, date: 2026-11-01, reason: r & d, until: 2027-01-01}
 - {gate: clean-loss, name: 鈴木, date: 2025-11-01, reason: r, until: 2026-01-01}
 """
-SCREENING = {
-    "rows": [
+
+
+def found(share):
+    return {"share": share, "n": 100, "ci95": [share - 0.05, share + 0.05]}
+
+
+def separated(auc, **facts):
+    rates = {"at_1_percent": found(auc / 2), "at_5_percent": found(auc / 1.5)}
+    return {"auc": auc, "auc_ci95": [auc - 0.05, auc + 0.05], **rates, **facts}
+
+
+SCREENED = {  # as the stage `screen` leaves it
+    "detectors": [
         {
             "detector": "squeeze",
-            "attack": "advencoder",
-            "adaptive": adaptive,
-            "auc": 0.91 - 0.4 * adaptive,
-            "tpr_1": cases.share(0.5 - 0.4 * adaptive),
-            "tpr_5": cases.share(0.7 - 0.4 * adaptive),
+            "verdict": "defeated",
+            "attacks": [
+                separated(0.9, attack="advencoder", epsilon=epsilon, threat="Linf", seed=0)
+                for epsilon in (4 / 255, 8 / 255)
+            ],
+            "adaptive": [
+                separated(
+                    0.5, family="per_image", epsilon=4 / 255, threat="Linf", verdict="defeated"
+                )
+            ],
         }
-        for adaptive in (False, True)
     ]
 }
+SCREENING = screening_of(SCREENED, 8 / 255)
 
 
 def decide(whole, stage, text):
@@ -197,6 +214,13 @@ def test_names_that_cannot_be_seen_are_escaped(tmp_path):
     text = (tmp_path / "audit.ja.html").read_text(encoding="utf-8")
     assert "\u202e" not in text and "\x1b" not in text and r"caf\udce9\u202eabc" in text
     assert r"\udce9\u202e{x}" in text
+
+
+def test_a_detector_that_is_defeated_is_shown_as_defeated():
+    assert [row["adaptive"] for row in SCREENING["rows"]] == [False, True]
+    for language in answers.LANGUAGES:
+        text = pages.html(DECIDED["waived"], language)
+        assert catalog.messages(language)["screening.defeated"] in text
 
 
 def test_amber_is_what_is_not_decidable():

@@ -63,7 +63,9 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--encoder", metavar="E", help="a shipped name, a directory or a file")
     command.add_argument(
-        "--data", metavar="D", help="a data set or a folder of images (default: digits)"
+        "--data",
+        metavar="D",
+        help="a data set, or a folder of images with a slash: parts/ (default: digits)",
     )
     command.add_argument(
         "--classifier", metavar="DIR", help="audit this classifier, made elsewhere, as secured"
@@ -153,7 +155,7 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> Any:
     if arguments.encoder:
         config.encoder = {"path": arguments.encoder}
     if arguments.data:
-        config.downstream.source = arguments.data
+        config.downstream.source = _source(arguments.data)
     if arguments.classifier:
         config.classifiers.secured.path = arguments.classifier
     for name in ("answers", "policy", "lock", "stage"):
@@ -161,6 +163,17 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> Any:
             config.audit[name] = getattr(arguments, name)
     config.audit.command = _typed(arguments, overrides)
     return config
+
+
+def _source(data: str) -> str:
+    """Returns what was typed for data as a config takes it, in which a folder begins with a dot.
+
+    Example:
+      >>> _source("parts/"), _source("cifar10"), _source("/data/parts"), _source("./parts/")
+      ('./parts/', 'cifar10', '/data/parts', './parts/')
+    """
+    has_slash = data.endswith("/") or ("/" in data and pathlib.Path(data).is_dir())
+    return f"./{data}" if has_slash and not data.startswith(("/", ".", "~")) else data
 
 
 def _typed(arguments: argparse.Namespace, overrides: list[str]) -> str:

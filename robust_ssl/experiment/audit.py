@@ -23,6 +23,7 @@ from robust_ssl.evaluation.checks.result import BELIEVABLE, WITH_NOTES
 from robust_ssl.experiment import audit_pictures, pages, train
 from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.audit_baseline import write_baseline
+from robust_ssl.experiment.audit_screening import read_screening
 from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.compare import compare
 from robust_ssl.experiment.context import Context, identity, model_inputs
@@ -30,7 +31,7 @@ from robust_ssl.experiment.groups import Group, outcome_name, threat_name
 from robust_ssl.experiment.score import read_outcomes, score
 from robust_ssl.parallel import barrier
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import StageDirectory, WorkdirError, json_ready, read_manifest, sum_files
+from robust_ssl.workdir import StageDirectory, WorkdirError, json_ready, sum_files
 
 ROLES = ("usual", "secured")
 ROUNDS, BATCH = 5, 64  # of the timed inference
@@ -136,7 +137,7 @@ def _measure(
         "trust": {role: name and _trust(results["verdicts"], name) for role, name in names.items()},
         "examples": audit_pictures.examples(looks["usual"], context.plan.audit.examples),
         "provenance": _provenance(context),
-        "screening": _screening(context),
+        "screening": read_screening(context),
         "inspection": write_baseline(context, models["secured"]) if names["secured"] else None,
         "made": _made(context, scored),
     }
@@ -353,14 +354,6 @@ def _provenance(context: Context) -> dict[str, Any] | None:
         "failed": outcomes.count("fail"),
         "absent": outcomes.count("absent"),
     }
-
-
-def _screening(context: Context) -> dict[str, Any] | None:
-    """Returns what the stage `screen` left, where it was run."""
-    folder = context.workdir / "screen"
-    if not (folder / "manifest.json").is_file():
-        return None
-    return read_manifest(folder)["results"]
 
 
 def _made(context: Context, scored: StageDirectory) -> dict[str, Any]:

@@ -20,7 +20,9 @@ Look = Mapping[str, np.ndarray]  # as `pages.look` returns it
 
 def examples(look: Look, count: int) -> list[dict[str, Any]]:
     """Returns images, the same under attack, and the change made visible, as PNG in base64."""
-    clean, attacked = look["clean"][:count], look["attacked"][:count]
+    # Spread over those that there are: a folder's come class by class.
+    places = np.linspace(0, len(look["clean"]) - 1, min(count, len(look["clean"]))).astype(int)
+    clean, attacked = look["clean"][places], look["attacked"][places]
     change = attacked - clean
     # By one factor for all, so that images can be compared; no change is plain gray.
     gain = 0.5 / max(float(np.abs(change).max()), 1e-9)
@@ -33,7 +35,7 @@ def examples(look: Look, count: int) -> list[dict[str, Any]]:
             "said_clean": str(before),
             "said_attacked": str(after),
         }
-        for n, (before, after) in enumerate(look["answers"][:count].tolist())
+        for n, (before, after) in enumerate(look["answers"][places].tolist())
     ]
 
 
