@@ -67,13 +67,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _network(tensors: Tensors, configs: Configs) -> Network:
-    if "blocks.0.mlp.fc1_g.weight" in tensors:
-        gate, last = tensors["blocks.0.mlp.fc1_g.weight"], tensors.get("blocks.0.mlp.fc2.weight")
-        if last is not None and len(gate) != last.shape[-1]:
-            raise ValueError(
-                f"blocks.0.mlp.fc2.weight has shape {last.shape}, so this MLP is not gated: EVA of "
-                "the first version, or EVA-02 enormous, whose norms come after; neither is read"
-            )
+    _check_gated(tensors)
     options = shape_options(tensors, _EVA, gated=True)
     config = configs.get("config.json") or {}
     check_sizes(config, options)
@@ -100,6 +94,17 @@ def _network(tensors: Tensors, configs: Configs) -> Network:
         told["rotary_reference"] = _REFERENCE
         assumed.append(f"places counted by {_REFERENCE} patches a side (--rotary-reference)")
     return Network("vision_transformer", options | told, tuple(assumed))
+
+
+def _check_gated(tensors: Tensors) -> None:
+    """Raises ValueError for an MLP whose first map has no two halves, or whose halves are one."""
+    gate, last = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1_g", "fc2"))
+    halved = gate is not None and last is not None and len(gate) != last.shape[-1]
+    if halved or "blocks.0.mlp.fc1.weight" in tensors:
+        raise ValueError(
+            "blocks.0.mlp.fc1 is as wide as fc2, so this MLP is not gated: EVA of the first "
+            "version, or EVA-02 enormous, whose norms come after; neither is read"
+        )
 
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
