@@ -19,8 +19,8 @@ class Detector(Protocol):
     """A pytree value that says how suspicious one image is; `jax.vmap` makes it a batch.
 
     A field `names` and a method ``without(name)`` are used where they are there: `names` are the
-    attacks that it knows, and ``without(name)`` returns the detector that does not know one of them,
-    by which it is scored on that attack.
+    attacks that it knows, and ``without(name)`` returns the detector that does not know one of
+    them, by which it is scored on that attack.
     """
 
     def score(self, key: jax.Array, model: Model, image: jax.Array) -> jax.Array:
