@@ -254,7 +254,7 @@ class _Keeper:
         arrays = load_arrays(file, self._stage.origin)
         if arrays is None:
             if stop_requested():
-                raise Stopped("screen stopped; run it again to go on")
+                raise Stopped("screen stopped")
             arrays = dict(compute())
             if jax.process_index() == 0:
                 save_arrays(file, arrays, self._stage.origin)
