@@ -1,4 +1,4 @@
-"""Does an input look attacked?  Detectors on a secured classifier, and attacks that know them.
+"""Does an input look attacked?  Detectors on the usual classifier, and attacks that know them.
 
     robust-ssl run screen --workdir=runs/screen-digits
     robust-ssl run screen:downstream=gtsrb32,train_limit=2000 --workdir=runs/screen-gtsrb
@@ -34,6 +34,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     # The attacks that do not know the detectors have the budget of those that do.
     config.scoring.per_image.budgets = (config.suite.epsilon,)
     config.screening = {
+        # The secured one withstands digits' attacks, so there would be little to detect.
+        "model": "baseline",
+        "public": "gen_af",
         "images": 512,
         "calibration": 200,
         "test": 200,

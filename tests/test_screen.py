@@ -15,6 +15,7 @@ from robust_ssl.experiment import UsageError
 from robust_ssl.experiment import screen as stage
 from robust_ssl.screening import Calibrated, Fused, Screen, Surprise
 from robust_ssl.stopping import Stopped
+from robust_ssl.weights import cards
 
 PLACE = "robust_ssl.screening:fit_"
 
@@ -131,6 +132,32 @@ def _edited(folder, tmp_path, file, edit):
 )
 def test_an_edited_screen_is_refused(saved, tmp_path, file, edit, words):
     copy = _edited(saved[1], tmp_path, file, edit)
+    with pytest.raises(ValueError, match=words):
+        load(copy)
+
+
+def _resealed(change):
+    def edit(content):
+        record = json.loads(content)
+        change(record)
+        return cards.encode({name: entry for name, entry in record.items() if name != "sha256"})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["members"]["spectrum"].update(kind="System"), "is not one of"),
+        (lambda r: r["members"]["spectrum"].pop("shapes"), "missing or of the wrong type: shapes"),
+        (lambda r: r["members"].update({"../x": r["members"]["spectrum"]}), "cannot be a name"),
+        (lambda r: r["members"]["spectrum"]["options"].update(x=1), "do not make a screen"),
+        (lambda r: r.update(key=["a"]), "do not make a screen|could not convert|invalid literal"),
+        (lambda r: r.update(threshold="4"), "missing or of the wrong type: threshold"),
+    ],
+)
+def test_a_card_that_makes_no_screen_is_refused(saved, tmp_path, change, words):
+    copy = _edited(saved[1], tmp_path, "screen.json", _resealed(change))
     with pytest.raises(ValueError, match=words):
         load(copy)
 

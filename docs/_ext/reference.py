@@ -32,6 +32,7 @@ PUBLIC = (
     "robust_ssl.report",
     "robust_ssl.report.claims",
     "robust_ssl.report.results",
+    "robust_ssl.screening",
     "robust_ssl.settings",
     "robust_ssl.struct",
     "robust_ssl.threats",

@@ -194,17 +194,20 @@ def _cases(context: Context, perturbations: list[Fitted]) -> list[Case]:
     """The run's attacks: perturbations of the public encoder, and attacks on single images."""
     cases = []
     for one in perturbations:
-        cases.append(_case(one.attack, one.seed, "universal", one.epsilon, one.perturbation))
+        threat = one.perturbation.threat
+        facts = _facts("universal", one.seed, threat, one.epsilon)
+        cases.append(Case(one.attack, one.perturbation, facts))
     for budget in context.plan.scoring.per_image.budgets:
         for name, value in build_per_image(context, budget).items():
-            cases.append(_case(name, None, "per_image", budget.epsilon, value))
+            facts = _facts("per_image", None, budget.threat, budget.epsilon)
+            cases.append(Case(name, value, facts))
     return cases
 
 
-def _case(name: str, seed: int | None, family: str, epsilon: float, value: Any) -> Case:
+def _facts(family: str, seed: int | None, threat: Any, epsilon: float) -> dict[str, Any]:
     against = "public" if family == "universal" else "hardened"
     facts = {"seed": seed, "family": family, "crafted_against": against}
-    return Case(name, value, {**facts, "threat": threat_name(value.threat), "epsilon": epsilon})
+    return {**facts, "threat": threat_name(threat), "epsilon": epsilon}
 
 
 def _adaptive(context: Context) -> Adaptive | None:
@@ -251,7 +254,7 @@ class _Keeper:
         arrays = load_arrays(file, self._stage.origin)
         if arrays is None:
             if stop_requested():
-                raise Stopped("screen stopped; run it again to go on")
+                raise Stopped("screen stopped")
             arrays = dict(compute())
             if jax.process_index() == 0:
                 save_arrays(file, arrays, self._stage.origin)

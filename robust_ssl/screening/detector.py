@@ -18,8 +18,9 @@ from robust_ssl.types import Model, Outputs
 class Detector(Protocol):
     """A pytree value that says how suspicious one image is; `jax.vmap` makes it a batch.
 
-    A method ``without(name)`` is used where it is there: it returns the detector that does not know
-    the attack of this name, by which the detector is scored on that attack.
+    A field `names` and a method ``without(name)`` are used where they are there: `names` are the
+    attacks that it knows, and ``without(name)`` returns the detector that does not know one of
+    them, by which it is scored on that attack.
     """
 
     def score(self, key: jax.Array, model: Model, image: jax.Array) -> jax.Array:

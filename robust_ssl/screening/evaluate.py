@@ -109,7 +109,7 @@ def _case(detectors: Mapping[str, Detector], bench: Bench, case: Case) -> Arrays
     attacked = bench.attack(case.value)
     arrays: Arrays = {"answers": attacked["answers"]}
     for name, detector in detectors.items():
-        if case.attack in getattr(detector, "names", ()):
+        if hasattr(detector, "without") and case.attack in getattr(detector, "names", ()):
             detector = detector.without(case.attack)
             # Another detector, so with other thresholds.
             arrays[f"calibration_{name}"] = bench.scores(detector, bench.images.calibration)

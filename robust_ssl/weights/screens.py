@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +72,7 @@ def save_screen(
     arrays: dict[str, np.ndarray] = {}
     members, models = {}, {}
     for name, member in screen.fused.members.items():
+        _check_name(name, "the screen to save")
         members[name], own, models[name] = _describe(name, member)
         arrays |= own
     cards.check_arrays(arrays, arrays, "the screen to save")
@@ -131,14 +133,33 @@ def load_screen(
             f"{where} was fitted for another classifier than the one beside it; run the stage "
             "`screen` again, or bring that classifier back"
         )
-    flat = cards.flatten(_read_arrays(folder, record))
+    _check_members(record["members"], where)
     known = {**_KINDS, **(detectors or {})}
-    members = {
-        name: _make(name, entry, flat, folder, known, options)
-        for name, entry in record["members"].items()
-    }
-    key = jax.random.wrap_key_data(jnp.asarray(record["key"], jnp.uint32))
+    try:
+        flat = cards.flatten(_read_arrays(folder, record))
+        members = {
+            name: _make(name, entry, flat, folder, known, options)
+            for name, entry in record["members"].items()
+        }
+        key = jax.random.wrap_key_data(jnp.asarray(record["key"], jnp.uint32))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{where}: its entries do not make a screen: {error}") from error
     return Screen(model, Fused(members), record["threshold"], key)
+
+
+def _check_members(members: Mapping[str, Any], where: pathlib.Path) -> None:
+    for name, entry in members.items():
+        _check_name(name, where)
+        kinds = {"kind": str, "options": dict, "models": list, "shapes": dict}
+        cards.check_card(entry, kinds, f"{where}, member {name!r}")
+        for field in entry["models"]:
+            _check_name(field, where)
+
+
+def _check_name(name: Any, where: Any) -> None:
+    # Names are directories, and one like ".." would lead out of the screen's.
+    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .+\-]*", name):
+        raise ValueError(f"{where}: {name!r} cannot be a name; take letters, digits and . + - _")
 
 
 def _describe(name: str, member: Calibrated):
