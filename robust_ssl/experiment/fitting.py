@@ -82,6 +82,8 @@ def build_step(
         pretrained=encoder if recipe.compare_with_pretrained else None,
         teacher=teacher,
         ema=recipe.ema or None,
+        accumulate=recipe.accumulate,
+        remat=recipe.remat,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )

@@ -29,7 +29,7 @@ from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
 # Came later: where they do nothing no text has them, so workdirs from before them go on.
-LATER = {"ramp": None, "teacher": None, "ema": 0.0}
+LATER = {"ramp": None, "teacher": None, "ema": 0.0, "accumulate": 1, "remat": False}
 # An entry that is there decides on others, which are then none: a text that had both, read again,
 # would seem to say both.
 DECIDED = {

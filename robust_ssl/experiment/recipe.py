@@ -187,6 +187,10 @@ class Recipe:
       l2_sp: Weight of the squared distance to the start.
       ema: Decay, by update, of the average of weights and batch statistics; where it is above 0,
         the average is what is validated and kept.
+      accumulate: Parts that a device runs its batch in, so that a larger one fits; the same numbers
+        to rounding.
+      remat: Whether a gradient keeps only the inputs of the encoder's blocks: less memory, about a
+        third more time.
       patience: Epochs without a better one after which training stops.
       best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
         ``"last"``; None is robust where there is an attack.
@@ -220,6 +224,8 @@ class Recipe:
     decay: Decay = 0.96
     l2_sp: NotNegative = 0.0
     ema: Annotated[float, Range(0, 1, below=True)] = 0.0
+    accumulate: Count = 1
+    remat: bool = False
     patience: Count | None = None
     best: Literal["clean", "robust", "last"] | None = None
     tolerance: Share | None = None
@@ -245,6 +251,15 @@ class Recipe:
         if self.augment is not None and remembers:
             raise ValueError(
                 "augment moves the pixels that the attack remembers perturbations of; leave out one"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
+            )
+        if self.accumulate > 1 and self.batch_statistics == "twins":
+            raise ValueError(
+                'accumulate is refused with batch_statistics="twins", which is about batch norm: a '
+                "part's statistics are not the batch's"
             )
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")

@@ -54,6 +54,7 @@ class ViT(nn.Module):
       rotary: Base of rotary positions in place of learned ones; None for learned ones.
       dtype: What is computed in; parameters stay float32.
       axis_name: Accepted like every encoder's and unused: there are no batch statistics.
+      remat: Whether a gradient computes each block's activations again instead of keeping them.
     """
 
     width: int = 192
@@ -74,6 +75,7 @@ class ViT(nn.Module):
     rotary: float | None = None
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -87,9 +89,10 @@ class ViT(nn.Module):
             name="embed",
         )(x.astype(self.dtype))  # fmt: skip
         taps = {"embed": x}
+        block = nn.remat(Block) if self.remat else Block
         for index in range(self.depth):
             name = f"block{index + 1}"
-            x = Block(
+            x = block(
                 self.heads, self.mlp_width, self.activation, self.layer_scale,
                 self.norm_epsilon, self.rotary, self._prefix, self.dtype, name=name,
             )(x)  # fmt: skip
