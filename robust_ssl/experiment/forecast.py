@@ -96,6 +96,7 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
     per_epoch *= getattr(attack, "replays", 1)
     clean = fitting.clean_epochs(recipe, per_epoch, recipe.epochs)
+    passes = (attack, step.passes, recipe.epochs, clean, recipe.cache_features)
     return Forecast(
         name=recipe.name,
         start=start,
@@ -103,7 +104,7 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
         steps=recipe.epochs * per_epoch,
         parameters=parameters,
         trained=None if recipe.select else _trained(params, recipe.rates),
-        gradients=round(fitting.gradients(attack, step.passes, recipe.epochs, clean)),
+        gradients=round(fitting.gradients(*passes)),
         state_bytes=_bytes(state),
         step_bytes=_planned(step, state, batch) if memory else None,
     )
@@ -166,8 +167,9 @@ def _of_training(context: Context, recipe: Recipe) -> float:
     passes = 1 if attack is None else 2
     judge = context.plan.training.validation.build(context.encoder)
     judged = len(validation) * (judge.gradient_evaluations if spent else 1 / 3)
-    total = len(train_set) * fitting.gradients(attack, passes, recipe.epochs)
-    total += recipe.epochs * judged
+    gradients = fitting.gradients(attack, passes, recipe.epochs, cached=recipe.cache_features)
+    total = len(train_set) * gradients
+    total += (1 if recipe.cache_features else recipe.epochs) * judged
     if recipe.select is not None:
         images = min(recipe.select.images, len(validation))
         layers = len(jax.tree.leaves(context.encoder.variables["params"])) / 3  # kernels, about

@@ -24,12 +24,20 @@ from robust_ssl.build import (
     read_entries,
     text_of,
 )
+from robust_ssl.experiment import features
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
 from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
 # Came later: where they do nothing no text has them, so workdirs from before them go on.
-LATER = {"ramp": None, "teacher": None, "ema": 0.0, "accumulate": 1, "remat": False}
+LATER = {
+    "ramp": None,
+    "teacher": None,
+    "ema": 0.0,
+    "accumulate": 1,
+    "remat": False,
+    "cache_features": False,
+}
 # An entry that is there decides on others, which are then none: a text that had both, read again,
 # would seem to say both.
 DECIDED = {
@@ -238,7 +246,9 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
     params = _params(recipe, encoder)
     if recipe.select is None:
         with inside(f"{where}.rates"):
-            optimizers.layer_rates(params, recipe.rates)
+            rates = optimizers.layer_rates(params, recipe.rates)
+            if recipe.cache_features:
+                features.check_frozen(rates)
         return
     with inside(f"{where}.select.layers"):
         recipe.select.choose(dict.fromkeys(finetuning.kernels(params), 0.0))

@@ -191,6 +191,8 @@ class Recipe:
         to rounding.
       remat: Whether a gradient keeps only the inputs of the encoder's blocks: less memory, about a
         third more time.
+      cache_features: Whether a frozen encoder sees each image once and the head is trained on what
+        it said; the same numbers to rounding.  Not with what needs images: attack, augmentation.
       patience: Epochs without a better one after which training stops.
       best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
         ``"last"``; None is robust where there is an attack.
@@ -226,6 +228,7 @@ class Recipe:
     ema: Annotated[float, Range(0, 1, below=True)] = 0.0
     accumulate: Count = 1
     remat: bool = False
+    cache_features: bool = False
     patience: Count | None = None
     best: Literal["clean", "robust", "last"] | None = None
     tolerance: Share | None = None
@@ -261,10 +264,30 @@ class Recipe:
                 'accumulate is refused with batch_statistics="twins", which is about batch norm: a '
                 "part's statistics are not the batch's"
             )
+        self._check_cache()
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")
         if self.members and len(self.members) < 2:
             raise ValueError("members: an ensemble is made of at least two recipes")
+
+    def _check_cache(self) -> None:
+        needing = {
+            "attack": self.attack,
+            "augment": self.augment,
+            "teacher": self.teacher,
+            "compare_with_pretrained": self.compare_with_pretrained,
+            "select": self.select,
+        }
+        if not self.cache_features:
+            return
+        for entry, value in needing.items():
+            if value:
+                raise ValueError(f"cache_features and {entry}, which needs images; leave out one")
+        if self.batch_statistics != "frozen":
+            raise ValueError(
+                f"cache_features with batch_statistics={self.batch_statistics!r}: features are "
+                'kept of a network that stays; take batch_statistics="frozen"'
+            )
 
     @property
     def needs(self) -> tuple[Recipe, ...]:
