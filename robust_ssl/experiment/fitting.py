@@ -56,7 +56,13 @@ def build_step(
     # Rates decay by the pass over the data, however often each batch is replayed.
     passed = max(1, steps_per_epoch // getattr(attack, "replays", 1))
     params = classifier.variables["params"]
-    by_path = optimizers.layer_rates(params, rates)
+    key = stage_key(seed, name)
+    by_path, adapters = recipe.layer_rates(params, rates), None
+    if recipe.lora is not None:
+        # Far above any step, as below.
+        adapters = recipe.lora.adapters(params, jax.random.fold_in(key, 2**31 + 1))
+        params = {**params, **adapters["params"]}
+        by_path |= optimizers.layer_rates(adapters["params"], {"**": recipe.lora.rate})
     if show:
         table = optimizers.render_table(optimizers.layer_table(params, by_path))
         _log.info("%s: learning rates\n%s", name, table)
@@ -73,7 +79,6 @@ def build_step(
         l2_sp=recipe.l2_sp,
         hold_zeros=recipe.prune > 0,
     )
-    key = stage_key(seed, name)
     step = finetuning.make_step(
         classifier,
         tx,
@@ -99,6 +104,7 @@ def build_step(
         batch_size=recipe.batch_size,
         num_images=len(context.downstream[0]),
         average=recipe.ema > 0,
+        adapters=adapters,
     )
     return state, step
 

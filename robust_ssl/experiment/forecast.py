@@ -103,16 +103,20 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
         epochs=recipe.epochs,
         steps=recipe.epochs * per_epoch,
         parameters=parameters,
-        trained=None if recipe.select else _trained(params, recipe.rates),
+        trained=None if recipe.select else _trained(params, recipe),
         gradients=round(fitting.gradients(*passes)),
         state_bytes=_bytes(state),
         step_bytes=_planned(step, state, batch) if memory else None,
     )
 
 
-def _trained(params: Any, rates: Any) -> int:
-    table = optimizers.layer_table(params, optimizers.layer_rates(params, rates))
-    return sum(row.size for row in table if row.rate != optimizers.FREEZE)
+def _trained(params: Any, recipe: Recipe) -> int:
+    table = optimizers.layer_table(params, recipe.layer_rates(params, recipe.rates))
+    moving = sum(row.size for row in table if row.rate != optimizers.FREEZE)
+    if recipe.lora is not None:
+        adapters = recipe.lora.adapters(params, jax.random.key(0))["params"]
+        moving += sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    return moving
 
 
 def _planned(step: Any, state: Any, batch: Any) -> int | None:
@@ -155,7 +159,9 @@ def image_gradients(context: Context) -> float:
 
 
 def _is_frozen(recipe: Recipe) -> bool:
-    return all(rate == "freeze" for path, rate in recipe.rates.items() if path[:4] != "head")
+    return recipe.lora is None and all(
+        rate == "freeze" for path, rate in recipe.rates.items() if path[:4] != "head"
+    )
 
 
 def _of_training(context: Context, recipe: Recipe) -> float:

@@ -37,6 +37,8 @@ LATER = {
     "accumulate": 1,
     "remat": False,
     "cache_features": False,
+    "last_blocks": None,
+    "lora": None,
 }
 # An entry that is there decides on others, which are then none: a text that had both, read again,
 # would seem to say both.
@@ -53,7 +55,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     Args:
       value: A mapping of `Recipe`'s entries; ``"module:function"`` of a function that returns one;
         or ``{"function": ..., **options}``: options that the function does not take replace what
-        it returns, of ``select``, ``attack`` and ``ramp`` setting by setting.
+        it returns, of ``select``, ``attack``, ``ramp`` and ``lora`` setting by setting.
       common: Entries of all recipes that do not say otherwise.
       where: Its name, for errors.
     """
@@ -133,7 +135,7 @@ def _from_function(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: {given['function']} must return a mapping of a recipe's entries"
         )
-    for name in ("select", "attack", "ramp"):
+    for name in ("select", "attack", "ramp", "lora"):
         # Settings of one thing: those that are not said stay, unless it is another thing.
         override, before = rest.get(name), made.get(name)
         settings = isinstance(override, Mapping) and isinstance(before, Mapping)
@@ -246,7 +248,7 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
     params = _params(recipe, encoder)
     if recipe.select is None:
         with inside(f"{where}.rates"):
-            rates = optimizers.layer_rates(params, recipe.rates)
+            rates = recipe.layer_rates(params, recipe.rates)
             if recipe.cache_features:
                 features.check_frozen(rates)
         return

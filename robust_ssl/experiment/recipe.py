@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -13,12 +12,12 @@ from robust_ssl.build import (
     Function,
     Natural,
     NotNegative,
-    Positive,
     Range,
     Share,
     read,
     read_entries,
 )
+from robust_ssl.experiment.moving import Lora, Selection
 from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.experiment.suites import InnerAttack
 from robust_ssl.types import Encoder, Loss
@@ -54,60 +53,6 @@ class WeightedLoss:
             )
         weight = read(NotNegative, entries.pop("weight", 1.0), f"{where}.weight")
         return cls(Function.read(entries, where, ("weight",)).bound, weight, value)
-
-
-class Layers:
-    """How many layers: a whole number, or a share of them in (0, 1]."""
-
-    @classmethod
-    def read(cls, value: Any, where: str) -> int | float:
-        """Reads the one or the other."""
-        for kind in (Count, Annotated[float, Range(0, 1, above=True)]):
-            with contextlib.suppress(ValueError):
-                return read(kind, value, where)
-        raise ValueError(
-            f"{where} must be a whole number of at least 1, or a share in (0, 1], got {value!r}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Only robust-redundant layers move: those whose weights can be perturbed at least cost.
-
-    Attributes:
-      images: Validation images that it is measured on.
-      num_steps: Ascent steps in each layer's weights.
-      learning_rate: Of these steps, relative to the layer's norm.
-      radius: How far weights may go, relative to their norm.
-      layers: How many layers move: a whole number of them, or what part of all, in (0, 1].
-      rate: Learning rate of those that move.
-
-    References:
-      Zhou et al., IEEE S&P 2024, second stage.
-    """
-
-    images: Count = 256
-    num_steps: Count = 10
-    learning_rate: Positive = 1.0
-    radius: Positive = 0.1
-    layers: Layers = 0.2
-    rate: Positive = 1e-3
-
-    def choose(self, scores: Mapping[str, float]) -> list[str]:
-        """Returns the layers that move.
-
-        Args:
-          scores: Sensitivity by layer.
-
-        Raises:
-          ValueError: If that is none of them, or more than there are.
-        """
-        whole = isinstance(self.layers, int)
-        return finetuning.select_redundant(
-            scores,
-            top_k=self.layers if whole else None,
-            top_k_fraction=None if whole else self.layers,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +118,9 @@ class Recipe:
       epochs: Passes over the training images; 0 trains nothing.
       batch_size: Images of an update.
       rates: Path pattern to learning rate, or ``"freeze"``; a later pattern overrides an earlier.
+      last_blocks: Of the encoder only so many blocks move, and what comes after them; None: all
+        that `rates` say.
+      lora: Low-rank adapters, trained in the place of frozen kernels.
       select: Chooses which layers move, in place of `rates`.
       losses: What is minimized, by the name that is logged.
       adv_ratio: r: clean cross-entropy weighs 1 - r and adversarial r, beside the losses.
@@ -214,6 +162,8 @@ class Recipe:
     rates: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"encoder/**": 1e-3, "head/**": 5e-3}
     )
+    last_blocks: Count | None = None
+    lora: Lora | None = None
     select: Selection | None = None
     losses: Mapping[str, WeightedLoss] = dataclasses.field(default_factory=lambda: dict(CLEAN))
     adv_ratio: Share | None = None
@@ -265,6 +215,7 @@ class Recipe:
                 "part's statistics are not the batch's"
             )
         self._check_cache()
+        self._check_moving()
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")
         if self.members and len(self.members) < 2:
@@ -277,6 +228,7 @@ class Recipe:
             "teacher": self.teacher,
             "compare_with_pretrained": self.compare_with_pretrained,
             "select": self.select,
+            "lora": self.lora,
         }
         if not self.cache_features:
             return
@@ -288,6 +240,34 @@ class Recipe:
                 f"cache_features with batch_statistics={self.batch_statistics!r}: features are "
                 'kept of a network that stays; take batch_statistics="frozen"'
             )
+
+    def _check_moving(self) -> None:
+        entries = {"select": self.select, "last_blocks": self.last_blocks, "lora": self.lora}
+        given = [entry for entry, value in entries.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say what moves; give one of them")
+        if self.lora is not None and (self.prune or self.l2_sp):
+            raise ValueError(
+                f"lora with {'prune' if self.prune else 'l2_sp'}: adapters move every weight of a "
+                "kernel, and have no start to be pulled to; leave one of them out"
+            )
+
+    def layer_rates(self, params: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the rate of each of a classifier's parameters, by path.
+
+        Args:
+          params: ``{"encoder": ..., "head": ...}``, arrays or their shapes.
+          rates: By pattern: the recipe's, or those of the layers that it has chosen.
+
+        Raises:
+          ValueError: If they do not suit the parameters.
+        """
+        by_path = optimizers.layer_rates(params, rates)
+        if self.last_blocks is not None:
+            by_path = optimizers.last_blocks(by_path, self.last_blocks)
+        if self.lora is not None:
+            self.lora.check(params, by_path)
+        return by_path
 
     @property
     def needs(self) -> tuple[Recipe, ...]:

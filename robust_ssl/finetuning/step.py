@@ -23,6 +23,7 @@ from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image
 from robust_ssl.finetuning.averaging import AVERAGE, first_average, follow
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.images import Batch, attacked_images, clean_images, step_keys
+from robust_ssl.finetuning.lora import merged
 from robust_ssl.finetuning.outputs import (
     BATCH_STATISTICS,
     accuracies,
@@ -94,6 +95,7 @@ def init_state(
     batch_size: int | None = None,
     num_images: int | None = None,
     average: bool = False,
+    adapters: Variables | None = None,
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -105,6 +107,8 @@ def init_state(
       batch_size: Size of the global batch, for an adversary.
       num_images: Size of the training set, for an adversary that remembers every image.
       average: Whether the state keeps an average of the weights, as a step with `ema` needs.
+      adapters: As `finetuning.adapters` returns; `tx` must know their paths, and `frozen` of the
+        step those of their kernels.
 
     Returns:
       A `TrainState` at step 0 with the counters ``skipped`` and ``skipped_in_a_row``.
@@ -133,6 +137,9 @@ def init_state(
         size = classifier.image_size
         deltas = attack.init(key, (size, size, 3), count)
         variables = {**variables, COLLECTION: {"deltas": deltas}}
+    if adapters is not None:
+        params = {**variables["params"], **adapters["params"]}
+        variables = {**variables, **adapters, "params": params}
     if average:
         variables = {**variables, AVERAGE: first_average(variables)}
     return TrainState(
@@ -301,7 +308,7 @@ def _update(
     keys = step_keys(settings.key, state.step)
     images = clean_images(plan.augment, state.step, batch, settings.key, settings.attack)
     # Against the weights before this step, outside of the loss: no gradient goes back through it.
-    model = plan.template.with_variables(state.variables)
+    model = plan.template.with_variables(merged(state.variables))
     adversarial_images = attacked_images(
         attack, keys.attack, model, images, batch, share=share, parts=plan.parts
     )
@@ -313,7 +320,7 @@ def _update(
             held[name] = gather_outputs(outputs, plan.read[name], plan.axis_name)
 
     def total_loss(params, deltas):
-        variables = {**state.variables, "params": stop_frozen(params, plan.frozen)}
+        variables = merged({**state.variables, "params": stop_frozen(params, plan.frozen)})
         outputs_of = functools.partial(
             training_outputs,
             plan.template.with_variables(variables),
