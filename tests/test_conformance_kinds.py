@@ -424,7 +424,7 @@ def test_a_users_method_passes_as_a_class():
 # ---------------------------------------------------------------------------------- augmentations
 
 
-@pytest.mark.parametrize("augmentation", ["flip_and_shift", "shift_only", "View"])
+@pytest.mark.parametrize("augmentation", ["flip_and_shift", "crop_and_flip", "shift_only", "View"])
 def test_augmentations_pass(augmentation):
     check("augmentation", f"robust_ssl.pretraining:{augmentation}")
 

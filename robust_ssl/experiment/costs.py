@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from robust_ssl import data, finetuning
-from robust_ssl.experiment import fitting, train
+from robust_ssl.experiment import features, fitting, train
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.recipe import Recipe
 
@@ -115,6 +117,8 @@ def _seconds(
     for recipe in chain:
         if results[recipe]["epochs"]:
             selecting = results[recipe].get("selection_gradient_evaluations_per_image", 0)
+            if recipe.cache_features:  # the one pass, as if it had a gradient
+                selecting += results[recipe]["gradient_evaluations_per_image"]
             total += results[recipe]["steps"] * own[recipe]["seconds_per_step"]
             total += selecting * len(context.downstream[0]) * per_gradient
     return total
@@ -139,6 +143,8 @@ def _measure_steps(
         )
         constants = context.parallel.replicate(step.settings)
         compiled[recipe] = context.parallel.compile(step.function, constants=constants)
+        if recipe.cache_features:
+            compiled[recipe] = _on_features(context, recipe, compiled[recipe])
         # At its end a ramp has the whole attack.
         end = 0 if recipe.ramp is None else recipe.epochs * _LONG_EPOCH
         states[recipe] = context.parallel.replicate(state.replace(step=state.step + end))
@@ -165,6 +171,13 @@ def _measure_steps(
         recipe: _on_average(measured[recipe], measured.get(clean.get(recipe)), results[recipe])
         for recipe in recipes
     }
+
+
+def _on_features(context: Context, recipe: Recipe, step: finetuning.Step) -> Any:
+    """The step of a recipe that caches features, for a batch of images, in whose place some are."""
+    shape = features.shapes(recipe.batch_size, train.public_encoder(context, recipe).dim)
+    cached = context.parallel.put(np.zeros(shape.shape, shape.dtype))
+    return lambda state, batch: step(state, {**batch, "images": cached})
 
 
 def _steps_per_epoch(recipe: Recipe, results: Mapping[str, Any]) -> int:

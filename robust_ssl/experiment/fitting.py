@@ -10,6 +10,7 @@ import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, provenance, struct, weights
 from robust_ssl.build import text_of
+from robust_ssl.experiment import features
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
@@ -56,10 +57,19 @@ def build_step(
     # Rates decay by the pass over the data, however often each batch is replayed.
     passed = max(1, steps_per_epoch // getattr(attack, "replays", 1))
     params = classifier.variables["params"]
-    by_path = optimizers.layer_rates(params, rates)
+    key = stage_key(seed, name)
+    by_path, adapters = recipe.layer_rates(params, rates), None
+    if recipe.lora is not None:
+        # Far above any step, as below.
+        adapters = recipe.lora.adapters(params, jax.random.fold_in(key, 2**31 + 1))
+        params = {**params, **adapters["params"]}
+        by_path |= optimizers.layer_rates(adapters["params"], {"**": recipe.lora.rate})
     if show:
         table = optimizers.render_table(optimizers.layer_table(params, by_path))
         _log.info("%s: learning rates\n%s", name, table)
+    if recipe.cache_features:
+        features.check(recipe, classifier, by_path)
+        classifier = features.on_features(classifier)
     tx, frozen = optimizers.fine_tuning_optimizer(
         params,
         by_path,
@@ -70,7 +80,6 @@ def build_step(
         l2_sp=recipe.l2_sp,
         hold_zeros=recipe.prune > 0,
     )
-    key = stage_key(seed, name)
     step = finetuning.make_step(
         classifier,
         tx,
@@ -83,6 +92,8 @@ def build_step(
         pretrained=encoder if recipe.compare_with_pretrained else None,
         teacher=teacher,
         ema=recipe.ema or None,
+        accumulate=recipe.accumulate,
+        remat=recipe.remat,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
@@ -94,6 +105,7 @@ def build_step(
         batch_size=recipe.batch_size,
         num_images=len(context.downstream[0]),
         average=recipe.ema > 0,
+        adapters=adapters,
     )
     return state, step
 
@@ -145,13 +157,22 @@ def fit(
     with context.open(name, settings, inputs, seed, made="trained") as stage:
         if stage.done:
             return stage
-        attack = recipe.build_attack(encoder)
+        attack, resident = recipe.build_attack(encoder), None
+        if recipe.cache_features:
+            train_set, validation = features.cached(
+                context.downstream,
+                classifier.encoder,
+                context.parallel,
+                context.plan.training.batch_size,
+            )
+            resident = train_set.resident
         batches = data.Batches(
             train_set,
             recipe.batch_size,
             seed=seed,
             stage=name,
             parallel=context.parallel,
+            resident=resident,
             replays=getattr(attack, "replays", 1),
         )
         epoch = batches.steps_per_epoch
@@ -166,7 +187,7 @@ def fit(
             epochs=recipe.epochs,
             parallel=context.parallel,
             progress=context.progress,
-            **_selection(context, stage, recipe, classifier, attack),
+            **_selection(context, stage, recipe, classifier, attack, validation),
         )
         variables = classifier_variables((best or state).variables)
         variables, more = afterwards(variables) if afterwards else (variables, {})
@@ -179,15 +200,21 @@ def fit(
 
 
 def _selection(
-    context: Context, stage: StageDirectory, recipe: Recipe, classifier: Classifier, attack: Any
+    context: Context,
+    stage: StageDirectory,
+    recipe: Recipe,
+    classifier: Classifier,
+    attack: Any,
+    validation: Any,
 ) -> dict[str, Any]:
     """How `train` finds the best epoch; nothing where the last one is taken."""
     best = recipe.best or ("clean" if attack is None else "robust")
     if best == "last":
         return {}
+    template = features.on_features(classifier) if recipe.cache_features else classifier
 
     def at_epoch_end(_, variables: Variables) -> dict[str, float]:
-        scores = validate(context, classifier, attack, variables)
+        scores = validate(context, template, attack, variables, validation)
         if "validation_one_step_accuracy" in scores:
             images = len(context.downstream[1])
             overfitted([*stage.metrics(), scores], images, stage.path.name)
@@ -217,7 +244,9 @@ def _summary(
         "steps": int(state.step),
         "validation_score": float(best.score) if best else None,
         "skipped": int(state.counters["skipped"]),
-        "gradient_evaluations_per_image": gradients(attack, passes, epochs, clean),
+        "gradient_evaluations_per_image": gradients(
+            attack, passes, epochs, clean, recipe.cache_features
+        ),
         **({"clean_epochs": clean} if recipe.ramp else {}),
     }
 
@@ -230,7 +259,9 @@ def clean_epochs(recipe: Recipe, steps_per_epoch: int, epochs: int) -> float:
     return min(first / steps_per_epoch, epochs)
 
 
-def gradients(attack: Any, passes: int, epochs: int, clean: float = 0) -> float:
+def gradients(
+    attack: Any, passes: int, epochs: int, clean: float = 0, cached: bool = False
+) -> float:
     """Returns gradient evaluations per image: the attack's and the update's passes.
 
     Args:
@@ -238,7 +269,10 @@ def gradients(attack: Any, passes: int, epochs: int, clean: float = 0) -> float:
       passes: Of the update; see `finetuning.Step`.
       epochs: Of the training.
       clean: How many of them the attack has no part in.
+      cached: Whether an image passes the encoder once in all; that counts as one.
     """
+    if cached:
+        return min(epochs, 1)
     attacked = getattr(attack, "gradient_evaluations", 0) * (epochs - clean)
     return (passes * epochs + attacked) * getattr(attack, "replays", 1)
 
@@ -255,7 +289,11 @@ class _NoAttack:
 
 
 def validate(
-    context: Context, template: Classifier, attack: Any, variables: Variables
+    context: Context,
+    template: Classifier,
+    attack: Any,
+    variables: Variables,
+    examples: Any = None,
 ) -> dict[str, float]:
     """Scores variables on the validation images.
 
@@ -265,6 +303,7 @@ def validate(
       attack: Of training.  A `UniversalPool` is measured under its own members; without an attack
         nothing but clean accuracy is.
       variables: What is scored.
+      examples: Other images than the validation images, or their features.
 
     Returns:
       ``validation_clean_accuracy``; with an attack ``validation_robust_accuracy``; for an attack of
@@ -279,9 +318,10 @@ def validate(
     elif attack is not None:
         strongest = {"validation": context.plan.training.validation.build(context.encoder)}
         one_step = {"one step": attack} if _takes_one_step(attack) else {}
+    examples = context.downstream[1] if examples is None else examples
     results = evaluation.score(
         template.with_variables(classifier_variables(variables)),
-        data.epoch_batches(context.downstream[1], context.plan.training.batch_size),
+        data.epoch_batches(examples, context.plan.training.batch_size),
         {**strongest, **one_step} or {"nothing": _NoAttack()},
         key=stage_key(context.plan.seed, "validation"),
         parallel=context.parallel,

@@ -96,22 +96,27 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
     per_epoch *= getattr(attack, "replays", 1)
     clean = fitting.clean_epochs(recipe, per_epoch, recipe.epochs)
+    passes = (attack, step.passes, recipe.epochs, clean, recipe.cache_features)
     return Forecast(
         name=recipe.name,
         start=start,
         epochs=recipe.epochs,
         steps=recipe.epochs * per_epoch,
         parameters=parameters,
-        trained=None if recipe.select else _trained(params, recipe.rates),
-        gradients=round(fitting.gradients(attack, step.passes, recipe.epochs, clean)),
+        trained=None if recipe.select else _trained(params, recipe),
+        gradients=round(fitting.gradients(*passes)),
         state_bytes=_bytes(state),
         step_bytes=_planned(step, state, batch) if memory else None,
     )
 
 
-def _trained(params: Any, rates: Any) -> int:
-    table = optimizers.layer_table(params, optimizers.layer_rates(params, rates))
-    return sum(row.size for row in table if row.rate != optimizers.FREEZE)
+def _trained(params: Any, recipe: Recipe) -> int:
+    table = optimizers.layer_table(params, recipe.layer_rates(params, recipe.rates))
+    moving = sum(row.size for row in table if row.rate != optimizers.FREEZE)
+    if recipe.lora is not None:
+        adapters = recipe.lora.adapters(params, jax.random.key(0))["params"]
+        moving += sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    return moving
 
 
 def _planned(step: Any, state: Any, batch: Any) -> int | None:
@@ -154,7 +159,9 @@ def image_gradients(context: Context) -> float:
 
 
 def _is_frozen(recipe: Recipe) -> bool:
-    return all(rate == "freeze" for path, rate in recipe.rates.items() if path[:4] != "head")
+    return recipe.lora is None and all(
+        rate == "freeze" for path, rate in recipe.rates.items() if path[:4] != "head"
+    )
 
 
 def _of_training(context: Context, recipe: Recipe) -> float:
@@ -166,8 +173,9 @@ def _of_training(context: Context, recipe: Recipe) -> float:
     passes = 1 if attack is None else 2
     judge = context.plan.training.validation.build(context.encoder)
     judged = len(validation) * (judge.gradient_evaluations if spent else 1 / 3)
-    total = len(train_set) * fitting.gradients(attack, passes, recipe.epochs)
-    total += recipe.epochs * judged
+    gradients = fitting.gradients(attack, passes, recipe.epochs, cached=recipe.cache_features)
+    total = len(train_set) * gradients
+    total += (1 if recipe.cache_features else recipe.epochs) * judged
     if recipe.select is not None:
         images = min(recipe.select.images, len(validation))
         layers = len(jax.tree.leaves(context.encoder.variables["params"])) / 3  # kernels, about

@@ -24,13 +24,23 @@ from robust_ssl.build import (
     read_entries,
     text_of,
 )
+from robust_ssl.experiment import features
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
 from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
 # Came later: where they do nothing no text has them, so workdirs from before them go on.
-LATER = {"ramp": None, "teacher": None, "ema": 0.0}
+LATER = {
+    "ramp": None,
+    "teacher": None,
+    "ema": 0.0,
+    "accumulate": 1,
+    "remat": False,
+    "cache_features": False,
+    "last_blocks": None,
+    "lora": None,
+}
 # An entry that is there decides on others, which are then none: a text that had both, read again,
 # would seem to say both.
 DECIDED = {
@@ -46,7 +56,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     Args:
       value: A mapping of `Recipe`'s entries; ``"module:function"`` of a function that returns one;
         or ``{"function": ..., **options}``: options that the function does not take replace what
-        it returns, of ``select``, ``attack`` and ``ramp`` setting by setting.
+        it returns, of ``select``, ``attack``, ``ramp`` and ``lora`` setting by setting.
       common: Entries of all recipes that do not say otherwise.
       where: Its name, for errors.
     """
@@ -126,7 +136,7 @@ def _from_function(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: {given['function']} must return a mapping of a recipe's entries"
         )
-    for name in ("select", "attack", "ramp"):
+    for name in ("select", "attack", "ramp", "lora"):
         # Settings of one thing: those that are not said stay, unless it is another thing.
         override, before = rest.get(name), made.get(name)
         settings = isinstance(override, Mapping) and isinstance(before, Mapping)
@@ -241,7 +251,9 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
     params = _params(recipe, encoder)
     if recipe.select is None:
         with inside(f"{where}.rates"):
-            optimizers.layer_rates(params, recipe.rates)
+            rates = recipe.layer_rates(params, recipe.rates)
+            if recipe.cache_features:
+                features.check_frozen(rates)
         return
     with inside(f"{where}.select.layers"):
         recipe.select.choose(dict.fromkeys(finetuning.kernels(params), 0.0))

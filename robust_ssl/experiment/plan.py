@@ -317,6 +317,11 @@ def _check_compare(planned: Plan) -> None:
             f"config.compare.reference is {reference.name!r}, in which nothing is trained: costs "
             "cannot be relative to its"
         )
+    if reference.cache_features:
+        raise ValueError(
+            f"config.compare.reference is {reference.name!r}, which caches features: its updates "
+            "do not pass the encoder, so costs cannot be relative to its; name another one"
+        )
     for recipe in planned.recipes.values():
         if recipe.is_trained and recipe.batch_size != reference.batch_size:
             raise ValueError(

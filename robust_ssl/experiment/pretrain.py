@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from robust_ssl import data, optimizers, pretraining, provenance, weights
 from robust_ssl.build import text_of
 from robust_ssl.experiment.context import Context, without_labels
+from robust_ssl.experiment.features import features_of
 from robust_ssl.experiment.loop import stage_key, train
 from robust_ssl.experiment.sections import Monitor, Pretrain
 from robust_ssl.parallel import Parallel
@@ -23,27 +23,6 @@ from robust_ssl.workdir import StageDirectory, fingerprint
 
 _log = logging.getLogger(__name__)
 COLLAPSED = 0.1  # of `feature_std`, which is 1 for even directions and 0 for equal features
-
-
-def _extract(encoder: Encoder, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return encoder(batch["images"].astype(jnp.float32) / 255.0).features
-
-
-@functools.lru_cache(maxsize=4)
-def _extractor(parallel: Parallel):
-    return parallel.map(_extract)
-
-
-def features_of(
-    encoder: Encoder, examples, parallel: Parallel, batch_size: int = 500
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a whole split's features in evaluation mode, ``[n, dim]``, and labels ``[n]``."""
-    extract = _extractor(parallel)
-    features, labels = [], []
-    for batch in data.epoch_batches(examples, batch_size):
-        features.append(extract(encoder, {"images": batch["images"]}))
-        labels.append(batch["labels"])
-    return np.concatenate(features), np.concatenate(labels)
 
 
 def build_optimizer(settings: Pretrain, steps_per_epoch: int) -> optax.GradientTransformation:

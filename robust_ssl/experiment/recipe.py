@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -13,12 +12,12 @@ from robust_ssl.build import (
     Function,
     Natural,
     NotNegative,
-    Positive,
     Range,
     Share,
     read,
     read_entries,
 )
+from robust_ssl.experiment.moving import Lora, Selection
 from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.experiment.suites import InnerAttack
 from robust_ssl.types import Encoder, Loss
@@ -54,60 +53,6 @@ class WeightedLoss:
             )
         weight = read(NotNegative, entries.pop("weight", 1.0), f"{where}.weight")
         return cls(Function.read(entries, where, ("weight",)).bound, weight, value)
-
-
-class Layers:
-    """How many layers: a whole number, or a share of them in (0, 1]."""
-
-    @classmethod
-    def read(cls, value: Any, where: str) -> int | float:
-        """Reads the one or the other."""
-        for kind in (Count, Annotated[float, Range(0, 1, above=True)]):
-            with contextlib.suppress(ValueError):
-                return read(kind, value, where)
-        raise ValueError(
-            f"{where} must be a whole number of at least 1, or a share in (0, 1], got {value!r}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Only robust-redundant layers move: those whose weights can be perturbed at least cost.
-
-    Attributes:
-      images: Validation images that it is measured on.
-      num_steps: Ascent steps in each layer's weights.
-      learning_rate: Of these steps, relative to the layer's norm.
-      radius: How far weights may go, relative to their norm.
-      layers: How many layers move: a whole number of them, or what part of all, in (0, 1].
-      rate: Learning rate of those that move.
-
-    References:
-      Zhou et al., IEEE S&P 2024, second stage.
-    """
-
-    images: Count = 256
-    num_steps: Count = 10
-    learning_rate: Positive = 1.0
-    radius: Positive = 0.1
-    layers: Layers = 0.2
-    rate: Positive = 1e-3
-
-    def choose(self, scores: Mapping[str, float]) -> list[str]:
-        """Returns the layers that move.
-
-        Args:
-          scores: Sensitivity by layer.
-
-        Raises:
-          ValueError: If that is none of them, or more than there are.
-        """
-        whole = isinstance(self.layers, int)
-        return finetuning.select_redundant(
-            scores,
-            top_k=self.layers if whole else None,
-            top_k_fraction=None if whole else self.layers,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +118,9 @@ class Recipe:
       epochs: Passes over the training images; 0 trains nothing.
       batch_size: Images of an update.
       rates: Path pattern to learning rate, or ``"freeze"``; a later pattern overrides an earlier.
+      last_blocks: Of the encoder only so many blocks move, and what comes after them; None: all
+        that `rates` say.
+      lora: Low-rank adapters, trained in the place of frozen kernels.
       select: Chooses which layers move, in place of `rates`.
       losses: What is minimized, by the name that is logged.
       adv_ratio: r: clean cross-entropy weighs 1 - r and adversarial r, beside the losses.
@@ -187,6 +135,12 @@ class Recipe:
       l2_sp: Weight of the squared distance to the start.
       ema: Decay, by update, of the average of weights and batch statistics; where it is above 0,
         the average is what is validated and kept.
+      accumulate: Parts that a device runs its batch in, so that a larger one fits; the same numbers
+        to rounding.
+      remat: Whether a gradient keeps only the inputs of the encoder's blocks: less memory, about a
+        third more time.
+      cache_features: Whether a frozen encoder sees each image once and the head is trained on what
+        it said; the same numbers to rounding.  Not with what needs images: attack, augmentation.
       patience: Epochs without a better one after which training stops.
       best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
         ``"last"``; None is robust where there is an attack.
@@ -208,6 +162,8 @@ class Recipe:
     rates: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"encoder/**": 1e-3, "head/**": 5e-3}
     )
+    last_blocks: Count | None = None
+    lora: Lora | None = None
     select: Selection | None = None
     losses: Mapping[str, WeightedLoss] = dataclasses.field(default_factory=lambda: dict(CLEAN))
     adv_ratio: Share | None = None
@@ -220,6 +176,9 @@ class Recipe:
     decay: Decay = 0.96
     l2_sp: NotNegative = 0.0
     ema: Annotated[float, Range(0, 1, below=True)] = 0.0
+    accumulate: Count = 1
+    remat: bool = False
+    cache_features: bool = False
     patience: Count | None = None
     best: Literal["clean", "robust", "last"] | None = None
     tolerance: Share | None = None
@@ -246,10 +205,69 @@ class Recipe:
             raise ValueError(
                 "augment moves the pixels that the attack remembers perturbations of; leave out one"
             )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
+            )
+        if self.accumulate > 1 and self.batch_statistics == "twins":
+            raise ValueError(
+                'accumulate is refused with batch_statistics="twins", which is about batch norm: a '
+                "part's statistics are not the batch's"
+            )
+        self._check_cache()
+        self._check_moving()
         if self.epochs and not self.members and not self.losses:
             raise ValueError("losses is empty: there is nothing to minimize")
         if self.members and len(self.members) < 2:
             raise ValueError("members: an ensemble is made of at least two recipes")
+
+    def _check_cache(self) -> None:
+        needing = {
+            "attack": self.attack,
+            "augment": self.augment,
+            "teacher": self.teacher,
+            "compare_with_pretrained": self.compare_with_pretrained,
+            "select": self.select,
+            "lora": self.lora,
+        }
+        if not self.cache_features:
+            return
+        for entry, value in needing.items():
+            if value:
+                raise ValueError(f"cache_features and {entry}, which needs images; leave out one")
+        if self.batch_statistics != "frozen":
+            raise ValueError(
+                f"cache_features with batch_statistics={self.batch_statistics!r}: features are "
+                'kept of a network that stays; take batch_statistics="frozen"'
+            )
+
+    def _check_moving(self) -> None:
+        entries = {"select": self.select, "last_blocks": self.last_blocks, "lora": self.lora}
+        given = [entry for entry, value in entries.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say what moves; give one of them")
+        if self.lora is not None and (self.prune or self.l2_sp):
+            raise ValueError(
+                f"lora with {'prune' if self.prune else 'l2_sp'}: adapters move every weight of a "
+                "kernel, and have no start to be pulled to; leave one of them out"
+            )
+
+    def layer_rates(self, params: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the rate of each of a classifier's parameters, by path.
+
+        Args:
+          params: ``{"encoder": ..., "head": ...}``, arrays or their shapes.
+          rates: By pattern: the recipe's, or those of the layers that it has chosen.
+
+        Raises:
+          ValueError: If they do not suit the parameters.
+        """
+        by_path = optimizers.layer_rates(params, rates)
+        if self.last_blocks is not None:
+            by_path = optimizers.last_blocks(by_path, self.last_blocks)
+        if self.lora is not None:
+            self.lora.check(params, by_path)
+        return by_path
 
     @property
     def needs(self) -> tuple[Recipe, ...]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from robust_ssl import data, weights
 from robust_ssl.build import inside
-from robust_ssl.experiment import fitting
+from robust_ssl.experiment import features, fitting
 from robust_ssl.experiment.context import Context, code_inputs
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.train import (
@@ -97,7 +97,10 @@ def step_of(context: Context, recipe: Recipe, classifier: Classifier):
         teacher=untrained_teacher(context, recipe),
     )
     part = recipe.batch_size // len(context.parallel.devices)
-    return state, step, _batch_shapes(part, classifier.image_size)
+    batch = _batch_shapes(part, classifier.image_size)
+    if recipe.cache_features:
+        batch["images"] = features.shapes(part, classifier.encoder.dim)
+    return state, step, batch
 
 
 def _batch_shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,6 +12,7 @@ from robust_ssl.finetuning.averaging import AVERAGE, served
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.cost import Cost, measure, planned_bytes
 from robust_ssl.finetuning.interpolation import CurvePoint, Guarded, guard, interpolate
+from robust_ssl.finetuning.lora import ADAPTERS, adapters, merged
 from robust_ssl.finetuning.mixture import mixed_losses
 from robust_ssl.finetuning.overfitting import overfitting_epoch, overfitting_warning
 from robust_ssl.finetuning.sensitivity import (
@@ -23,6 +24,7 @@ from robust_ssl.finetuning.sensitivity import (
 from robust_ssl.finetuning.step import Step, init_state, make_step
 
 __all__ = [
+    "ADAPTERS",
     "ATTA",
     "AVERAGE",
     "COLLECTION",
@@ -34,6 +36,7 @@ __all__ = [
     "Guarded",
     "Step",
     "UniversalPool",
+    "adapters",
     "by_image",
     "guard",
     "has_budget",
@@ -43,6 +46,7 @@ __all__ = [
     "layer_sensitivity",
     "make_step",
     "measure",
+    "merged",
     "mixed_losses",
     "overfitting_epoch",
     "overfitting_warning",

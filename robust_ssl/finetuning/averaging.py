@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl.finetuning.adversaries import COLLECTION
+from robust_ssl.finetuning.lora import merged
 from robust_ssl.types import Variables
 
 AVERAGE = "average"  # where the variables of a training state keep it
@@ -41,14 +42,14 @@ def follow(average: Variables, variables: Variables, decay: jax.Array | float) -
 def served(variables: Variables) -> dict[str, Variables]:
     """Returns the variables of the classifier that a training state stands for.
 
-    They are the average where there is one, without what else a state keeps.
+    They are the average where there is one, adapters merged, without what else a state keeps.
 
     Example:
       >>> served({"params": {"w": 1}, "average": {"params": {"w": 2}}, "attack": {"deltas": 3}})
       {'params': {'w': 2}}
     """
     own = {n: tree for n, tree in variables.items() if n not in (AVERAGE, COLLECTION)}
-    return {**own, **variables.get(AVERAGE, {})}
+    return dict(merged({**own, **variables.get(AVERAGE, {})}))
 
 
 def _averaged(variables: Variables) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Set
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.finetuning.parts import in_parts
 from robust_ssl.parallel import gather
 from robust_ssl.types import Classifier, Encoder, Loss, LossInputs, Outputs, Variables
 
@@ -21,6 +22,7 @@ def training_outputs(
     batch_statistics: str,
     start_statistics: Variables | None,
     axis_name: str | None,
+    parts: int,
     images: jax.Array,
     read: Set[str],
 ) -> tuple[Outputs, Variables | None]:
@@ -33,7 +35,9 @@ def training_outputs(
     encoder_key, head_key = jax.random.split(key)
     train = functools.partial(model.encoder.apply_train, key=encoder_key, axis_name=axis_name)
     if batch_statistics == "frozen":
-        outputs, statistics = model.encoder(images), None
+        outputs, statistics = encoded(model.encoder, images, read, parts), None
+    elif parts > 1:  # no batch norm: see `parts.check`
+        outputs, statistics = encoded(lambda x: train(x)[0], images, read, parts), None
     elif batch_statistics == "twins":
         outputs, statistics = _twins(model.encoder, start_statistics, train, images)
     else:
@@ -43,6 +47,25 @@ def training_outputs(
         model.head_variables, outputs.features, train=True, rngs={"dropout": head_key}
     )
     return outputs.replace(logits=logits), statistics
+
+
+def encoded(
+    model: Callable[[jax.Array], Outputs], images: jax.Array, read: Set[str], parts: int
+) -> Outputs:
+    """Returns the outputs of a model, run on so many parts of the images in turn."""
+    if parts == 1:
+        return model(images)
+
+    def run(part):
+        outputs = model(part)
+        # What is not read would lie in memory for the whole batch.
+        return outputs.replace(taps={n: tap for n, tap in outputs.taps.items() if n in read})
+
+    outputs = in_parts(run, parts, images)
+    # A loss that takes "the second block" needs all names: where nothing is read, zeros will do.
+    shapes = jax.eval_shape(model, images).taps
+    taps = {n: outputs.taps.get(n, jnp.zeros(s.shape, s.dtype)) for n, s in shapes.items()}
+    return outputs.replace(taps=taps)
 
 
 def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, images: jax.Array):

@@ -17,14 +17,17 @@ import numpy as np
 import optax
 
 from robust_ssl import struct
-from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.build import resolve
+from robust_ssl.finetuning import parts
 from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image
 from robust_ssl.finetuning.averaging import AVERAGE, first_average, follow
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
+from robust_ssl.finetuning.images import Batch, attacked_images, clean_images, step_keys
+from robust_ssl.finetuning.lora import merged
 from robust_ssl.finetuning.outputs import (
     BATCH_STATISTICS,
     accuracies,
+    encoded,
     gather_outputs,
     loss_per_image,
     outputs_read,
@@ -35,8 +38,6 @@ from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.optimizers.layerwise import keep_frozen, stop_frozen
 from robust_ssl.parallel import average, gather
 from robust_ssl.types import Attack, Classifier, Encoder, Loss, LossInputs, TrainState, Variables
-
-Batch = Mapping[str, jax.Array]
 
 
 @struct.dataclass
@@ -94,6 +95,7 @@ def init_state(
     batch_size: int | None = None,
     num_images: int | None = None,
     average: bool = False,
+    adapters: Variables | None = None,
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -105,6 +107,8 @@ def init_state(
       batch_size: Size of the global batch, for an adversary.
       num_images: Size of the training set, for an adversary that remembers every image.
       average: Whether the state keeps an average of the weights, as a step with `ema` needs.
+      adapters: As `finetuning.adapters` returns; `tx` must know their paths, and `frozen` of the
+        step those of their kernels.
 
     Returns:
       A `TrainState` at step 0 with the counters ``skipped`` and ``skipped_in_a_row``.
@@ -133,6 +137,9 @@ def init_state(
         size = classifier.image_size
         deltas = attack.init(key, (size, size, 3), count)
         variables = {**variables, COLLECTION: {"deltas": deltas}}
+    if adapters is not None:
+        params = {**variables["params"], **adapters["params"]}
+        variables = {**variables, **adapters, "params": params}
     if average:
         variables = {**variables, AVERAGE: first_average(variables)}
     return TrainState(
@@ -157,6 +164,8 @@ def make_step(
     frozen: Collection[str] = (),
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     ema: float | None = None,
+    accumulate: int = 1,
+    remat: bool = False,
     axis_name: str | None = None,
 ) -> Step:
     """Builds the update; give it to `Parallel.compile`.
@@ -188,6 +197,10 @@ def make_step(
       augment: ``augment(key, image) -> image`` for one image in [0, 1], or None.
       ema: Decay of the average of weights and batch statistics that the state keeps (`init_state`
         with ``average=True``); None keeps none.
+      accumulate: Parts that each device runs its batch in, attack included; the numbers are the
+        same to rounding.  Refused where a part would be another computation: batch norm or dropout
+        in training mode.
+      remat: Whether only the inputs of the encoder's blocks are kept for a gradient.
       axis_name: `Parallel.axis_name`.
 
     Returns:
@@ -202,7 +215,8 @@ def make_step(
     Raises:
       ValueError: If there is no loss, `batch_statistics` is not known or asks for an attack or a
         batch norm that is not there, `budget` for an epsilon that is not, a loss does not return
-        ``[batch]``, or it needs outputs that are missing.
+        ``[batch]``, or it needs outputs that are missing; if the encoder cannot be run in parts,
+        or has no blocks to keep.
 
     Example:
       >>> from robust_ssl import models
@@ -238,6 +252,7 @@ def make_step(
         raise ValueError(
             'batch_statistics="twins" is about batch norm, and this encoder has none; take "clean"'
         )
+    parts.check(template, accumulate, batch_statistics)
     losses, weights = _functions_and_weights(losses)
     # As NumPy: constants must not sit on one device or in one process.
     weights, attack, pretrained, budget, teacher = jax.tree.map(
@@ -247,7 +262,11 @@ def make_step(
     if batch_statistics == "twins":
         statistics = jax.tree.map(np.asarray, template.variables["batch_stats"])
     read = outputs_read(losses, template, attack is not None, pretrained, teacher)
-    plan = _Plan(template, tx, losses, read, batch_statistics, frozen, augment, axis_name)
+    if remat:
+        template = parts.rematerialized(template)
+    plan = _Plan(
+        template, tx, losses, read, batch_statistics, frozen, augment, axis_name, accumulate
+    )
     passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
     settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher)
     if ema is not None:
@@ -275,22 +294,7 @@ class _Plan(NamedTuple):
     frozen: Collection[str]
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None
     axis_name: str | None
-
-
-class _Keys(NamedTuple):
-    """The random keys of one step, one for each use."""
-
-    augmentation: jax.Array
-    attack: jax.Array
-    network: jax.Array
-    renewal: jax.Array
-
-
-def _keys(key: jax.Array, step: jax.Array) -> _Keys:
-    step_key, network = jax.random.split(jax.random.fold_in(key, step))
-    augmentation, attack = jax.random.split(step_key)
-    renewal = jax.random.fold_in(step_key, 2)  # 0 and 1 are taken: the split above
-    return _Keys(augmentation, attack, network, renewal)
+    parts: int
 
 
 def _update(
@@ -301,17 +305,22 @@ def _update(
     if settings.budget is not None:
         share = settings.budget(state.step)
         attack = scaled(attack, share)
-    keys = _keys(settings.key, state.step)
-    images = _clean_images(plan, state, batch, settings)
-    attacked_images = _attacked_images(plan, state, keys.attack, images, batch, attack, share)
+    keys = step_keys(settings.key, state.step)
+    images = clean_images(plan.augment, state.step, batch, settings.key, settings.attack)
+    # Against the weights before this step, outside of the loss: no gradient goes back through it.
+    model = plan.template.with_variables(merged(state.variables))
+    adversarial_images = attacked_images(
+        attack, keys.attack, model, images, batch, share=share, parts=plan.parts
+    )
     labels = gather(batch["labels"], plan.axis_name)
     held = {}  # what no gradient flows into
     for name in ("pretrained", "teacher"):
         if (model := getattr(settings, name)) is not None:
-            held[name] = gather_outputs(model(images), plan.read[name], plan.axis_name)
+            outputs = encoded(model, images, plan.read[name], plan.parts)
+            held[name] = gather_outputs(outputs, plan.read[name], plan.axis_name)
 
     def total_loss(params, deltas):
-        variables = {**state.variables, "params": stop_frozen(params, plan.frozen)}
+        variables = merged({**state.variables, "params": stop_frozen(params, plan.frozen)})
         outputs_of = functools.partial(
             training_outputs,
             plan.template.with_variables(variables),
@@ -319,12 +328,13 @@ def _update(
             plan.batch_statistics,
             settings.statistics,
             plan.axis_name,
+            plan.parts,
         )
         clean, statistics = outputs_of(images, plan.read["clean"])
         adversarial, adversarial_statistics = None, None
         if attack is not None:
             adversarial, adversarial_statistics = outputs_of(
-                attacked_images(deltas), plan.read["adversarial"]
+                adversarial_images(deltas), plan.read["adversarial"]
             )
         inputs = LossInputs(labels=labels, clean=clean, adversarial=adversarial, **held)
         loss, metrics = _weighted_sum(plan.losses, settings.weights, inputs)
@@ -350,40 +360,6 @@ def _update(
     if settings.ema is not None:
         variables[AVERAGE] = follow(state.variables[AVERAGE], variables, settings.ema)
     return take_if_finite(state, variables, opt_state, metrics)
-
-
-def _attacked_images(
-    plan: _Plan, state: TrainState, key: jax.Array, images, batch: Batch, attack, share
-):
-    """Returns ``deltas -> adversarial images``; a per-image attack's do not depend on them."""
-    if isinstance(attack, Adversary):
-        places = batch["rows" if by_image(attack) else "indices"]
-        return lambda deltas: attack.apply(deltas["deltas"], key, images, places)
-    if attack is None:
-        return None
-    # Against the weights before this step, outside of the loss: no gradient goes back through it.
-    model = plan.template.with_variables(state.variables)
-
-    def craft():
-        return attack_batch(attack, key, model, images, batch["labels"], batch["indices"])
-
-    # A branch and not a product with zero: without a budget the attack's gradients are saved.
-    crafted = craft() if share is None else jax.lax.cond(share > 0, craft, lambda: images)
-    return lambda deltas: jax.lax.stop_gradient(crafted)
-
-
-def _clean_images(plan: _Plan, state: TrainState, batch: Batch, settings: Settings) -> jax.Array:
-    """Returns the step's clean images, augmented; each is keyed by its index."""
-    images = batch["images"]
-    if images.dtype == jnp.uint8:
-        images = images.astype(jnp.float32) / 255.0
-    if plan.augment is None:
-        return images
-    # Every replay of a batch has the same augmentation: its perturbations belong to these pixels.
-    replays = getattr(settings.attack, "replays", 1)
-    key = _keys(settings.key, state.step // replays).augmentation
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["indices"])
-    return jax.vmap(plan.augment)(keys, images)
 
 
 def _weighted_sum(losses, weights, inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -123,6 +123,7 @@ class Stage(nn.Module):
     response_norm: bool
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -130,10 +131,10 @@ class Stage(nn.Module):
         if self.downsampled:
             x = Downsample(self.width, 2, True, self.epsilon, self.dtype, name="downsample")(x)
         taps = {}
+        block = nn.remat(Block) if self.remat else Block
         for index in range(self.depth):
             name = f"block{index + 1}"
-            block = Block(self.layer_scale, self.response_norm, self.epsilon, self.dtype, name=name)
-            x = block(x)
+            x = block(self.layer_scale, self.response_norm, self.epsilon, self.dtype, name=name)(x)
             taps[name] = x
         return x, taps
 
@@ -152,6 +153,7 @@ class ConvNeXt(nn.Module):
       inner_epsilon: Added to the variance in all others.
       dtype: What is computed in; parameters stay float32.
       axis_name: Accepted like every encoder's and unused: there are no batch statistics.
+      remat: Whether a gradient computes each block's activations again instead of keeping them.
     """
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
@@ -163,6 +165,7 @@ class ConvNeXt(nn.Module):
     inner_epsilon: float = 1e-6
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -179,7 +182,7 @@ class ConvNeXt(nn.Module):
             name = f"stage{index + 1}"
             stage = Stage(
                 depth, width, index > 0, self.layer_scale, self.response_norm, self.inner_epsilon,
-                self.dtype, name=name,
+                self.dtype, self.remat, name=name,
             )  # fmt: skip
             x, blocks = stage(x)
             taps |= {f"{name}/{block}": activation for block, activation in blocks.items()}

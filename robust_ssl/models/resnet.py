@@ -111,15 +111,17 @@ class Stage(nn.Module):
     width: int
     stride: int
     make: Any
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the last activation and every block's, by name."""
         taps = {}
+        block = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block  # 2: train
         for index in range(self.depth):
             stride = self.stride if index == 0 else 1
             name = f"block{index + 1}"
-            x = self.block(self.width, stride, self.make, name=name)(x, train)
+            x = block(self.width, stride, self.make, name=name)(x, train)
             taps[name] = x
         return x, taps
 
@@ -136,6 +138,7 @@ class ResNet(nn.Module):
       stem_padding: Zeros around the image, pixels; solo-learn's CIFAR checkpoints use 2.
       dtype: What is computed in; parameters and statistics stay float32.
       axis_name: Device axis over which batch statistics are averaged in training mode.
+      remat: Whether a gradient computes each block's activations again instead of keeping them.
     """
 
     block: Any = BasicBlock
@@ -145,6 +148,7 @@ class ResNet(nn.Module):
     stem_padding: int = 1
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -163,8 +167,9 @@ class ResNet(nn.Module):
         for index, depth in enumerate(self.depths):
             name = f"stage{index + 1}"
             stage = Stage(
-                self.block, depth, self.width * 2**index, 1 if index == 0 else 2, make, name=name
-            )
+                self.block, depth, self.width * 2**index, 1 if index == 0 else 2, make, self.remat,
+                name=name,
+            )  # fmt: skip
             x, blocks = stage(x, train)
             taps |= {f"{name}/{block}": activation for block, activation in blocks.items()}
         # float32 for heads, losses and attacks, whatever the network computes in.

@@ -58,6 +58,7 @@ class ViT(nn.Module):
       mlp_norm: A layer norm before an MLP's last map.
       dtype: What is computed in; parameters stay float32.
       axis_name: Accepted like every encoder's and unused: there are no batch statistics.
+      remat: Whether a gradient computes each block's activations again instead of keeping them.
     """
 
     width: int = 192
@@ -81,6 +82,7 @@ class ViT(nn.Module):
     mlp_norm: bool = False
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -94,9 +96,10 @@ class ViT(nn.Module):
             name="embed",
         )(x.astype(self.dtype))  # fmt: skip
         taps = {"embed": x}
+        block = nn.remat(Block) if self.remat else Block
         for index in range(self.depth):
             name = f"block{index + 1}"
-            x = Block(
+            x = block(
                 self.heads, self.mlp_width, self.activation, self.layer_scale,
                 self.norm_epsilon, self.rotary, self.rotary_reference, self.attention_norm,
                 self.mlp_norm, self._prefix, self.dtype, name=name,

@@ -1,6 +1,7 @@
 """How weights move: learning rates by layer, L2-SP, held zeros, LARS, and updates left out."""
 
 from robust_ssl.optimizers.anchoring import pull_to_start
+from robust_ssl.optimizers.blocks import last_blocks
 from robust_ssl.optimizers.finetuning import fine_tuning_optimizer
 from robust_ssl.optimizers.finite import no_skips, raise_if_stuck, take_if_finite
 from robust_ssl.optimizers.layerwise import (
@@ -30,6 +31,7 @@ __all__ = [
     "hold_zeros",
     "keep_frozen",
     "lars",
+    "last_blocks",
     "layer_rates",
     "layer_table",
     "layerwise_optimizer",

@@ -74,7 +74,7 @@ def _children(prefix: str, paths: Sequence[str]) -> list[tuple[str, list[str]]]:
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault("/".join(path.split("/")[:depth]), []).append(path)
-    return sorted(groups.items(), key=lambda group: _natural(group[0]))
+    return sorted(groups.items(), key=lambda group: natural(group[0]))
 
 
 def _pieces(
@@ -92,7 +92,7 @@ def _pattern(prefix: str, paths: Sequence[str]) -> str:
     return prefix if list(paths) == [prefix] else f"{prefix}/**"
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+def natural(path: str) -> list[tuple[int, str]]:
     """A key for sorting in which stage2 comes before stage10."""
     pieces = re.findall(r"\d+|\D+", path)
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]

@@ -1,6 +1,12 @@
 """Self-supervised pre-training: a method is a value with `init`, `views` and `loss`."""
 
-from robust_ssl.pretraining.augmentation import View, flip_and_shift, random_views, shift_only
+from robust_ssl.pretraining.augmentation import (
+    View,
+    crop_and_flip,
+    flip_and_shift,
+    random_views,
+    shift_only,
+)
 from robust_ssl.pretraining.clustering import DeepClusterV2, SwAV
 from robust_ssl.pretraining.contrastive import NNCLR, SupCon
 from robust_ssl.pretraining.decorrelation import WMSE, BarlowTwins, VIbCReg, VICReg
@@ -38,6 +44,7 @@ __all__ = [
     "VICReg",
     "VIbCReg",
     "View",
+    "crop_and_flip",
     "effective_rank",
     "feature_std",
     "flip_and_shift",

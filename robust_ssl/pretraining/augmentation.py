@@ -286,6 +286,44 @@ def flip_and_shift(key: jax.Array, image: jax.Array, *, shift: int = 4) -> jax.A
     )
 
 
+def crop_and_flip(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    smallest: float = 0.08,  # Szegedy et al. 2015; the usual crop of ImageNet training
+    flip: bool = True,
+) -> jax.Array:
+    """The usual supervised augmentation of large images: random resized crop, then random flip.
+
+    Args:
+      key: Random key.
+      image: Pixels in [0, 1], float ``[H, W, 3]``.
+      smallest: Smallest share of the area that a crop keeps, in (0, 1]; a fine-tuning of few epochs
+        takes 0.5 or so.
+      flip: Whether half of the images are mirrored.
+
+    Returns:
+      Pixels in [0, 1], float ``[H, W, 3]``.
+
+    Raises:
+      ValueError: If `smallest` is not in (0, 1].
+
+    Example:
+      >>> crop_and_flip(jax.random.key(0), jnp.ones((8, 8, 3)), smallest=0.5).shape
+      (8, 8, 3)
+
+    References:
+      Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, Section 6.
+    """
+    if not 0 < smallest <= 1:
+        raise ValueError(f"smallest is a share of the area in (0, 1], got {smallest}")
+    image = random_resized_crop(key, image, scale=(smallest, 1.0))
+    if flip:
+        mirrored = jax.random.bernoulli(jax.random.fold_in(key, 1))
+        image = jnp.where(mirrored, image[:, ::-1], image)
+    return jnp.clip(image, 0, 1)  # interpolation rounds
+
+
 def shift_only(key: jax.Array, image: jax.Array, *, shift: int = 2) -> jax.Array:
     """A padded random crop, for digits and signs, which a mirror changes.
 

@@ -6,6 +6,7 @@ and entries to replace, ``{"function": "robust_ssl.recipes:gen_af", "epochs": 5}
 starts from another names it, so that one must be in the config too.
 """
 
+from robust_ssl.recipes.large import last_blocks, lora
 from robust_ssl.recipes.literature import (
     aff,
     alf,
@@ -73,7 +74,9 @@ __all__ = [
     "gen_af_unguarded",
     "jpeg",
     "l2_sp",
+    "last_blocks",
     "linear_probe",
+    "lora",
     "lp_ft",
     "mart",
     "other_encoder",

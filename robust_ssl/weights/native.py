@@ -49,7 +49,7 @@ _OPTIONS = {
     kind: tuple(
         field.name
         for field in dataclasses.fields(kind)
-        if field.name not in ("image_size", "dtype", "axis_name", "parent", "name")
+        if field.name not in ("image_size", "dtype", "axis_name", "remat", "parent", "name")
     )
     for kind in (vit.ViT, ConvNeXt, CLIPResNet, Swin)
 }
