@@ -54,6 +54,8 @@ COMMANDS = {
     "robust-ssl data": ("robust-ssl data --help #", []),
     "robust-ssl track": ("robust-ssl track --help #", []),
     "robust-ssl encoder": ("robust-ssl encoder --help #", []),
+    "robust-ssl audit init": (None, []),
+    "robust-ssl encoder lock": (None, []),
     "robust-ssl inspect": ("robust-ssl inspect --help #", []),
     "robust-ssl zoo": ("robust-ssl zoo build --help #", []),
 }

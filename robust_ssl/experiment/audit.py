@@ -6,8 +6,6 @@ page, the encoder's provenance, and a baseline for inspections.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import evaluation, report
+from robust_ssl import evaluation, provenance, report
 from robust_ssl.audit import decision, document, files
 from robust_ssl.audit import pages as audit_pages
 from robust_ssl.evaluation.checks.result import BELIEVABLE, WITH_NOTES
@@ -341,9 +339,8 @@ def _source(context: Context) -> str | None:
 def _provenance(context: Context) -> dict[str, Any] | None:
     """Returns the ten checks of the encoder; None where they cannot be made here."""
     source = _source(context)
-    if source is None or importlib.util.find_spec("robust_ssl.provenance") is None:
+    if source is None:
         return None
-    provenance = importlib.import_module("robust_ssl.provenance")
     file, options = context.plan.audit.lock, context.plan.encoder.options
     lock = None if file is None else provenance.read_lock(file)
     checks = [one.as_json() for one in provenance.examine(source, lock=lock, **options)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from typing import Any
 
 import jax
 import numpy as np
 
-from robust_ssl import evaluation
+from robust_ssl import evaluation, inspection
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.context import Context
@@ -29,8 +27,6 @@ def write_baseline(context: Context, model: Classifier) -> dict[str, Any] | None
       inspection, or the classifier has no directory that could be inspected.
     """
     folder, recipe = context.workdir / FOLDER, context.plan.recipes.get(context.plan.audit.secured)
-    if importlib.util.find_spec("robust_ssl.inspection") is None:
-        return None
     if recipe is not None and not recipe.is_trained:
         return None
     place = context.plan.audit.secured
@@ -46,7 +42,6 @@ def write_baseline(context: Context, model: Classifier) -> dict[str, Any] | None
 
 
 def _write(context: Context, source: Any, folder: Any) -> bool:
-    inspection = importlib.import_module("robust_ssl.inspection")
     count = min(IMAGES, len(context.test))
     batch = context.test.read(np.arange(count))
     noise = {name for name, member in context.plan.suite.attacks.items() if member.is_noise}
