@@ -12,7 +12,7 @@ from robust_ssl import data, models, weights
 from robust_ssl.api import inputs
 from robust_ssl.data import Resizing, pictures
 from robust_ssl.experiment.context import Context
-from robust_ssl.experiment.plan import Plan
+from robust_ssl.experiment.plan import Plan, plan
 from robust_ssl.experiment.sources import Data, EncoderSource
 from robust_ssl.weights import transforms
 
@@ -169,3 +169,12 @@ def test_a_run_resizes_pictures_as_its_encoders_files_say(foreign):
     secured = inputs.examples_of(photos, None, 32, "train", inputs.resizing_of(folder))
     np.testing.assert_array_equal(secured.images[0], own(RAMP, 32))
     assert inputs.resizing_of(context.encoder) is None
+
+
+@pytest.mark.parametrize("resizing", [{"side": 20}, {"crop": 48}])
+def test_a_plan_holds_a_resizing_to_the_encoders_size(resizing):
+    folder = {"source": "./photos", "resizing": resizing}
+    config = {"stages": ["train"], "encoder": "simclr-cifar10-r18w24", "downstream": folder,
+              "recipes": {"baseline": "robust_ssl.recipes:linear_probe"}}  # fmt: skip
+    with pytest.raises(ValueError, match=r"config\.downstream\.resizing: .*(side is 20|crop=48)"):
+        plan(config)
