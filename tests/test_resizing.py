@@ -12,7 +12,7 @@ from robust_ssl import data, models, weights
 from robust_ssl.api import inputs
 from robust_ssl.data import Resizing, pictures
 from robust_ssl.experiment.context import Context
-from robust_ssl.experiment.plan import Plan
+from robust_ssl.experiment.plan import Plan, plan
 from robust_ssl.experiment.sources import Data, EncoderSource
 from robust_ssl.weights import transforms
 
@@ -111,12 +111,17 @@ TIMM = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32], "crop_pc
         "interpolation": "bilinear"}  # fmt: skip
 
 
+def tiny_encoder():
+    """Of ones: nothing here looks at what it computes."""
+    shapes = jax.eval_shape(lambda key: models.resnet18(key, width=2), jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     """A folder of an encoder that timm's transform belongs to, and a folder of one picture."""
     folder = tmp_path_factory.mktemp("foreign")
-    encoder = models.resnet18(jax.random.key(0), width=2)
-    weights.export_safetensors(encoder, folder / "model.safetensors")
+    weights.export_safetensors(tiny_encoder(), folder / "model.safetensors")
     config = {"architecture": "resnet18", "pretrained_cfg": TIMM}
     (folder / "config.json").write_text(json.dumps(config))
     pictures = folder.parent / "photos" / "train" / "a"
@@ -132,8 +137,7 @@ def test_an_encoders_own_resizing_is_found(foreign, tmp_path):
     assert EncoderSource.read(str(folder), "config.encoder").resizing(64).side == 71
     assert weights.resizing_of("simclr-cifar10-r18w24", 32) is None
     origin = {"imported_from": {"transform": transforms.of_timm(TIMM, 32)}}
-    encoder = models.resnet18(jax.random.key(0), width=2)
-    ours = weights.save_encoder(encoder, tmp_path / "ours", origin)
+    ours = weights.save_encoder(tiny_encoder(), tmp_path / "ours", origin)
     assert weights.resizing_of(ours) == expected
     assert weights.resizing_of(ours, 64).side == 71
     # What a card said before it told modes: the shorter side, and a crop of the middle.
@@ -165,3 +169,12 @@ def test_a_run_resizes_pictures_as_its_encoders_files_say(foreign):
     secured = inputs.examples_of(photos, None, 32, "train", inputs.resizing_of(folder))
     np.testing.assert_array_equal(secured.images[0], own(RAMP, 32))
     assert inputs.resizing_of(context.encoder) is None
+
+
+@pytest.mark.parametrize("resizing", [{"side": 20}, {"crop": 48}])
+def test_a_plan_holds_a_resizing_to_the_encoders_size(resizing):
+    folder = {"source": "./photos", "resizing": resizing}
+    config = {"stages": ["train"], "encoder": "simclr-cifar10-r18w24", "downstream": folder,
+              "recipes": {"baseline": "robust_ssl.recipes:linear_probe"}}  # fmt: skip
+    with pytest.raises(ValueError, match=r"config\.downstream\.resizing: .*(side is 20|crop=48)"):
+        plan(config)

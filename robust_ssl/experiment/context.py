@@ -184,7 +184,8 @@ class Context:
           split: Which one.
           encoder: Whose size; None is the public one.
         """
-        if source.image_size is None and data.is_folder(source.source):
+        resized = source.resizing is not None or data.is_folder(source.source)
+        if source.image_size is None and resized:
             size = (encoder or self.encoder).image_size
             source = dataclasses.replace(source, image_size=size)
         if source.resizing is None and source.image_size is not None and encoder is None:

@@ -298,6 +298,11 @@ def _check_recipe(recipe: Recipe, encoder: Encoder) -> None:
 def _check_sections(planned: Plan, encoder: Encoder) -> None:
     for recipe in planned.in_order():
         _check_recipe(recipe, encoder)
+    for name in ("surrogate", "downstream"):
+        source = getattr(planned, name)
+        if source is not None and source.resizing is not None:
+            with inside(f"config.{name}.resizing"):
+                source.resizing.size(source.image_size or encoder.image_size)
     shape = (encoder.image_size, encoder.image_size, 3)
     if planned.suite is not None:
         for name, attack in planned.suite.attacks.items():

@@ -41,7 +41,7 @@ class Data:
       source: As `robust_ssl.data.load` takes it.
       function: Called as `robust_ssl.data.load` calls a function.
       image_size: Height and width that images are brought to, pixels; None leaves them, but for a
-        folder, whose pictures get the encoder's.
+        folder, whose pictures get the encoder's, and where `resizing` is given.
       train_split: Name of the training split.
       test_split: Name of the test split; of a folder without one, ``val`` or the like is it.
       train_limit: At most so many training images; None takes all.
