@@ -15,7 +15,7 @@ from PIL import Image
 
 from robust_ssl import data
 from robust_ssl.data import tfds_source
-from robust_ssl.data.examples import StreamedExamples
+from robust_ssl.data.streamed import StreamedExamples
 from robust_ssl.parallel import Parallel
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as Pillow
 
 from robust_ssl import data
-from robust_ssl.data.examples import StreamedExamples
+from robust_ssl.data.streamed import StreamedExamples
 from robust_ssl.experiment.sources import Data
 
 

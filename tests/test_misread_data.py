@@ -15,7 +15,7 @@ from PIL import Image
 
 from robust_ssl import data, models, weights
 from robust_ssl.data import checks, pictures
-from robust_ssl.data.examples import StreamedExamples
+from robust_ssl.data.streamed import StreamedExamples
 
 
 def pixels(n=6, height=8, width=9, seed=0):

@@ -15,15 +15,10 @@ from robust_ssl.data.classes import (
     with_classes_of,
 )
 from robust_ssl.data.duplicates import Shared, are_known, labels_of, shared
-from robust_ssl.data.examples import (
-    Examples,
-    StreamedExamples,
-    carve,
-    check_image_size,
-    from_arrays,
-)
+from robust_ssl.data.examples import Examples, carve, check_image_size, from_arrays
 from robust_ssl.data.resizing import Resizing
 from robust_ssl.data.sources import is_folder, load
+from robust_ssl.data.streamed import StreamedExamples
 
 __all__ = [
     "Batches",

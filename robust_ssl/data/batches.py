@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.data.examples import Examples, StreamedExamples
+from robust_ssl.data.examples import Examples
 from robust_ssl.data.order import permutation
+from robust_ssl.data.streamed import StreamedExamples
 from robust_ssl.data.workers import read_in_processes
 from robust_ssl.parallel import Parallel, prefetch
 

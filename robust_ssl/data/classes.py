@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl.data.examples import Examples, StreamedExamples, numbers
+from robust_ssl.data.examples import Examples, numbers
+from robust_ssl.data.streamed import StreamedExamples
 
 _LISTED = 5  # of several names, so many are shown
 

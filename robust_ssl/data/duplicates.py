@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from robust_ssl.data.examples import Examples, StreamedExamples, pixel_digest
+from robust_ssl.data.examples import Examples
+from robust_ssl.data.streamed import StreamedExamples, pixel_digest
 
 _CHUNK = 1024  # images that are read at a time
 

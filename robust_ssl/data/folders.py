@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from robust_ssl.data import pictures, tree
-from robust_ssl.data.examples import StreamedExamples
+from robust_ssl.data.streamed import StreamedExamples
 
 # What a split may be called, in any case; the first one that is there is taken.
 SPLITS = {

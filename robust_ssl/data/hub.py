@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl.data.examples import StreamedExamples
+from robust_ssl.data.streamed import StreamedExamples
 
 PREFIX = "hf:"
 

@@ -14,8 +14,9 @@ import numpy as np
 from robust_ssl.build import resolve
 from robust_ssl.data import checks, folders, hub, pictures, tfds_source
 from robust_ssl.data.addresses import refuse_addresses
-from robust_ssl.data.examples import Examples, StreamedExamples, from_arrays
+from robust_ssl.data.examples import Examples, from_arrays
 from robust_ssl.data.resizing import Resizing
+from robust_ssl.data.streamed import StreamedExamples
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl.data.examples import StreamedExamples
 from robust_ssl.data.prepared import data_directory, find
 from robust_ssl.data.public.table import SETS, find_set
+from robust_ssl.data.streamed import StreamedExamples
 
 
 def open_split(

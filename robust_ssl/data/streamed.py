@@ -1,0 +1,230 @@
+"""A split too large for memory: pictures are read and decoded when they are asked for."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from robust_ssl.data import checks, pictures
+from robust_ssl.data.examples import Examples
+from robust_ssl.data.resizing import Resizing
+from robust_ssl.data.split import Split, as_indices, header, sha256
+
+_log = logging.getLogger(__name__)
+_NAMED = 20  # unreadable pictures that are logged one by one
+
+Record = tuple[bytes | pathlib.Path | np.ndarray, int | None]  # a picture and its label
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StreamedExamples(Split):
+    """A split too large for memory: pictures are read and decoded when they are asked for.
+
+    Attributes:
+      records: Maps row numbers ``int [k]`` to `k` pairs of a picture (encoded bytes, a path or
+        pixels) and a label (None where there are none).
+      rows: Which rows of the source these examples are, int ``[n]``.
+      image_size: Every picture is brought to this height and width; None takes them as they are
+        stored, and one that differs from the first is an error.
+      class_names: One name per class; empty where there are no labels.
+      name: For tables and manifests.
+      split: ``"train"``, ``"test"``, ...
+      labels: ``int32 [n]`` where they are known without reading the pictures, else None.
+      notes: What was left out or changed where they were found, a sentence each.
+      digests: Of the pixels of each row of the source, ``uint64``, 0 until it is read; all parts
+        of a split share them.  See `robust_ssl.data.duplicates`.
+      workers: How many processes read and decode training batches; 0 are threads of this one.
+      skip_unreadable: Whether pictures that cannot be decoded are left out and counted.  In a batch
+        of the training split the one before it takes its place; in a batch of another split, and
+        by default, it is an error.
+      unreadable: Rows of such pictures, with what was wrong; all parts of a split share them.
+      resizing: How pictures get their size; None is as `robust_ssl.data.load` says.
+
+    Example:
+      >>> pixels = np.zeros((8, 8, 3), np.uint8)
+      >>> examples = StreamedExamples(
+      ...     lambda rows: [(pixels, int(row) % 2) for row in rows], np.arange(10**6), None, "ab"
+      ... )
+      >>> examples.read([5, 6])["labels"].tolist()
+      [1, 0]
+    """
+
+    records: Callable[[np.ndarray], Sequence[Record]]
+    rows: np.ndarray
+    image_size: int | None = None
+    class_names: Sequence[str] = ()
+    name: str = "examples"
+    split: str = "train"
+    labels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    digests: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    workers: int = 0
+    skip_unreadable: bool = False
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
+    resizing: Resizing | None = None
+
+    def __post_init__(self):
+        if len(self.rows) == 0:
+            raise ValueError(f"{self.where} is empty: no images; choose another split or folder")
+        if self.digests is None:
+            digests = np.zeros(int(np.max(self.rows)) + 1, np.uint64)
+            object.__setattr__(self, "digests", digests)
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image; reads the first one if need be."""
+        if self.image_size is not None:
+            return (self.image_size, self.image_size, 3)
+        return self._decode(self.rows[0], self.records(self.rows[:1])[0][0]).shape
+
+    def read(self, indices: Any, threads: int | None = None) -> dict[str, np.ndarray]:
+        """Reads and decodes the chosen examples: ``{"images", "labels"}``, as `Examples.read`.
+
+        Args:
+          indices: Which ones, int ``[k]``.
+          threads: In how many threads large pictures are decoded; None is one for each core.
+
+        Raises:
+          ValueError: If a picture is broken or differs in size, or a label is out of range.
+        """
+        rows = self.rows[np.asarray(indices)]
+        records, decoded = self._read(rows, threads)
+        if any(image is None for image in decoded):
+            records, decoded = self._filled(records, decoded)
+        # Each batch is checked, because nobody has read the whole source beforehand.
+        batch = {"images": np.stack(decoded)}
+        if self.class_names:
+            labels = [label for _, label in records]
+            batch["labels"] = checks.as_labels(labels, len(rows), self.num_classes, self.where)
+        return batch
+
+    def _read(self, rows: np.ndarray, threads: int | None = None) -> tuple[list, list]:
+        """Returns the records of rows and their pixels, None for a picture that is left out."""
+        records = list(self.records(rows))
+        encoded = [picture for picture, _ in records]
+        threads = threads or os.cpu_count() or 1
+        if isinstance(encoded[0], np.ndarray) or _is_small(encoded[0]) or threads == 1:
+            decoded = list(map(self._decode, rows, encoded))
+        else:  # Pillow lets other threads run while it decodes
+            with ThreadPoolExecutor(max_workers=threads) as pool:
+                decoded = list(pool.map(self._decode, rows, encoded))
+        for row, image in zip(rows, decoded, strict=True):
+            if image is not None and image.shape != self.image_shape:
+                raise ValueError(
+                    f"image {row} of {self.where} is {image.shape}, the first one "
+                    f"{self.image_shape}; give image_size to bring all to one size"
+                )
+        return records, decoded
+
+    def _filled(self, records: Sequence[Record], decoded: Sequence[np.ndarray | None]):
+        """Puts the readable picture before it, with its label, in the place of each other one."""
+        readable = [place for place, image in enumerate(decoded) if image is not None]
+        if not readable:
+            raise ValueError(
+                f"none of {len(decoded)} pictures in a row of {self.where} can be read: "
+                f"{self._first_unreadable}"
+            )
+        if self.split != "train":
+            raise ValueError(
+                f"{self._first_unreadable}; no other can take its place where figures are counted, "
+                "and the set is too large to read beforehand: remove the file"
+            )
+        # Before the first readable one comes the last, so that each place has one.
+        fills = [readable[bisect.bisect(readable, p) - 1] for p in range(len(decoded))]
+        return [records[p] for p in fills], [decoded[p] for p in fills]
+
+    @property
+    def _first_unreadable(self) -> str:
+        return next(iter(self.unreadable.values()))
+
+    def note_unreadable(self, found: Mapping[int, str]) -> None:
+        """Counts pictures that cannot be read; the first of them are logged."""
+        for row, wrong in found.items():
+            if row not in self.unreadable:
+                self.unreadable[row] = wrong
+                if len(self.unreadable) <= _NAMED:
+                    _log.warning("left out (%d so far): %s", len(self.unreadable), wrong)
+
+    def _decode(self, row: int, picture: bytes | pathlib.Path | np.ndarray) -> np.ndarray | None:
+        file = f" ({picture})" if isinstance(picture, pathlib.Path) else ""
+        try:
+            where = f"image {row} of {self.where}{file}"
+            image = pictures.decode(picture, self.image_size, where, self.resizing)
+        except ValueError as error:
+            if not self.skip_unreadable:
+                raise
+            self.note_unreadable({int(row): str(error)})
+            return None
+        # While it is there: a second pass over the pictures would take as long as an epoch.
+        if not self.digests[row]:
+            self.digests[row] = pixel_digest(image)
+        return image
+
+    def take(self, indices: Any) -> StreamedExamples:
+        """Returns the chosen examples, in the order they are asked for; reads nothing."""
+        indices = as_indices(indices, len(self), self.where)
+        labels = None if self.labels is None else self.labels[indices]
+        return dataclasses.replace(self, rows=self.rows[indices], labels=labels)
+
+    def in_memory(self, chunk: int = 1024) -> Examples:
+        """Reads everything once and returns it as `Examples`, without what cannot be read."""
+        images = np.empty((len(self), *self.image_shape), np.uint8)
+        labels: list[int | None] = []
+        for start in range(0, len(self), chunk):
+            records, decoded = self._read(self.rows[start : start + chunk])
+            for (_, label), image in zip(records, decoded, strict=True):
+                if image is not None:
+                    images[len(labels)] = image
+                    labels.append(label)
+        count, notes = len(labels), self.notes
+        if count < len(self):
+            first = next(iter(self.unreadable.values()))
+            notes = (
+                *notes,
+                f"left out, {len(self) - count} that cannot be read; the first: {first}",
+            )
+        known = None
+        if self.class_names:
+            known = checks.as_labels(labels, count, self.num_classes, self.where)
+        return Examples(images[:count], known, self.class_names, self.name, self.split, notes)
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of names, shapes, rows and the first 64 images, 64 hex digits.
+
+        Reading everything would take as long as an epoch, so a change in a later picture goes
+        unseen.
+        """
+        head = self.read(np.arange(min(64, len(self))))
+        # The same pixels in another order, or of other rows, are other data.
+        rows = np.asarray(self.rows, np.int64).tobytes()
+        return sha256(header(self), rows, *(head[key].tobytes() for key in sorted(head)))
+
+
+def pixel_digest(image: np.ndarray) -> int:
+    """Returns a 64-bit digest of one image's pixels, above 0.
+
+    Example:
+      >>> pixel_digest(np.zeros((2, 2, 3), np.uint8)) == pixel_digest(np.ones((2, 2, 3), np.uint8))
+      False
+    """
+    content = np.ascontiguousarray(image)
+    return max(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"), 1)
+
+
+def _is_small(picture: bytes | pathlib.Path) -> bool:
+    # A 32x32 PNG has 2 kB; handing it to a thread costs more (1.4x in all) than it gains.
+    return isinstance(picture, bytes) and len(picture) < 2**14
