@@ -137,8 +137,8 @@ class Recipe:
         the average is what is validated and kept.
       accumulate: Parts that a device runs its batch in, so that a larger one fits; the same numbers
         to rounding.
-      remat: Whether a gradient keeps only the inputs of the encoder's blocks: less memory, about a
-        third more time.
+      remat: Whether a gradient keeps only the inputs of the encoder's blocks and computes the rest
+        again; how much memory that saves is the compiler's word.
       cache_features: Whether a frozen encoder sees each image once and the head is trained on what
         it said; the same numbers to rounding.  Not with what needs images: attack, augmentation.
       patience: Epochs without a better one after which training stops.
