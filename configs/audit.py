@@ -26,7 +26,7 @@ ARGUMENTS = {
     "classifier": "",
 }
 PHOTOS, DIGITS = 10 / 255, 24 / 255  # budgets; digits are nearly black and white
-EPOCHS = {"baseline": 6, "gen_af_stage1": 5, "gen_af": 2}
+EPOCHS = {"baseline": 6, "gen_af_stage1": 4, "gen_af": 2}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -49,7 +49,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         "curve": (epsilon / 4, epsilon / 2, epsilon * 3 / 4),
         "num_steps": 60,
     }
-    inner = {"epsilon": epsilon, "step_size": epsilon / 4, "num_steps": 7}
+    inner = {"epsilon": epsilon, "step_size": epsilon / 2, "num_steps": 3}
     config.common = {"batch_size": 64}
     config.training = {"validation": {"function": f"{common.ATTACKS}PGD", **inner}}
     options = {name: {"epochs": epochs} for name, epochs in EPOCHS.items()}
