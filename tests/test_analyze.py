@@ -42,6 +42,7 @@ def shelf():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "encoder_card", lambda name: name in sizes or card(name))
+        patch.setattr(EncoderSource, "resizing", lambda source, image_size=None: None)
         patch.setattr(
             EncoderSource,
             "load",

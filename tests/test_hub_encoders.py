@@ -91,6 +91,21 @@ def test_an_encoder_of_this_package_needs_to_be_told_nothing(encoder, tmp_path, 
             weights.import_encoder(HERE, normalization="cifar10")
 
 
+def test_its_files_say_how_pictures_are_resized(exported, tmp_path, cache, monkeypatch):
+    folder = shutil.copytree(exported, tmp_path / "with a processor")
+    weights.export_safetensors(
+        models.resnet18(jax.random.key(0), width=8, image_size=16), folder / "model.safetensors"
+    )
+    record = {"size": {"shortest_edge": 20}, "crop_size": 16, "resample": 3}
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**record, **means}))
+    with serving(folder) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        resizing = EncoderSource.read(HERE, "encoder").resizing(16)
+    local = weights.resizing_of(folder, 16)
+    assert resizing == local
+
+
 def test_shards_are_read(encoder, exported, tmp_path, cache, monkeypatch):
     tensors = dict(weights.inspect_file(exported).file.tensors)
     parts = {"a.safetensors": {}, "b.safetensors": {}}

@@ -139,7 +139,7 @@ def test_the_numbers_are_there_whatever_becomes_of_the_figures(finished, tmp_pat
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     (workdir / "report.md").unlink()
     (workdir / "results.json").unlink()
-    monkeypatch.setattr(pages, "_look", None)
+    monkeypatch.setattr(pages, "look", None)
     with pytest.raises(TypeError):
         go(config(), workdir)
     assert entries_of(workdir) == entries_of(finished[0])

@@ -205,7 +205,10 @@ class EncoderSource:
 
     def resizing(self, image_size: int) -> Resizing | None:
         """Returns how its pictures were resized where it was evaluated, as far as its files say."""
-        return weights.resizing_of(self.path, image_size) if self.path else None
+        if not self.path:
+            return None
+        moving = hub.is_address(self.path) and bool(self.options.get("allow_moving"))
+        return weights.resizing_of(self.path, image_size, allow_moving=moving)
 
     def load(self, key: jax.Array) -> Encoder:
         """Returns the encoder with its weights; `key` is for a builder's first ones."""

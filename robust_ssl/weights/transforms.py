@@ -154,12 +154,16 @@ def resizing(transform: Mapping[str, Any], image_size: int) -> Resizing | None:
         ) from error
 
 
-def resizing_of(path: str | os.PathLike, image_size: int | None = None) -> Resizing | None:
+def resizing_of(
+    path: str | os.PathLike, image_size: int | None = None, *, allow_moving: bool = False
+) -> Resizing | None:
     """Returns how pictures were resized where an encoder was evaluated.
 
     Args:
-      path: A shipped encoder's name, a directory of `save_encoder`, or a foreign file or folder.
+      path: A shipped encoder's name, a directory of `save_encoder`, a foreign file or folder, or an
+        address of the hub.
       image_size: What the pictures will have, pixels; None is the encoder's own size.
+      allow_moving: Whether a revision on the hub may be a branch or a tag.
 
     Returns:
       For `robust_ssl.data.load`; None where neither card nor files say it, as of the shipped
@@ -173,8 +177,9 @@ def resizing_of(path: str | os.PathLike, image_size: int | None = None) -> Resiz
       >>> resizing_of("simclr-cifar10-r18w24") is None
       True
     """
-    from robust_ssl.weights import convert, files, native, normalization
+    from robust_ssl.weights import convert, files, hub, native, normalization
 
+    _, path = hub.located(path, allow_moving)
     if convert.is_foreign(path):
         try:
             images = normalization.read(files.read_beside(path))
