@@ -7,11 +7,12 @@ fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and
 360 test images.  Digits are nearly black and white, so the budget is larger than the 10/255 that
 photographs get.
 
-On two CPU cores it takes four minutes the first time and under three with a warm cache of programs
-(docs/results/speed.md).  The attack takes 34 points from `baseline`, and 1 point from `gen_af`.
+On two CPU cores it takes up to four minutes the first time and two with a warm cache of programs
+(docs/results/speed.md).  The attack takes 32 points from `baseline`, and 1 point from `gen_af`.
 
-One argument: ``size``.  ``small`` stops where validation stops improving; ``full``, which is
-``quickstart:size=full``, trains longer, attacks longer, and draws accuracy against the budget.
+One argument: ``size``.  ``small`` trains as briefly as keeps what is shown; ``full``, which is
+``quickstart:size=full``, trains and attacks longer, scores Gen-AF's first stage too, and draws
+accuracy against the budget.
 """
 
 from ml_collections import ConfigDict
