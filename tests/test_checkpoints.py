@@ -327,6 +327,21 @@ def test_saving_leaves_no_thread_behind(stage):
     assert len(new) <= 5, sorted(thread.name for thread in new)
 
 
+def test_a_clock_that_was_set_while_a_state_was_written_is_named(stage):
+    """Orbax measures its patience by the wall's clock."""
+
+    class Late:
+        def result(self):
+            raise TimeoutError("timed out after -172799.99 seconds")
+
+    stage.save(1, _state(1))
+    stage.wait()
+    for since, cause in ((time.monotonic(), "the clock was set"), (-1e3, "timed out")):
+        stage._saving, stage._saving_since = Late(), since
+        with pytest.raises(OSError, match=cause):
+            stage.wait()
+
+
 def test_the_last_two_states_are_kept_while_nobody_waits(stage):
     for step in (1, 2, 3):
         stage.save(step, _state(step))

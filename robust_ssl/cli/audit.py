@@ -20,7 +20,7 @@ from robust_ssl.cli.flags import DONE, add_command, add_debug
 _EXAMPLES = """\
 examples:
   robust-ssl audit run --workdir=runs/audit
-      the first page, of the digits that the package has: four minutes on two cores
+      the first page, of the digits that the package has: under five minutes on two cores
 
   robust-ssl audit init --lang=ja > answers.yaml
       the questions to a company, each with what it means

@@ -15,6 +15,7 @@ made from: config, inputs, seed and the code of the user's functions (`StageDire
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -56,6 +57,7 @@ _log = logging.getLogger(__name__)
 # Beside what a stage leaves: what it is resumed from, what it says of itself, what was not taken.
 _NO_RESULTS = ("manifest.json", "metrics.jsonl", "checkpoints", "damaged-*", "other-*")
 _NO_RESULTS += ("*.tmp", "*.partial", "*.damaged", "*.other")
+_A_WHILE = 60.0  # seconds, well below what orbax waits
 
 
 class StageDirectory:
@@ -78,6 +80,7 @@ class StageDirectory:
         self._seconds_before = manifest["seconds"]
         self._opened = time.monotonic()
         self._saving: Any = None
+        self._saving_since = 0.0  # by a clock that nobody sets
         self._saved_step = 0
         self._has_read_back = False
 
@@ -142,6 +145,7 @@ class StageDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # Not orbax's `training.Checkpointer`: it reads the metadata of all steps when it starts,
         # so one flipped bit there would hide the intact state beside it (seen with 0.12.8).
+        self._saving_since = time.monotonic()
         try:
             self._saving = orbax_v1().save_async(
                 plain(self.checkpoints / str(step)),
@@ -173,8 +177,16 @@ class StageDirectory:
                 if jax.process_index() == 0:
                     self._read_back(self._saved_step)
             except Exception as error:  # orbax has many words for a full disk
-                raise unwritable(self.checkpoints / str(self._saved_step), error) from error
+                cause = self._cause(error)
+                raise unwritable(self.checkpoints / str(self._saved_step), cause) from error
             self._remove_old()  # `result` may return before what waits for completion has run
+
+    def _cause(self, error: Exception) -> Exception:
+        # Orbax waits by the wall's clock, which somebody may set.
+        early = time.monotonic() - self._saving_since < _A_WHILE
+        if isinstance(error, TimeoutError) and early:
+            return OSError(errno.EIO, "the clock was set while it was written")
+        return error
 
     def _read_back(self, step: int) -> None:
         """Raises unless what was saved can be read; all of it once, later what costs nothing."""
