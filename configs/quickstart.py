@@ -7,7 +7,7 @@ fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and
 360 test images.  Digits are nearly black and white, so the budget is larger than the 10/255 that
 photographs get.
 
-On two CPU cores it takes up to four minutes the first time and two with a warm cache of programs
+On two CPU cores it takes four minutes the first time and under three with a warm cache of programs
 (docs/results/speed.md).  The attack takes 32 points from `baseline`, and 1 point from `gen_af`.
 
 One argument: ``size``.  ``small`` trains as briefly as keeps what is shown; ``full``, which is
