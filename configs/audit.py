@@ -9,8 +9,9 @@ was decided (docs/audit.md).  Arguments: ``encoder`` (a shipped name, a director
 ``surrogate`` (the attacker's images) and ``classifier`` (one that was made elsewhere, in place of
 `gen_af`).
 
-Time and figure: on two CPU cores the digits take four and a half minutes, compiling included.  An attacker turns about a third of
-the usual classifier's right answers, and one in fifty of the secured one's.
+Time and figure: on two CPU cores the digits take four and a half minutes, compiling included.  An
+attacker turns about a third of the usual classifier's right answers, and one in fifty of the
+secured one's.
 """
 
 from ml_collections import ConfigDict
