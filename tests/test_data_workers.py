@@ -122,3 +122,9 @@ def test_a_batch_of_nothing_but_broken_pictures_is_an_error():
     )
     with pytest.raises(ValueError, match="none of 2 pictures in a row"):
         examples.read([0, 1])
+
+
+def test_a_function_may_say_itself_how_many_processes_read():
+    own = data.StreamedExamples(_kill, np.arange(8), 4, "a", workers=3)
+    assert data.load(lambda split: own, memory_limit=1).workers == 3
+    assert data.load(lambda split: own, memory_limit=1, workers=2).workers == 2

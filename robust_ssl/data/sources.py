@@ -115,7 +115,7 @@ def load(
     if isinstance(examples, StreamedExamples):
         examples = dataclasses.replace(
             examples,
-            workers=workers,
+            workers=workers or examples.workers,
             skip_unreadable=skip_unreadable or examples.skip_unreadable,
             resizing=resizing or examples.resizing,
         )
