@@ -6,17 +6,14 @@ Whatever is decided is made again from what was measured, so it has none.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.resources
 import json
-import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from robust_ssl import disk, settings
+from robust_ssl import disk, schemas, settings
 
 SCHEMA = 1
 NAME = "audit.json"
@@ -24,14 +21,6 @@ NAME = "audit.json"
 
 class AuditFileError(settings.SettingsError):
     """An ``audit.json``, or what it rests on, is not what was written."""
-
-
-@functools.cache
-def _validator() -> Any:
-    import jsonschema
-
-    file = importlib.resources.files("robust_ssl.schemas") / "audit.schema.json"
-    return jsonschema.Draft202012Validator(json.loads(file.read_text(encoding="utf-8")))
 
 
 def digest(value: Any) -> str:
@@ -46,7 +35,7 @@ def sealed(measured: Mapping[str, Any]) -> dict[str, Any]:
       AuditFileError: If it does not keep ``audit.schema.json``, naming the field.
     """
     document = {"schema": SCHEMA, "measured": dict(measured), "decided": None}
-    _refuse_nan(document, "")
+    _refuse_nan(document)
     document["seal"] = digest(document["measured"])
     check(document)
     return document
@@ -64,12 +53,10 @@ def check(document: Any, file: str = NAME) -> None:
             f"{file}, schema: {version}; this version of the package reads {SCHEMA}. "
             + ("Take a newer package" if version > SCHEMA else "Run the audit again")
         )
-    _refuse_nan(document, "", file)
-    import jsonschema
-
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(document))
+    _refuse_nan(document, file)
+    error = schemas.problem("audit", document)
     if error is not None:
-        raise AuditFileError(f"{file}, {_dotted(error.absolute_path)}: {error.message[:300]}")
+        raise AuditFileError(f"{file}, {schemas.dotted(error)}: {error.message[:300]}")
     _check_intervals(document["measured"], "measured", file)
     for role, verdict in document["measured"]["trust"].items():
         if verdict is not None:
@@ -171,17 +158,7 @@ def write(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
     disk.replace(path, text + "\n")
 
 
-def _dotted(parts: Sequence[str | int]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return text.lstrip(".") or "the whole file"
-
-
-def _refuse_nan(value: Any, where: str, file: str = NAME) -> None:
-    # JSON Schema cannot: a NaN is neither below the minimum nor above the maximum.
-    inner = value.items() if isinstance(value, Mapping) else ()
-    if isinstance(value, list | tuple):
-        inner = enumerate(value)
-    for name, entry in inner:
-        _refuse_nan(entry, f"{where}[{name}]" if isinstance(name, int) else f"{where}.{name}", file)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise AuditFileError(f"{file}, {where.lstrip('.')}: {value} is not a finite number")
+def _refuse_nan(document: Any, file: str = NAME) -> None:
+    found = schemas.not_finite(document)
+    if found is not None:
+        raise AuditFileError(f"{file}, {found[0]}: {found[1]} is not a finite number")

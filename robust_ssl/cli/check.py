@@ -90,7 +90,7 @@ def _parts(context: Any, memory: bool) -> list[str]:
         seeds = len(planned.training.seeds)
         times = f"; each is made {seeds} times, once a seed" if seeds > 1 else ""
         parts += [_table(rows), _PER_IMAGE + times]
-    if stages & {"attack", "train", "score", "compare"} and "pretrain" not in stages:
+    if forecast.can_be_told(context):
         parts.append(forecast.line(context))
     return parts
 

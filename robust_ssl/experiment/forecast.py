@@ -145,8 +145,9 @@ def image_gradients(context: Context) -> float:
     total = 0.0
     scored = [r for r in planned.scored if stages & {"score", "compare"}]
     if planned.suite is not None and stages & {"attack", "score", "compare"}:
-        each = sum(fit.gradients * fit.members for fit in fits(context))
-        at_main = sum(fit.gradients * len(planned.suite.seeds) for fit in fits(context))
+        fitted = fits(context)
+        each = sum(fit.gradients * fit.members for fit in fitted)
+        at_main = sum(fit.gradients * len(planned.suite.seeds) for fit in fitted)
         moved = [r for r in scored if planned.scoring.adaptive and not _is_frozen(r)]
         total += each + at_main * len(moved) * len(planned.training.seeds)
     if stages & {"train", "score", "compare"}:
@@ -160,16 +161,18 @@ def image_gradients(context: Context) -> float:
 
 def _is_frozen(recipe: Recipe) -> bool:
     return recipe.lora is None and all(
-        rate == "freeze" for path, rate in recipe.rates.items() if path[:4] != "head"
+        rate == optimizers.FREEZE
+        for path, rate in recipe.rates.items()
+        if not path.startswith("head")
     )
 
 
 def _of_training(context: Context, recipe: Recipe) -> float:
     train_set, validation = context.downstream
-    attack = recipe.build_attack(context.encoder) if recipe.is_trained else None
-    spent = getattr(attack, "gradient_evaluations", 0)
     if not recipe.is_trained:
         return 0.0
+    attack = recipe.build_attack(context.encoder)
+    spent = getattr(attack, "gradient_evaluations", 0)
     passes = 1 if attack is None else 2
     judge = context.plan.training.validation.build(context.encoder)
     judged = len(validation) * (judge.gradient_evaluations if spent else 1 / 3)
@@ -224,6 +227,12 @@ def _flops_per_second(size: int = 768) -> float:
         jax.block_until_ready(product(x))
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
+
+
+def can_be_told(context: Context) -> bool:
+    """Whether there is an estimate: of pre-training and of the stages after it there is none."""
+    stages = {*context.plan.stages}
+    return "pretrain" not in stages and bool(stages & {"attack", "train", "score", "compare"})
 
 
 def line(context: Context) -> str:

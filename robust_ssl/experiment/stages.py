@@ -108,9 +108,7 @@ def run(
 
 def _say_how_long(context: Context) -> None:
     """Logs an estimate; a run is not stopped for want of one."""
-    stages = {*context.plan.stages}
-    known = "pretrain" not in stages and jax.process_count() == 1
-    if known and stages & {"attack", "train", "score", "compare"}:
+    if forecast.can_be_told(context) and jax.process_count() == 1:
         try:
             _log.info("%s", forecast.line(context))
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:

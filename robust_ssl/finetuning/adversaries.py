@@ -204,10 +204,7 @@ class FreeReplays:
                 f"a batch of {len(images)} images, but perturbations for {len(deltas)}: give "
                 "init_state the batch_size of the step"
             )
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-        return jax.vmap(lambda d, x, k: _attacked(d, x, self.threat, k))(
-            deltas[indices], images, keys
-        )
+        return _all_attacked(deltas[indices], key, images, indices, self.threat)
 
     def update(
         self, deltas: jax.Array, gradient: jax.Array, key: jax.Array, step: jax.Array
@@ -261,10 +258,7 @@ class ATTA:
         self, deltas: jax.Array, key: jax.Array, images: jax.Array, indices: jax.Array
     ) -> jax.Array:
         """Returns the attacked images ``[n, H, W, 3]``; see `Adversary.apply`."""
-        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-        return jax.vmap(lambda d, x, k: _attacked(d, x, self.threat, k))(
-            deltas[indices], images, keys
-        )
+        return _all_attacked(deltas[indices], key, images, indices, self.threat)
 
     def update(
         self, deltas: jax.Array, gradient: jax.Array, key: jax.Array, step: jax.Array
@@ -273,6 +267,13 @@ class ATTA:
         del key, step
         # Their gradient is zero, and so is the steepest step.
         return _uphill(deltas, gradient, self.threat, _step_size(self, 1 / 2))
+
+
+def _all_attacked(
+    deltas: jax.Array, key: jax.Array, images: jax.Array, indices: jax.Array, threat: Any
+) -> jax.Array:
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+    return jax.vmap(lambda d, x, k: _attacked(d, x, threat, k))(deltas, images, keys)
 
 
 def _attacked(delta: jax.Array, image: jax.Array, threat: Any, key: jax.Array) -> jax.Array:

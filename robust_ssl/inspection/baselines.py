@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import importlib.resources
 import io
-import json
 import os
 import pathlib
 import re
@@ -249,7 +246,7 @@ def read_baseline(folder: str | os.PathLike, threat: Any = None) -> Baseline:
             f"no baseline in {folder} (there is no {CARD}); make one: robust-ssl inspect MODEL "
             f"--make-baseline {folder} --data DATA"
         )
-    record = _read_card(folder / CARD)
+    record = cards.read_sealed(folder / CARD, "baseline", SCHEMA, "baseline")
     for name, sum_ in record["files"].items():
         if hashlib.sha256(_content(folder, name)).hexdigest() != sum_:
             raise ValueError(f"{folder / name} is not what was written; make the baseline again")
@@ -272,28 +269,3 @@ def _content(folder: pathlib.Path, name: str) -> bytes:
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"{folder / CARD} names a file outside its folder: {name!r}")
     return disk.read_bytes(folder / name)
-
-
-def _read_card(file: pathlib.Path) -> dict[str, Any]:
-    import jsonschema
-
-    record = cards.decode(disk.read_bytes(file, disk.MOST_JSON), file)
-    schema = record.get("schema") if isinstance(record, Mapping) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise ValueError(
-            f"{file} has schema {schema}, this version reads {SCHEMA}; take a newer robust-ssl"
-        )
-    problem = jsonschema.exceptions.best_match(_validator().iter_errors(record))
-    if problem is not None:
-        where = "/".join(map(str, problem.absolute_path)) or "the whole file"
-        raise ValueError(f"{file} is no baseline: {where}: {problem.message[:200]}")
-    cards.check_seal(record, file)
-    return record
-
-
-@functools.cache
-def _validator() -> Any:
-    import jsonschema
-
-    file = importlib.resources.files("robust_ssl.schemas") / "baseline.schema.json"
-    return jsonschema.Draft202012Validator(json.loads(file.read_text(encoding="utf-8")))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.resources
 import json
 import os
 import pathlib
@@ -12,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from robust_ssl import disk, report, words
+from robust_ssl import disk, report, schemas, words
 from robust_ssl.inspection.inspecting import Inspection
 from robust_ssl.workdir import metrics, write_atomically
 
@@ -51,20 +49,9 @@ def record(inspection: Inspection, folder: str | os.PathLike) -> list[pathlib.Pa
 
 def check(document: Any) -> None:
     """Raises ValueError unless a document is what ``inspection.schema.json`` asks for."""
-    import jsonschema
-
-    problem = jsonschema.exceptions.best_match(_validator().iter_errors(document))
+    problem = schemas.problem("inspection", document)
     if problem is not None:
-        where = "/".join(map(str, problem.absolute_path)) or "the whole file"
-        raise ValueError(f"inspection.json, {where}: {problem.message[:200]}")
-
-
-@functools.cache
-def _validator() -> Any:
-    import jsonschema
-
-    file = importlib.resources.files("robust_ssl.schemas") / "inspection.schema.json"
-    return jsonschema.Draft202012Validator(json.loads(file.read_text(encoding="utf-8")))
+        raise ValueError(f"inspection.json, {schemas.place(problem)}: {problem.message[:200]}")
 
 
 def _append(file: pathlib.Path, document: Mapping[str, Any]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -56,25 +53,5 @@ def read_lock(path: str | os.PathLike) -> dict[str, Any]:
       ValueError: If it is no lock, of a newer version, or not what was written.
       FileNotFoundError: If it is not there.
     """
-    import jsonschema
-
-    record = cards.decode(disk.read_bytes(path, disk.MOST_JSON), path)
-    schema = record.get("schema") if isinstance(record, Mapping) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise ValueError(
-            f"{path} has schema {schema}, this version reads {SCHEMA}; take a newer robust-ssl"
-        )
-    problem = jsonschema.exceptions.best_match(_validator().iter_errors(record))
-    if problem is not None:
-        where = "/".join(map(str, problem.absolute_path)) or "the whole file"
-        raise ValueError(f"{path} is no lock of an encoder: {where}: {problem.message[:200]}")
-    cards.check_seal(record, path)
+    record = cards.read_sealed(path, "encoder.lock", SCHEMA, "lock of an encoder")
     return {name: entry for name, entry in record.items() if name != "sha256"}
-
-
-@functools.cache
-def _validator() -> Any:
-    import jsonschema
-
-    file = importlib.resources.files("robust_ssl.schemas") / "encoder.lock.schema.json"
-    return jsonschema.Draft202012Validator(json.loads(file.read_text(encoding="utf-8")))

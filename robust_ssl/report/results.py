@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robust_ssl import disk
+from robust_ssl import disk, schemas
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
 from robust_ssl.report.comparison import check_rows
 from robust_ssl.workdir import json_ready, write_atomically
@@ -22,8 +20,7 @@ METRICS = ("clean_accuracy", "robust_accuracy", "attack_success_rate", "fooling_
 
 def schema() -> dict[str, Any]:
     """Returns the JSON Schema (draft 2020-12) of ``results.json`` that the package ships."""
-    file = importlib.resources.files("robust_ssl.schemas") / "results.schema.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+    return schemas.read("results")
 
 
 def check(document: Any) -> None:
@@ -32,19 +29,16 @@ def check(document: Any) -> None:
     Raises:
       ValueError: Naming the offending field, such as ``results[2].robust_accuracy``.
     """
-    import jsonschema
-
     version = document.get("schema") if isinstance(document, Mapping) else None
     if isinstance(version, int) and version < SCHEMA:
         raise ValueError(
             f"results.json, schema: {version}, which an older version of this package wrote; this "
             f"one reads {SCHEMA}. Score again in a new --workdir"
         )
-    _refuse_nan(document, "")
-    validator = jsonschema.Draft202012Validator(schema())
-    error = jsonschema.exceptions.best_match(validator.iter_errors(document))
+    _refuse_nan(document)
+    error = schemas.problem("results", document)
     if error is not None:
-        raise _error(_dotted(error.absolute_path), error.message)
+        raise _error(schemas.dotted(error), error.message)
     _check_models(document["models"])
     _check_verdicts(document)
     for index, entry in enumerate(document["results"]):
@@ -121,7 +115,7 @@ def document(
     whole = {"schema": SCHEMA, "run": run, "models": models, "verdicts": verdicts or {}}
     whole |= {"results": list(results), "comparison": comparison}
     # Before `json_ready` makes it null, which a reader would take for not measured.
-    _refuse_nan(whole, "")
+    _refuse_nan(whole)
     whole = json_ready(whole)
     check(whole)
     return whole
@@ -154,20 +148,7 @@ def _error(where: str, message: str) -> ValueError:
     return ValueError(f"results.json, {where}: {message}")
 
 
-def _dotted(parts: Sequence[str | int]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return text.lstrip(".") or "the whole file"
-
-
-def _refuse_nan(value: Any, where: str) -> None:
-    # JSON Schema cannot: a NaN is neither below the minimum nor above the maximum.
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            _refuse_nan(entry, f"{where}.{name}")
-    elif isinstance(value, list | tuple):
-        for index, entry in enumerate(value):
-            _refuse_nan(entry, f"{where}[{index}]")
-    elif hasattr(value, "tolist"):  # a NumPy or JAX array or number
-        _refuse_nan(value.tolist(), where)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise _error(where.lstrip("."), f"{value} is not a finite number")
+def _refuse_nan(document: Any) -> None:
+    found = schemas.not_finite(document)
+    if found is not None:
+        raise _error(found[0], f"{found[1]} is not a finite number")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from robust_ssl import disk
+from robust_ssl import disk, schemas
 from robust_ssl.build import resolve
 from robust_ssl.models import preprocessing
 
@@ -69,6 +69,33 @@ def check_seal(record: Mapping[str, Any], where: str | os.PathLike) -> None:
             f"{where} is not what was written: its checksum does not agree; fetch or save it again "
             "(or, if you have edited it yourself, robust_ssl.weights.seal_card accepts it as it is)"
         )
+
+
+def read_sealed(path: str | os.PathLike, schema: str, newest: int, what: str) -> dict[str, Any]:
+    """Reads a record that says which schema it has, and a checksum of itself.
+
+    Args:
+      path: The file.
+      schema: Name of its JSON Schema; see `robust_ssl.schemas.read`.
+      newest: The number that this version of the package reads.
+      what: What the file should be, for messages.
+
+    Raises:
+      ValueError: If it is none, of a newer version, or not what was written.
+      FileNotFoundError: If it is not there.
+    """
+    record = decode(disk.read_bytes(path, disk.MOST_JSON), path)
+    number = record.get("schema") if isinstance(record, Mapping) else None
+    if isinstance(number, int) and number > newest:
+        raise ValueError(
+            f"{path} has schema {number}, this version reads {newest}; take a newer robust-ssl"
+        )
+    problem = schemas.problem(schema, record)
+    if problem is not None:
+        where = schemas.place(problem)
+        raise ValueError(f"{path} is no {what}: {where}: {problem.message[:200]}")
+    check_seal(record, path)
+    return record
 
 
 def seal_card(directory: str | os.PathLike) -> None:
