@@ -14,7 +14,8 @@ import pytest
 
 from robust_ssl.xla import cache_in, private_directory, release_programs, set_flags
 
-collect_ignore = ["tests/parity_cases_vit.py"]  # torch models for slow tests; has none itself
+# Torch for slow tests, which skip themselves where it is missing; no tests of their own.
+collect_ignore = ["tests/parity_cases_vit.py", "tests/torchvision_operators.py"]
 
 USER = os.getuid() if hasattr(os, "getuid") else "own"
 
