@@ -24,11 +24,11 @@ common = load_beside(__file__, "common")
 EPSILON = 24 / 255
 # Of the attack in training, by size.
 INNER = {
-    "small": {"epsilon": EPSILON, "step_size": 12 / 255, "num_steps": 3},
+    "small": {"epsilon": EPSILON, "step_size": 16 / 255, "num_steps": 2},
     "full": {"epsilon": EPSILON, "step_size": 6 / 255, "num_steps": 7},
 }
 # Passes over the training images: in the small size as many as have improved validation.
-EPOCHS = {"baseline": 6, "gen_af_stage1": 4, "gen_af": 2}
+EPOCHS = {"baseline": 5, "gen_af_stage1": 2, "gen_af": 1}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -54,7 +54,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     }
     if not full:
         pgd = {"function": f"{common.ATTACKS}PGD", "num_steps": 10}
-        config.scoring = {"per_image": {"attacks": {"pgd": pgd}}}
+        config.scoring = {"per_image": {"attacks": {"pgd": pgd}, "images": 200}}
 
     # What all recipes have, and the attack by which each one's best epoch is chosen.
     config.common = {"epochs": 8, "batch_size": 64}
@@ -62,7 +62,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     # The first stage is scored in the full size only: the second one starts from it.
     options = {
         "gen_af_stage1": {**INNER[size], "scored": full},
-        "gen_af": {"num_steps": 3},
+        "gen_af": {"num_steps": 3} if full else {"images": 64, "num_steps": 2},
     }
     for name, epochs in () if full else EPOCHS.items():
         options.setdefault(name, {})["epochs"] = epochs

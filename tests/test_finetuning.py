@@ -260,7 +260,7 @@ def test_the_guard_stops_at_the_largest_alpha_within_the_tolerance():
 
     guarded = guard(here, there, evaluate, tolerance=0.0251, alphas=(1.0, 0.75, 0.5, 0.25))
     assert guarded.alpha == 0.5 and guarded.variables["params"].tolist() == [0.5, 0.5]
-    assert [point.alpha for point in guarded.curve] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [point.alpha for point in guarded.curve] == [1.0, 0.75, 0.5, 0.0]  # and not 0.25
     np.testing.assert_allclose(guarded.curve[0][1:], (0.8, 0.5))
     assert guard(here, there, evaluate, tolerance=0.2).alpha == 1.0
     assert guard(here, there, evaluate, tolerance=0.0, alphas=(1.0, 0.5)).alpha == 0.0

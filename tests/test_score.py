@@ -209,6 +209,7 @@ def test_autoattack_and_the_verdict(tmp_path):
     changed.classifiers = {"one": {"function": "test_score:classifier"}}
     changed.scoring.autoattack.budgets = (8 / 255, L2)
     changed.scoring.checks = True
+    changed.scoring.per_image.images = 16
     go(changed, tmp_path)
     document = report.results.read(tmp_path / "results.json")
     verdict = document["verdicts"]["one"]
@@ -339,6 +340,25 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     )
     assert rows.tolist() == [1, 2]
     assert figure.robust_correct.tolist() == [False, False]
+
+
+def test_a_universal_figure_meets_per_image_attacks_on_their_images():
+    """On 200 of 300 images, as here, a comparison of all with some could not be made."""
+    rows = np.arange(0, 300, 3)[:50]
+    right, broken = np.ones(300, bool), np.zeros(50, bool)
+    whole = PerImage(right, right, ~right)
+    part = PerImage(right[rows], broken, right[rows])
+    public = groups.Group("m", "public", "universal", "Linf", 0.1)
+    member = groups.Member("u", None, None, gradient_evaluations=1)
+    at = groups.Scored(public, (member,), {"u": whole, "worst": whole})
+    alike = groups.Group("m", "hardened", "per_image", "Linf", 0.1)
+    per_image = groups.Scored(alike, (), {"worst": part}, rows)
+    assert examine._against_per_image(at, member, per_image).status == "passed"
+    left = examine._independent(at, per_image)
+    assert left.sum() == 250 and not left[rows].any()
+    weaker = groups.Scored(alike, (), {"worst": PerImage(right[rows], right[rows], broken)}, rows)
+    at = groups.Scored(public, (member,), {"u": PerImage(right, ~right, right)})
+    assert examine._against_per_image(at, member, weaker).status == "failed"
 
 
 def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):

@@ -310,7 +310,9 @@ def _independent(at: Scored, per_image: Scored | None) -> np.ndarray | None:
     """
     if per_image is None or _budget(per_image) != _budget(at):
         return None
-    return per_image.worst.robust_correct
+    left = np.ones_like(at.worst.robust_correct)  # images that it did not see are not broken by it
+    left[slice(None) if per_image.rows is None else per_image.rows] = per_image.worst.robust_correct
+    return left
 
 
 def _against_per_image(at: Scored, strongest: Member, per_image: Scored | None) -> checks.Check:
@@ -318,6 +320,8 @@ def _against_per_image(at: Scored, strongest: Member, per_image: Scored | None) 
     if per_image is None:
         return checks.not_run(name, "No per-image attack of that budget was scored.")[0]
     correct = at.results[strongest.label].robust_correct
+    if per_image.rows is not None:  # it was scored on some images only
+        correct = correct[per_image.rows]
     check = checks.per_image_not_weaker(correct, per_image.worst.robust_correct)
     # With a smaller budget a stronger attack still proves the point, a weaker one proves nothing.
     if check.status != "passed" and per_image.group.epsilon < at.group.epsilon:

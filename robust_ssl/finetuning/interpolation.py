@@ -75,11 +75,11 @@ def guard(
       stage2: Weights that were fine-tuned from them on clean images.
       evaluate: Variables to (clean accuracy, robust accuracy) on **validation** data, shares.
       tolerance: Robust accuracy that may be lost against stage 1, a share.
-      alphas: Mixtures to measure; 1 is stage 2, 0 stage 1, which is added where it is missing.
+      alphas: Mixtures to try, the largest first; 1 is stage 2, 0 stage 1, which is always tried.
 
     Returns:
-      The largest alpha within the tolerance, its variables, and the whole curve in descending
-      alpha.  Alpha 0 always qualifies.
+      The largest alpha within the tolerance, its variables, and what was measured in descending
+      alpha: all above it, itself, and 0, which always qualifies.
 
     Raises:
       ValueError: If the tolerance is negative or an alpha is outside [0, 1].
@@ -98,11 +98,17 @@ def guard(
         raise ValueError(
             f"tolerance must be at least 0 and alphas in [0, 1], got {tolerance} and {alphas}"
         )
-    curve = [
-        CurvePoint(float(alpha), *map(float, evaluate(interpolate(stage1, stage2, alpha))))
-        for alpha in sorted({*alphas, 0.0}, reverse=True)
-    ]
-    # The curve ends at alpha 0, which is stage 1 itself: some point always qualifies.
-    lowest = curve[-1].robust_accuracy - tolerance
-    point = next(point for point in curve if point.robust_accuracy >= lowest)
-    return Guarded(point.alpha, interpolate(stage1, stage2, point.alpha), curve)
+
+    def measured(alpha: float) -> CurvePoint:
+        return CurvePoint(alpha, *map(float, evaluate(interpolate(stage1, stage2, alpha))))
+
+    last = measured(0.0)  # stage 1 itself, which always qualifies
+    lowest, curve = last.robust_accuracy - tolerance, []
+    for alpha in sorted({float(alpha) for alpha in alphas} - {0.0}, reverse=True):
+        curve.append(measured(alpha))
+        if curve[-1].robust_accuracy >= lowest:
+            chosen = curve[-1].alpha
+            break
+    else:
+        chosen = last.alpha
+    return Guarded(chosen, interpolate(stage1, stage2, chosen), [*curve, last])
