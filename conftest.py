@@ -1,5 +1,6 @@
 """Settings of every test: four virtual CPU devices, strict shapes, a compilation cache."""
 
+import itertools
 import os
 import pathlib
 import tempfile
@@ -19,6 +20,14 @@ collect_ignore = ["tests/parity_cases_vit.py", "tests/torchvision_operators.py"]
 
 USER = os.getuid() if hasattr(os, "getuid") else "own"
 
+FINISHED = itertools.count(1)
+# Begun first by workers that take files in turn, lest one of them be alone at the end.
+LONG = (
+    *("wheel", "notebooks", "two_processes", "golden", "faults", "experiment", "compare"),
+    *("conformance_kinds", "recipes", "sweep", "benchmarks", "lora", "screen", "docs", "score"),
+    *("pretraining", "train", "plan", "checks", "finetuning", "parallel", "convert"),
+)
+
 set_flags()  # as the command line does; with two workers on two cores eight devices share them
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,6 +46,20 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", fast)
 
 
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """Compiling is most of it, and the programs that users run are looked at elsewhere."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def _doctest_names(doctest_namespace):
     doctest_namespace.update(jax=jax, jnp=jnp, np=np)
@@ -45,7 +68,8 @@ def _doctest_names(doctest_namespace):
 @pytest.fixture(autouse=True)
 def _bounded_memory_maps():
     yield
-    release_programs()
+    if next(FINISHED) % 16 == 0:  # counting them takes longer than most tests
+        release_programs()
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from robust_ssl.experiment import analyze as stage
 from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 
 def config(recipes, parts=stage.PARTS, encoders=()):
     changed = tiny.config("attack", "analyze")

@@ -29,6 +29,8 @@ from robust_ssl.experiment import attack as attack_stage
 from robust_ssl.experiment import compare, costs, fitting, groups, score, train
 from robust_ssl.workdir.manifest import seal
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 slow = pytest.mark.slow  # a minute: each recipe and each attack is compiled
 
 KEY = jax.random.key(0)

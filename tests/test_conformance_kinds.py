@@ -16,6 +16,8 @@ from robust_ssl.attacks import random_delta
 from robust_ssl.conformance import KINDS, check_threat
 from robust_ssl.types import Encoder
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 # ------------------------------------------------------------------------------------------ kinds
 
 

@@ -33,6 +33,7 @@ def test_the_suite_runs_and_reports_what_it_promises(tmp_path):
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of it
     }
     tiny = ["--width", "8", "--batch", "8", "--image-size", "16", "--steps", "1", "--rounds", "2"]
     chosen = ["--members", "2", "--attacks", "l4a_ugs", "uap", "tdaa", "--json", "found.json"]

@@ -39,7 +39,7 @@ def _encoder(name):
 
 
 @pytest.fixture
-def smoke(monkeypatch, tmp_path):
+def smoke(monkeypatch, tmp_path, quick_programs):
     """Few images and steps, in an empty folder."""
     digits = data.digits
 
@@ -60,9 +60,6 @@ def smoke(monkeypatch, tmp_path):
             raising=False,
         )
     monkeypatch.chdir(tmp_path)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of it
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ import tiny_recipes
 from flax.traverse_util import flatten_dict
 from tiny_recipes import context, final, go, manifest, snapshot
 
-from robust_ssl import attacks, experiment, report, settings
+from robust_ssl import attacks, experiment, report
 from robust_ssl.experiment import fitting, groups, loop
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.train import load_trained
 from robust_ssl.stopping import Stopped
 from robust_ssl.workdir import ConfigChangedError, WorkdirError
+
+pytestmark = pytest.mark.usefixtures("quick_programs")
 
 ONE = "recipes/everything-seed0"
 EVERYTHING = {
@@ -335,25 +337,3 @@ def test_a_changed_run_is_refused_and_loses_nothing(finished):
     with pytest.raises(ConfigChangedError, match=r"adv_ratio: 0\.7 -> 0\.5"):
         go(config, workdir)
     assert snapshot(workdir) == before
-
-
-@pytest.mark.slow
-def test_the_quickstart_runs_at_smoke_size(tmp_path):
-    config = settings.load_config(str(tiny.CONFIGS / "quickstart.py")).unlock()
-    config.encoder = {
-        "function": "robust_ssl.models:resnet18",
-        **{"width": 8, "image_size": 32, "stem": "cifar_half"},
-    }
-    config.surrogate.n = 128
-    config.downstream.update(train_limit=256, test_limit=64)
-    config.suite.num_steps = 2
-    for recipe in config.recipes.values():
-        recipe.epochs = 1
-    config.recipes.gen_af_stage1.num_steps = 2
-    config.training.validation.num_steps = 2
-    config.recipes.gen_af.update(images=16, num_steps=1)
-    config.scoring = {"batch_size": 32}
-    go(config, tmp_path)
-    document = report.results.read(tmp_path / "results.json")
-    assert {entry["n"] for entry in document["results"]} == {64}
-    assert (tmp_path / "report.md").exists()

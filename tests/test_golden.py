@@ -17,6 +17,9 @@ from tiny_recipes import FROZEN, PGD_AT, SMOOTH, UNIVERSAL, go, manifest
 from robust_ssl import report
 from robust_ssl.data import batches
 
+# Bit for bit of the compiler's settings, too.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 GEN_AF = {
     "recipes/baseline-seed0": "usual",

@@ -17,6 +17,8 @@ from robust_ssl.experiment.moving import Lora
 from robust_ssl.experiment.trace import check_recipe
 from robust_ssl.finetuning import adapters, init_state, make_step, merged, served
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 LORA = Lora(rank=2, alpha=6.0)
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import method_steps
 import numpy as np
 import optax
 import pytest
@@ -176,18 +177,6 @@ def test_deepcluster_loss_is_the_formula_and_skips_the_unassigned():
 # --- What a forward pass and an update leave --------------------------------------------------
 
 
-def noisy_views(method, key, image):
-    """Views that compile in no time: noise, and every other pixel for the small ones."""
-    noise = 0.1 * jax.random.normal(key, (2, *image.shape))
-    local = getattr(method, "local_crops", 0)
-    return (*(jnp.clip(image + noise[i], 0, 1) for i in range(2)), *(image[::2, ::2],) * local)
-
-
-def plain(method):
-    """The same method with `noisy_views`."""
-    return type("Plain", (type(method),), {"views": noisy_views})(**vars(method))
-
-
 VIEWS = tuple(RANDOM.uniform(size=(2, 4, 8, 8, 3)).astype(np.float32))
 ROWS = np.array([5, 0, 3, 6], np.int32)
 
@@ -342,7 +331,7 @@ BATCH = {
 @functools.cache
 def compiled(method, learning_rate, layout):
     """The state before training and a step, with `noisy_views`."""
-    encoder, method = tiny.encoder(), plain(method)
+    encoder, method = tiny.encoder(), method_steps.plain(method)
     tx = optax.sgd(learning_rate, momentum=0.9)
     state = pretraining.init_state(jax.random.key(1), encoder, method, tx, num_images=8)
     step = pretraining.make_step(

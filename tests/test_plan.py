@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import re
+import typing
 
 import jax
 import pytest
@@ -23,11 +24,13 @@ PLANNING = importlib.import_module("robust_ssl.experiment.plan")  # the function
 CONFIGS = {
     "quickstart": "quickstart.py",
     "gen_af": "gen_af.py",
-    "compare": "compare.py:scale=small",
     "score": "score.py",
     "pretrain": "pretrain.py",
     "analyze": "analyze.py",
+    "compare": "compare.py:scale=small",
 }
+# The longest last: what others have too is spoiled there.
+ALL = [*CONFIGS, "resizing", "all of quickstart", "all of compare"]
 # The user gives names here: to recipes, losses, attacks, classifiers.  Any name is right.
 NAMED_BY_THE_USER = re.compile(
     r"config\.(recipes|classifiers|suite\.attacks|screening\.detectors|scoring\.per_image\.attacks"
@@ -102,14 +105,16 @@ def texts(saved):
 
 @pytest.fixture(autouse=True)
 def nothing_is_read_or_written(monkeypatch, tmp_path):
-    """Encoders are read once for all tests; data never; and nothing is left behind."""
+    """Encoders and annotations are read once for all tests; data never; nothing is left behind."""
     monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("data were read"))
     monkeypatch.setattr(PLANNING, "_shape", _shape_once)
+    monkeypatch.setattr(typing, "get_type_hints", _hints_once)
     monkeypatch.chdir(tmp_path)
     yield
     assert not list(tmp_path.iterdir())
 
 
+_hints_once = functools.cache(typing.get_type_hints)
 _shape_of = PLANNING._shape
 _shapes = {}
 
@@ -170,16 +175,19 @@ def misspelt(word):
     )
 
 
-def distinct(text):
-    """Yields places once: of entries that many recipes have alike, those of the first."""
-    known = set()
-    for path, value in places(text):
-        where = name_of(path)
-        like = re.sub(r"^config\.recipes\.[^.]+\.", "config.recipes.*.", where)
-        token = (like, json.dumps(value, sort_keys=True))
-        if token not in known:
-            known.add(token)
-            yield path, where, value
+@pytest.fixture(scope="module")
+def distinct(texts):
+    """Places by config, each once: of entries that recipes or configs have alike, the first."""
+    known, entries = set(), {config: [] for config in ALL}
+    for config in ALL:
+        for path, value in places(texts[config]):
+            where = name_of(path)
+            like = re.sub(r"^config\.recipes\.[^.]+\.", "config.recipes.*.", where)
+            token = (like, json.dumps(value, sort_keys=True))
+            if token not in known:
+                known.add(token)
+                entries[config].append((path, where, value))
+    return entries
 
 
 def by_turns(config, number, ways):
@@ -223,9 +231,6 @@ def refusals(text, changes):
     return wrong
 
 
-ALL = [*CONFIGS, "resizing", "all of quickstart", "all of compare"]
-
-
 @pytest.mark.parametrize("config", ALL)
 def test_the_text_of_a_plan_is_a_config_of_the_same_plan(config, texts):
     planned = experiment.plan(texts[config])
@@ -234,11 +239,11 @@ def test_the_text_of_a_plan_is_a_config_of_the_same_plan(config, texts):
 
 
 @pytest.mark.parametrize("config", ALL)
-def test_a_misspelt_key_is_refused(config, texts):
+def test_a_misspelt_key_is_refused(config, texts, distinct):
     text = texts[config]
 
     def changes():
-        for number, (path, where, _) in enumerate(distinct(text)):
+        for number, (path, where, _) in enumerate(distinct[config]):
             key = path[-1]
             if isinstance(key, int) or NAMED_BY_THE_USER.fullmatch(where):
                 continue
@@ -284,11 +289,11 @@ def is_valid_otherwise(where, value, other):
 
 
 @pytest.mark.parametrize("config", ALL)
-def test_another_kind_of_value_is_refused(config, texts):
+def test_another_kind_of_value_is_refused(config, texts, distinct):
     text = texts[config]
 
     def changes():
-        for number, (path, where, value) in enumerate(distinct(text)):
+        for number, (path, where, value) in enumerate(distinct[config]):
             for other in by_turns(config, number, of_other_kinds(value)):
                 if not is_valid_otherwise(where, value, other):
                     yield path, spoiled(text, path, other), [], f"is {other!r}"
@@ -312,11 +317,11 @@ def out_of_range(where, value):
 
 
 @pytest.mark.parametrize("config", ALL)
-def test_a_number_out_of_range_is_refused(config, texts):
+def test_a_number_out_of_range_is_refused(config, texts, distinct):
     text = texts[config]
 
     def changes():
-        for path, where, value in distinct(text):
+        for path, where, value in distinct[config]:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 for number in out_of_range(where, value):
                     yield path, spoiled(text, path, number), [], f"is {number}"
@@ -325,11 +330,11 @@ def test_a_number_out_of_range_is_refused(config, texts):
 
 
 @pytest.mark.parametrize("config", ALL)
-def test_a_misspelt_word_is_refused_with_near_ones(config, texts):
+def test_a_misspelt_word_is_refused_with_near_ones(config, texts, distinct):
     text = texts[config]
 
     def changes():
-        for number, (path, where, value) in enumerate(distinct(text)):
+        for number, (path, where, value) in enumerate(distinct[config]):
             if not isinstance(value, str) or FREE_TEXTS.fullmatch(where):
                 continue
             module, colon, word = value.rpartition(":")

@@ -6,6 +6,7 @@ import json
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import method_steps
 import numpy as np
 import optax
 import pytest
@@ -181,7 +182,8 @@ def test_a_fifth_of_the_views_is_gray():
 
 # --- The step ---------------------------------------------------------------------------------
 
-METHOD = pretraining.SimCLR(hidden=16, projection_dim=8)
+SIMCLR = pretraining.SimCLR(hidden=16, projection_dim=8)
+METHOD = method_steps.plain_simclr()
 TX = optax.sgd(0.1, momentum=0.9)
 BATCH = {
     "images": RANDOM.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8),
@@ -245,8 +247,8 @@ def test_bfloat16_is_for_the_network_only():
 
 def test_training_makes_two_views_agree():
     encoder, tx = tiny.encoder(), optax.adam(1e-2)
-    state = pretraining.init_state(jax.random.key(1), encoder, METHOD, tx, num_images=8)
-    step = jax.jit(pretraining.make_step(encoder, METHOD, tx, **STEPS))
+    state = pretraining.init_state(jax.random.key(1), encoder, SIMCLR, tx, num_images=8)
+    step = jax.jit(pretraining.make_step(encoder, SIMCLR, tx, **STEPS))
     losses = []
     for _ in range(30):
         state, metrics = step(state, BATCH)
@@ -511,9 +513,15 @@ def test_an_epoch_in_one_program_is_the_same_steps(tmp_path, kind):
     finals = []
     for looped in (False, True):
         workdir = tmp_path / f"{looped}"
-        planned = experiment.plan(pretrain_config(loop_on_device=looped))
+        config = pretrain_config(
+            method="method_steps:plain_simclr",
+            encoder={"function": "tiny:encoder"},
+            loop_on_device=looped,
+        )
+        planned = experiment.plan(config)
         pretrain.pretrain(experiment.Context(planned, workdir, layout, Progress("quiet")))
-        finals.append(load_encoder(workdir / "pretrain" / "encoder").variables)
+        encoder = load_encoder(workdir / "pretrain" / "encoder", builder=tiny.encoder)
+        finals.append(encoder.variables)
         steps = [line["step"] for line in _metrics(workdir)]
         assert steps == list(range(8))  # 64 images, batches of 16, two epochs
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *finals)

@@ -18,6 +18,8 @@ from robust_ssl.finetuning import BudgetSchedule, FreeReplays, init_state, make_
 from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 slow = pytest.mark.slow
 ADVERSARIAL = {"adversarial": (losses.adversarial_cross_entropy, 1.0)}
 

@@ -16,7 +16,8 @@ from robust_ssl.experiment.linking import entries_of
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 
-pytestmark = pytest.mark.slow  # two compilations for each of some thirty recipes
+# Two compilations for each of some thirty recipes.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_programs")]
 STEPS, BATCH = 2, 8
 # Sums differ by 1e-7 between layouts.  Where a gradient is that small, the sign of a pixel's step
 # differs, and the weights by up to 3e-5.  A mean over devices that is forgotten moves them by 0.09.

@@ -17,6 +17,8 @@ from robust_ssl.screening import Calibrated, Fused, Screen, Surprise
 from robust_ssl.stopping import Stopped
 from robust_ssl.weights import cards
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 PLACE = "robust_ssl.screening:fit_"
 
 

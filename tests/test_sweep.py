@@ -18,6 +18,8 @@ from robust_ssl.finetuning import cost
 from robust_ssl.stopping import Stopped
 from robust_ssl.workdir import ConfigChangedError
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
 RECIPES = {"baseline": FROZEN, "full": {}, "universal": UNIVERSAL}
 GRID = (("attack.epsilon", (0.02, 0.04, 7.0)),)
 POINTS = ["universal epsilon 0.02", "universal epsilon 0.04"]

@@ -102,6 +102,7 @@ def start(folder, workdir, *, devices, accident="", flags=(), config=CONFIG):
         "JAX_PLATFORMS": "cpu",
         "MPLBACKEND": "agg",
         "PYTHONWARNINGS": "default",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of it
     }
     for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
         environment.pop(name, None)

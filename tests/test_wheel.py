@@ -19,6 +19,8 @@ import zipfile
 
 import pytest
 
+from robust_ssl.report import results
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -148,6 +150,7 @@ def call(python, tmp_path_factory):
     """Runs a command in an empty folder, as somebody who has the wheel."""
     folder = tmp_path_factory.mktemp("empty")
     environment = {**ALONE, "PATH": f"{python.parent}{os.pathsep}{ALONE['PATH']}"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of it
 
     def call(command):
         done = subprocess.run(
@@ -194,6 +197,8 @@ def test_the_commands_of_the_readme_run(call):
         # What the page makes from other data is here what the quickstart has made.
         if not (call.folder / "runs" / "mine").exists():
             shutil.copytree(call.folder / "runs" / "quickstart", call.folder / "runs" / "mine")
+    document = results.read(call.folder / "runs" / "quickstart" / "results.json")
+    assert {entry["n"] for entry in document["results"]} == {60}
     assert (call.folder / "runs" / "quickstart" / "report.md").is_file()
     assert "gen_af" in call("robust-ssl show runs/quickstart")
 
