@@ -181,17 +181,21 @@ def _judged(
     for (recipe, seed), shares in right.items():
         for share, images in shares.items():
             by_seed.setdefault((recipe.name, share), {})[seed] = images
-    asked = {(claim["by"], claim.get("seen", 0)) for claim in announced}
+    asked = {(claim.get("by", "robust_worst"), claim.get("seen", 0)) for claim in claims}
     unseen = {one: _unseen(context, *one) for one in asked}
-    places = report.claims.PLACES
-    tested = iter(report.announced.sentences(announced, by_seed, unseen, places))
-    return [
-        {
-            "claim": text_of(claim),
-            "sentence": next(tested) if "more" in claim else report.claims.judge(claim, summary),
-        }
-        for claim in claims
-    ]
+    tested = iter(report.announced.sentences(announced, by_seed, unseen, report.claims.PLACES))
+    judged = []
+    for claim in claims:
+        entry: dict[str, Any] = {"claim": text_of(claim)}
+        if "more" in claim:
+            entry["sentence"] = next(tested)
+        else:
+            gains = report.gain_shares(claim, by_seed, unseen) if "reach" in claim else None
+            entry["sentence"] = report.claims.judge(claim, summary, gains)
+            if gains is not None:
+                entry["shares"] = report.share_rows(gains, summary)
+        judged.append(entry)
+    return judged
 
 
 def _unseen(context: Context, share: str, seen: int) -> np.ndarray:

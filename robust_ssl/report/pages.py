@@ -14,6 +14,7 @@ from robust_ssl.evaluation import WORST
 from robust_ssl.report import claims, sentences, tables
 from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, differences, summarize
 from robust_ssl.report.figures import Folder, attempt, figure_epsilon
+from robust_ssl.report.gains import share_table
 from robust_ssl.report.pareto import figure_pareto, points_of
 from robust_ssl.report.tables import Document, Entry, budget, names, worst_cases
 from robust_ssl.report.text import csv_text, markdown_table
@@ -228,6 +229,7 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
         leader = words.markdown(leader)
         parts += [f"### Against {leader}", markdown_table(tables.difference_rows(lines))]
         parts.append(DIFFERENCES.format(leader=leader))
+    parts += _shares(document["comparison"])
     rows = tables.attack_rows(_worst(document), shown)
     parts += ["### Worst cases per image", markdown_table(rows)]
     parts.append("Attack success: turned wrong, of the images that were right.")
@@ -235,6 +237,20 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
     single = [entry for entry in document["results"] if entry["attack"] != WORST]
     rows = tables.attack_rows(single, shown)
     parts.append(_folded("Every attack", markdown_table(rows)) if rows else "")
+    return parts
+
+
+def _shares(comparison: Mapping[str, Any] | None) -> list[str]:
+    """A table for each claim on a share of a gain."""
+    parts = []
+    for judged in comparison["claims"] if comparison else ():
+        if not judged.get("shares"):
+            continue
+        claim = judged["claim"]
+        place = claims.PLACES[claim.get("by", "robust_worst")]
+        title = words.markdown(f"Shares of {claim['of']}'s gain over {claim['over']}, {place}")
+        parts += [f"### {title}", markdown_table(share_table(judged["shares"]))]
+        parts.append("By Fieller, over the seeds and the images that the three recipes share.")
     return parts
 
 
