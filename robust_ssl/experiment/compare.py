@@ -11,10 +11,12 @@ from robust_ssl import report
 from robust_ssl.build import text_of
 from robust_ssl.data.order import permutation
 from robust_ssl.experiment import costs, train
+from robust_ssl.experiment.attackers import MORE
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.groups import Group, outcome_name, sample, threat_name
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.score import read_outcomes, score
+from robust_ssl.report import comparison
 from robust_ssl.workdir import StageDirectory, json_ready
 
 Right = Mapping[str, np.ndarray]  # which test images were right, by share
@@ -79,7 +81,7 @@ def _row(
         "seed": seed,
         **{share: float(np.mean(each)) for share, each in right.items()},
         "autoattack": None if auto is None else float(np.mean(auto)),
-        **({} if "robust_twin" in right else {"robust_twin": None}),
+        **{share: None for share in comparison.LATER if share not in right},
         "images": len(right["clean"]),
         "autoattack_images": None if auto is None else len(auto),
         "verdict": verdict,
@@ -97,8 +99,9 @@ def outcomes_of(
 
     Returns:
       ``"clean"``; ``"robust_public"`` and ``"robust_hardened"`` in the worst case over each suite;
-      ``"robust_worst"`` over both; ``"robust_twin"`` under what was crafted on another seed's
-      encoder and ``"autoattack"`` at its first budget, if they were asked for.
+      ``"robust_worst"`` over both; if they were asked for, ``"robust_twin"`` under what was crafted
+      on another seed's encoder, ``"robust_half"`` on one of half of the images,
+      ``"robust_labelled"`` with head and labels, and ``"autoattack"`` at its first budget.
     """
     outcomes = read_outcomes(scored)
     suite = ("universal", "Linf", context.plan.suite.epsilon)
@@ -117,9 +120,12 @@ def outcomes_of(
             # Who sees the model can use both suites, and the second is not always the stronger.
             "robust_worst": public & hardened,
         }
-        twin = outcome_name(Group(model, "twin", *suite))
-        if twin in outcomes:
-            shares["robust_twin"] = outcomes[twin]
+        for against in MORE:
+            labelled = context.plan.scoring.labelled
+            epsilon = labelled.epsilon if against == "labelled" and labelled else suite[-1]
+            name = outcome_name(Group(model, against, *suite[:-1], epsilon))
+            if name in outcomes:
+                shares[f"robust_{against}"] = outcomes[name]
         for budget in auto:
             kind = threat_name(budget.threat)
             group = Group(model, "hardened", "autoattack", kind, budget.epsilon)

@@ -255,7 +255,7 @@ def _universal(
 ) -> checks.Verdict:
     """Runs the universal checks, on the strongest fitted perturbation of the public encoder."""
     groups = [s for s in scored if s.group.family == "universal" and s.group.threat == "Linf"]
-    public = [s for s in groups if not _sees_model(s) and _fitted(s)]
+    public = [s for s in groups if s.group.crafted_against == "public" and _fitted(s)]
     if not public:
         reason = "No universal perturbation was fitted under Linf."
         return checks.Verdict((*checks.not_run(_OF_FITTED, reason), _over_places(scored)))

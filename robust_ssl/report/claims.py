@@ -33,6 +33,8 @@ PLACES = {
     "robust_hardened": "under the hardened suite",
     "robust_worst": "under both suites",
     "robust_twin": "under attacks crafted on a twin",
+    "robust_half": "under attacks crafted on a twin of half of the images",
+    "robust_labelled": "under a universal attack that knows head and labels",
     "autoattack": "under AutoAttack",
 }
 SLACK = 1e-9  # 0.6 - 0.1 is a little less than 0.5

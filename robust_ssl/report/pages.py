@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import urllib.parse
@@ -222,12 +223,12 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
     shown = names(document["models"])
     parts = []
     if summary:
-        parts += ["### Recipes", markdown_table(tables.summary_rows(summary, SHARES))]
+        parts += ["### Recipes", *_narrow(tables.summary_rows(summary, SHARES))]
         parts.append(markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
         parts.append(tables.legend(summary))
     if lines:
         leader = words.markdown(leader)
-        parts += [f"### Against {leader}", markdown_table(tables.difference_rows(lines))]
+        parts += [f"### Against {leader}", *_narrow(tables.difference_rows(lines))]
         parts.append(DIFFERENCES.format(leader=leader))
     parts += _shares(document["comparison"])
     rows = tables.attack_rows(_worst(document), shown)
@@ -238,6 +239,15 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
     rows = tables.attack_rows(single, shown)
     parts.append(_folded("Every attack", markdown_table(rows)) if rows else "")
     return parts
+
+
+def _narrow(rows: tables.Rows, most: int = 6) -> list[str]:
+    """Returns rows as tables of at most so many columns, the first column in each of them."""
+    first, *others = rows[0]
+    count = max(1, math.ceil(len(others) / (most - 1)))
+    width = math.ceil(len(others) / count)
+    parts = [others[start : start + width] for start in range(0, len(others), width)] or [[]]
+    return [markdown_table([{n: row[n] for n in (first, *part)} for row in rows]) for part in parts]
 
 
 def _shares(comparison: Mapping[str, Any] | None) -> list[str]:
