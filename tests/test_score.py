@@ -366,6 +366,44 @@ def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
     assert "images" not in context(config(), tmp_path).plan.text["scoring"]["per_image"]
 
 
+PATCH = {"epsilon": 0.05, "threat": "robust_ssl.threats:Patch"}
+
+
+def test_an_attack_may_have_budgets_of_its_own(tmp_path):
+    changed = config()
+    own = {"function": f"{ATTACKS}PGD", "num_steps": 2, "budgets": (PATCH, 8 / 255)}
+    changed.scoring.per_image = {
+        "attacks": {"pgd": changed.scoring.per_image.attacks.pgd, "patch": own},
+        "budgets": (8 / 255, L2),
+    }
+    run = context(changed, tmp_path)
+    per_image = run.plan.scoring.per_image
+    kinds = [(type(b.threat).__name__, sorted(per_image.at(b))) for b in per_image.scored]
+    assert kinds == [("Linf", ["patch", "pgd"]), ("L2", ["pgd"]), ("Patch", ["patch"])]
+    patch = per_image.scored[-1]
+    built = score.build_per_image(run, patch)
+    assert [*built] == ["patch"] and built["patch"].threat == threats.Patch(0.05)
+    # Scored for a model, the patch replaces a square of some images alone.
+    [member] = groups.per_image_members(run, built, "hardened")
+    group = groups.Group("one", "hardened", "per_image", "Patch", 0.05)
+    with run.open("score", {}, {}) as stage:
+        rows = groups.sample(run, 16)
+        scored = groups.Scorer(run, stage, 16).score(group, classifier(), [member], rows)
+    assert scored.worst.counts.n == 16
+    assert scored.worst.counts.robust_accuracy <= scored.worst.counts.clean_accuracy
+
+
+def test_budgets_that_nothing_is_scored_under_are_none(tmp_path):
+    changed = config()
+    own = {"function": f"{ATTACKS}PGD", "num_steps": 2, "budgets": (PATCH,)}
+    changed.scoring.per_image = {"attacks": {"patch": own}}
+    [budget] = context(changed, tmp_path).plan.scoring.per_image.scored
+    assert budget.threat == threats.Patch(0.05)
+    changed.scoring.per_image = {"attacks": {"patch": {**own, "budgets": 0.1}}}
+    with pytest.raises(experiment.UsageError, match=r"patch\.budgets must be a list"):
+        context(changed, tmp_path)
+
+
 def test_what_is_alike_is_traced_once(tmp_path, monkeypatch):
     changed = config()
     changed.classifiers["wide"] = {"function": "test_score:with_mlp"}

@@ -313,7 +313,7 @@ def _check_sections(planned: Plan, encoder: Encoder) -> None:
             with inside(f"{place}.attacks.{name}"):
                 for budget in attack.budgets:
                     threats.check(attack.make_threat(budget), shape)
-    budgets = [*planned.scoring.per_image.budgets, *planned.scoring.autoattack.budgets]
+    budgets = [*planned.scoring.per_image.scored, *planned.scoring.autoattack.budgets]
     with inside("config.scoring"):
         for budget in budgets:
             threats.check(budget.threat, shape)

@@ -103,13 +103,13 @@ def _check_fits(context: Context, classifier: Classifier) -> None:
 
 
 def build_per_image(context: Context, budget: Budget) -> dict[str, Any]:
-    """Returns the per-image attacks at a budget; a target's place becomes its surrogate image.
+    """Returns the attacks of a budget; a target's place becomes its surrogate image.
 
     Raises:
       ValueError: If an option is not possible.
     """
     built = {}
-    for name, entry in context.plan.scoring.per_image.attacks.items():
+    for name, entry in context.plan.scoring.per_image.at(budget).items():
         with inside(f"config.scoring.per_image.attacks.{name}"):
             target = None
             if entry.target is not None:
@@ -144,7 +144,7 @@ def check(context: Context) -> None:
     context.parallel.check_batch(scoring.batch_size)
     if scoring.autoattack.budgets:
         context.parallel.check_batch(scoring.autoattack.batch_size)
-    built = [build_per_image(context, budget) for budget in scoring.per_image.budgets]
+    built = [build_per_image(context, budget) for budget in scoring.per_image.scored]
     models = [train.untrained(context, recipe) for recipe in context.plan.scored]
     traced = set()  # one of each kind: most classifiers and the members of AutoAttack are alike
     for classifier in [*models, *saved_classifiers(context).values()]:
@@ -293,7 +293,7 @@ def _jobs(
         for (threat, epsilon), members in _universal(context, perturbations, against).items():
             add(Group(name, against, "universal", threat, epsilon), members)
     for against in ("public", "hardened"):
-        for budget in scoring.per_image.budgets:
+        for budget in scoring.per_image.scored:
             built = build_per_image(context, budget)
             members = per_image_members(context, built, against, scoring.seeds)
             if members:
