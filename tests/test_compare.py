@@ -245,6 +245,7 @@ def test_what_went_wrong_in_training_is_said():
         {
             "fine-seed0": fine,
             "fgsm_rs-seed1": {**fine, "catastrophic_overfitting": 3, "best_epoch": 2},
+            "ramp_fgsm-seed0": {**fine, "catastrophic_overfitting": 4, "best_epoch": 5},
             "shaky-seed0": {**fine, "skipped": 2},
         },
         {"broken-seed0": "no luck"},
@@ -252,6 +253,9 @@ def test_what_went_wrong_in_training_is_said():
     assert compare._what_happened(trained) == [
         "fgsm_rs-seed1 overfitted catastrophically at epoch 3: it withstood the one step of its "
         "own attack and no longer PGD. The weights of epoch 2 were kept.",
+        "ramp_fgsm-seed0 overfitted catastrophically at epoch 4: it withstood the one step of its "
+        "own attack and no longer PGD. The weights of epoch 5 were kept, so its figures are those "
+        "of a model that has overfitted.",
         "shaky-seed0: 2 of 6 updates were not finite and were skipped.",
     ]
 

@@ -224,9 +224,10 @@ def _what_happened(trained: train.Trained) -> list[str]:
             )
         epoch = results.get("catastrophic_overfitting")
         if epoch is not None:
+            kept = results["best_epoch"]
+            late = ", so its figures are those of a model that has overfitted" * (kept >= epoch)
             sentences.append(
                 f"{model} overfitted catastrophically at epoch {epoch}: it withstood the one step "
-                f"of its own attack and no longer PGD. The weights of epoch "
-                f"{results['best_epoch']} were kept."
+                f"of its own attack and no longer PGD. The weights of epoch {kept} were kept{late}."
             )
     return sentences
