@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import tiny_recipes
 from tiny_recipes import ATTACKS, FROZEN, context, go
 
 from robust_ssl import evaluation, experiment, models, report, settings, threats, weights
-from robust_ssl.evaluation import PerImage
+from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment import examine, groups, pages, score
 from robust_ssl.stopping import Stopped
 
@@ -339,6 +340,43 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     )
     assert rows.tolist() == [1, 2]
     assert figure.robust_correct.tolist() == [False, False]
+
+
+PATCH_OF_TENTH = threats.Patch(0.1)
+
+
+def scored(group, rows=None, threat=None):
+    """A group that leaves right what its clean accuracy leaves, but for every third image."""
+    count = 64 if rows is None else len(rows)
+    right = np.arange(count) % 3 > 0
+    result = PerImage(np.ones(count, bool), right, ~right)
+    value = types.SimpleNamespace(threat=threat or threats.Linf(group.epsilon), delta=None)
+    member = groups.Member("one", 0, value, 1.0, 10)
+    return groups.Scored(group, (member,), {member.label: result, "worst": result}, rows)
+
+
+def test_a_sample_of_images_is_compared_with_the_same_images(tmp_path, monkeypatch):
+    """Attacks on single images may have seen a part of those that one perturbation was tried on."""
+    for name in ("_against_baselines", "_on_new_images"):
+        check = checks.not_run("beats_noise", "It is not asked.")[0]
+        monkeypatch.setattr(examine, name, lambda *args, check=check: check)
+    run, rows = context(config(), tmp_path), np.arange(0, 64, 4)
+    some = [
+        scored(groups.Group("one", "public", "universal", "Linf", 10 / 255)),
+        scored(groups.Group("one", "hardened", "per_image", "Linf", 10 / 255), rows),
+        scored(
+            groups.Group("one", "hardened", "per_image", "Patch", 0.1), rows, threats.Patch(0.1)
+        ),
+    ]
+    scorer = types.SimpleNamespace(context=run)
+    verdict = examine._universal(scorer, "one", classifier(), some)
+    by_name = {check.name: check for check in verdict.checks}
+    assert by_name["per_image_not_weaker"].status == "passed"
+    # A patch of one image has no place but its own: nothing to compare.
+    assert by_name["patch_places_agree"].status == "not run"
+    kept = np.arange(64) % 3 > 0
+    np.testing.assert_array_equal(some[1].among(kept), kept[rows])
+    np.testing.assert_array_equal(some[0].among(kept), kept)
 
 
 def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):

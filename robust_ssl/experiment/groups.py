@@ -167,6 +167,10 @@ class Scored(NamedTuple):
         """The worst case per image over the members."""
         return self.results[evaluation.WORST]
 
+    def among(self, right: np.ndarray) -> np.ndarray:
+        """Returns outcomes of the whole split for the images that this was scored on."""
+        return right if self.rows is None else right[self.rows]
+
     def entries(self, verdict: str) -> list[dict[str, Any]]:
         """Returns the group's part of ``results.json``: each member, then the worst case.
 

@@ -317,10 +317,12 @@ def _score(
 
 
 def _words(group: Group) -> str:
-    family = {"universal": "the suite", "per_image": "per-image attacks"}.get(group.family)
-    again = AGAIN.get(group.crafted_against, "")
     budget = report.budget(group.epsilon, group.threat)
-    return f"{family or 'AutoAttack'} at {budget}{again if family == 'the suite' else ''}"
+    if group.family != "universal":
+        family = {"per_image": "per-image attacks"}.get(group.family, "AutoAttack")
+        return f"{family} at {budget}"
+    family = "universal attacks" if group.crafted_against == "labelled" else "the suite"
+    return f"{family} at {budget}{AGAIN.get(group.crafted_against, '')}"
 
 
 def _universal(
