@@ -402,7 +402,7 @@ def test_a_half_twin_is_the_recipe_on_half_of_the_images_with_a_seed_of_its_own(
 def test_an_attack_with_labels_is_fitted_on_the_whole_classifier(attacked):
     run, shares, entries = attacked
     for name in ("baseline", "full"):  # of a frozen encoder too: the head is its own
-        stage = f"attack_{name}-seed0-labelled"
+        stage = f"labelled_{name}-seed0"
         left = manifest(run.workdir, stage)
         assert left["inputs"]["train"] == run.downstream[0].fingerprint()
         model = train.load_trained(run, run.plan.recipes[name], 0)

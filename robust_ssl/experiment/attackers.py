@@ -11,12 +11,10 @@ from robust_ssl.experiment.context import Context, identity
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import StageDirectory
 
-MORE = (
-    "twin",
-    "half",
-    "labelled",
-)  # whose weights an attacker may have besides; see `groups.Group`
-HALF_SEED = 1000  # with the run's: a seed that no later one of config.training.seeds moves
+# Whose weights an attacker may have besides; see `groups.Group`.
+MORE = ("twin", "half", "labelled")
+# Added to the run's.  Not one past the defender's: seeds may come to a run, and he must not change.
+HALF_SEED = 1000
 
 
 def check_half(context: Context) -> None:
@@ -51,7 +49,7 @@ def fits(
     labelled = {}
     if context.plan.scoring.labelled is not None:
         for name, model in models.items():
-            labelled[name] = attack_with_labels(context, f"attack_{name}-labelled", model)
+            labelled[name] = attack_with_labels(context, f"labelled_{name}", model)
     return {
         "public": dict.fromkeys(models, public),
         "hardened": {name: stage for name, stage in crafted.items() if stage is not None},
