@@ -3,18 +3,31 @@ r"""The comparison that docs/results/protocol.md announces: eight recipes, one h
     robust-ssl run evidence:downstream=gtsrb32 --workdir=runs/evidence_gtsrb
     robust-ssl run evidence:downstream=cifar10 --workdir=runs/evidence_cifar10
 
+    robust-ssl run evidence:stress=yes,recipes=ramp_fgsm,seeds=0 --workdir=runs/stress_gtsrb
+
 One command for a set makes its table, and goes on where it was stopped.  Recipes and seeds may come
 later: ``seeds=0+1+2+3+4`` in the same workdir adds two.
 
 All recipes have one head (``head``), rates that fall to zero along a cosine (``decay``) and as many
 epochs.  Universal attacks are scored on all test images, attacks on single images and AutoAttack's
 two on a thousand.  EmbedAttack on the public encoder is the attacker who perturbs each image and
-sees no label.  The twin is the one who follows the published recipe with a seed of his own.
-Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``,
-``epochs``, ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all),
-``seeds``, ``recipes``, ``steps`` of fitting a universal attack, ``tune``, a recipe whose four tries
-``robust-ssl sweep`` makes, and ``seen``, how many test images the claims leave out: those that
-``test_limit`` would take.
+sees no label.
+
+The twin is the attacker who follows the published recipe with a seed of his own.  The half twin
+does so on half of the training images: each recipe costs half of a training and a fit of the suite
+more, however many seeds there are.  Who attacks with labels fits one perturbation on the classifier
+and its labelled training images: each model costs one fit more.
+
+With ``stress=yes`` nothing is compared.  The recipes of ``recipes`` are attacked as hard as it
+goes: PGD-50 with ten restarts at 8/255 and 12/255, in an L2 ball and in a patch; EmbedAttack on
+their own encoder; one patch and one perturbation of 12/255 for all images, with labels and without.
+Give it a workdir of its own.
+
+Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``epochs``,
+``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all), ``seeds``,
+``recipes``, ``steps`` of fitting a universal attack, ``tune``, a recipe whose four tries
+``robust-ssl sweep`` makes, ``stress``, and ``seen``, how many test images the claims leave out:
+those that ``test_limit`` would take.
 
 Time and figure: nobody has run it yet.  On two CPU cores a recipe takes some minutes to make and
 some to score, so a set with three seeds takes some hours.
@@ -42,8 +55,19 @@ ARGUMENTS = {
     "steps": 200,
     "tune": "",
     "seen": 0,
+    "stress": "",
 }
 IMAGES = 1000  # of attacks that take gradients for every image
+STRESSED = 200  # of those that take five hundred
+PATCH = {
+    "epsilon": 0.03,
+    "threat": "robust_ssl.threats:Patch",
+}  # AdvEncoder-PAT's share of the area
+L2 = {"epsilon": 0.5, "threat": "robust_ssl.threats:L2"}
+WITH_LABELS = {
+    "function": f"{common.ATTACKS}UniversalPGD",
+    "objective": "robust_ssl.objectives:cross_entropy",
+}
 GEN_AF = "gen_af_unguarded"
 # What docs/results/protocol.md announces, tested together, and the cost.
 CLAIMS = (
@@ -55,6 +79,7 @@ CLAIMS = (
     {"more": "ramp_pgd", "than": GEN_AF, "by": "autoattack", "margin": 0.02},
     {"reach": 0.9, "of": GEN_AF, "over": "baseline", "within": 1.5},
 )
+BY_PUBLIC_SUITE = {**CLAIMS[-1], "by": "robust_public"}
 # Four tries for each recipe that can be tuned, the published or default value among them.
 TRIES = {
     GEN_AF: ("start.losses.genetic_regularization.weight", (0.0, 20.0, 80.0, 320.0)),
@@ -70,12 +95,19 @@ def get_config(arguments: str = "") -> ConfigDict:
     given = parse_arguments(arguments, ARGUMENTS)
     if given["tune"] not in ("", *TRIES):
         raise ValueError(f"tune must be one of {', '.join(TRIES)}, got {given['tune']!r}")
-    own = ("seeds", "steps", "tune", "seen")
+    if given["stress"] not in ("", "yes"):
+        raise ValueError(f"stress must be yes or left out, got {given['stress']!r}")
+    own = ("seeds", "steps", "tune", "seen", "stress")
     text = ",".join(f"{name}={value}" for name, value in given.items() if name not in own)
     config = compare.get_config(f"{text},scale=small")
     config.training.seeds = tuple(int(seed) for seed in given["seeds"].split("+"))
     config.suite.num_steps = given["steps"]
     config.scoring.twin = len(config.training.seeds) > 1
+    config.scoring.half_twin = True
+    config.scoring.labelled = {
+        "attacks": {"universal_ce": WITH_LABELS},
+        **{"epsilon": config.suite.epsilon, "num_steps": given["steps"]},
+    }
     config.scoring.per_image = {
         "attacks": {
             "pgd": {"function": f"{common.ATTACKS}PGD", "num_steps": 20},
@@ -87,9 +119,46 @@ def get_config(arguments: str = "") -> ConfigDict:
     }
     config.scoring.autoattack.update(version="apgd", images=IMAGES, batch_size=100)
     made = {*config.recipes}
-    claims = [claim for claim in CLAIMS if compare.names_in(claim) <= made]
+    # A sweep judges no claim, and goes on in a workdir that began with these.
+    announced = CLAIMS if given["tune"] else (*CLAIMS, BY_PUBLIC_SUITE)
     seen = {"seen": given["seen"]} if given["seen"] else {}
-    config.compare.claims = tuple({**c, **seen} if "more" in c else dict(c) for c in claims)
+    claims = [{**claim, **seen} for claim in announced if compare.names_in(claim) <= made]
+    config.compare.claims = tuple(claims)
     if given["tune"]:
         config.sweep = {"recipe": given["tune"], "grid": (TRIES[given["tune"]],)}
+    if given["stress"]:
+        _stress(config, given["recipes"].split("+"))
     return config
+
+
+def _stress(config: ConfigDict, recipes: list[str]) -> None:
+    """Turns the comparison into an attempt to break these recipes."""
+    config.stages = ("attack", "train", "score")
+    config.compare.claims = ()
+    if "baseline" not in recipes:
+        config.recipes.baseline = {"function": f"{common.RECIPES}baseline", "scored": False}
+    config.suite.epsilon = 12 / 255
+    config.suite.attacks = {
+        "universal_pgd": f"{common.ATTACKS}UniversalPGD",
+        "patch": {"function": f"{common.ATTACKS}AdvEncoderPAT", "width": 32, **PATCH},
+    }
+    config.scoring.update(twin=False, half_twin=False)
+    config.scoring.labelled.epsilon = config.suite.epsilon
+    # A pixel of a patch has all of [0, 1] to go.
+    config.scoring.labelled.attacks.patch_ce = {**WITH_LABELS, **PATCH, "step_size": 0.02}
+    config.scoring.autoattack.budgets = ()
+    config.scoring.per_image = {
+        "attacks": {
+            "pgd_restarts": {
+                "function": f"{common.ATTACKS}PGD",
+                **{"num_steps": 50, "restarts": 10},
+                "budgets": (8 / 255, 12 / 255, L2, PATCH),
+            },
+            "embed": {
+                "function": f"{common.ATTACKS}EmbedAttack",
+                "num_steps": 50,
+                "budgets": (10 / 255, 12 / 255),
+            },
+        },
+        "images": STRESSED,
+    }

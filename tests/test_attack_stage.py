@@ -101,14 +101,14 @@ def test_a_killed_fit_goes_on_with_the_next_attack(tmp_path, monkeypatch):
     changed = config(universal_pgd=f"{ATTACKS}UniversalPGD", random_noise=NOISE)
     fitted, original = [], stage._fit
 
-    def counts(run, name, member, *args):
+    def counts(run, name, member, *args, **options):
         fitted.append(member.name)
-        return original(run, name, member, *args)
+        return original(run, name, member, *args, **options)
 
-    def dies(*args):
+    def dies(*args, **options):
         if fitted:
             raise Stopped("killed")
-        return counts(*args)
+        return counts(*args, **options)
 
     monkeypatch.setattr(stage, "_fit", dies)
     with pytest.raises(Stopped):

@@ -26,6 +26,7 @@ from tiny_recipes import (
 from robust_ssl import attacks, evaluation, experiment, finetuning, report
 from robust_ssl.evaluation.checks import Check
 from robust_ssl.experiment import attack as attack_stage
+from robust_ssl.experiment import attackers as attackers_stage
 from robust_ssl.experiment import compare, costs, fitting, groups, score, train
 from robust_ssl.workdir.manifest import seal
 
@@ -50,7 +51,8 @@ def config(recipes=RECIPES):
     changed = tiny_recipes.config(recipes, *STAGES)
     changed.training.seeds, changed.scoring.twin = (0, 1), True
     announced = {"more": "pgd_at", "than": "full", "by": "clean", "seen": 10}
-    changed.compare.claims = (*changed.compare.claims, announced)
+    share = {"reach": 0.5, "of": "full", "over": "baseline", "within": 9.0, "by": "clean"}
+    changed.compare.claims = (*changed.compare.claims, announced, share)
     return changed
 
 
@@ -130,7 +132,12 @@ def test_the_files_say_what_the_rows_say(finished):
         assert (line["recipe"], int(line["seed"])) == (row["recipe"], row["seed"])
         for name in ("clean", "robust_public", "robust_hardened", "gradients", "cost_factor"):
             assert float(line[name]) == row[name]
+    [judged] = [c for c in results["compare"]["claims"] if "reach" in c["claim"]]
     page = (workdir / "report.md").read_text()
+    shares = judged["shares"]
+    title = "### Shares of full's gain over baseline, without an attack"
+    assert (title in page) == bool(shares) == ("not beyond chance" not in judged["sentence"])
+    assert all(share["low"] <= share["share"] <= share["high"] for share in shares)
     for name in RECIPES:
         assert f"| {report.label(name)} | " in page
         for seed in (0, 1):
@@ -240,6 +247,7 @@ def test_what_went_wrong_in_training_is_said():
         {
             "fine-seed0": fine,
             "fgsm_rs-seed1": {**fine, "catastrophic_overfitting": 3, "best_epoch": 2},
+            "ramp_fgsm-seed0": {**fine, "catastrophic_overfitting": 4, "best_epoch": 5},
             "shaky-seed0": {**fine, "skipped": 2},
         },
         {"broken-seed0": "no luck"},
@@ -247,6 +255,9 @@ def test_what_went_wrong_in_training_is_said():
     assert compare._what_happened(trained) == [
         "fgsm_rs-seed1 overfitted catastrophically at epoch 3: it withstood the one step of its "
         "own attack and no longer PGD. The weights of epoch 2 were kept.",
+        "ramp_fgsm-seed0 overfitted catastrophically at epoch 4: it withstood the one step of its "
+        "own attack and no longer PGD. The weights of epoch 5 were kept, so its figures are those "
+        "of a model that has overfitted.",
         "shaky-seed0: 2 of 6 updates were not finite and were skipped.",
     ]
 
@@ -333,8 +344,114 @@ def test_a_twin_is_attacked_by_what_was_crafted_on_the_other_seed(finished):
     assert "| twin |" in (workdir / "report.md").read_text()
 
 
-def test_a_twin_needs_another_seed(tmp_path):
-    changed = config()
-    changed.training.seeds, changed.scoring.twin = (0,), True
-    with pytest.raises(experiment.UsageError, match=r"config\.scoring\.twin needs another seed"):
+LABELLED = {
+    "attacks": {
+        "universal_ce": {
+            "function": f"{ATTACKS}UniversalPGD",
+            "objective": "robust_ssl.objectives:cross_entropy",
+        }
+    },
+    **{"epsilon": 12 / 255, "num_steps": 3, "batch_size": 16},
+}
+
+
+def attackers():
+    """Two recipes, one of which moves its encoder, under the attackers who know the most."""
+    changed = few({"baseline": FROZEN, "full": {}})
+    changed.scoring.update(half_twin=True, labelled=LABELLED)
+    changed.scoring.per_image.attacks = {}
+    return changed
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    run = context(attackers(), tmp_path_factory.mktemp("attackers"))
+    pairs = [(recipe, 0) for recipe in run.plan.scored]
+    scored = score.score(run)
+    right = compare.outcomes_of(run, scored, pairs)
+    shares = {r.name: {by: each.mean() for by, each in right[r, 0].items()} for r, _ in pairs}
+    return run, shares, scored.results["results"]
+
+
+def right_under(model, perturbations):
+    images, labels = (jnp.asarray(x) for x in tiny.images("test"))
+    right = np.ones(len(labels), bool)
+    for one in perturbations:
+        moved = attacks.attack_batch(one.perturbation, KEY, None, images / 255)
+        answers = model(evaluation.quantize(moved)).logits.argmax(-1)
+        right &= np.asarray(answers == labels)
+    return right.mean()
+
+
+@slow
+def test_a_half_twin_is_the_recipe_on_half_of_the_images_with_a_seed_of_its_own(attacked):
+    run, shares, _ = attacked
+    full, half, seed = run.plan.recipes["full"], run.halved(), attackers_stage.HALF_SEED
+    assert [len(part) for part in half.downstream] == [24, 8]
+    assert {*half.downstream[0].labels} == {*run.downstream[0].labels}
+    assert half.downstream[0].fingerprint() != run.downstream[0].fingerprint()
+    left = manifest(run.workdir / "half", f"recipes/full-seed{seed}")
+    assert left["inputs"]["train"] == half.downstream[0].fingerprint() and left["seed"] == seed
+    twin = train.load_trained(half, full, seed)
+    crafted = attack_stage.attack(half, "attack_full", twin.encoder, curve=False)
+    model = train.load_trained(run, full, 0)
+    expected = right_under(model, attack_stage.load_perturbations(half, crafted))
+    assert shares["full"]["robust_half"] == pytest.approx(expected)
+    assert "robust_half" not in shares["baseline"]  # its encoder did not move
+
+
+@slow
+def test_an_attack_with_labels_is_fitted_on_the_whole_classifier(attacked):
+    run, shares, entries = attacked
+    for name in ("baseline", "full"):  # of a frozen encoder too: the head is its own
+        stage = f"labelled_{name}-seed0"
+        left = manifest(run.workdir, stage)
+        assert left["inputs"]["train"] == run.downstream[0].fingerprint()
+        model = train.load_trained(run, run.plan.recipes[name], 0)
+        fitted = attack_stage.load_perturbations(
+            run, attack_stage.attack_with_labels(run, stage, model)
+        )
+        assert [(one.attack, one.epsilon) for one in fitted] == [("universal_ce", 12 / 255)]
+        assert shares[name]["robust_labelled"] == pytest.approx(right_under(model, fitted))
+    rows = report.tables.attack_rows(entries, {f"{name}-seed0": name for name in shares})
+    assert {row["crafted on"] for row in rows} >= {"half twin", "itself, with labels"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training.seeds": (0,), "scoring.twin": True}, "twin needs another seed.*half_twin"),
+        ({"scoring.half_twin": True, "scoring.adaptive": False}, "half_twin has the suite"),
+        ({"scoring.half_twin": True, "recipes.full.batch_size": 32}, "half of the training images"),
+        ({"scoring.labelled": {"attacks": {}}}, r"labelled\.attacks is empty"),
+        (
+            {"scoring.labelled": {"attacks": {"n": f"{ATTACKS}RandomNoise"}}},
+            r"labelled\.attacks\.n is noise",
+        ),
+        (
+            {"scoring.labelled": {**LABELLED, "batch_size": 64}},
+            r"labelled\.attacks\.universal_ce.*training images.*64",
+        ),
+    ],
+)
+def test_attackers_that_cannot_be_are_refused(tmp_path, change, message):
+    changed = few({"baseline": FROZEN, "full": {"batch_size": 16}})
+    changed.compare.reference = "baseline"
+    changed.stages = ("score",)
+    tiny_recipes.put(changed, change)
+    with pytest.raises(experiment.UsageError, match=f"(?s){message}"):
         go(changed, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_twin_of_no_recipe_is_refused(tmp_path):
+    changed = few({})
+    changed.stages, changed.scoring.half_twin = ("score",), True
+    changed.classifiers = {"mine": {"function": "tiny:encoder"}}
+    with pytest.raises(experiment.UsageError, match="half_twin is for recipes"):
+        go(changed, tmp_path)
+
+
+def test_what_nobody_asks_for_is_in_no_manifest():
+    text = experiment.plan(few({"baseline": FROZEN, "full": {}})).text["scoring"]
+    assert not {"twin", "half_twin", "labelled"} & {*text}

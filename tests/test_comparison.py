@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from robust_ssl.report import tables
+from robust_ssl.report import pages, tables
 from robust_ssl.report.claims import check_claim, judge, leader_of
 from robust_ssl.report.comparison import (
     COLUMNS,
@@ -266,6 +266,17 @@ def test_differences_from_a_leader_have_a_table():
             "public suite": "**-10.0 ± 2.0** NOT BELIEVABLE",
         }
     ]
+
+
+def test_a_table_of_many_shares_is_two():
+    more = {"robust_twin": 0.3, "robust_half": 0.35, "robust_labelled": 0.1}
+    rows = tables.summary_rows(summarize([row("a", 0, 0.5, **more)]), SHARES)
+    assert {"twin", "half twin", "with labels"} <= {*rows[0]}
+    first, second = pages._narrow(rows)
+    assert first.startswith("| recipe | clean | public suite |")
+    assert second.startswith("| recipe |") and second.splitlines()[0].endswith("| with labels |")
+    [whole] = pages._narrow([{"recipe": "a", "clean": "1"}])
+    assert whole.splitlines() == ["| recipe | clean |", "| --- | --- |", "| a | 1 |"]
 
 
 REACH = {"reach": 0.9, "of": "gen_af", "over": "baseline", "within": 1.5}

@@ -76,6 +76,33 @@ def test_an_override_of_a_recipe_is_of_that_one_alone():
     assert changed["pgd_at"].build_attack(None).num_steps == 7
 
 
+def test_an_attempt_to_break_a_recipe_is_one_argument():
+    stressed = planned("evidence.py:stress=yes,recipes=ramp_fgsm,seeds=0")
+    assert stressed.stages == ("attack", "train", "score")
+    assert [recipe.name for recipe in stressed.scored] == ["ramp_fgsm"]
+    per_image, labelled = stressed.scoring.per_image, stressed.scoring.labelled
+    tried = {
+        (name, type(budget.threat).__name__, round(255 * budget.epsilon, 2))
+        for budget in per_image.scored
+        for name in per_image.at(budget)
+    }
+    assert tried == {
+        *(("pgd_restarts", "Linf", 8), ("pgd_restarts", "Linf", 12)),
+        *(("pgd_restarts", "L2", 127.5), ("pgd_restarts", "Patch", 7.65)),
+        *(("embed", "Linf", 10), ("embed", "Linf", 12)),
+    }
+    assert per_image.images == 200
+    kinds = [type(a.make_threat(a.budgets[0])).__name__ for a in labelled.attacks.values()]
+    assert kinds == ["Patch", "Linf"] and labelled.attacks["universal_ce"].budgets == (12 / 255,)
+    with pytest.raises(settings.SettingsError, match="stress must be yes"):
+        load("evidence.py:stress=no")
+
+
+def test_a_sweep_of_the_evidence_has_the_claims_that_its_directories_began_with():
+    claims = [planned(f"evidence.py:tune={r}").compare.claims for r in ("", "ramp_fgsm")]
+    assert [len(each) for each in claims] == [8, 7] and claims[0][:7] == claims[1]
+
+
 def test_recipes_can_be_left_out_with_all_that_is_made_from_them():
     assert "twins" not in load("compare.py:without=twins")["recipes"]
     for wrong in ("without=alf", "without=baseline", "recipes=roli,without=alf"):

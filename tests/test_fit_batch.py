@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from robust_ssl import struct, threats
-from robust_ssl.attacks import FitBatch, fit, members, random_delta
-from robust_ssl.objectives import feature_l2
+from robust_ssl.attacks import FitBatch, UniversalPGD, fit, members, random_delta
+from robust_ssl.objectives import cross_entropy, feature_l2
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Outputs
 
@@ -30,7 +30,8 @@ class Bend:
 @functools.cache
 def _model():
     weights = np.random.default_rng(0).normal(size=(192, 8)) / 14
-    return Bend(jnp.asarray(weights, jnp.float32))
+    with jax.ensure_compile_time_eval():  # it is kept, and may be asked for first in a step
+        return Bend(jnp.asarray(weights, jnp.float32))
 
 
 def _images(count=8):
@@ -155,6 +156,58 @@ def test_what_a_step_sees_is_the_global_batch(way, layout):
     one = _on_devices(WAYS[way], (1, "jit"))
     several = _on_devices(WAYS[way], layout)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), several, one)
+
+
+@struct.dataclass
+class Linear:
+    """Logits that are linear in the pixels, ``[192, 3]``."""
+
+    weights: jax.Array
+
+    def __call__(self, images):
+        logits = images.reshape(len(images), -1) @ self.weights
+        return Outputs(features=logits, logits=logits)
+
+
+LABELS = np.arange(8, dtype=np.int32) % 3
+
+
+def _fit_with_labels(layout, num_steps=1, **batch):
+    devices, method = layout
+    keys, budgets = members((0,), (0.1,))
+    return fit(
+        UniversalPGD(step_size=1.0, momentum=0.0, objective=cross_entropy),
+        Linear(_model().weights[:, :3]),
+        [{"images": 0.5 + 0.2 * (_images() - 0.5), **batch}] * num_steps,
+        keys=keys,
+        epsilons=budgets,
+        image_shape=SHAPE,
+        parallel=Parallel.create(num_devices=devices, kind=method),
+    )
+
+
+@pytest.mark.parametrize("layout", [(1, "jit"), (2, "pmap"), (4, "shard_map")])
+def test_with_labels_one_long_step_is_the_corner_that_the_gradient_points_to(layout):
+    """Of a linear model, by NumPy: the mean over images of softmax less label, times weights."""
+    weights = np.asarray(_model().weights[:, :3], np.float64)
+    start = np.asarray(random_delta(members((0,), (0.1,))[0][0], SHAPE, threats.Linf(0.1)))
+    images = (0.5 + 0.2 * (_images() - 0.5)).reshape(8, -1) + start.reshape(-1)
+    logits = images.astype(np.float64) @ weights
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradient = (shares - np.eye(3)[LABELS]).mean(0) @ weights.T
+    found = _fit_with_labels(layout, labels=LABELS)
+    np.testing.assert_allclose(
+        found.member(0).delta.reshape(-1), 0.1 * np.sign(gradient), atol=1e-6
+    )
+    value = -np.log(shares[np.arange(8), LABELS]).mean()
+    np.testing.assert_allclose(found.curve[0, 0], value, rtol=1e-5)
+
+
+def test_an_objective_that_needs_labels_says_so_where_there_are_none():
+    with pytest.raises(ValueError, match=r"cross_entropy needs labels.*pass labels"):
+        _fit_with_labels((1, "jit"))
+    batch = FitBatch.on(_model(), threats.Linf(0.1), jnp.asarray(_images()), jnp.asarray(LABELS))
+    assert batch.with_images(lambda places: jnp.zeros((len(places), *SHAPE))).part_labels is None
 
 
 def test_three_ways_to_a_gradient_agree():

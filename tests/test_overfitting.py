@@ -2,13 +2,19 @@
 
 import json
 import logging
+import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_recipes
 from tiny_recipes import ON_ADVERSARIAL, PGD, go
 
-from robust_ssl.experiment import fitting
+from robust_ssl import attacks, data, struct, threats
+from robust_ssl.experiment import alarm, fitting
 from robust_ssl.finetuning.overfitting import overfitting_epoch, overfitting_warning
+from robust_ssl.types import Outputs
 
 
 def epoch_of(one_step, multi_step, images=1000, **options):
@@ -109,6 +115,82 @@ def test_catastrophic_overfitting_reaches_the_results(tmp_path, monkeypatch, cap
     assert results["catastrophic_overfitting"] == 2
     assert results["best_epoch"] == 1 and results["validation_score"] == 0.5
     assert "fgsm_rs-seed0: catastrophic overfitting at epoch 2" in caplog.text
+
+
+RAMP = {**ONE_STEP, "best": "last", "ramp": {"start": 0.5, "end": 0.75}, "epochs": 4}
+
+
+def test_a_ramp_of_one_step_has_the_alarm_too(tmp_path, monkeypatch, caplog):
+    """Its first two epochs have no attack: they are not looked at."""
+    caplog.set_level(logging.WARNING, "robust_ssl")
+    measured = iter([(0.5, 0.5), (1.0, 0.0)])
+
+    def collapses(*args):
+        one_step, pgd = next(measured)
+        scores = {"validation_clean_accuracy": 1.0, "validation_robust_accuracy": pgd}
+        return {**scores, "validation_one_step_accuracy": one_step}
+
+    monkeypatch.setattr(fitting, "validate", collapses)
+    config = tiny_recipes.config({"ramp": RAMP})
+    results = go(config, tmp_path)["train"]["trained"]["ramp-seed0"]
+    assert results["catastrophic_overfitting"] == results["best_epoch"] == 4
+    assert "ramp-seed0: catastrophic overfitting at epoch 4" in caplog.text
+    assert next(measured, None) is None
+
+
+@pytest.mark.slow
+def test_the_alarm_changes_no_weight_and_several_steps_have_none(tmp_path, monkeypatch):
+    weights, both = [], {"ramp": RAMP, "several": {**RAMP, "attack": PGD, "epochs": 2}}
+    for folder, recipes in (("as it is", both), ("without", {"ramp": RAMP})):
+        go(tiny_recipes.config(recipes), tmp_path / folder)
+        weights.append(tiny_recipes.final(tmp_path / folder, "ramp"))
+        monkeypatch.setattr(alarm, "takes_one_step", lambda attack: False)
+    for path, leaf in weights[0].items():
+        np.testing.assert_array_equal(leaf, weights[1][path])
+    recipes = tmp_path / "as it is" / "recipes"
+    lines = [json.loads(x) for x in (recipes / "ramp-seed0/metrics.jsonl").read_text().splitlines()]
+    seen = [line["epoch"] for line in lines if "validation_one_step_accuracy" in line]
+    assert seen == [3, 4]
+    assert "validation" not in (recipes / "several-seed0/metrics.jsonl").read_text()
+
+
+def test_few_images_are_looked_at_where_nothing_is_validated():
+    images = data.from_arrays(np.zeros((300, 8, 8, 3), np.uint8), np.arange(300) % 4)
+    last, robust = (types.SimpleNamespace(best=best) for best in ("last", "robust"))
+    assert len(alarm.looked_at(last, images)) == alarm.IMAGES == 128
+    assert alarm.looked_at(robust, images) is images
+    assert alarm.looked_at(last, images.subset(100)).where == images.where
+
+
+@struct.dataclass
+class Wave:
+    """Two logits of the mean pixel, whose difference waves: at frequency 0 it is a slope."""
+
+    frequency: jax.Array | float
+
+    def __call__(self, images):
+        way = images.mean(axis=(1, 2, 3)) - 0.5
+        wave = jnp.cos(self.frequency * way + 0.1)
+        margin = jnp.where(self.frequency > 0, wave, 0.1 + way)
+        return Outputs(features=way[:, None], logits=jnp.stack([margin, -margin], axis=-1))
+
+
+def test_the_illness_itself_rings():
+    """A whole step ends a period away, where the class is right again; half of it is a valley."""
+    threat, images = threats.Linf(0.08), jnp.full((8, 4, 4, 3), 0.5)
+    one_step = attacks.FGSM(threat)
+    several = attacks.PGD(threat, step_size=0.02, num_steps=4)
+    history = []
+    for frequency in (0.0, 2 * np.pi / 0.08):
+        model, key = Wave(frequency), jax.random.key(0)
+        pair = []
+        for attack in (one_step, several):
+            labels = jnp.zeros(8, jnp.int32)
+            moved = jax.jit(attacks.attack_batch)(attack, key, model, images, labels)
+            pair.append(float((model(moved).logits.argmax(-1) == 0).mean()))
+        history.append(tuple(pair))
+    assert history == [(1.0, 1.0), (1.0, 0.0)]
+    assert overfitting_epoch(history, images=8) == 2
 
 
 def test_one_step_training_is_measured_under_its_own_attack_too(tmp_path):

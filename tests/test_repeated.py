@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 
 from robust_ssl import report
 from robust_ssl.evaluation.repeated import advantage, gain_ratio, holm
 from robust_ssl.report import announced, claims
+from robust_ssl.report.comparison import Estimate
 
 RANDOM = np.random.default_rng(0)
 
@@ -60,6 +62,99 @@ def test_a_ratio_holds_all_values_that_are_within_chance():
     assert gain_ratio(leader, base, leader) == pytest.approx((1, 1, 1))
     assert gain_ratio(first, base, right(0.4, of=hard)) is None  # no gain, no share of it
     assert gain_ratio(first, leader, base) is None
+
+
+def rederived(first, base, leader):
+    """Fieller's ends as the roots of (u - r v)^2 = t^2 Var(u - r v), all in float64."""
+    u, v = first.astype(np.float64) - base, leader.astype(np.float64) - base
+    k, n = u.shape
+
+    def pieces(x):
+        return np.array([x.mean(0).var(ddof=1) / n, x.mean(1).var(ddof=1) / k])
+
+    freedoms = [p.sum() ** 2 / (p**2 / [n - 1, k - 1]).sum() for p in (pieces(u), pieces(v))]
+    t = stats.t.ppf(0.975, min(freedoms))
+    over = lambda r: (u.mean() - r * v.mean()) ** 2 - t**2 * pieces(u - r * v).sum()  # noqa: E731
+    ratio = u.mean() / v.mean()
+    return ratio, brentq(over, ratio - 5, ratio), brentq(over, ratio, ratio + 5)
+
+
+def test_fiellers_interval_is_where_the_difference_is_just_within_chance():
+    hard = RANDOM.uniform(size=500)
+    three = [right(share, of=hard) for share in (0.6, 0.4, 0.7)]
+    np.testing.assert_allclose(gain_ratio(*three), rederived(*three), rtol=1e-9)
+
+
+def test_the_interval_holds_the_true_ratio_in_nineteen_cases_of_twenty():
+    held = []
+    for hard in RANDOM.uniform(size=(300, 300)):
+        first, base, leader = (right(share, n=300, of=hard) for share in (0.55, 0.4, 0.7))
+        _, low, high = gain_ratio(first, base, leader)
+        held.append(low <= 0.5 <= high)
+    assert np.mean(held) > 0.93
+
+
+def shares_of(*recipes, seeds=4, of=None, **claim):
+    """A claim, outcomes of recipes with about these shares, and what is measured of their gains."""
+    hard = RANDOM.uniform(size=500) if of is None else of
+    outcomes = {
+        (name, "clean"): dict(enumerate(right(share, seeds, of=hard))) for name, share in recipes
+    }
+    unseen = {("clean", 0): np.ones(500, bool), ("clean", 100): np.arange(500) >= 100}
+    whole = {"reach": 0.9, "of": "lead", "over": "base", "within": 2, "by": "clean", **claim}
+    return whole, outcomes, report.gain_shares(whole, outcomes, unseen)
+
+
+def summary_of(outcomes, **costs):
+    """The least that `judge` reads of a summary."""
+    estimate = lambda value: Estimate(value, None, 1)  # noqa: E731
+    return {
+        name: {
+            "clean": estimate(float(np.mean(list(images.values())))),
+            "cost_factor": estimate(costs.get(name, 1.0)),
+            "verdict": "believable",
+        }
+        for (name, _), images in outcomes.items()
+    }
+
+
+def test_a_share_of_a_gain_comes_with_its_interval():
+    claim, outcomes, gains = shares_of(
+        *(("base", 0.3), ("lead", 0.6), ("near", 0.61), ("half", 0.45), ("dear", 0.7)), seen=100
+    )
+    three = [np.stack([*outcomes[n, "clean"].values()])[:, 100:] for n in ("near", "base", "lead")]
+    assert gains.shares["near"] == (*gain_ratio(*three), 4) and gains.images == 400
+    assert {*gains.shares} == {"near", "half", "dear"}
+    summary = summary_of(outcomes, dear=3.0)
+    sentence = claims.judge(claim, summary, gains)
+    ratio, low, high, _ = gains.shares["near"]
+    assert f"at most 2x: near ({ratio:.0%}, {100 * low:.0f} to {100 * high:.0f}%, 1.00x). " in (
+        sentence
+    )
+    assert sentence.endswith("; images: 400.") and "The whole gain is +" in sentence
+    rows = report.share_rows(gains, summary)
+    assert [row["recipe"] for row in rows] == ["dear", "near", "half"]
+    assert rows[0]["cost"] == 3.0 and rows[0]["low"] < rows[0]["share"] < rows[0]["high"]
+
+
+def test_no_share_is_given_of_a_gain_that_may_be_chance():
+    hard = RANDOM.uniform(size=500)
+    claim, outcomes, gains = shares_of(("base", 0.4), ("lead", 0.4), ("a", 0.7), of=hard)
+    assert not gains.shares and report.share_rows(gains, {}) == []
+    sentence = claims.judge(claim, summary_of(outcomes), gains)
+    assert "lead's gain is not beyond chance, so no share is given. It is " in sentence
+    assert "70%" not in sentence and "a (" not in sentence
+
+
+def test_recipes_that_share_no_seed_have_no_share():
+    claim, outcomes, _ = shares_of(("base", 0.3), ("lead", 0.6), ("a", 0.6))
+    outcomes["a", "clean"] = {9: outcomes["a", "clean"][0]}
+    everything = {("clean", 0): np.ones(500, bool)}
+    assert not report.gain_shares(claim, outcomes, everything).shares
+    outcomes["base", "clean"] = {7: outcomes["base", "clean"][0]}
+    gains = report.gain_shares(claim, outcomes, everything)
+    assert gains.whole is None
+    assert "share no seed" in claims.judge(claim, summary_of(outcomes), gains)
 
 
 def test_holm_is_its_published_example():

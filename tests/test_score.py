@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import tiny_recipes
 from tiny_recipes import ATTACKS, FROZEN, context, go
 
 from robust_ssl import evaluation, experiment, models, report, settings, threats, weights
-from robust_ssl.evaluation import PerImage
+from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment import examine, groups, pages, score
 from robust_ssl.stopping import Stopped
 
@@ -342,23 +343,41 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     assert figure.robust_correct.tolist() == [False, False]
 
 
-def test_a_universal_figure_meets_per_image_attacks_on_their_images():
-    """On 200 of 300 images, as here, a comparison of all with some could not be made."""
-    rows = np.arange(0, 300, 3)[:50]
-    right, broken = np.ones(300, bool), np.zeros(50, bool)
-    whole = PerImage(right, right, ~right)
-    part = PerImage(right[rows], broken, right[rows])
-    public = groups.Group("m", "public", "universal", "Linf", 0.1)
-    member = groups.Member("u", None, None, gradient_evaluations=1)
-    at = groups.Scored(public, (member,), {"u": whole, "worst": whole})
-    alike = groups.Group("m", "hardened", "per_image", "Linf", 0.1)
-    per_image = groups.Scored(alike, (), {"worst": part}, rows)
-    assert examine._against_per_image(at, member, per_image).status == "passed"
-    left = examine._independent(at, per_image)
-    assert left.sum() == 250 and not left[rows].any()
-    weaker = groups.Scored(alike, (), {"worst": PerImage(right[rows], right[rows], broken)}, rows)
-    at = groups.Scored(public, (member,), {"u": PerImage(right, ~right, right)})
-    assert examine._against_per_image(at, member, weaker).status == "failed"
+PATCH_OF_TENTH = threats.Patch(0.1)
+
+
+def scored(group, rows=None, threat=None):
+    """A group that leaves right what its clean accuracy leaves, but for every third image."""
+    count = 64 if rows is None else len(rows)
+    right = np.arange(count) % 3 > 0
+    result = PerImage(np.ones(count, bool), right, ~right)
+    value = types.SimpleNamespace(threat=threat or threats.Linf(group.epsilon), delta=None)
+    member = groups.Member("one", 0, value, 1.0, 10)
+    return groups.Scored(group, (member,), {member.label: result, "worst": result}, rows)
+
+
+def test_a_sample_of_images_is_compared_with_the_same_images(tmp_path, monkeypatch):
+    """Attacks on single images may have seen a part of those that one perturbation was tried on."""
+    for name in ("_against_baselines", "_on_new_images"):
+        check = checks.not_run("beats_noise", "It is not asked.")[0]
+        monkeypatch.setattr(examine, name, lambda *args, check=check: check)
+    run, rows = context(config(), tmp_path), np.arange(0, 64, 4)
+    some = [
+        scored(groups.Group("one", "public", "universal", "Linf", 10 / 255)),
+        scored(groups.Group("one", "hardened", "per_image", "Linf", 10 / 255), rows),
+        scored(
+            groups.Group("one", "hardened", "per_image", "Patch", 0.1), rows, threats.Patch(0.1)
+        ),
+    ]
+    scorer = types.SimpleNamespace(context=run)
+    verdict = examine._universal(scorer, "one", classifier(), some)
+    by_name = {check.name: check for check in verdict.checks}
+    assert by_name["per_image_not_weaker"].status == "passed"
+    # A patch of one image has no place but its own: nothing to compare.
+    assert by_name["patch_places_agree"].status == "not run"
+    kept = np.arange(64) % 3 > 0
+    np.testing.assert_array_equal(some[1].among(kept), kept[rows])
+    np.testing.assert_array_equal(some[0].among(kept), kept)
 
 
 def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
@@ -384,6 +403,44 @@ def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
     assert not any(", clean" in name for name in groups.outcomes([part]))
     # A text without a limit is what it was before there were limits.
     assert "images" not in context(config(), tmp_path).plan.text["scoring"]["per_image"]
+
+
+PATCH = {"epsilon": 0.05, "threat": "robust_ssl.threats:Patch"}
+
+
+def test_an_attack_may_have_budgets_of_its_own(tmp_path):
+    changed = config()
+    own = {"function": f"{ATTACKS}PGD", "num_steps": 2, "budgets": (PATCH, 8 / 255)}
+    changed.scoring.per_image = {
+        "attacks": {"pgd": changed.scoring.per_image.attacks.pgd, "patch": own},
+        "budgets": (8 / 255, L2),
+    }
+    run = context(changed, tmp_path)
+    per_image = run.plan.scoring.per_image
+    kinds = [(type(b.threat).__name__, sorted(per_image.at(b))) for b in per_image.scored]
+    assert kinds == [("Linf", ["patch", "pgd"]), ("L2", ["pgd"]), ("Patch", ["patch"])]
+    patch = per_image.scored[-1]
+    built = score.build_per_image(run, patch)
+    assert [*built] == ["patch"] and built["patch"].threat == threats.Patch(0.05)
+    # Scored for a model, the patch replaces a square of some images alone.
+    [member] = groups.per_image_members(run, built, "hardened")
+    group = groups.Group("one", "hardened", "per_image", "Patch", 0.05)
+    with run.open("score", {}, {}) as stage:
+        rows = groups.sample(run, 16)
+        scored = groups.Scorer(run, stage, 16).score(group, classifier(), [member], rows)
+    assert scored.worst.counts.n == 16
+    assert scored.worst.counts.robust_accuracy <= scored.worst.counts.clean_accuracy
+
+
+def test_budgets_that_nothing_is_scored_under_are_none(tmp_path):
+    changed = config()
+    own = {"function": f"{ATTACKS}PGD", "num_steps": 2, "budgets": (PATCH,)}
+    changed.scoring.per_image = {"attacks": {"patch": own}}
+    [budget] = context(changed, tmp_path).plan.scoring.per_image.scored
+    assert budget.threat == threats.Patch(0.05)
+    changed.scoring.per_image = {"attacks": {"patch": {**own, "budgets": 0.1}}}
+    with pytest.raises(experiment.UsageError, match=r"patch\.budgets must be a list"):
+        context(changed, tmp_path)
 
 
 def test_what_is_alike_is_traced_once(tmp_path, monkeypatch):

@@ -29,6 +29,8 @@ class FitBatch:
       part: This device's images, float ``[batch / devices, H, W, 3]``; a step reads `images`.
       part_clean: The model's outputs for them; a step reads `clean`.
       axis_name: The device axis, or None.
+      part_labels: This device's labels, int32 ``[batch / devices]``, for objectives that need them;
+        None for every downstream-agnostic attack.
 
     Example:
       >>> from robust_ssl import models, objectives, threats
@@ -46,11 +48,14 @@ class FitBatch:
     part: jax.Array
     part_clean: Outputs
     axis_name: str | None = struct.field(pytree_node=False, default=None)
+    part_labels: jax.Array | None = None
 
     @classmethod
-    def on(cls, model: Model, threat: Threat, images: jax.Array) -> FitBatch:
+    def on(
+        cls, model: Model, threat: Threat, images: jax.Array, labels: jax.Array | None = None
+    ) -> FitBatch:
         """Returns the batch of these images, all of which this device holds."""
-        return cls(model, threat, images, model(images))
+        return cls(model, threat, images, model(images), part_labels=labels)
 
     @property
     def images(self) -> jax.Array:
@@ -106,10 +111,13 @@ class FitBatch:
         return self.threat.steepest(gradient)
 
     def with_images(self, make: Callable[[jax.Array], jax.Array]) -> FitBatch:
-        """Returns a batch of as many other images, which ``make(places) -> [n, H, W, 3]`` makes."""
+        """Returns a batch of as many other images, which ``make(places) -> [n, H, W, 3]`` makes.
+
+        They are nobody's, so they have no labels.
+        """
         first = 0 if self.axis_name is None else len(self.part) * lax.axis_index(self.axis_name)
         images = make(first + jnp.arange(len(self.part)))
-        return self.replace(part=images, part_clean=self.model(images))
+        return self.replace(part=images, part_clean=self.model(images), part_labels=None)
 
     def only(self, images: jax.Array) -> FitBatch:
         """Returns the batch of these images alone; every device computes all of it."""
@@ -143,6 +151,7 @@ class FitBatch:
             adversarial=self.model(adversarial),
             clean_images=self.part,
             adversarial_images=adversarial,
+            labels=self.part_labels,
         )
         return objective(gather(inputs, self.axis_name))
 

@@ -197,7 +197,8 @@ def fit(
       attack: How to fit.
       model: What is attacked; it is not changed.
       batches: Mappings with ``"images"``, float ``[batch, H, W, 3]`` in [0, 1] (surrogate images:
-        the attacker does not have the downstream ones), the batch a multiple of the devices.
+        the attacker does not have the downstream ones), the batch a multiple of the devices.  Who
+        does have them gives ``"labels"`` too, int32 ``[batch]``, for an objective that needs them.
       keys: One random key per member, ``[members]``; see `members`.
       epsilons: One budget per member, float ``[members]``: pixel units, or what `threat` takes.
       image_shape: (height, width, 3).
@@ -241,7 +242,8 @@ def fit(
                 f"batch {number}: expected images [batch, *{tuple(image_shape)}], got shape "
                 f"{tuple(images.shape)}; resize the data or change image_shape"
             )
-        states, values = step((constants, states), parallel.put({"images": images}))
+        given = {name: batch[name] for name in ("images", "labels") if name in batch}
+        states, values = step((constants, states), parallel.put(given))
         curve.append(values)
         if on_step is not None:
             on_step(number, values)
@@ -303,7 +305,8 @@ def _fit_step(parallel: Parallel) -> Callable:
 
         def one(member, budget, key):
             threat = at_step(budget, key, number)
-            seen = FitBatch(model, threat, batch["images"], clean, parallel.axis_name)
+            labels = batch.get("labels")
+            seen = FitBatch(model, threat, batch["images"], clean, parallel.axis_name, labels)
             return attack.step(member, threat, seen)
 
         states, values = jax.vmap(one)(states, budgets, keys)

@@ -163,7 +163,7 @@ def _right(
         "public": outcomes[outcome_name(Group(name, "public", *suite))],
         "adaptive": outcomes[outcome_name(Group(name, "hardened", *suite))],
     }
-    for budget in context.plan.scoring.per_image.budgets[:1]:
+    for budget in context.plan.scoring.per_image.scored[:1]:
         kind = threat_name(budget.threat)
         group = Group(name, "hardened", "per_image", kind, budget.epsilon)
         right["per_image"] = outcomes[outcome_name(group)]

@@ -11,10 +11,12 @@ from robust_ssl import report
 from robust_ssl.build import text_of
 from robust_ssl.data.order import permutation
 from robust_ssl.experiment import costs, train
+from robust_ssl.experiment.attackers import MORE
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.groups import Group, outcome_name, sample, threat_name
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.score import read_outcomes, score
+from robust_ssl.report import comparison
 from robust_ssl.workdir import StageDirectory, json_ready
 
 Right = Mapping[str, np.ndarray]  # which test images were right, by share
@@ -79,7 +81,7 @@ def _row(
         "seed": seed,
         **{share: float(np.mean(each)) for share, each in right.items()},
         "autoattack": None if auto is None else float(np.mean(auto)),
-        **({} if "robust_twin" in right else {"robust_twin": None}),
+        **{share: None for share in comparison.LATER if share not in right},
         "images": len(right["clean"]),
         "autoattack_images": None if auto is None else len(auto),
         "verdict": verdict,
@@ -97,8 +99,9 @@ def outcomes_of(
 
     Returns:
       ``"clean"``; ``"robust_public"`` and ``"robust_hardened"`` in the worst case over each suite;
-      ``"robust_worst"`` over both; ``"robust_twin"`` under what was crafted on another seed's
-      encoder and ``"autoattack"`` at its first budget, if they were asked for.
+      ``"robust_worst"`` over both; if they were asked for, ``"robust_twin"`` under what was crafted
+      on another seed's encoder, ``"robust_half"`` on one of half of the images,
+      ``"robust_labelled"`` with head and labels, and ``"autoattack"`` at its first budget.
     """
     outcomes = read_outcomes(scored)
     suite = ("universal", "Linf", context.plan.suite.epsilon)
@@ -117,9 +120,12 @@ def outcomes_of(
             # Who sees the model can use both suites, and the second is not always the stronger.
             "robust_worst": public & hardened,
         }
-        twin = outcome_name(Group(model, "twin", *suite))
-        if twin in outcomes:
-            shares["robust_twin"] = outcomes[twin]
+        for against in MORE:
+            labelled = context.plan.scoring.labelled
+            epsilon = labelled.epsilon if against == "labelled" and labelled else suite[-1]
+            name = outcome_name(Group(model, against, *suite[:-1], epsilon))
+            if name in outcomes:
+                shares[f"robust_{against}"] = outcomes[name]
         for budget in auto:
             kind = threat_name(budget.threat)
             group = Group(model, "hardened", "autoattack", kind, budget.epsilon)
@@ -181,17 +187,21 @@ def _judged(
     for (recipe, seed), shares in right.items():
         for share, images in shares.items():
             by_seed.setdefault((recipe.name, share), {})[seed] = images
-    asked = {(claim["by"], claim.get("seen", 0)) for claim in announced}
+    asked = {(claim.get("by", "robust_worst"), claim.get("seen", 0)) for claim in claims}
     unseen = {one: _unseen(context, *one) for one in asked}
-    places = report.claims.PLACES
-    tested = iter(report.announced.sentences(announced, by_seed, unseen, places))
-    return [
-        {
-            "claim": text_of(claim),
-            "sentence": next(tested) if "more" in claim else report.claims.judge(claim, summary),
-        }
-        for claim in claims
-    ]
+    tested = iter(report.announced.sentences(announced, by_seed, unseen, report.claims.PLACES))
+    judged = []
+    for claim in claims:
+        entry: dict[str, Any] = {"claim": text_of(claim)}
+        if "more" in claim:
+            entry["sentence"] = next(tested)
+        else:
+            gains = report.gain_shares(claim, by_seed, unseen) if "reach" in claim else None
+            entry["sentence"] = report.claims.judge(claim, summary, gains)
+            if gains is not None:
+                entry["shares"] = report.share_rows(gains, summary)
+        judged.append(entry)
+    return judged
 
 
 def _unseen(context: Context, share: str, seen: int) -> np.ndarray:
@@ -214,9 +224,10 @@ def _what_happened(trained: train.Trained) -> list[str]:
             )
         epoch = results.get("catastrophic_overfitting")
         if epoch is not None:
+            kept = results["best_epoch"]
+            late = ", so its figures are those of a model that has overfitted" * (kept >= epoch)
             sentences.append(
                 f"{model} overfitted catastrophically at epoch {epoch}: it withstood the one step "
-                f"of its own attack and no longer PGD. The weights of epoch "
-                f"{results['best_epoch']} were kept."
+                f"of its own attack and no longer PGD. The weights of epoch {kept} were kept{late}."
             )
     return sentences

@@ -40,12 +40,14 @@ class Context:
       workdir: Each stage has a directory in it.
       parallel: The devices.
       progress: Shows how far a stage is.
+      half: Whether only half of the downstream images are there: an attacker's; see `halved`.
     """
 
     plan: Plan
     workdir: pathlib.Path
     parallel: Parallel
     progress: Progress
+    half: bool = False
     _values: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def open(
@@ -136,7 +138,19 @@ class Context:
         whole = self.load_sized(self.plan.downstream, "train")
         data.check_image_size(whole, self.encoder.image_size)
         data.check_trained(whole)
-        return data.carve(whole, self.plan.downstream.validation, seed=self.plan.seed)
+        seed = self.plan.seed
+        train, validation = data.carve(whole, self.plan.downstream.validation, seed=seed)
+        if self.half:  # every class keeps an image to train on
+            train, _ = data.carve(train, 0.5, seed=seed)
+            validation = validation.subset((len(validation) + 1) // 2, seed=seed)
+        return train, validation
+
+    def halved(self) -> Context:
+        """Returns the run of an attacker who has half of the downstream images.
+
+        What he makes lies in a directory of its own, ``half/``.
+        """
+        return dataclasses.replace(self, workdir=self.workdir / "half", half=True)
 
     @functools.cached_property
     def test(self):

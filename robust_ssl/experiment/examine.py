@@ -243,9 +243,8 @@ def _figure(groups: Sequence[Scored], size: int) -> tuple[np.ndarray, PerImage]:
 
     def of_rows(s: Scored) -> PerImage:
         places = rows if s.rows is None else np.searchsorted(s.rows, rows)
-        worst = s.worst
-        fields = (worst.clean_correct, worst.robust_correct, worst.flipped)
-        return PerImage(*(field[places] for field in fields), worst.seconds)
+        fields = (s.worst.clean_correct, s.worst.robust_correct, s.worst.flipped)
+        return PerImage(*(field[places] for field in fields), s.worst.seconds)
 
     return rows, evaluation.worst_case(of_rows(s) for s in groups)
 
@@ -255,7 +254,7 @@ def _universal(
 ) -> checks.Verdict:
     """Runs the universal checks, on the strongest fitted perturbation of the public encoder."""
     groups = [s for s in scored if s.group.family == "universal" and s.group.threat == "Linf"]
-    public = [s for s in groups if not _sees_model(s) and _fitted(s)]
+    public = [s for s in groups if s.group.crafted_against == "public" and _fitted(s)]
     if not public:
         reason = "No universal perturbation was fitted under Linf."
         return checks.Verdict((*checks.not_run(_OF_FITTED, reason), _over_places(scored)))
@@ -277,7 +276,9 @@ def _universal(
     )
     independent = _independent(at, per_image) if fitted_here else again
     if independent is not None:
-        compared = checks.settle(compared, worst.clean_correct, worst.robust_correct & independent)
+        among = per_image.among if fitted_here else np.asarray  # of a part of the split, maybe
+        right = among(worst.robust_correct) & independent
+        compared = checks.settle(compared, among(worst.clean_correct), right)
     return checks.Verdict((*compared, _over_places(scored)))
 
 
@@ -310,18 +311,14 @@ def _independent(at: Scored, per_image: Scored | None) -> np.ndarray | None:
     """
     if per_image is None or _budget(per_image) != _budget(at):
         return None
-    left = np.ones_like(at.worst.robust_correct)  # images that it did not see are not broken by it
-    left[slice(None) if per_image.rows is None else per_image.rows] = per_image.worst.robust_correct
-    return left
+    return per_image.worst.robust_correct
 
 
 def _against_per_image(at: Scored, strongest: Member, per_image: Scored | None) -> checks.Check:
     name = "per_image_not_weaker"
     if per_image is None:
         return checks.not_run(name, "No per-image attack of that budget was scored.")[0]
-    correct = at.results[strongest.label].robust_correct
-    if per_image.rows is not None:  # it was scored on some images only
-        correct = correct[per_image.rows]
+    correct = per_image.among(at.results[strongest.label].robust_correct)
     check = checks.per_image_not_weaker(correct, per_image.worst.robust_correct)
     # With a smaller budget a stronger attack still proves the point, a weaker one proves nothing.
     if check.status != "passed" and per_image.group.epsilon < at.group.epsilon:
@@ -361,15 +358,12 @@ def _flipped(scorer: Scorer, model: Classifier, strongest: Member, examples) -> 
     """Returns whose predictions a perturbation changes among some of the examples, bool ``[n]``."""
     context, size = scorer.context, scorer.batch_size
     count = min(FITTED_IMAGES, len(examples))
-    places = np.random.default_rng([context.plan.seed, _FITTED_SEED]).permutation(len(examples))[
-        :count
-    ]
+    order = np.random.default_rng([context.plan.seed, _FITTED_SEED]).permutation(len(examples))
+    places = order[:count]
     # Only whether an answer changes is looked at, so any label does.
     images, labels = examples.read(np.sort(places))["images"], np.zeros(count, np.int32)
-    batches = []
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
-        batches.append({"images": images[rows], "labels": labels[rows]})
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    batches = [{"images": images[rows], "labels": labels[rows]} for rows in parts]
     results = evaluation.score(
         model,
         batches,
@@ -393,7 +387,9 @@ def _over_places(scored: Sequence[Scored]) -> checks.Check:
     """Compares a patch at fixed places with one at random places, where a patch was scored."""
     places: dict[str, list[PerImage]] = {}
     for s in scored:
-        for member in s.members:
+        # A patch of one image has one place, and who knows labels takes more at any place.
+        alike = s.group.family == "universal" and s.group.crafted_against != "labelled"
+        for member in s.members if alike else ():
             if isinstance(threat := getattr(member.value, "threat", None), threats.Patch):
                 places.setdefault(threat.location, []).append(s.results[member.label])
     if not places:

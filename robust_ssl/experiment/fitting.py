@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, provenance, struct, weights
 from robust_ssl.build import text_of
-from robust_ssl.experiment import features
+from robust_ssl.experiment import alarm, features
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
@@ -187,11 +187,12 @@ def fit(
             epochs=recipe.epochs,
             parallel=context.parallel,
             progress=context.progress,
-            **_selection(context, stage, recipe, classifier, attack, validation),
+            **_selection(context, stage, recipe, classifier, attack, validation, epoch),
         )
         variables = classifier_variables((best or state).variables)
         variables, more = afterwards(variables) if afterwards else (variables, {})
-        overfitting = {"catastrophic_overfitting": overfitted(stage.metrics(), len(validation))}
+        overfitted = alarm.overfitted(stage.metrics(), len(alarm.looked_at(recipe, validation)))
+        overfitting = {"catastrophic_overfitting": overfitted}
         summary = _summary(state, best, epoch, recipe, attack, step.passes)
         results = {**(extra or {}), **summary, **overfitting, **more}
         save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
@@ -206,20 +207,28 @@ def _selection(
     classifier: Classifier,
     attack: Any,
     validation: Any,
+    steps_per_epoch: int,
 ) -> dict[str, Any]:
-    """How `train` finds the best epoch; nothing where the last one is taken."""
-    best = recipe.best or ("clean" if attack is None else "robust")
+    """How `train` finds the best epoch; where the last one is taken, what rings of one step."""
+    best, first = recipe.best or ("clean" if attack is None else "robust"), 0
     if best == "last":
-        return {}
+        if not alarm.takes_one_step(attack):
+            return {}
+        first = clean_epochs(recipe, steps_per_epoch, recipe.epochs)
     template = features.on_features(classifier) if recipe.cache_features else classifier
+    images = alarm.looked_at(recipe, validation)
 
-    def at_epoch_end(_, variables: Variables) -> dict[str, float]:
-        scores = validate(context, template, attack, variables, validation)
+    def at_epoch_end(epoch: int, variables: Variables) -> dict[str, float]:
+        if epoch <= first:  # nothing has been attacked yet
+            return {}
+        scores = validate(context, template, attack, variables, images)
         if "validation_one_step_accuracy" in scores:
-            images = len(context.downstream[1])
-            overfitted([*stage.metrics(), scores], images, stage.path.name)
+            line = {**scores, "epoch": epoch}
+            alarm.overfitted([*stage.metrics(), line], len(images), stage.path.name)
         return scores
 
+    if best == "last":
+        return {"at_epoch_end": at_epoch_end}
     return {
         "at_epoch_end": at_epoch_end,
         "score": f"validation_{best}_accuracy",
@@ -317,7 +326,7 @@ def validate(
         strongest = {f"member{i}": m for i, m in enumerate(attack.members(deltas))}
     elif attack is not None:
         strongest = {"validation": context.plan.training.validation.build(context.encoder)}
-        one_step = {"one step": attack} if _takes_one_step(attack) else {}
+        one_step = {"one step": attack} if alarm.takes_one_step(attack) else {}
     examples = context.downstream[1] if examples is None else examples
     results = evaluation.score(
         template.with_variables(classifier_variables(variables)),
@@ -333,33 +342,6 @@ def validate(
     for name in one_step:
         metrics["validation_one_step_accuracy"] = results[name].counts.robust_accuracy
     return metrics
-
-
-def _takes_one_step(attack: Any) -> bool:
-    """Whether it is an attack on single images with one gradient: these overfit to themselves."""
-    gradients = getattr(attack, "gradient_evaluations", 0)
-    return gradients == 1 and not isinstance(attack, finetuning.Adversary)
-
-
-def overfitted(
-    lines: Iterable[Mapping[str, float]], images: int, name: str | None = None
-) -> int | None:
-    """Returns the epoch of catastrophic overfitting; None where there is none.
-
-    Args:
-      lines: Of ``metrics.jsonl``, in order.
-      images: How many validation images there are.
-      name: Of the stage, to warn of it at the epoch where it happens.
-    """
-    history = [
-        (line["validation_one_step_accuracy"], line["validation_robust_accuracy"])
-        for line in lines
-        if "validation_one_step_accuracy" in line
-    ]
-    epoch = finetuning.overfitting_epoch(history, images=images) if history else None
-    if name and epoch == len(history) > 0:
-        _log.warning("%s: %s", name, finetuning.overfitting_warning(history, epoch))
-    return epoch
 
 
 def save_classifier(

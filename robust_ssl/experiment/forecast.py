@@ -14,6 +14,7 @@ from robust_ssl import data, finetuning, optimizers
 from robust_ssl.experiment import fitting, trace, train
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.scoring_section import Scoring
 
 
 class Forecast(NamedTuple):
@@ -149,14 +150,24 @@ def image_gradients(context: Context) -> float:
         each = sum(fit.gradients * fit.members for fit in fitted)
         at_main = sum(fit.gradients * len(planned.suite.seeds) for fit in fitted)
         moved = [r for r in scored if planned.scoring.adaptive and not _is_frozen(r)]
-        total += each + at_main * len(moved) * len(planned.training.seeds)
+        seeds = len(planned.training.seeds)
+        total += each + at_main * len(moved) * (seeds + planned.scoring.half_twin)
     if stages & {"train", "score", "compare"}:
         seeds = len(planned.training.seeds)
+        # What an attacker makes of half of the images costs half of a training.
+        seeds += 0.5 * (planned.scoring.half_twin and bool(stages & {"score", "compare"}))
         total += seeds * sum(_of_training(context, recipe) for recipe in planned.in_order())
     if scored or (planned.classifiers and "score" in stages):
         models = len(scored) * len(planned.training.seeds) + len(planned.classifiers)
-        total += models * _of_scoring(context)
+        total += models * (_of_scoring(context) + _with_labels(planned.scoring))
     return total
+
+
+def _with_labels(scoring: Scoring) -> int:
+    """The gradients of the attacks that know a model's head and labels."""
+    if scoring.labelled is None:
+        return 0
+    return len(scoring.labelled.seeds) * sum(a.gradients for a in scoring.labelled.attacks.values())
 
 
 def _is_frozen(recipe: Recipe) -> bool:
@@ -190,13 +201,15 @@ def _of_scoring(context: Context) -> float:
     scoring, images = context.plan.scoring, len(context.test)
     each = [
         getattr(attack, "gradient_evaluations", 0)
-        for entry in scoring.per_image.attacks.values()
-        for attack in [entry.build(budget.threat, None) for budget in scoring.per_image.budgets]
+        for budget in scoring.per_image.scored
+        for entry in scoring.per_image.at(budget).values()
         if entry.target is None
+        for attack in [entry.build(budget.threat, None)]
     ]
-    per_image = images * sum(each) * len(scoring.seeds)
+    per_image = min(images, scoring.per_image.images or images) * sum(each) * len(scoring.seeds)
     # Some 100 steps of two APGDs and 5,000 queries, for those few that withstand the first one.
-    ensemble = len(scoring.autoattack.budgets) * min(images, scoring.autoattack.images) * 700.0
+    some = min(images, scoring.autoattack.images or images)
+    ensemble = len(scoring.autoattack.budgets) * some * 700.0
     perturbations = len(context.plan.suite.attacks) if context.plan.suite else 0
     examined = _EXAMINATION * per_image if scoring.checks else 0.0
     return per_image + ensemble + images * (perturbations + 2) / 3 + examined

@@ -34,8 +34,9 @@ class Group(NamedTuple):
 
     Attributes:
       model: The classifier's name.
-      crafted_against: Whose weights the attacker saw: ``"public"``, ``"hardened"``, the model's
-        own, or ``"twin"``, those of the same recipe with another seed.
+      crafted_against: Whose weights the attacker saw: ``"public"``; ``"hardened"``, the model's
+        own; ``"twin"``, those of the same recipe with another seed; ``"half"``, the same of half of
+        the images; ``"labelled"``, the model's own with its head and labelled training images.
       family: ``"universal"``, ``"per_image"`` or ``"autoattack"``.
       threat: What bounds the change, for example ``"Linf"``; see `threat_name`.
       epsilon: The budget (pixel units; for a patch the share of the image's area).
@@ -165,6 +166,10 @@ class Scored(NamedTuple):
     def worst(self) -> PerImage:
         """The worst case per image over the members."""
         return self.results[evaluation.WORST]
+
+    def among(self, right: np.ndarray) -> np.ndarray:
+        """Returns outcomes of the whole split for the images that this was scored on."""
+        return right if self.rows is None else right[self.rows]
 
     def entries(self, verdict: str) -> list[dict[str, Any]]:
         """Returns the group's part of ``results.json``: each member, then the worst case.

@@ -27,13 +27,13 @@ from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.grid import check_values, points
 from robust_ssl.experiment.linking import check_against, entries_of, in_order, link, read_common
 from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.scoring_section import Scoring
 from robust_ssl.experiment.screening import Screening, check_models
 from robust_ssl.experiment.sections import (
     Analyze,
     Compare,
     Pretrain,
     SavedClassifier,
-    Scoring,
     Sweep,
     Training,
 )
@@ -207,6 +207,9 @@ def _check(planned: Plan) -> None:
         )
     _check_names(planned)
     _check_names_in_sections(planned)
+    if {"score", "compare", "audit"} & {*planned.stages}:
+        scored = [recipe.name for recipe in planned.scored]
+        planned.scoring.check(planned.stages, planned.training.seeds, scored)
     if {"compare", "audit", "sweep"} & {*planned.stages}:
         _check_compare(planned)
     if planned.pretrain is not None:
@@ -304,12 +307,13 @@ def _check_sections(planned: Plan, encoder: Encoder) -> None:
             with inside(f"config.{name}.resizing"):
                 source.resizing.size(source.image_size or encoder.image_size)
     shape = (encoder.image_size, encoder.image_size, 3)
-    if planned.suite is not None:
-        for name, attack in planned.suite.attacks.items():
-            with inside(f"config.suite.attacks.{name}"):
+    suites = {"config.suite": planned.suite, "config.scoring.labelled": planned.scoring.labelled}
+    for place, suite in suites.items():
+        for name, attack in suite.attacks.items() if suite else ():
+            with inside(f"{place}.attacks.{name}"):
                 for budget in attack.budgets:
                     threats.check(attack.make_threat(budget), shape)
-    budgets = [*planned.scoring.per_image.budgets, *planned.scoring.autoattack.budgets]
+    budgets = [*planned.scoring.per_image.scored, *planned.scoring.autoattack.budgets]
     with inside("config.scoring"):
         for budget in budgets:
             threats.check(budget.threat, shape)
@@ -333,11 +337,6 @@ def _check_compare(planned: Plan) -> None:
                 f"costs are compared at one batch size, but {reference.name} has "
                 f"{reference.batch_size} and {recipe.name} {recipe.batch_size}"
             )
-    if planned.scoring.twin and len(planned.training.seeds) < 2:
-        raise ValueError(
-            "config.scoring.twin needs another seed of each recipe: give config.training.seeds two "
-            "or more"
-        )
     if {"compare", "audit"} & {*planned.stages} and not planned.scoring.adaptive:
         raise ValueError(
             "config.scoring.adaptive must be true: the comparison has the suite crafted again on "

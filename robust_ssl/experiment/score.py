@@ -18,7 +18,8 @@ from robust_ssl.attacks import autoattack
 from robust_ssl.build import inside
 from robust_ssl.evaluation import PerImage
 from robust_ssl.experiment import train
-from robust_ssl.experiment.attack import Fitted, attack, load_perturbations
+from robust_ssl.experiment.attack import Fitted, attack, check_with_labels, load_perturbations
+from robust_ssl.experiment.attackers import MORE, check_half, fits
 from robust_ssl.experiment.class_order import in_order_of_test
 from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.examine import examine
@@ -41,6 +42,12 @@ from robust_ssl.workdir import StageDirectory, WorkdirError, digest, load_arrays
 from robust_ssl.xla import release_programs
 
 OUTCOMES = "outcomes.npz"
+AGAIN = {  # how a group is announced
+    "hardened": ", crafted again on it",
+    "twin": ", crafted on its twin",
+    "half": ", crafted on its twin of half of the images",
+    "labelled": ", fitted with its head and labels",
+}
 _ENSEMBLES = {name: getattr(autoattack, name) for name in ("standard", "apgd", "rand")}
 
 
@@ -96,13 +103,13 @@ def _check_fits(context: Context, classifier: Classifier) -> None:
 
 
 def build_per_image(context: Context, budget: Budget) -> dict[str, Any]:
-    """Returns the per-image attacks at a budget; a target's place becomes its surrogate image.
+    """Returns the attacks of a budget; a target's place becomes its surrogate image.
 
     Raises:
       ValueError: If an option is not possible.
     """
     built = {}
-    for name, entry in context.plan.scoring.per_image.attacks.items():
+    for name, entry in context.plan.scoring.per_image.at(budget).items():
         with inside(f"config.scoring.per_image.attacks.{name}"):
             target = None
             if entry.target is not None:
@@ -131,10 +138,13 @@ def check(context: Context) -> None:
       ValueError: With what is wrong and what to do.
     """
     scoring = context.plan.scoring
+    check_with_labels(context)
+    if scoring.half_twin:
+        check_half(context)
     context.parallel.check_batch(scoring.batch_size)
     if scoring.autoattack.budgets:
         context.parallel.check_batch(scoring.autoattack.batch_size)
-    built = [build_per_image(context, budget) for budget in scoring.per_image.budgets]
+    built = [build_per_image(context, budget) for budget in scoring.per_image.scored]
     models = [train.untrained(context, recipe) for recipe in context.plan.scored]
     traced = set()  # one of each kind: most classifiers and the members of AutoAttack are alike
     for classifier in [*models, *saved_classifiers(context).values()]:
@@ -176,13 +186,15 @@ def score(context: Context) -> StageDirectory:
     if not models:
         raise FloatingPointError("nothing is left to score: every recipe failed")
     public = attack(context)
-    crafted = {name: crafted_again(context, name, model) for name, model in models.items()}
-    twins = train.twins_of(context, models)
-    twins = {name: twin for name, twin in twins.items() if crafted[twin].path != public.path}
+    made = fits(context, models, public)
     inputs = {
         **{f"classifier/{name}": identity(model) for name, model in models.items()},
-        **{f"attack/{name}": stage.fingerprint for name, stage in crafted.items() if stage},
-        **{f"twin/{name}": crafted[twin].fingerprint for name, twin in twins.items()},
+        **{f"attack/{name}": stage.fingerprint for name, stage in made["hardened"].items()},
+        **{
+            f"{against}/{name}": stage.fingerprint
+            for against in MORE
+            for name, stage in made[against].items()
+        },
         "attack": public.fingerprint,
         "test": context.test.fingerprint(),
     }
@@ -193,13 +205,12 @@ def score(context: Context) -> StageDirectory:
             return stage
         results, verdicts, right = [], {}, {}
         # Where an encoder did not move, what was crafted again is the public stage.
-        stages = {made.path: made for made in (public, *crafted.values()) if made is not None}
-        fitted = {path: load_perturbations(context, made) for path, made in stages.items()}
+        stages = {one.path: one for by_model in made.values() for one in by_model.values()}
+        fitted = {path: load_perturbations(context, one) for path, one in stages.items()}
         jobs = {}
         for name, model in models.items():
-            again = [] if crafted[name] is None else fitted[crafted[name].path]
-            twin = fitted[crafted[twins[name]].path] if name in twins else []
-            jobs[name] = _jobs(context, name, model, fitted[public.path], again, twin)
+            of_model = {a: fitted[by[name].path] for a, by in made.items() if name in by}
+            jobs[name] = _jobs(context, name, model, of_model)
         total = sum(job.parts for some in jobs.values() for job in some)
         with context.progress.stage("score", total) as bar:
             done = itertools.count(1)
@@ -249,20 +260,9 @@ def origin_of(stage: StageDirectory, inputs: Mapping[str, str], model: str) -> s
     """Identifies what a model's scores are made from: other models may come to it and go."""
     shared = {n: v for n, v in stage.manifest["inputs"].items() if "/" not in n or n[:5] == "code/"}
     own = {name: inputs.get(f"{name}/{model}") for name in ("classifier", "attack")}
-    if f"twin/{model}" in inputs:
-        own["twin"] = inputs[f"twin/{model}"]
+    own |= {name: inputs[f"{name}/{model}"] for name in MORE if f"{name}/{model}" in inputs}
     manifest = stage.manifest
     return digest([manifest["config"], manifest["seed"], shared, own])[:16]
-
-
-def crafted_again(context: Context, name: str, model: Classifier) -> StageDirectory | None:
-    """Fits the suite on the classifier's own encoder; None where that is not asked."""
-    scoring = context.plan.scoring
-    if not scoring.adaptive:
-        return None
-    if identity(model.encoder) == identity(context.encoder):
-        return attack(context)
-    return attack(context, f"attack_{name}", model.encoder, curve=scoring.adaptive_curve)
 
 
 def _advance(bar: Any, done: Iterator[int], doing: str) -> None:
@@ -278,12 +278,7 @@ class _Job(NamedTuple):
 
 
 def _jobs(
-    context: Context,
-    name: str,
-    model: Classifier,
-    public: Sequence[Fitted],
-    crafted: Sequence[Fitted],
-    twin: Sequence[Fitted] = (),
+    context: Context, name: str, model: Classifier, fitted: Mapping[str, Sequence[Fitted]]
 ) -> list[_Job]:
     scoring, jobs = context.plan.scoring, []
     count = scoring.per_image.images
@@ -294,11 +289,11 @@ def _jobs(
         run = functools.partial(_score, group, model, members, rows)
         jobs.append(_Job(_words(group), parts, run))
 
-    for against, fitted in (("public", public), ("hardened", crafted), ("twin", twin)):
-        for (threat, epsilon), members in _universal(context, fitted, against).items():
+    for against, perturbations in fitted.items():
+        for (threat, epsilon), members in _universal(context, perturbations, against).items():
             add(Group(name, against, "universal", threat, epsilon), members)
     for against in ("public", "hardened"):
-        for budget in scoring.per_image.budgets:
+        for budget in scoring.per_image.scored:
             built = build_per_image(context, budget)
             members = per_image_members(context, built, against, scoring.seeds)
             if members:
@@ -322,11 +317,12 @@ def _score(
 
 
 def _words(group: Group) -> str:
-    family = {"universal": "the suite", "per_image": "per-image attacks"}.get(group.family)
-    again = {"hardened": ", crafted again on it", "twin": ", crafted on its twin"}
-    again = again.get(group.crafted_against, "")
     budget = report.budget(group.epsilon, group.threat)
-    return f"{family or 'AutoAttack'} at {budget}{again if family == 'the suite' else ''}"
+    if group.family != "universal":
+        family = {"per_image": "per-image attacks"}.get(group.family, "AutoAttack")
+        return f"{family} at {budget}"
+    family = "universal attacks" if group.crafted_against == "labelled" else "the suite"
+    return f"{family} at {budget}{AGAIN.get(group.crafted_against, '')}"
 
 
 def _universal(
@@ -334,6 +330,8 @@ def _universal(
 ) -> dict[tuple[str, float], list[Member]]:
     """A stage's perturbations by threat and budget, those that are worth scoring."""
     suite, adaptive_curve = context.plan.suite, context.plan.scoring.adaptive_curve
+    if against == "labelled":  # attacks of its own, at one budget
+        return by_budget(fitted)
     scored = []
     for one in fitted:
         member = suite.attacks[one.attack]

@@ -197,7 +197,7 @@ def _cases(context: Context, perturbations: list[Fitted]) -> list[Case]:
         threat = one.perturbation.threat
         facts = _facts("universal", one.seed, threat, one.epsilon)
         cases.append(Case(one.attack, one.perturbation, facts))
-    for budget in context.plan.scoring.per_image.budgets:
+    for budget in context.plan.scoring.per_image.scored:
         for name, value in build_per_image(context, budget).items():
             facts = _facts("per_image", None, budget.threat, budget.epsilon)
             cases.append(Case(name, value, facts))

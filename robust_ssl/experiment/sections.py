@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from robust_ssl import threats, weights
+from robust_ssl import weights
 from robust_ssl.build import (
     Count,
     Function,
@@ -22,12 +22,7 @@ from robust_ssl.build import (
 )
 from robust_ssl.evaluation.analysis.spectra import check_edges
 from robust_ssl.experiment.sources import Data
-from robust_ssl.experiment.suites import (
-    Budget,
-    InnerAttack,
-    PerImage,
-    check_seeds,
-)
+from robust_ssl.experiment.suites import InnerAttack, check_seeds
 from robust_ssl.recipes import pgd
 from robust_ssl.report.comparison import SHARES
 from robust_ssl.types import Classifier
@@ -57,59 +52,6 @@ class Training:
                 '{"function": "robust_ssl.attacks:PGD", "epsilon": 8 / 255, "num_steps": 10}: all '
                 "recipes' epochs are judged by it"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoAttack:
-    """The ensemble of Croce and Hein, each attack on what the ones before have left.
-
-    Attributes:
-      version: ``"standard"``, ``"apgd"`` (its first two), ``"rand"`` for randomized classifiers.
-      budgets: Under which it is scored, of `threats.Linf` or `threats.L2`; none leaves it out.
-      images: Of the test split, at random; None takes all.
-      batch_size: Images at a time.
-    """
-
-    version: Literal["standard", "apgd", "rand"] = "standard"
-    budgets: tuple[Budget, ...] = ()
-    images: Count | None = 1000
-    batch_size: Count = 100
-
-    def __post_init__(self):
-        for budget in self.budgets:
-            if not isinstance(budget.threat, threats.Linf | threats.L2):
-                raise ValueError(
-                    f"budgets: AutoAttack is for Linf and L2, got {type(budget.threat).__name__}"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class Scoring:
-    """How classifiers are scored.
-
-    Attributes:
-      seeds: Of per-image attacks.
-      batch_size: Test images at a time.
-      adaptive: Whether the suite is crafted again on each classifier's own encoder.
-      adaptive_curve: Whether at all budgets of its curve, and not at the main one alone.
-      checks: Whether the figures are examined.
-      per_image: Attacks on single images.
-      autoattack: The ensemble.
-      twin: Whether a recipe is attacked by what was crafted on its encoder of another seed, too:
-        by an attacker who knows how it was made, and has made one himself.
-    """
-
-    seeds: tuple[Natural, ...] = (0,)
-    batch_size: Count = 250
-    adaptive: bool = True
-    adaptive_curve: bool = False
-    checks: bool = True
-    per_image: PerImage = PerImage()  # noqa: RUF009 (frozen)
-    autoattack: AutoAttack = AutoAttack()
-    twin: bool = dataclasses.field(default=False, metadata={"later": True})
-
-    def __post_init__(self):
-        check_seeds(self.seeds, "seeds")
 
 
 @dataclasses.dataclass(frozen=True)

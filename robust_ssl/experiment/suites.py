@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -103,6 +104,12 @@ class Budget:
         with inside(place):
             threats.check(threat)
         return cls(epsilon, threat, value)
+
+    @property
+    def key(self) -> tuple[float, str]:
+        """Tells budgets apart: their number, and what the config said of the threat."""
+        entries = self.text if isinstance(self.text, Mapping) else {}
+        return self.epsilon, json.dumps(entries.get("threat"), sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,20 +312,24 @@ class PerImageAttack:
       function: Makes it of a threat, with its options.
       target: Place of the surrogate image that a targeted attack aims at; None for all others.
       text: What the config said.
+      budgets: Under which it is scored, where they are not those of all.
     """
 
     function: Function
     target: int | None
     text: Any
+    budgets: tuple[Budget, ...] | None = None
 
     @classmethod
     def read(cls, value: Any, where: str) -> PerImageAttack:
-        """Reads ``{"function": ..., **options}``; ``target`` is a place, see above."""
+        """Reads ``{"function": ..., **options}``; ``target`` and ``budgets``: see above."""
         if not isinstance(value, Mapping):
             return cls(Function.read(value, where), None, value)
-        options = {name: option for name, option in value.items() if name != "target"}
-        target = read(Natural, value["target"], f"{where}.target") if "target" in value else None
-        return cls(Function.read(options, where, ("target",)), target, value)
+        kinds = {"target": Natural, "budgets": tuple[Budget, ...]}  # not the attack's own
+        options = {name: option for name, option in value.items() if name not in kinds}
+        apart = {n: read(kinds[n], value[n], f"{where}.{n}") for n in kinds if n in value}
+        function = Function.read(options, where, (*kinds,))
+        return cls(function, apart.get("target"), value, apart.get("budgets"))
 
     def build(self, threat: Threat, target_image: jax.Array | None = None) -> Any:
         """Returns the attack under a threat."""
@@ -334,7 +345,8 @@ class PerImage:
 
     Attributes:
       attacks: By name; those that need no label are crafted on the public encoder too.
-      budgets: Under which each is scored; a number is an epsilon of `threats.Linf`.
+      budgets: Under which each is scored that has none of its own; a number is an epsilon of
+        `threats.Linf`.
       images: Of the test split, at random; None takes all.
     """
 
@@ -351,7 +363,25 @@ class PerImage:
     def __post_init__(self):
         check_names(self.attacks, "attacks")
         for name, attack in self.attacks.items():
-            for budget in self.budgets:
+            for budget in self._of(attack):
                 if attack.target is None:
                     with inside(f"attacks.{name}"):
                         attack.build(budget.threat)
+
+    def _of(self, attack: PerImageAttack) -> tuple[Budget, ...]:
+        return self.budgets if attack.budgets is None else attack.budgets
+
+    @property
+    def scored(self) -> tuple[Budget, ...]:
+        """The budgets under which something is scored, each once."""
+        asked = [budget for attack in self.attacks.values() for budget in self._of(attack)]
+        once = {budget.key: budget for budget in (*self.budgets, *asked)}
+        return tuple(budget for budget in once.values() if self.at(budget))
+
+    def at(self, budget: Budget) -> dict[str, PerImageAttack]:
+        """Returns the attacks that are scored under a budget, by name."""
+        return {
+            name: attack
+            for name, attack in self.attacks.items()
+            if budget.key in [own.key for own in self._of(attack)]
+        }

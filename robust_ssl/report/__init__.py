@@ -10,6 +10,7 @@ from robust_ssl.report.figures import (
     figure_sensitivity,
     figure_stability,
 )
+from robust_ssl.report.gains import gain_shares, share_rows
 from robust_ssl.report.pages import print_summary, write_report
 from robust_ssl.report.pareto import Point, area_under_front, figure_pareto, front, points_of
 from robust_ssl.report.screening import screening_page
@@ -34,6 +35,7 @@ __all__ = [
     "figure_sensitivity",
     "figure_stability",
     "front",
+    "gain_shares",
     "label",
     "markdown_table",
     "names",
@@ -41,6 +43,7 @@ __all__ = [
     "print_summary",
     "results",
     "screening_page",
+    "share_rows",
     "summarize",
     "verdict_lines",
     "write_report",

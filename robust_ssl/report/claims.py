@@ -16,13 +16,14 @@ from typing import Any
 
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE
 from robust_ssl.report.comparison import SHARES, Summary, decided
+from robust_ssl.report.gains import Gains, GainShare
 from robust_ssl.report.tables import MARK, percent
 
 Claim = Mapping[str, Any]
 
 ENTRIES = {  # by the entry that names the kind: the entries it needs, and those it may have
     "order": (("order",), ("of", "by")),
-    "reach": (("reach", "of", "over", "within"), ("by",)),
+    "reach": (("reach", "of", "over", "within"), ("by", "seen")),
     "better_than": (("better_than",), ()),
     "more": (("more", "than", "by"), ("margin", "seen")),  # judged together: `report.announced`
 }
@@ -32,6 +33,8 @@ PLACES = {
     "robust_hardened": "under the hardened suite",
     "robust_worst": "under both suites",
     "robust_twin": "under attacks crafted on a twin",
+    "robust_half": "under attacks crafted on a twin of half of the images",
+    "robust_labelled": "under a universal attack that knows head and labels",
     "autoattack": "under AutoAttack",
 }
 SLACK = 1e-9  # 0.6 - 0.1 is a little less than 0.5
@@ -104,14 +107,21 @@ def leader_of(claims: Iterable[Claim], default: str | None) -> str | None:
     return default
 
 
-def judge(claim: Claim, summary: Summary) -> str:
+def judge(claim: Claim, summary: Summary, gains: Gains | None = None) -> str:
     """Says whether a claim holds, or which recipes meet it, with the numbers.
 
     What is not believable does not count, and where a claim rests on it that is said.  One to
     three sentences, such as ``"The order a < b holds under both suites. Measured: a 20.0 %, b
     40.0 %."``
+
+    Args:
+      claim: As `check_claim` takes it.
+      summary: Of the recipes.
+      gains: For ``"reach"``, what `report.gain_shares` measured; without it no intervals.
     """
-    judges = {"order": _order, "reach": _reach, "better_than": _better}
+    if _kind(claim) == "reach":
+        return _reach(claim, summary, gains)
+    judges = {"order": _order, "better_than": _better}
     return judges[_kind(claim)](claim, summary)
 
 
@@ -142,7 +152,7 @@ def _order(claim: Claim, summary: Summary) -> str:
     return f"{subject} {word} {PLACES[by]}. Measured: {numbers}.{reasons}{missing}{mark}"
 
 
-def _reach(claim: Claim, summary: Summary) -> str:
+def _reach(claim: Claim, summary: Summary, gains: Gains | None) -> str:
     by, leader, base = claim.get("by", "robust_worst"), claim["of"], claim["over"]
     goal = (
         f"At least {claim['reach']:.0%} of {leader}'s gain over {base} {PLACES[by]}, "
@@ -151,18 +161,56 @@ def _reach(claim: Claim, summary: Summary) -> str:
     doubt = _doubt(summary, (base, leader), by)
     if doubt:
         return f"{goal}: {doubt}"
-    low, high = (summary[name][by].mean for name in (base, leader))
-    gain = f"{percent(high) - percent(low):+.1f} points"
-    if high <= low:
-        return f"{goal}: {leader} gains nothing ({gain})."
+    if gains is None:
+        low, high = (summary[name][by].mean for name in (base, leader))
+        gain = f"{percent(high) - percent(low):+.1f} points"
+        if high <= low:
+            return f"{goal}: {leader} gains nothing ({gain})."
+        means = {name: part[by].mean for name, part in summary.items() if part[by].n}
+        shares = {name: (mean - low) / (high - low) for name, mean in means.items()}
+        reached = _reached(claim, summary, shares, {})
+        return f"{goal}: {reached}. The whole gain is {gain}."
+    if gains.whole is None:
+        return f"{goal}: cannot be judged. {base} and {leader} share no seed or no image."
+    gain = _points(gains)
+    if not gains.shares:
+        return f"{goal}: {leader}'s gain is not beyond chance, so no share is given. It is {gain}."
+    shares = {name: share.ratio for name, share in gains.shares.items()}
+    reached = _reached(claim, summary, shares, gains.shares)
+    return f"{goal}: {reached}. The whole gain is {gain}; images: {gains.images}."
+
+
+def _points(gains: Gains) -> str:
+    mean, low, high = (100 * share for share in gains.whole[:3])
+    return f"{mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def _reached(
+    claim: Claim,
+    summary: Summary,
+    shares: Mapping[str, float],
+    intervals: Mapping[str, GainShare],
+) -> str:
+    """The recipes that have the share at the cost, with what is known of it."""
     reached = []
-    for name, part in _others(summary, (base, leader)).items():
-        if not part[by].n or not part["cost_factor"].mean:
+    for name, part in _others(summary, (claim["over"], claim["of"])).items():
+        cost = part["cost_factor"].mean
+        if name not in shares or not cost:
             continue  # without a cost it cannot be within one
-        share, cost = (part[by].mean - low) / (high - low), part["cost_factor"].mean
-        if share >= claim["reach"] - SLACK and cost <= claim["within"] + SLACK:
-            reached.append(f"{name} ({share:.0%}, {cost:.2f}x)")
-    return f"{goal}: {', '.join(reached) or 'no recipe'}. The whole gain is {gain}."
+        if shares[name] >= claim["reach"] - SLACK and cost <= claim["within"] + SLACK:
+            within = f"{interval(intervals[name])}, " if name in intervals else ""
+            reached.append(f"{name} ({shares[name]:.0%}, {within}{cost:.2f}x)")
+    return ", ".join(reached) or "no recipe"
+
+
+def interval(share: GainShare) -> str:
+    """Returns an interval of shares as it is shown, in per cent.
+
+    Example:
+      >>> interval(GainShare(0.95, 0.801, 1.1, 3))
+      '80 to 110%'
+    """
+    return f"{100 * share.low:.0f} to {100 * share.high:.0f}%"
 
 
 def _better(claim: Claim, summary: Summary) -> str:

@@ -41,6 +41,12 @@ SHARES = {
     "robust_twin": Column(
         "twin", "accuracy under the attacks crafted on the same recipe's encoder of another seed"
     ),
+    "robust_half": Column(
+        "half twin", "the same, where the attacker's encoder had half of the training images"
+    ),
+    "robust_labelled": Column(
+        "with labels", "accuracy under one perturbation that was fitted with head and labels"
+    ),
     "autoattack": Column("AutoAttack", "accuracy under AutoAttack"),
 }
 _REFERENCE = "relative to the reference"
@@ -57,8 +63,8 @@ COSTS = {
 }
 COLUMNS = SHARES | COSTS
 FIELDS = ("recipe", "seed", "verdict", *SHARES, "images", "autoattack_images", *COSTS)
-OPTIONAL = {"autoattack", "autoattack_images", "cost_factor", "robust_twin"}
-LATER = {"robust_twin": None}  # rows from before it have no such field
+LATER = dict.fromkeys(("robust_twin", "robust_half", "robust_labelled"))  # not in rows of before
+OPTIONAL = {"autoattack", "autoattack_images", "cost_factor", *LATER}
 OPTIONAL |= {"gradients_per_epoch", "seconds_per_image", "peak_bytes"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import urllib.parse
@@ -14,6 +15,7 @@ from robust_ssl.evaluation import WORST
 from robust_ssl.report import claims, sentences, tables
 from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, differences, summarize
 from robust_ssl.report.figures import Folder, attempt, figure_epsilon
+from robust_ssl.report.gains import share_table
 from robust_ssl.report.pareto import figure_pareto, points_of
 from robust_ssl.report.tables import Document, Entry, budget, names, worst_cases
 from robust_ssl.report.text import csv_text, markdown_table
@@ -221,13 +223,14 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
     shown = names(document["models"])
     parts = []
     if summary:
-        parts += ["### Recipes", markdown_table(tables.summary_rows(summary, SHARES))]
+        parts += ["### Recipes", *_narrow(tables.summary_rows(summary, SHARES))]
         parts.append(markdown_table(tables.summary_rows(summary, tables.COST_COLUMNS)))
         parts.append(tables.legend(summary))
     if lines:
         leader = words.markdown(leader)
-        parts += [f"### Against {leader}", markdown_table(tables.difference_rows(lines))]
+        parts += [f"### Against {leader}", *_narrow(tables.difference_rows(lines))]
         parts.append(DIFFERENCES.format(leader=leader))
+    parts += _shares(document["comparison"])
     rows = tables.attack_rows(_worst(document), shown)
     parts += ["### Worst cases per image", markdown_table(rows)]
     parts.append("Attack success: turned wrong, of the images that were right.")
@@ -235,6 +238,29 @@ def _tables(document: Document, summary: Summary, lines, leader: str) -> list[st
     single = [entry for entry in document["results"] if entry["attack"] != WORST]
     rows = tables.attack_rows(single, shown)
     parts.append(_folded("Every attack", markdown_table(rows)) if rows else "")
+    return parts
+
+
+def _narrow(rows: tables.Rows, most: int = 6) -> list[str]:
+    """Returns rows as tables of at most so many columns, the first column in each of them."""
+    first, *others = rows[0]
+    count = max(1, math.ceil(len(others) / (most - 1)))
+    width = math.ceil(len(others) / count)
+    parts = [others[start : start + width] for start in range(0, len(others), width)] or [[]]
+    return [markdown_table([{n: row[n] for n in (first, *part)} for row in rows]) for part in parts]
+
+
+def _shares(comparison: Mapping[str, Any] | None) -> list[str]:
+    """A table for each claim on a share of a gain."""
+    parts = []
+    for judged in comparison["claims"] if comparison else ():
+        if not judged.get("shares"):
+            continue
+        claim = judged["claim"]
+        place = claims.PLACES[claim.get("by", "robust_worst")]
+        title = words.markdown(f"Shares of {claim['of']}'s gain over {claim['over']}, {place}")
+        parts += [f"### {title}", markdown_table(share_table(judged["shares"]))]
+        parts.append("By Fieller, over the seeds and the images that the three recipes share.")
     return parts
 
 

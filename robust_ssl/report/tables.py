@@ -21,8 +21,11 @@ SOURCES = {
     "public": "crafted on the public encoder",
     "hardened": "crafted again on the model itself",
     "twin": "crafted on the same recipe with another seed",
+    "half": "crafted on the same recipe with another seed and half of the training images",
+    "labelled": "fitted on the model itself, its head and its labelled training images",
 }
 CRAFTED_ON = {"public": "public encoder", "hardened": "itself", "twin": "twin"}
+CRAFTED_ON |= {"half": "half twin", "labelled": "itself, with labels"}
 MARK = "NOT BELIEVABLE"
 
 Entry = Mapping[str, Any]  # of ``results``
@@ -135,7 +138,7 @@ def suite_cases(document: Document) -> dict[Group, dict[str, Entry]]:
     main = ("universal", "Linf", document["run"]["suite"]["epsilon"])
     # A suite of patches, or of budgets of its own, has none there: the first group stands for it.
     main = main if any(group[1:] == main for group in cases) else next(iter(cases))[1:]
-    suites = ("public", "hardened")  # a twin is not there for every model
+    suites = ("public", "hardened")  # the others are not there for every model
     both = {group: models for group, models in cases.items() if group.crafted_against in suites}
     return {group: models for group, models in both.items() if group[1:] == main}
 
