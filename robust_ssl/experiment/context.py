@@ -124,17 +124,25 @@ class Context:
         return source.own_builder
 
     @functools.cached_property
+    def image_size(self) -> int:
+        """What the public encoder takes, pixels; known before this run has pre-trained it."""
+        section = self.plan.pretrain
+        if self.plan.encoder.is_pretrained and section is not None:
+            return jax.eval_shape(section.encoder, jax.random.key(0)).image_size
+        return self.encoder.image_size
+
+    @functools.cached_property
     def surrogate(self):
         """The attacker's images; their labels, if there are any, are dropped."""
         images = self.load_sized(self.plan.surrogate, "train")
-        data.check_image_size(images, self.encoder.image_size)
+        data.check_image_size(images, self.image_size)
         return without_labels(images)
 
     @functools.cached_property
     def downstream(self):
         """The defender's data: train and validation, carved from the training split."""
         whole = self.load_sized(self.plan.downstream, "train")
-        data.check_image_size(whole, self.encoder.image_size)
+        data.check_image_size(whole, self.image_size)
         data.check_trained(whole)
         return data.carve(whole, self.plan.downstream.validation, seed=self.plan.seed)
 
@@ -142,7 +150,7 @@ class Context:
     def test(self):
         """The defender's test split; only `score` attacks anything on it."""
         test = self.load_sized(self.plan.downstream, "test")
-        data.check_image_size(test, self.encoder.image_size)
+        data.check_image_size(test, self.image_size)
         return data.with_classes_of(test, self.downstream[0])
 
     @functools.cached_property
@@ -211,7 +219,7 @@ class Context:
         if not self._is_resized(source):
             return self.load(source, split)
         if encoder is None:
-            return self.load(self._as_resized(source, self.encoder.image_size), split)
+            return self.load(self._as_resized(source, self.image_size), split)
         size = source.image_size or encoder.image_size
         return self.load(dataclasses.replace(source, image_size=size), split)
 

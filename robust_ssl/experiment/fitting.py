@@ -10,7 +10,7 @@ import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, provenance, struct, weights
 from robust_ssl.build import text_of
-from robust_ssl.experiment import features
+from robust_ssl.experiment import batch_parts, features
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
@@ -92,7 +92,7 @@ def build_step(
         pretrained=encoder if recipe.compare_with_pretrained else None,
         teacher=teacher,
         ema=recipe.ema or None,
-        accumulate=recipe.accumulate,
+        accumulate=recipe.parts,
         remat=recipe.remat,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
@@ -176,8 +176,14 @@ def fit(
             replays=getattr(attack, "replays", 1),
         )
         epoch = batches.steps_per_epoch
-        parts = (context, name, recipe, classifier, encoder)
         schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed, "teacher": teacher}
+        alone = batch_parts.alone(context)
+        recipe, divided = batch_parts.with_parts(
+            *(context, stage, recipe, classifier),
+            lambda tried: build_step(alone, name, tried, classifier, encoder, **schedule),
+            jax.tree.leaves(batches.resident_set),
+        )
+        parts = (context, name, recipe, classifier, encoder)
         state, step = build_step(*parts, **schedule, show=True)
         state, best = train(
             stage,
@@ -193,7 +199,7 @@ def fit(
         variables, more = afterwards(variables) if afterwards else (variables, {})
         overfitting = {"catastrophic_overfitting": overfitted(stage.metrics(), len(validation))}
         summary = _summary(state, best, epoch, recipe, attack, step.passes)
-        results = {**(extra or {}), **summary, **overfitting, **more}
+        results = {**(extra or {}), **summary, **divided, **overfitting, **more}
         save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
         stage.finish(results, identity=fingerprint(variables))
     return stage
