@@ -253,8 +253,8 @@ def _read_open(path: pathlib.Path, under: str | None, reader: str, inert) -> Wei
             saved = read(file, inert) if reader == "safe" else _torch_load(path, file, kind)
             place, state, notes = state_dicts.locate(saved, under)
             tensors, more = _arrays(state)
-            if kind == "torch legacy":
-                notes.append("this format has no checksum: compare the SHA-256 with its maker's")
+            kind = "torch script" if isinstance(saved, torch_reader.Script) else kind
+            notes += torch_reader.NOTES.get(kind, ())
             said = state_dicts.words(saved)
             configs = {"checkpoint": said} if said else {}
             return WeightsFile(
