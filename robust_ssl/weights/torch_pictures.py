@@ -14,7 +14,7 @@ def resized(image):
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+$draft    image = ImageOps.exif_transpose(image)
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     image = image.convert("RGB")
@@ -86,5 +86,6 @@ def text_of(resizing: Resizing | None, image_size: int) -> str:
     crop = "" if done else _CROP.replace("$start", _START[resizing.offset])
     parts = {"scale": _SCALE[resizing.mode], "crop": crop}
     filled = {name: string.Template(part).substitute(values) for name, part in parts.items()}
+    draft = f'    image.draft("RGB", ({2 * side}, {2 * side}))\n' if resizing.draft else ""
     keep = _KEEP.substitute(size=image_size) if resizing.sized == "keep" else ""
-    return _WHOLE.substitute(size=image_size, how=how, keep=keep, **filled)
+    return _WHOLE.substitute(size=image_size, how=how, draft=draft, keep=keep, **filled)

@@ -144,7 +144,7 @@ def resizing(transform: Mapping[str, Any], image_size: int) -> Resizing | None:
     if not {"resize", "crop", "interpolation"} <= transform.keys():
         return None
     # Before cards had a mode, only those of "shorter" had both numbers.
-    words = ("mode", "interpolation", "offset", "sized")
+    words = ("mode", "interpolation", "offset", "sized", "draft")
     read = {"sized": "keep"} | {key: transform[key] for key in words if key in transform}
     try:
         side, crop, share = (transform.get(key) for key in ("resize", "crop", "crop_pct"))
@@ -172,8 +172,10 @@ def described(resizing: Resizing, image_size: int) -> dict[str, Any]:
     if not isinstance(resizing, Resizing):
         raise ValueError(f"an encoder's resizing must be a robust_ssl.data.Resizing: {resizing!r}")
     fields = {**dataclasses.asdict(resizing), "crop": resizing.size(image_size)}
-    return {"mode": fields.pop("mode"), "resize": fields.pop("side"), **fields,
-            "fill": list(resizing.fill)}  # fmt: skip
+    fields |= {"fill": list(resizing.fill)}
+    if not fields["draft"]:  # came later: cards that do not use it are as they were
+        fields.pop("draft")
+    return {"mode": fields.pop("mode"), "resize": fields.pop("side"), **fields}
 
 
 def of_card(record: Mapping[str, Any], image_size: int | None = None) -> Resizing | None:
