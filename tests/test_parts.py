@@ -168,7 +168,9 @@ def test_a_device_that_does_not_say_its_memory_asks_for_a_number(tmp_path):
 
 
 def test_a_device_that_says_it_leaves_room_for_what_lies_there():
-    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 1000})
+    device = types.SimpleNamespace(
+        platform="gpu", process_index=0, memory_stats=lambda: {"bytes_limit": 1000}
+    )
     run = types.SimpleNamespace(parallel=types.SimpleNamespace(devices=(device,)))
     assert batch_parts.limit(run, Recipe("mine", accumulate="auto"), beside=100) == 800
     assert batch_parts.limit(run, Recipe("mine", accumulate="auto", step_bytes=7), beside=100) == 7
@@ -179,9 +181,10 @@ def test_the_choice_is_made_once_and_kept(tmp_path, monkeypatch, caplog):
     run = types.SimpleNamespace(parallel=types.SimpleNamespace(devices=(None,)))
     stage = types.SimpleNamespace(path=tmp_path)
     monkeypatch.setattr(batch_parts, "planned", lambda step, state, batch: 100 + 800 // step)
-    chosen = (run, stage, recipe, vit())
+    monkeypatch.setattr(batch_parts, "alone", lambda run: run)
+    chosen = (run, stage, recipe, vit(), ())
     with caplog.at_level(logging.INFO, logger="robust_ssl"):
-        decided, said = batch_parts.with_parts(*chosen, lambda tried: (None, tried.parts))
+        decided, said = batch_parts.with_parts(*chosen, lambda run, tried: (None, tried.parts))
     assert decided.accumulate == 4 and decided == recipe
     assert said == {"batch_in_parts": {"accumulate": 4, "step_bytes": 300, "limit_bytes": 300}}
     assert "mine: a batch of 8 in 4 parts" in caplog.text

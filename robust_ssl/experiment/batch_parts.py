@@ -31,7 +31,7 @@ FILE = "parts.json"
 SHARE = 0.9  # of a device's memory: libraries take some for themselves while a step runs
 _MIB = 2**20
 
-Build = Callable[[Recipe], tuple[Any, Any]]  # -> (state, step) on one device, for `planned`
+Build = Callable[[Context, Recipe], tuple[Any, Any]]  # -> (state, step)
 
 
 def alone(context: Context) -> Context:
@@ -73,7 +73,8 @@ def limit(context: Context, recipe: Recipe, beside: int = 0) -> int:
     """
     if recipe.step_bytes is not None:
         return recipe.step_bytes
-    device = context.parallel.devices[0]
+    own = (x for x in context.parallel.devices if x.process_index == jax.process_index())
+    device = next(own)  # others' do not say what they have
     whole = (device.memory_stats() or {}).get("bytes_limit")
     if whole is None:
         raise ValueError(
@@ -120,8 +121,8 @@ def with_parts(
     stage: StageDirectory,
     recipe: Recipe,
     classifier: Classifier,
+    resident: Iterable[jax.Array],
     build: Build,
-    resident: Iterable[jax.Array] = (),
 ) -> tuple[Recipe, dict[str, Any]]:
     """Returns a recipe whose number of parts is known, and what results say of it.
 
@@ -130,8 +131,8 @@ def with_parts(
       stage: The recipe's directory, which keeps the choice.
       recipe: Any; only ``accumulate="auto"`` is decided on.
       classifier: What it starts from.
-      build: The step of a recipe like this one with a number of parts.
       resident: What lies on the devices besides.
+      build: Makes the step of a recipe like this one, with a number of parts.
 
     Raises:
       ValueError: If no number of parts fits, or the network cannot be run in parts.
@@ -142,7 +143,7 @@ def with_parts(
     if everywhere(file.exists()):
         kept = _read(file, recipe.batch_size)
     else:
-        kept = choose(context, recipe, classifier, build, resident)
+        kept = choose(context, recipe, classifier, resident, build)
         if jax.process_index() == 0:
             disk.replace(file, json.dumps(kept) + "\n")
     _log.info("%s: a batch of %d in %s", recipe.name, recipe.batch_size, _said(kept))
@@ -153,18 +154,19 @@ def choose(
     context: Context,
     recipe: Recipe,
     classifier: Classifier,
+    resident: Iterable[jax.Array],
     build: Build,
-    resident: Iterable[jax.Array] = (),
 ) -> dict[str, Any]:
     """Returns ``accumulate``, the ``step_bytes`` that this plans, and ``limit_bytes``.
 
     Arguments and errors are those of `with_parts`.
     """
     batch = batch_shapes(context, recipe, classifier)
+    single = alone(context)
     most = limit(context, recipe, sum(array.nbytes for array in resident))
 
     def bytes_of(parts: int) -> int | None:
-        state, step = build(recipe.in_parts(parts))
+        state, step = build(single, recipe.in_parts(parts))
         return planned(step, state, batch)
 
     parts, plan = fewest_parts(batch["labels"].shape[0], bytes_of, most)

@@ -160,9 +160,7 @@ def fit(
         attack, resident = recipe.build_attack(encoder), None
         if recipe.cache_features:
             train_set, validation = features.cached(
-                context.downstream,
-                classifier.encoder,
-                context.parallel,
+                *(context.downstream, classifier.encoder, context.parallel),
                 context.plan.training.batch_size,
             )
             resident = train_set.resident
@@ -177,14 +175,11 @@ def fit(
         )
         epoch = batches.steps_per_epoch
         schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed, "teacher": teacher}
-        alone = batch_parts.alone(context)
         recipe, divided = batch_parts.with_parts(
-            *(context, stage, recipe, classifier),
-            lambda tried: build_step(alone, name, tried, classifier, encoder, **schedule),
-            jax.tree.leaves(batches.resident_set),
+            *(context, stage, recipe, classifier, jax.tree.leaves(batches.resident_set)),
+            lambda run, tried: build_step(run, name, tried, classifier, encoder, **schedule),
         )
-        parts = (context, name, recipe, classifier, encoder)
-        state, step = build_step(*parts, **schedule, show=True)
+        state, step = build_step(context, name, recipe, classifier, encoder, show=True, **schedule)
         state, best = train(
             stage,
             state,

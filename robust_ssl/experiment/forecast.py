@@ -121,12 +121,12 @@ def _trained(params: Any, recipe: Recipe) -> int:
 
 
 def _planned(context: Context, recipe: Recipe, classifier: Classifier) -> int | None:
-    def build(decided: Recipe) -> tuple[Any, Any]:
+    def build(_: Context, decided: Recipe) -> tuple[Any, Any]:
         return trace.step_of(context, decided, classifier)[:2]
 
     if recipe.accumulate == AUTO:
-        return batch_parts.choose(context, recipe, classifier, build)["step_bytes"]
-    state, step = build(recipe)
+        return batch_parts.choose(context, recipe, classifier, (), build)["step_bytes"]
+    state, step = build(context, recipe)
     return batch_parts.planned(step, state, batch_parts.batch_shapes(context, recipe, classifier))
 
 
