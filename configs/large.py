@@ -10,7 +10,9 @@ are for: how their costs compare carries over, accuracies do not.
 Arguments: ``pretrain_epochs``, ``epochs``, ``blocks`` (how many are last), ``rank``; ``depth`` and
 ``width`` of the ViT.
 
-Time and figure: TIME
+Time and figure: some seven minutes of processor time, 20 minutes beside much other work on two
+cores.  `pgd_at` keeps 68 % under universal attacks of 74 % without, `last_blocks` 37 of 43, `lora`
+34 of 36: the features are weak (docs/defenses.md).
 """
 
 from ml_collections import ConfigDict
