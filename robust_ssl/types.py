@@ -108,6 +108,9 @@ class Encoder(struct.Value):
       preprocess: An input transformation that comes before the normalization, pixels
         ``[..., H, W, 3]`` in [0, 1] to the same shape: one of `robust_ssl.models.preprocessing`,
         or any callable that hashes (equal ones compile once); None for none.
+      resizing: How pictures of other sizes became its images where it was trained or scored, a
+        `robust_ssl.data.Resizing`; None where nobody has said.  Calling the encoder does not look
+        at it: `robust_ssl.data.load` takes it.
 
     Example:
       >>> from robust_ssl import models
@@ -130,6 +133,7 @@ class Encoder(struct.Value):
     preprocess: Callable[[jax.Array], jax.Array] | None = struct.field(
         pytree_node=False, default=None
     )
+    resizing: Any = struct.field(pytree_node=False, default=None)
 
     # What `dataclasses` would write holds every weight: 195,830 characters for a ResNet-18, in each
     # traceback and notebook cell that shows one.

@@ -12,6 +12,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from robust_ssl import experiment, list_encoders, settings
+from robust_ssl.experiment import stages
 from robust_ssl.experiment.pretrain import build_optimizer
 from robust_ssl.experiment.sources import Data
 from robust_ssl.experiment.suites import Suite
@@ -145,9 +146,19 @@ def test_what_a_config_describes_can_be_built(name):
     assert set(plan.scoring.per_image.attacks) == {"pgd"}
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "pretrain.py"])
+MADE_FIRST = ("large.py", "pretrain.py")  # their encoder
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in MADE_FIRST])
 def test_the_encoder_a_config_starts_from_ships(name):
     assert load(name)["encoder"]["path"] in list_encoders()
+
+
+def test_a_run_that_pretrains_first_reads_its_task_before(tmp_path):
+    run = experiment.Context(planned("large.py:blocks=1,rank=4"), tmp_path, None, None)
+    assert run.plan.recipes["last_blocks"].last_blocks == 1
+    assert run.image_size == 32
+    stages.check_data(run)  # there is no encoder yet
 
 
 def test_the_research_config_takes_arguments_and_settings():

@@ -1,9 +1,16 @@
 """Large sets: batches that processes read, and pictures that nobody can read."""
 
+import dataclasses
+import json
 import logging
 import os
+import pathlib
 import signal
+import socket
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -128,3 +135,96 @@ def test_a_function_may_say_itself_how_many_processes_read():
     own = data.StreamedExamples(_kill, np.arange(8), 4, "a", workers=3)
     assert data.load(lambda split: own, memory_limit=1).workers == 3
     assert data.load(lambda split: own, memory_limit=1, workers=2).workers == 2
+
+
+# --- Of several processes each reads its part -------------------------------------------------
+
+
+def test_a_part_of_a_batch_is_what_it_is_in_the_whole(tmp_path):
+    read = []
+    folder = _folder(tmp_path, ["train"])
+    streamed = _streamed(folder, skip_unreadable=True)
+
+    def records(rows):
+        read.extend(rows.tolist())
+        return streamed.records(rows)
+
+    for whole in (streamed, streamed.in_memory()):
+        rows = np.array([5, BROKEN, 1, 0])
+        expected = whole.read(rows)
+        for places in ([0, 1], [1, 2], [1], [3], [0, 1, 2, 3]):
+            part = whole.read(rows, places=np.array(places))
+            for name, values in expected.items():
+                np.testing.assert_array_equal(part[name], values[places])
+    counted = dataclasses.replace(streamed, records=records)
+    counted.read(rows, places=np.array([2, 3]))
+    assert read == [1, 0]
+    counted.read(rows, places=np.array([1, 2]))  # and what stands in for the broken one
+    assert sorted(read[2:]) == [1, BROKEN, 5]
+
+
+def test_a_part_is_put_where_it_is_in_the_whole():
+    layout = Parallel.create(num_devices=2)
+    batch = {"images": np.arange(24, dtype=np.uint8).reshape(4, 6)}
+    for ours, whole in zip(
+        jax.tree.leaves(layout.put_own(batch, 4)), jax.tree.leaves(layout.put(batch)), strict=True
+    ):
+        assert ours.sharding == whole.sharding
+        np.testing.assert_array_equal(ours, whole)
+    assert layout.own_places(4).tolist() == [0, 1, 2, 3]
+
+
+READER = """
+import dataclasses, json, sys, jax, numpy as np
+number, port, folder, workers = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+from robust_ssl import data
+from robust_ssl.parallel import Parallel
+read = []
+streamed = data.load(folder, image_size=8, memory_limit=1, skip_unreadable=True, workers=workers)
+records = streamed.records
+def counted(rows):
+    read.extend(rows.tolist())
+    return records(rows)
+streamed = dataclasses.replace(streamed, records=counted)
+batches = data.Batches(streamed, 4, seed=0, stage="s", parallel=Parallel.create(), resident=False)
+own = [{name: x.addressable_shards[0].data for name, x in batches(step).items()} for step in (0, 1)]
+batches.close()
+own = [{name: np.asarray(x).tolist() for name, x in batch.items()} for batch in own]
+print(json.dumps([own, len(read)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0])  # 1 holds too, and takes three times as long
+def test_of_two_processes_each_reads_its_half_of_every_batch(tmp_path, workers):
+    if workers:
+        pytest.importorskip("grain")
+    folder = str(_folder(tmp_path, ["train"]))
+    whole = _batches(_streamed(folder, skip_unreadable=True), 0, 2)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    root = str(pathlib.Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(number), port, folder, str(workers)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = [json.loads(one.communicate(timeout=120)[0].splitlines()[-1]) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    for number, (own, read) in enumerate(said):
+        for batch, expected in zip(own, whole, strict=True):
+            for name, values in expected.items():
+                np.testing.assert_array_equal(batch[name], values[2 * number : 2 * number + 2])
+        # Half of four steps (two are read ahead), and what stands in for the broken picture.
+        assert workers or read <= 2 * 4 + 3

@@ -1,14 +1,20 @@
 """A batch in parts, and blocks computed again: the same numbers, and less memory."""
 
+import json
+import logging
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+import tiny_recipes
 from finetuning_steps import SmoothStep, assert_same, batches, run, tiny
 
 from robust_ssl import losses, models
-from robust_ssl.experiment import Recipe
+from robust_ssl.experiment import Recipe, batch_parts, trace, train
 from robust_ssl.finetuning import init_state, make_step, mixed_losses, planned_bytes
 from robust_ssl.finetuning.parts import draws_in_training, rematerialized
 from robust_ssl.models.resnet import ResNet
@@ -122,3 +128,96 @@ def test_what_parts_would_change_is_refused_with_the_reason():
     assert "accumulate=3 does not divide the 8 images" in refusal(vit(), accumulate=3)
     assert "Dropped has no field `remat`" in refusal(dropped, remat=True)
     assert draws_in_training(dropped.encoder) and not draws_in_training(vit().encoder)
+
+
+# --- As few parts as fit ----------------------------------------------------------------------
+
+
+def test_the_fewest_parts_that_fit_are_taken():
+    def plan(parts):
+        return 100 + 800 // parts
+
+    assert batch_parts.fewest_parts(8, plan, 900) == (1, 900)
+    assert batch_parts.fewest_parts(8, plan, 350) == (4, 300)
+    assert batch_parts.fewest_parts(6, plan, 240) == (6, 233)  # 4 and 5 do not divide
+    assert batch_parts.fewest_parts(8, lambda parts: None, 1) == (1, None)
+    with pytest.raises(ValueError, match=r"plans 9 MiB.*in 8 parts 2 MiB; 1 are there"):
+        batch_parts.fewest_parts(8, lambda parts: 2**20 + plan(parts) * 10**4, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"accumulate": "automatic"}, 'which is not "auto" either'),
+        ({"accumulate": 0}, 'which is not "auto" either'),
+        ({"step_bytes": 10**9}, "say that too, or leave it out"),
+        ({"accumulate": "auto", "step_bytes": 0}, "step_bytes must be a whole number"),
+    ],
+)
+def test_a_misspelt_choice_of_parts_is_refused(entries, message):
+    config = tiny_recipes.config({"mine": {**tiny_recipes.FROZEN, **entries}})
+    with pytest.raises(ValueError, match=message):
+        tiny_recipes.context(config, None)
+
+
+def test_a_device_that_does_not_say_its_memory_asks_for_a_number(tmp_path):
+    config = tiny_recipes.config({"mine": {**tiny_recipes.FROZEN, "accumulate": "auto"}})
+    with pytest.raises(ValueError, match=r"cpu device does not say.*give step_bytes"):
+        tiny_recipes.go(config, tmp_path)
+    assert not list(tmp_path.glob("recipes/*"))
+
+
+def test_a_device_that_says_it_leaves_room_for_what_lies_there():
+    device = types.SimpleNamespace(
+        platform="gpu", process_index=0, memory_stats=lambda: {"bytes_limit": 1000}
+    )
+    run = types.SimpleNamespace(parallel=types.SimpleNamespace(devices=(device,)))
+    assert batch_parts.limit(run, Recipe("mine", accumulate="auto"), beside=100) == 800
+    assert batch_parts.limit(run, Recipe("mine", accumulate="auto", step_bytes=7), beside=100) == 7
+
+
+def test_the_choice_is_made_once_and_kept(tmp_path, monkeypatch, caplog):
+    recipe = Recipe("mine", batch_size=8, accumulate="auto", step_bytes=300)
+    run = types.SimpleNamespace(parallel=types.SimpleNamespace(devices=(None,)))
+    stage = types.SimpleNamespace(path=tmp_path)
+    monkeypatch.setattr(batch_parts, "planned", lambda step, state, batch: 100 + 800 // step)
+    monkeypatch.setattr(batch_parts, "alone", lambda run: run)
+    chosen = (run, stage, recipe, vit(), ())
+    with caplog.at_level(logging.INFO, logger="robust_ssl"):
+        decided, said = batch_parts.with_parts(*chosen, lambda run, tried: (None, tried.parts))
+    assert decided.accumulate == 4 and decided == recipe
+    assert said == {"batch_in_parts": {"accumulate": 4, "step_bytes": 300, "limit_bytes": 300}}
+    assert "mine: a batch of 8 in 4 parts" in caplog.text
+    # Resumed, wherever: nothing is compiled to find out.
+    again, kept = batch_parts.with_parts(*chosen, pytest.fail)
+    assert (again.accumulate, kept) == (4, said)
+    assert batch_parts.as_trained(recipe, kept).parts == 4
+    assert batch_parts.as_trained(recipe, {}).parts == 1
+    (tmp_path / batch_parts.FILE).write_text('{"accumulate": 3}')
+    with pytest.raises(batch_parts.WorkdirError, match="does not say in how many parts"):
+        batch_parts.with_parts(*chosen, pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_training_that_chose_its_parts_is_the_one_that_was_told_them(tmp_path):
+    def config(**entries):
+        still = {**tiny_recipes.ON_ADVERSARIAL, "batch_statistics": "frozen", "epochs": 1}
+        return tiny_recipes.config({"mine": {**still, "attack": tiny_recipes.PGD, **entries}})
+
+    def trained(name, **entries):
+        results = tiny_recipes.go(config(**entries), tmp_path / name)["train"]["trained"]
+        return results["mine-seed0"], tiny_recipes.final(tmp_path / name, "mine")
+
+    run = tiny_recipes.context(config(), tmp_path)
+    recipe = run.plan.recipes["mine"]
+    state, step, batch = trace.step_of(run, recipe, train.untrained(run, recipe))
+    most = batch_parts.planned(step, state, batch) - 1
+    chosen, ours = trained("chosen", accumulate="auto", step_bytes=most)
+    parts = chosen["batch_in_parts"]
+    assert parts["accumulate"] > 1 and parts["step_bytes"] <= most == parts["limit_bytes"]
+    told, theirs = trained("told", accumulate=parts["accumulate"])
+    assert "batch_in_parts" not in told
+    for path, leaf in theirs.items():
+        np.testing.assert_array_equal(ours[path], leaf)
+    kept = json.loads((tmp_path / "chosen/recipes/mine-seed0" / batch_parts.FILE).read_text())
+    assert kept == parts

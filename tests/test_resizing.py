@@ -1,9 +1,12 @@
 """How pictures get their size: closed forms, words in a config, what an encoder's files say."""
 
 import dataclasses
+import functools
+import io
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -13,8 +16,8 @@ from robust_ssl.api import inputs
 from robust_ssl.data import Resizing, pictures
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.plan import Plan, plan
-from robust_ssl.experiment.sources import Data, EncoderSource
-from robust_ssl.weights import transforms
+from robust_ssl.experiment.sources import Data, Downstream, EncoderSource
+from robust_ssl.weights import torch_pictures, transforms
 
 RAMP = np.repeat(np.arange(240, dtype=np.uint8).reshape(12, 20, 1), 3, axis=2)
 
@@ -61,6 +64,46 @@ def test_every_source_is_resized_the_same_way(tmp_path):
     np.testing.assert_array_equal(streamed.read([1])["images"][0], expected)
     named = {"mode": "squash", "side": 8, "crop": 6, "interpolation": "bilinear"}
     np.testing.assert_array_equal(data.load(RAMP[None], resizing=named).images[0], expected)
+
+
+def jpeg(width, height, **options):
+    """A smooth photograph, as JPEG's bytes."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    waves = [np.sin(9 * x + 4 * y), np.cos(7 * y), np.sin(5 * x * y + 1)]
+    file = io.BytesIO()
+    pixels = np.uint8(127 + 100 * np.stack(waves, axis=-1))
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["shorter", "squash", "longest", "fit"])
+def test_a_draft_is_nearly_the_picture_and_only_where_it_is_asked_for(mode, monkeypatch):
+    whole, drafted = Resizing(mode), Resizing(mode, draft=True)
+    large, small = jpeg(200, 150), jpeg(40, 60)
+    ours = [pictures.decode(large, 16, "x", each).astype(int) for each in (whole, drafted)]
+    difference = np.abs(ours[0] - ours[1])
+    assert 0 < difference.mean() <= 3 and difference.max() <= 15
+    scope = {}
+    exec(torch_pictures.text_of(drafted, 16), scope)
+    np.testing.assert_array_equal(scope["resized"](Image.open(io.BytesIO(large))), ours[1])
+    # Too small for a half, no JPEG, or turned by its tag.
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sizes = [small, _png(RAMP)]
+    for file in sizes:
+        same = [pictures.decode(file, 16, "x", each) for each in (whole, drafted)]
+        np.testing.assert_array_equal(*same)
+    upright = pictures.decode(jpeg(200, 150, exif=turned), 16, "x", drafted)
+    assert upright.shape == (16, 16, 3)
+    monkeypatch.setattr(Image.Image, "draft", pytest.fail)
+    pictures.decode(large, 16, "x", None)
+    pictures.decode(large, None, "x", drafted)
+
+
+def _png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_who_has_the_size_is_resized_or_kept():
@@ -168,7 +211,94 @@ def test_a_run_resizes_pictures_as_its_encoders_files_say(foreign):
     np.testing.assert_array_equal(images[0], pictures.resize(RAMP, 32))
     secured = inputs.examples_of(photos, None, 32, "train", inputs.resizing_of(folder))
     np.testing.assert_array_equal(secured.images[0], own(RAMP, 32))
-    assert inputs.resizing_of(context.encoder) is None
+    assert inputs.resizing_of(context.encoder) == weights.resizing_of(folder)
+
+
+# --- What is saved says how its pictures got their size --------------------------------------
+
+EVERY_KIND = [
+    Resizing("shorter", 35, interpolation="bilinear"),
+    Resizing("shorter", 33, crop=32, offset="down", sized="keep"),
+    Resizing("squash", 40, interpolation="nearest"),
+    Resizing("longest", 30, fill=(1, 2, 3), offset="down"),
+    Resizing("fit", draft=True),
+]
+
+
+def ones_classifier(encoder):
+    """With a linear head of ones for three classes."""
+    make = functools.partial(models.classifier, encoder=encoder, num_classes=3, head="linear")
+    like = jax.eval_shape(lambda: make(jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), like)
+
+
+@pytest.mark.parametrize("resizing", [EVERY_KIND[1], EVERY_KIND[3]])
+def test_a_saved_model_keeps_how_its_pictures_got_their_size(tmp_path, resizing):
+    encoder = tiny_encoder().replace(resizing=resizing)
+    net = ones_classifier(encoder)
+    both = models.confidence_ensemble([net, net])
+    for index, model in enumerate((net, both)[: 1 + (resizing is EVERY_KIND[1])]):
+        folder = weights.save_classifier(model, tmp_path / str(index) / "classifier")
+        loaded = weights.load_classifier(folder).encoder.resizing
+        # A finished recipe's directory too.
+        for again in (loaded, weights.resizing_of(folder), weights.resizing_of(folder.parent)):
+            np.testing.assert_array_equal(again(RAMP, 32), resizing(RAMP, 32))
+    own = weights.export_safetensors(encoder, tmp_path / "encoder.safetensors")
+    again = weights.import_encoder(own).resizing
+    np.testing.assert_array_equal(again(RAMP, 32), resizing(RAMP, 32))
+    assert ones_classifier(tiny_encoder()).encoder.resizing is None
+
+
+def test_members_that_differ_say_nothing_together():
+    nets = [ones_classifier(tiny_encoder().replace(resizing=each)) for each in EVERY_KIND[:2]]
+    assert models.confidence_ensemble(nets).encoder.resizing is None
+
+
+def test_what_is_no_resizing_is_refused_or_said(tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"must be a robust_ssl\.data\.Resizing: 'squash'"):
+        weights.save_encoder(tiny_encoder().replace(resizing="squash"), tmp_path)
+    with pytest.raises(ValueError, match="side is 8 and the square 32"):
+        weights.save_encoder(tiny_encoder().replace(resizing=Resizing(side=8)), tmp_path)
+    told = {**transforms.of_timm(TIMM, 32), "interpolation": "spline"}
+    card = {"options": {"image_size": 32}}
+    # What a card says of its origin may be anything.
+    for origin, warned in [({"transform": told}, True), ("a friend", False), ({"transform": 3}, 0)]:
+        caplog.clear()
+        assert transforms.of_saved({**card, "card": {"imported_from": origin}}, "x") is None
+        assert ("interpolation must be one of" in caplog.text) == warned
+    for wrong in (3, {**told, "crop": "x"}, {**told, "interpolation": "bicubic", "resize": [1]}):
+        with pytest.raises(ValueError, match=r"x: .*transform"):
+            transforms.of_saved({**card, "transform": wrong}, "x")
+
+
+def test_a_runs_classifier_and_whoever_measures_it_see_the_same_pixels(foreign, tmp_path):
+    folder, photos = foreign
+    source = EncoderSource(path=str(folder), options={"image_size": 32})
+    for asked in (None, Resizing.read("squash", "here")):
+        task = Downstream(source=str(photos), resizing=asked)
+        context = Context(Plan(encoder=source, downstream=task), folder, None, None)
+        scored = context.load_sized(task, "train").images
+        net = context.encoder.replace(resizing=context.resizing_of_downstream(context.encoder))
+        saved = weights.save_classifier(ones_classifier(net), tmp_path / str(asked is None))
+        for model in (saved, weights.load_classifier(saved)):
+            resizing = inputs.resizing_of(model)
+            again = inputs.examples_of(photos, None, 32, "train", resizing)
+            np.testing.assert_array_equal(again.images, scored)
+    # Images that had their size: what the encoder's own files say is kept.
+    whole = Downstream(source="cifar10")
+    arrays = Context(Plan(encoder=source, downstream=whole), folder, None, None)
+    assert arrays.resizing_of_downstream(context.encoder) == context.encoder.resizing is not None
+
+
+@pytest.mark.parametrize("resizing", [*EVERY_KIND, None])
+def test_the_python_file_resizes_as_data_do(resizing):
+    scope = {}
+    exec(torch_pictures.text_of(resizing, 32), scope)  # torch is not needed up to here
+    for height, width in ((32, 32), (50, 71), (90, 33), (20, 25)):
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        theirs = scope["resized"](Image.fromarray(pixels))
+        np.testing.assert_array_equal(theirs, pictures.resize(pixels, 32, resizing))
+    assert scope["resized"](Image.new("P", (40, 40))).mode == "RGB"
 
 
 @pytest.mark.parametrize("resizing", [{"side": 20}, {"crop": 48}])

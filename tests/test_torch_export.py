@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 from safetensors.numpy import load_file
 
 import robust_ssl
 from robust_ssl import models, threats, weights
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.cli import main
+from robust_ssl.data import Resizing
 from robust_ssl.types import Classifier
 from robust_ssl.weights import torch_export, torch_text
 
@@ -86,7 +88,7 @@ def test_two_files_are_written_and_the_python_is_python(tmp_path, case, without_
     assert path == tmp_path / "new" and difference is None
     text = (path / "model.py").read_text()
     compile(text, "model.py", "exec")
-    assert "CLASS_NAMES = ('cat', 'dog', 'ox')" in text and len(text.splitlines()) < 110
+    assert "CLASS_NAMES = ('cat', 'dog', 'ox')" in text and len(text.splitlines()) < 140
     tensors = load_file(path / "model.safetensors")
     np.testing.assert_allclose(tensors["mean"].ravel(), MEAN, rtol=1e-6)
     assert sum(name.startswith("head.") for name in tensors) == (2 if case == "resnet" else 6)
@@ -158,10 +160,11 @@ def test_a_perturbation_is_one_array_that_is_added(tmp_path):
 _RUN = """
 import sys
 import numpy, torch
-from model import CLASS_NAMES, load
+from model import CLASS_NAMES, load, picture
 assert "robust_ssl" not in sys.modules and "jax" not in sys.modules
 images = torch.from_numpy(numpy.load("images.npy"))
 numpy.save("logits.npy", load()(images).detach().numpy())
+numpy.save("picture.npy", picture("picture.png").numpy())
 print(CLASS_NAMES)
 """
 
@@ -204,11 +207,13 @@ def test_onnx_gives_the_same_outputs_for_any_number_of_images(tmp_path, case):
     pytest.importorskip("onnxscript")
     pytest.importorskip("torch")
     model = random_classifier(case)
+    model = model.replace(encoder=model.encoder.replace(resizing=Resizing("squash", 9)))
     file, difference = weights.export_onnx(model, tmp_path / "model.onnx")
     assert difference <= 3e-6 and [x.name for x in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-    assert names == ["cat", "dog", "ox"]
+    known = session.get_modelmeta().custom_metadata_map
+    assert json.loads(known["class_names"]) == ["cat", "dog", "ox"]
+    assert json.loads(known["transform"]).items() >= {"mode": "squash", "resize": 9}.items()
     images = images_of(model)
     ours = np.asarray(jax.jit(lambda model, x: model(x).logits)(model, images))
     for count in (1, 5):
@@ -242,18 +247,24 @@ def test_a_file_that_gives_other_numbers_is_not_written(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("default")
 def test_the_command_writes_what_runs_without_this_package(tmp_path, capsys):
     pytest.importorskip("torch")
+    resizing = Resizing("shorter", 9, interpolation="bilinear", offset="down")
     model = random_classifier("vit")
     place = str(weights.save_encoder(model.encoder, tmp_path / "public"))
+    model = model.replace(encoder=model.encoder.replace(resizing=resizing))
     weights.save_classifier(model, tmp_path / "run" / "classifier")
     flags = [f"--classifier={tmp_path / 'run'}", f"--torch={tmp_path / 'out'}"]
     assert main.main(["encoder", "export", place, *flags]) == 0
     assert "same outputs to" in capsys.readouterr().err
     images = images_of(model)
     np.save(tmp_path / "out" / "images.npy", np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    pixels = np.random.default_rng(4).integers(0, 256, (11, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "out" / "picture.png")
     run = [sys.executable, "-c", _RUN]
     done = subprocess.run(run, cwd=tmp_path / "out", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "('cat', 'dog', 'ox')"
+    picture = np.load(tmp_path / "out" / "picture.npy")[0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(picture, resizing(pixels, 8) / np.float32(255))
     logits = np.load(tmp_path / "out" / "logits.npy")
     ours = np.asarray(model(images).logits)
     np.testing.assert_allclose(logits, ours, atol=1e-5 * np.abs(ours).max())

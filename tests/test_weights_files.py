@@ -256,7 +256,8 @@ def test_archives_that_torch_never_writes_are_refused(refused):
     refused(zipped(PLAIN, root="a/", extra=[("b/data.pkl", PLAIN)]), r"2 members data\.pkl")
     refused(zipped(PLAIN, compression=zipfile.ZIP_DEFLATED), "is compressed")
     script = [("archive/code/__torch__.py", b""), ("archive/constants.pkl", b"")]
-    refused(zipped(PLAIN, extra=script, compression=zipfile.ZIP_DEFLATED), "TorchScript")
+    refused(zipped(PLAIN, extra=script), "TorchScript program without a module")
+    refused(zipped(PLAIN, extra=script, compression=zipfile.ZIP_DEFLATED), "is compressed")
     with pytest.warns(UserWarning, match="Duplicate name"):
         twice = zipped(PLAIN, extra=[("archive/data/0", bytes(24))])
     refused(twice, "two members of one name")

@@ -12,11 +12,16 @@ import sys
 import types
 import warnings
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
+import robust_ssl
+from robust_ssl import models
+from robust_ssl.weights import cards, mapping
 from robust_ssl.weights.files import read_weights
+from robust_ssl.weights.layouts import LAYOUTS
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
@@ -196,12 +201,60 @@ def test_a_whole_module_is_refused_by_name(save):
         assert str(path) in str(caught.value)
 
 
-def test_torchscript_is_refused(tmp_path):
+def scripted(module, file):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.save(torch.jit.script(network()), tmp_path / "script.pt")
-    with pytest.raises(ValueError, match="TorchScript"):
-        read_weights(tmp_path / "script.pt")
+        torch.jit.save(torch.jit.script(module), file)
+    return file
+
+
+def test_of_a_torchscript_program_the_tensors_are_read_and_nothing_else(tmp_path):
+    module = torch.nn.Sequential(network(), torch.nn.ModuleDict({"a": network().half()})["a"])
+    module.register_buffer("resolution", torch.tensor(224))
+    file = scripted(module, tmp_path / "script.pt")
+    read = read_weights(file)
+    assert read.format == "torch script" and "what it computes is not read" in str(read.notes)
+    state = module.state_dict()
+    assert read.tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(read.tensors[name], tensor.numpy())
+    with pytest.raises(ValueError, match=r'TorchScript program, whose tensors reader="safe" takes'):
+        read_weights(file, reader="torch")
+
+
+class Holder(torch.nn.Module):
+    """Holds what a program holds, and computes nothing of interest."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_openais_own_form_of_clip_is_read_as_its_state_dict(tmp_path):
+    tower = {"width": 64, "heads": 1, "depth": 1, "patch_size": 8, "image_size": 16}
+    tower |= {"pre_norm": True, "patch_bias": False, "norm_epsilon": 1e-5}
+    encoder = models.vision_transformer(jax.random.key(0), activation="quick_gelu", **tower)
+    (layout,) = (layout for layout in LAYOUTS if layout.name == "open-clip-vision")
+    arrays = mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
+    state = {f"visual.{name}": torch.tensor(x).half() for name, x in arrays.items()}
+    state |= {"visual.proj": torch.ones(64, 4), "text_projection": torch.ones(4, 4)}
+    numbers = {"input_resolution": 16, "context_length": 8, "vocab_size": 16}
+    state |= {name: torch.tensor(number) for name, number in numbers.items()}
+    program = Holder()
+    for name, tensor in state.items():
+        *owners, last = name.split(".")
+        place = program
+        for owner in owners:
+            if owner not in dict(place.named_children()):
+                place.add_module(owner, Holder())
+            place = getattr(place, owner)
+        place.register_buffer(last, tensor)
+    torch.save(state, tmp_path / "plain.pt")
+    files = (scripted(program, tmp_path / "ViT.pt"), tmp_path / "plain.pt")
+    told = {"normalization": "clip", "activation": "quick_gelu", "heads": 1}
+    ours, plain = (robust_ssl.import_encoder(file, **told) for file in files)
+    assert ours.module == plain.module == encoder.module
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("value", [torch.nn.Linear, torch.ones(2).to_sparse()])

@@ -185,3 +185,37 @@ def test_absurd_sizes_are_refused_by_name(refused):
     huge = b"\x8a\x09" + (2**64).to_bytes(9, "little")
     body = tensor().replace(number(3) + number(1), huge + number(1), 1)
     refused(zipped(pickled(b"}(" + text("w") + body + b"u")), "absurd")
+
+
+# --- TorchScript: the tensors of a program, and no more ---------------------------------------
+
+PROGRAM = [("archive/code/__torch__.py", b"import os"), ("archive/constants.pkl", b"no pickle")]
+MODULE = named("__torch__.Net") + b")\x81"
+
+
+def test_a_programs_modules_are_only_what_they_hold(read):
+    inner = MODULE + table(weight=tensor(), training=number(1)) + b"b"
+    body = pickled(MODULE + table(a=inner, b=inner, tag=text("x")) + b"b")
+    assert set(read(zipped(body, extra=PROGRAM)).tensors) == {"a.weight", "b.weight"}
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        # A module that holds itself, and one that holds one twice that holds one twice, and so on.
+        (MODULE + b"q\x00}" + text("a") + b"h\x00sb", "hold each other without an end"),
+        (MODULE + b"q\x00" + b"".join(
+            MODULE + b"q" + bytes([n + 1]) + table(a=b"h" + bytes([n]), b=b"h" + bytes([n])) + b"b"
+            for n in range(40)), "hold each other without an end"),
+        (MODULE + table(a=called("os.system")) + b"b", r"names os\.system"),
+        (MODULE + table(a=named("torch.jit._unwrap")) + b"b", r"names torch\.jit\._unwrap"),
+        (table(weight=tensor()), "program without a module"),
+        (MODULE + number(3) + b"b", "tensors are under: nowhere"),
+    ],
+)  # fmt: skip
+def test_a_program_that_is_forged_is_refused(refused, body, match):
+    refused(zipped(pickled(body), extra=PROGRAM), match)
+
+
+def test_only_a_program_may_name_its_own_classes(refused):
+    refused(zipped(pickled(MODULE + table(w=tensor()) + b"b")), r"names __torch__\.Net")

@@ -60,10 +60,10 @@ def classifier_of(classifier: Any) -> Any:
 
 
 def resizing_of(encoder: Any) -> data.Resizing | None:
-    """Returns how pictures were resized for an encoder that is named; None for a value."""
-    if not isinstance(encoder, (str, os.PathLike)):
-        return None
-    return weights.resizing_of(os.fspath(encoder))
+    """Returns how pictures are resized for a model, as its files or the model itself say."""
+    if isinstance(encoder, (str, os.PathLike)):
+        return weights.resizing_of(os.fspath(encoder))
+    return getattr(getattr(encoder, "encoder", encoder), "resizing", None)
 
 
 def examples_of(

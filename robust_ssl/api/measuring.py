@@ -182,7 +182,8 @@ def measure(
       (True, True)
     """
     classifier, parallel = inputs.classifier_of(classifier), inputs.devices_of(parallel)
-    examples = inputs.examples_of(images, labels, inputs.size_of(classifier), "test")
+    resizing = inputs.resizing_of(classifier)
+    examples = inputs.examples_of(images, labels, inputs.size_of(classifier), "test", resizing)
     if not examples.class_names:
         raise ValueError("labels are needed to count right answers: measure(net, images, labels)")
     classifier = _in_order(classifier, examples)

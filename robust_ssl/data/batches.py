@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ class Batches:
 
     A small set lies whole on every device, and a step sends only row numbers there; a large one
     is read on the host in a thread that runs ahead, or by ``examples.workers`` processes; fastest
-    if steps are asked for in order.
+    if steps are asked for in order.  Of several processes each reads what its own devices get.
     Either way, and on any number of devices, the batch of a step is the same.
 
     Args:
@@ -211,12 +212,22 @@ class Batches:
 
 def _host_batches(examples, order, parallel, first: int) -> Iterator[dict[str, jax.Array]]:
     # Not a method: the thread that runs this must not keep a forgotten `Batches` alive.
+    put, own = parallel.put, {}
+    if jax.process_count() > 1:  # no process decodes what others train on
+        count = len(order(step=first))
+        put = functools.partial(parallel.put_own, count=count)
+        own = {"places": parallel.own_places(count)}
     if workers := getattr(examples, "workers", 0):
-        with contextlib.closing(read_in_processes(examples, order, first, workers)) as batches:
-            yield from map(parallel.put, batches)
+        reading = read_in_processes(examples, order, first, workers, **own)
+        with contextlib.closing(reading) as batches:
+            yield from map(put, batches)
     for step in itertools.count(first):
         rows = order(step=step)
-        yield parallel.put({**examples.read(rows), "rows": rows.astype(np.int32)})
+        yield put({**examples.read(rows, **own), "rows": _int32(rows, **own)})
+
+
+def _int32(rows: np.ndarray, places: Any = slice(None)) -> np.ndarray:
+    return rows[places].astype(np.int32)
 
 
 def _resident_bytes(examples: Examples, parallel: Parallel) -> int:

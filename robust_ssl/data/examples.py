@@ -65,11 +65,17 @@ class Examples(Split):
         """Height, width and channels of every image."""
         return self.images.shape[1:]
 
-    def read(self, indices: Any) -> dict[str, np.ndarray]:
-        """Returns ``{"images", "labels"}`` of the chosen examples (no labels: no such entry)."""
-        batch = {"images": self.images[np.asarray(indices)]}
+    def read(self, indices: Any, *, places: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Returns ``{"images", "labels"}`` of the chosen examples (no labels: no such entry).
+
+        Args:
+          indices: Which ones, int ``[k]``.
+          places: Only these of the `k`, as `StreamedExamples.read` has it.
+        """
+        chosen = np.asarray(indices) if places is None else np.asarray(indices)[places]
+        batch = {"images": self.images[chosen]}
         if self.labels is not None:
-            batch["labels"] = self.labels[np.asarray(indices)]
+            batch["labels"] = self.labels[chosen]
         return batch
 
     def take(self, indices: Any) -> Examples:

@@ -66,6 +66,8 @@ def decode(
         source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
         with Image.open(source, formats=_formats()) as opened:
             refusal = _refusal(opened)
+            if resizing is not None and image_size is not None:
+                resizing.drafted(opened, image_size)
             pixels = None if refusal else _upright_rgb(opened)
     except Exception as error:  # what broken data and metadata make their readers raise
         raise ValueError(

@@ -30,6 +30,8 @@ class Resizing:
       fill: Color of what ``"longest"`` fills, 0 to 255.
       sized: Whether a picture that has the size already is treated like others (``"resize"``) or
         taken as it is (``"keep"``), because somebody has prepared it.
+      draft: Whether a JPEG is decoded at a half, a quarter or an eighth of its size where twice the
+        scaled side is left, as Pillow's thumbnails are.  Faster, and other pixels.
 
     Raises:
       ValueError: If `side` is below `crop`, which only ``"longest"`` could fill, or has no meaning.
@@ -49,6 +51,7 @@ class Resizing:
     offset: Literal["nearest", "down"] = "nearest"
     fill: tuple[Natural, ...] = (0, 0, 0)
     sized: Literal["resize", "keep"] = "resize"
+    draft: bool = False
 
     def __post_init__(self):
         if self.mode == "fit" and self.side is not None:
@@ -101,6 +104,15 @@ class Resizing:
         size = self.crop or image_size
         self._check_side(size)
         return size
+
+    def drafted(self, picture: Any, image_size: int | None) -> None:
+        """Tells Pillow's JPEG reader how small it may decode a picture that is not loaded yet.
+
+        Only powers of two are decoded so, so both sides keep at least the asked ones.
+        """
+        if self.draft:
+            least = 2 * (self.side or self.size(image_size))
+            picture.draft("RGB", (least, least))
 
     def __call__(self, image: np.ndarray, image_size: int | None = None) -> np.ndarray:
         """Returns ``uint8 [size, size, 3]`` of an image ``uint8 [H, W, 3]``."""

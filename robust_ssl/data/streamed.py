@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import hashlib
@@ -91,20 +90,25 @@ class StreamedExamples(Split):
             return (self.image_size, self.image_size, 3)
         return self._decode(self.rows[0], self.records(self.rows[:1])[0][0]).shape
 
-    def read(self, indices: Any, threads: int | None = None) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Any, threads: int | None = None, places: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Reads and decodes the chosen examples: ``{"images", "labels"}``, as `Examples.read`.
 
         Args:
           indices: Which ones, int ``[k]``.
           threads: In how many threads large pictures are decoded; None is one for each core.
+          places: Only these of the `k` are read, ascending; they are what they would be among all.
 
         Raises:
           ValueError: If a picture is broken or differs in size, or a label is out of range.
         """
-        rows = self.rows[np.asarray(indices)]
+        whole = self.rows[np.asarray(indices)]
+        places = np.arange(len(whole)) if places is None else places
+        rows = whole[places]
         records, decoded = self._read(rows, threads)
         if any(image is None for image in decoded):
-            records, decoded = self._filled(records, decoded)
+            records, decoded = self._filled(whole, places, records, decoded)
         # Each batch is checked, because nobody has read the whole source beforehand.
         batch = {"images": np.stack(decoded)}
         if self.class_names:
@@ -130,22 +134,34 @@ class StreamedExamples(Split):
                 )
         return records, decoded
 
-    def _filled(self, records: Sequence[Record], decoded: Sequence[np.ndarray | None]):
-        """Puts the readable picture before it, with its label, in the place of each other one."""
-        readable = [place for place, image in enumerate(decoded) if image is not None]
-        if not readable:
-            raise ValueError(
-                f"none of {len(decoded)} pictures in a row of {self.where} can be read: "
-                f"{self._first_unreadable}"
-            )
+    def _filled(self, rows: np.ndarray, places: np.ndarray, records: list, decoded: list):
+        """Puts the readable picture before it, with its label, in the place of each other one.
+
+        Those before a place are read where they are not among `places`: the fill is the same,
+        whatever part of a batch a process reads.
+        """
         if self.split != "train":
             raise ValueError(
                 f"{self._first_unreadable}; no other can take its place where figures are counted, "
                 "and the set is too large to read beforehand: remove the file"
             )
-        # Before the first readable one comes the last, so that each place has one.
-        fills = [readable[bisect.bisect(readable, p) - 1] for p in range(len(decoded))]
-        return [records[p] for p in fills], [decoded[p] for p in fills]
+        known = dict(zip(places.tolist(), zip(records, decoded, strict=True), strict=True))
+        fills = [self._readable_before(rows, place, known) for place in places.tolist()]
+        return [record for record, _ in fills], [image for _, image in fills]
+
+    def _readable_before(self, rows: np.ndarray, place: int, known: dict[int, tuple]) -> tuple:
+        """The record and the pixels at a place, or at the last readable one before it."""
+        for step in range(len(rows)):
+            other = (place - step) % len(rows)  # before the first one comes the last
+            if other not in known:
+                (record,), (image,) = self._read(rows[[other]])
+                known[other] = record, image
+            if known[other][1] is not None:
+                return known[other]
+        raise ValueError(
+            f"none of {len(rows)} pictures in a row of {self.where} can be read: "
+            f"{self._first_unreadable}"
+        )
 
     @property
     def _first_unreadable(self) -> str:

@@ -19,15 +19,16 @@ _BESIDE = ("digests", "unreadable")  # what a worker found out about the set, be
 class _Steps:
     """The batches from a step on, as a source of random access; it travels to the workers."""
 
-    def __init__(self, examples: Any, order: Callable[..., np.ndarray], first: int):
-        self.examples, self.order, self.first = examples, order, first
+    def __init__(self, examples: Any, order: Callable[..., np.ndarray], first: int, places: Any):
+        self.examples, self.order, self.first, self.places = examples, order, first, places
 
     def __len__(self) -> int:
         return 2**40  # training decides when it ends
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         rows = self.order(step=self.first + place)
-        batch = self.examples.read(rows, threads=1)
+        batch = self.examples.read(rows, threads=1, places=self.places)
+        rows = rows if self.places is None else rows[self.places]
         source = self.examples.rows[rows]
         beside = {
             "digests": self.examples.digests[source],
@@ -37,7 +38,11 @@ class _Steps:
 
 
 def read_in_processes(
-    examples: Any, order: Callable[..., np.ndarray], first: int, workers: int
+    examples: Any,
+    order: Callable[..., np.ndarray],
+    first: int,
+    workers: int,
+    places: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches from step `first` on, read by processes of their own.
 
@@ -46,6 +51,7 @@ def read_in_processes(
       order: ``order(step=...)``: which examples make the batch of a step, int ``[batch]``.
       first: Number of the first step.
       workers: How many processes.
+      places: Of each batch, only these are read; see `StreamedExamples.read`.
 
     Yields:
       What ``examples.read`` returns, and ``rows``.
@@ -55,7 +61,7 @@ def read_in_processes(
       RuntimeError: If grain is not there, or a worker ends before its time.
     """
     grain = _grain()
-    steps = grain.MapDataset.source(_Steps(examples, order, first))
+    steps = grain.MapDataset.source(_Steps(examples, order, first, places))
     one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
     iterator = iter(steps.to_iter_dataset(one_by_one).mp_prefetch(options))

@@ -126,17 +126,25 @@ class Context:
         return source.own_builder
 
     @functools.cached_property
+    def image_size(self) -> int:
+        """What the public encoder takes, pixels; known before this run has pre-trained it."""
+        section = self.plan.pretrain
+        if self.plan.encoder.is_pretrained and section is not None:
+            return jax.eval_shape(section.encoder, jax.random.key(0)).image_size
+        return self.encoder.image_size
+
+    @functools.cached_property
     def surrogate(self):
         """The attacker's images; their labels, if there are any, are dropped."""
         images = self.load_sized(self.plan.surrogate, "train")
-        data.check_image_size(images, self.encoder.image_size)
+        data.check_image_size(images, self.image_size)
         return without_labels(images)
 
     @functools.cached_property
     def downstream(self):
         """The defender's data: train and validation, carved from the training split."""
         whole = self.load_sized(self.plan.downstream, "train")
-        data.check_image_size(whole, self.encoder.image_size)
+        data.check_image_size(whole, self.image_size)
         data.check_trained(whole)
         seed = self.plan.seed
         train, validation = data.carve(whole, self.plan.downstream.validation, seed=seed)
@@ -156,7 +164,7 @@ class Context:
     def test(self):
         """The defender's test split; only `score` attacks anything on it."""
         test = self.load_sized(self.plan.downstream, "test")
-        data.check_image_size(test, self.encoder.image_size)
+        data.check_image_size(test, self.image_size)
         return data.with_classes_of(test, self.downstream[0])
 
     @functools.cached_property
@@ -181,10 +189,34 @@ class Context:
         return expected or train.num_classes
 
     def classifier(self, encoder: Encoder, head: Any, seed: int) -> Classifier:
-        """Returns an encoder with a fresh head, the same one for a seed."""
+        """Returns an encoder with a fresh head, the same one for a seed.
+
+        It keeps how the defender's pictures get their size, for whoever uses it afterwards.
+        """
+        encoder = encoder.replace(resizing=self.resizing_of_downstream(encoder))
         key = jax.random.fold_in(jax.random.key(seed), 1)
         names = self.downstream[0].class_names
         return models.classifier(key, encoder, self.num_classes, head=head, class_names=names)
+
+    def resizing_of_downstream(self, encoder: Encoder) -> data.Resizing | None:
+        """Returns how pictures of the task are resized for a classifier on an encoder."""
+        source = self.plan.downstream
+        if source is None or not self._is_resized(source):  # images that had their size
+            return encoder.resizing
+        return self._as_resized(source, encoder.image_size).resizing
+
+    @staticmethod
+    def _is_resized(source: Data) -> bool:
+        named = (source.resizing, source.image_size) != (None, None)
+        return named or data.is_folder(source.source)
+
+    def _as_resized(self, source: Data, image_size: int) -> Data:
+        """A source of pictures with its size, and resized as the public encoder's files say."""
+        source = dataclasses.replace(source, image_size=source.image_size or image_size)
+        if source.resizing is not None:
+            return source
+        resizing = self.plan.encoder.resizing(source.image_size)
+        return dataclasses.replace(source, resizing=resizing)
 
     def load_sized(
         self, source: Data, split: Literal["train", "test"], encoder: Encoder | None = None
@@ -198,14 +230,12 @@ class Context:
           split: Which one.
           encoder: Whose size; None is the public one.
         """
-        resized = source.resizing is not None or data.is_folder(source.source)
-        if source.image_size is None and resized:
-            size = (encoder or self.encoder).image_size
-            source = dataclasses.replace(source, image_size=size)
-        if source.resizing is None and source.image_size is not None and encoder is None:
-            resizing = self.plan.encoder.resizing(source.image_size)
-            source = dataclasses.replace(source, resizing=resizing)
-        return self.load(source, split)
+        if not self._is_resized(source):
+            return self.load(source, split)
+        if encoder is None:
+            return self.load(self._as_resized(source, self.image_size), split)
+        size = source.image_size or encoder.image_size
+        return self.load(dataclasses.replace(source, image_size=size), split)
 
     def load(self, source: Data, split: Literal["train", "test"]):
         """Returns a split, which is read once in a run."""
@@ -246,11 +276,21 @@ def identity(model: Classifier | Encoder) -> str:
 
 def model_inputs(name: str, model: Classifier | Encoder) -> dict[str, str]:
     """Returns a model as inputs of a stage: its weights, and the network that they are in."""
-    made_of = re.sub(r" at 0x[0-9a-f]+", "", repr(jax.tree.structure(model)))  # of functions
+    made_of = repr(jax.tree.structure(_without_resizing(model)))
+    # An encoder's last static field.  What was fingerprinted before there was one stays as it was.
+    made_of = made_of.replace(", None)], [", ")], [")
+    made_of = re.sub(r" at 0x[0-9a-f]+", "", made_of)  # of functions
     code = code_of(_kinds(model))
     text = made_of + "".join(f"{name}={digest}" for name, digest in code.items())
     network = f"{zlib.crc32(text.encode()):08x}"
     return {name: fingerprint(model.variables), f"{name}_network": network}
+
+
+def _without_resizing(model: Classifier | Encoder) -> Any:
+    """The same model, whatever is said of its pictures' resizing: that computes nothing."""
+    if isinstance(model, Classifier):
+        return model.replace(encoder=model.encoder.replace(resizing=None))
+    return model.replace(resizing=None) if isinstance(model, Encoder) else model
 
 
 def _kinds(model: Any) -> list[Any]:

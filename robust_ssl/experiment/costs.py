@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from robust_ssl import data, finetuning
-from robust_ssl.experiment import features, fitting, train
+from robust_ssl.experiment import batch_parts, features, fitting, train
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.recipe import Recipe
 
@@ -133,8 +133,9 @@ def _measure_steps(
         rates = recipe.rates
         if recipe.select is not None:
             rates = finetuning.rates_for(results[recipe]["selected"], recipe.select.rate)
+        decided = batch_parts.as_trained(recipe, results[recipe])
         state, step = fitting.build_step(
-            *(context, recipe.name, recipe, train.untrained(context, recipe)),
+            *(context, recipe.name, decided, train.untrained(context, recipe)),
             train.public_encoder(context, recipe),
             rates=rates,
             steps_per_epoch=_steps_per_epoch(recipe, results[recipe]),

@@ -57,9 +57,10 @@ class FeatureExamples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Any) -> dict[str, np.ndarray]:
-        """Returns ``{"images", "labels"}`` of the chosen examples."""
-        return {"images": self.images[indices], "labels": self.labels[indices]}
+    def read(self, indices: Any, *, places: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Returns ``{"images", "labels"}`` of the chosen examples, or of some places of them."""
+        chosen = indices if places is None else indices[places]
+        return {"images": self.images[chosen], "labels": self.labels[chosen]}
 
     @property
     def resident(self) -> bool:

@@ -10,7 +10,7 @@ import jax
 
 from robust_ssl import data, evaluation, finetuning, optimizers, provenance, struct, weights
 from robust_ssl.build import text_of
-from robust_ssl.experiment import alarm, features
+from robust_ssl.experiment import alarm, batch_parts, features
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
@@ -92,7 +92,7 @@ def build_step(
         pretrained=encoder if recipe.compare_with_pretrained else None,
         teacher=teacher,
         ema=recipe.ema or None,
-        accumulate=recipe.accumulate,
+        accumulate=recipe.parts,
         remat=recipe.remat,
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
@@ -160,9 +160,7 @@ def fit(
         attack, resident = recipe.build_attack(encoder), None
         if recipe.cache_features:
             train_set, validation = features.cached(
-                context.downstream,
-                classifier.encoder,
-                context.parallel,
+                *(context.downstream, classifier.encoder, context.parallel),
                 context.plan.training.batch_size,
             )
             resident = train_set.resident
@@ -176,9 +174,12 @@ def fit(
             replays=getattr(attack, "replays", 1),
         )
         epoch = batches.steps_per_epoch
-        parts = (context, name, recipe, classifier, encoder)
         schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed, "teacher": teacher}
-        state, step = build_step(*parts, **schedule, show=True)
+        recipe, divided = batch_parts.with_parts(
+            *(context, stage, recipe, classifier, jax.tree.leaves(batches.resident_set)),
+            lambda run, tried: build_step(run, name, tried, classifier, encoder, **schedule),
+        )
+        state, step = build_step(context, name, recipe, classifier, encoder, show=True, **schedule)
         state, best = train(
             stage,
             state,
@@ -194,7 +195,7 @@ def fit(
         overfitted = alarm.overfitted(stage.metrics(), len(alarm.looked_at(recipe, validation)))
         overfitting = {"catastrophic_overfitting": overfitted}
         summary = _summary(state, best, epoch, recipe, attack, step.passes)
-        results = {**(extra or {}), **summary, **overfitting, **more}
+        results = {**(extra or {}), **summary, **divided, **overfitting, **more}
         save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
         stage.finish(results, identity=fingerprint(variables))
     return stage

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from robust_ssl import data, finetuning, optimizers
-from robust_ssl.experiment import fitting, trace, train
+from robust_ssl import data, optimizers
+from robust_ssl.experiment import batch_parts, fitting, trace, train
 from robust_ssl.experiment.context import Context
-from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.recipe import AUTO, Recipe
 from robust_ssl.experiment.scoring_section import Scoring
+from robust_ssl.types import Classifier
 
 
 class Forecast(NamedTuple):
@@ -92,7 +93,7 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     if not recipe.is_trained:
         stored = 0 if recipe.members else _bytes(classifier.variables)
         return Forecast(recipe.name, start, 0, 0, parameters, 0, 0, stored, None)
-    state, step, batch = trace.step_of(context, recipe, classifier)
+    state, step, _ = trace.step_of(context, recipe, classifier)
     attack = recipe.build_attack(train.public_encoder(context, recipe))
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
     per_epoch *= getattr(attack, "replays", 1)
@@ -107,7 +108,7 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
         trained=None if recipe.select else _trained(params, recipe),
         gradients=round(fitting.gradients(*passes)),
         state_bytes=_bytes(state),
-        step_bytes=_planned(step, state, batch) if memory else None,
+        step_bytes=_planned(context, recipe, classifier) if memory else None,
     )
 
 
@@ -120,9 +121,14 @@ def _trained(params: Any, recipe: Recipe) -> int:
     return moving
 
 
-def _planned(step: Any, state: Any, batch: Any) -> int | None:
-    function = jax.jit(functools.partial(step.function, settings=step.settings), donate_argnums=0)
-    return finetuning.planned_bytes(function, state, batch)
+def _planned(context: Context, recipe: Recipe, classifier: Classifier) -> int | None:
+    def build(_: Context, decided: Recipe) -> tuple[Any, Any]:
+        return trace.step_of(context, decided, classifier)[:2]
+
+    if recipe.accumulate == AUTO:
+        return batch_parts.choose(context, recipe, classifier, (), build)["step_bytes"]
+    state, step = build(context, recipe)
+    return batch_parts.planned(step, state, batch_parts.batch_shapes(context, recipe, classifier))
 
 
 def _bytes(tree: Any) -> int:

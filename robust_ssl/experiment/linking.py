@@ -36,6 +36,7 @@ LATER = {
     "teacher": None,
     "ema": 0.0,
     "accumulate": 1,
+    "step_bytes": None,
     "remat": False,
     "cache_features": False,
     "last_blocks": None,

@@ -26,6 +26,7 @@ LOSSES = "robust_ssl.losses:"
 CLEAN = {"clean_cross_entropy": f"{LOSSES}clean_cross_entropy"}
 MIXED = ("clean_cross_entropy", "adversarial_cross_entropy")  # what `adv_ratio` weighs
 HEADS = ("linear", "mlp")
+AUTO = "auto"  # as few parts of a batch as fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,20 @@ class Decay:
             raise ValueError(f'{error}, which is not "{optimizers.COSINE}" either') from None
 
 
+class Parts:
+    """In how many parts a batch runs: a number, or ``"auto"``."""
+
+    @classmethod
+    def read(cls, value: Any, where: str) -> int | str:
+        """Reads the one or the other."""
+        if value == AUTO:
+            return value
+        try:
+            return read(Count, value, where)
+        except ValueError as error:
+            raise ValueError(f'{error}, which is not "{AUTO}" either') from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training, resolved: what a config's ``recipes`` become.
@@ -136,7 +151,9 @@ class Recipe:
       ema: Decay, by update, of the average of weights and batch statistics; where it is above 0,
         the average is what is validated and kept.
       accumulate: Parts that a device runs its batch in, so that a larger one fits; the same numbers
-        to rounding.
+        to rounding.  ``"auto"`` takes the fewest whose compiled step fits, and keeps to them.
+      step_bytes: Memory that such a step may plan on a device, bytes; None is nine tenths of what
+        the device says it has.
       remat: Whether a gradient keeps only the inputs of the encoder's blocks and computes the rest
         again; how much memory that saves is the compiler's word.
       cache_features: Whether a frozen encoder sees each image once and the head is trained on what
@@ -176,7 +193,8 @@ class Recipe:
     decay: Decay = 0.96
     l2_sp: NotNegative = 0.0
     ema: Annotated[float, Range(0, 1, below=True)] = 0.0
-    accumulate: Count = 1
+    accumulate: Parts = 1
+    step_bytes: Count | None = None
     remat: bool = False
     cache_features: bool = False
     patience: Count | None = None
@@ -205,11 +223,13 @@ class Recipe:
             raise ValueError(
                 "augment moves the pixels that the attack remembers perturbations of; leave out one"
             )
-        if self.batch_size % self.accumulate:
+        if self.step_bytes is not None and self.accumulate != AUTO:
+            raise ValueError('step_bytes is for accumulate="auto": say that too, or leave it out')
+        if self.batch_size % self.parts:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
             )
-        if self.accumulate > 1 and self.batch_statistics == "twins":
+        if self.parts > 1 and self.batch_statistics == "twins":
             raise ValueError(
                 'accumulate is refused with batch_statistics="twins", which is about batch norm: a '
                 "part's statistics are not the batch's"
@@ -268,6 +288,15 @@ class Recipe:
         if self.lora is not None:
             self.lora.check(params, by_path)
         return by_path
+
+    @property
+    def parts(self) -> int:
+        """In how many parts its batch runs; 1 as long as nobody has decided on ``"auto"``."""
+        return 1 if self.accumulate == AUTO else self.accumulate
+
+    def in_parts(self, parts: int) -> Recipe:
+        """Returns the recipe with that decided; its text is as it was."""
+        return dataclasses.replace(self, accumulate=parts, step_bytes=None)
 
     @property
     def needs(self) -> tuple[Recipe, ...]:

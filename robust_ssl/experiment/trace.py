@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from robust_ssl import data, weights
 from robust_ssl.build import inside
-from robust_ssl.experiment import features, fitting
+from robust_ssl.experiment import batch_parts, fitting
 from robust_ssl.experiment.context import Context, code_inputs
-from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.experiment.recipe import AUTO, Recipe
 from robust_ssl.experiment.train import (
     FAILED,
     builder_of,
@@ -60,6 +58,8 @@ def check_recipe(context: Context, recipe: Recipe) -> None:
 def _trace(context: Context, recipe: Recipe) -> None:
     classifier = untrained(context, recipe)
     if recipe.is_trained:
+        if recipe.accumulate == AUTO:
+            batch_parts.limit(context, recipe)
         state, step, batch = step_of(context, recipe, classifier)
         jax.eval_shape(step.function, state, batch, step.settings)
 
@@ -88,7 +88,7 @@ def step_of(context: Context, recipe: Recipe, classifier: Classifier):
         rates = {"**": recipe.select.rate}  # which layers move will be known later
     context.parallel.check_batch(recipe.batch_size)
     steps = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
-    alone = dataclasses.replace(context, parallel=dataclasses.replace(context.parallel, kind="jit"))
+    alone = batch_parts.alone(context)
     state, step = fitting.build_step(
         *(alone, recipe.name, recipe, classifier, public_encoder(context, recipe)),
         rates=rates,
@@ -96,20 +96,7 @@ def step_of(context: Context, recipe: Recipe, classifier: Classifier):
         seed=context.plan.seed,
         teacher=untrained_teacher(context, recipe),
     )
-    part = recipe.batch_size // len(context.parallel.devices)
-    batch = _batch_shapes(part, classifier.image_size)
-    if recipe.cache_features:
-        batch["images"] = features.shapes(part, classifier.encoder.dim)
-    return state, step, batch
-
-
-def _batch_shapes(images: int, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        "images": jax.ShapeDtypeStruct((images, size, size, 3), jnp.uint8),
-        "labels": jax.ShapeDtypeStruct((images,), jnp.int32),
-        "indices": jax.ShapeDtypeStruct((images,), jnp.int32),
-        "rows": jax.ShapeDtypeStruct((images,), jnp.int32),
-    }
+    return state, step, batch_parts.batch_shapes(context, recipe, classifier)
 
 
 def _check_saving(context: Context) -> None:

@@ -141,6 +141,7 @@ def confidence_ensemble(
         member.replace(encoder=encoder, head_variables=None)
         for member, encoder in zip(classifiers, encoders, strict=True)
     )
+    resizings = {member.resizing for member in encoders}
     encoder = Encoder(
         variables=_joined([member.encoder.variables for member in classifiers]),
         module=MemberEncoders(encoders),
@@ -149,6 +150,8 @@ def confidence_ensemble(
         image_size=classifiers[0].image_size,
         dim=sum(member.dim for member in encoders),
         name=" + ".join(member.name for member in encoders),
+        # Pictures are resized once for all of them; where members differ nobody has said how.
+        resizing=resizings.pop() if len(resizings) == 1 else None,
     )
     return Classifier(
         encoder=encoder,

@@ -145,6 +145,30 @@ class Parallel:
         """
         return jax.tree.map(self._put_leaf, batch)
 
+    def own_places(self, count: int) -> np.ndarray:
+        """Returns which of a batch's `count` places lie on devices of this process, ascending.
+
+        Example:
+          >>> Parallel.create(num_devices=2).own_places(4).tolist()
+          [0, 1, 2, 3]
+        """
+        self.check_batch(count)
+        parts = self._sharded.addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[part] for part in parts]))
+
+    def put_own(self, batch: Any, count: int) -> Any:
+        """Spreads a batch of `count` of which each process passes its `own_places` alone."""
+        places = self.own_places(count)
+
+        def put(own: np.ndarray) -> jax.Array:
+            def on_device(index: tuple[slice, ...]) -> np.ndarray:
+                return own[np.searchsorted(places, np.arange(count)[index[0]])]
+
+            shape = (count, *own.shape[1:])
+            return jax.make_array_from_callback(shape, self._sharded, on_device)
+
+        return jax.tree.map(put, batch)
+
     def _put_leaf(self, x) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == self._sharded:
             return x

@@ -19,7 +19,7 @@ from robust_ssl.build import resolve
 from robust_ssl.models import ensembles, heads
 from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.weights import cards, native
+from robust_ssl.weights import cards, native, transforms
 
 HEAD_FILE = "head.safetensors"
 CARD_FILE = "classifier.json"
@@ -149,7 +149,9 @@ def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) 
     members = ensembles.ensemble_members(classifier)
     rebuilt = ensembles.confidence_ensemble(members, temperature=temperature)
     # Name and input transformation are written beside the members; all else must come from them.
-    outer = rebuilt.encoder.replace(name=encoder.name, preprocess=encoder.preprocess)
+    outer = rebuilt.encoder.replace(
+        name=encoder.name, preprocess=encoder.preprocess, resizing=encoder.resizing
+    )
     structure: Any = jax.tree.structure(rebuilt.replace(encoder=outer))
     if structure != jax.tree.structure(classifier):
         raise ValueError(
@@ -165,6 +167,7 @@ def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) 
         "members": len(members),
         "temperature": temperature,
         **cards.describe_preprocess(encoder.preprocess),
+        **native.transform_entry(encoder),
         "card": dict(card or {}),
     }
     text = cards.encode(record)
@@ -193,8 +196,10 @@ def _load_ensemble(
             f"{where} says {record['num_classes']} classes, its members have {ensemble.num_classes}"
         )
     outer = cards.read_preprocess(record, where, preprocess)
-    encoder = ensemble.encoder.replace(name=record["name"], preprocess=outer)
     cards.check_seal(record, where)
+    encoder = ensemble.encoder.replace(
+        name=record["name"], preprocess=outer, resizing=transforms.of_saved(record, where)
+    )
     return ensemble.replace(encoder=encoder)
 
 
@@ -209,6 +214,21 @@ def classifier_card(directory: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: If there is none.
     """
     return _read_card(_folder(directory))
+
+
+def is_classifier(path: str | os.PathLike) -> bool:
+    """Whether a path is a directory that `load_classifier` takes."""
+    return (_folder(path) / CARD_FILE).is_file()
+
+
+def encoder_record(directory: str | os.PathLike) -> dict[str, Any]:
+    """Returns the card of a classifier's encoder; of an ensemble its own, which has no other."""
+    folder = _folder(directory)
+    record = _read_card(folder)
+    if record["head"] == _FUSION:
+        cards.check_seal(record, folder / CARD_FILE)
+        return record
+    return native.encoder_card(folder.absolute())
 
 
 def _folder(directory: str | os.PathLike) -> pathlib.Path:

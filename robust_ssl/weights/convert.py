@@ -28,6 +28,7 @@ from robust_ssl.weights import (
     native,
     normalization,
     selection,
+    transforms,
 )
 from robust_ssl.weights.files import read_weights
 from robust_ssl.weights.inspection import Inspection, Report
@@ -212,7 +213,9 @@ def _imported(path, layout, under, name, arguments) -> tuple[Inspection, Encoder
         raise ValueError(f"{path} cannot be imported:\n  " + "\n  ".join(inspection.problems))
     assert encoder is not None  # else there would be a problem
     place = pathlib.Path(path)
-    return inspection, encoder.replace(name=name or (place.name if place.is_dir() else place.stem))
+    resizing = transforms.known(inspection.normalization.transform, encoder.image_size)
+    name = name or (place.name if place.is_dir() else place.stem)
+    return inspection, encoder.replace(name=name, resizing=resizing)
 
 
 def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None]:

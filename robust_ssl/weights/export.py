@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,7 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)
     tensors = mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
     record = {"name": encoder.name, "builder": builder, "options": options, "layout": name}
+    record |= native.transform_entry(encoder)
     # transformers and timm refuse a file whose header does not say "pt".
     metadata = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
     return _write(file, save(tensors, metadata))
@@ -87,8 +89,9 @@ def export_stablehlo(
     """Writes a whole model as one StableHLO program: pixels in [0, 1] in, numbers out.
 
     Weights and normalization are inside; what runs it needs neither this package nor flax, only
-    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.  What the logits of a
-    classifier stand for is written beside it, ``{"class_names": [...]}`` in ``FILE.json``.
+    `jax.export.deserialize`.  The same file runs on CPU, CUDA GPUs and TPUs.  What is known of the
+    logits and of the pictures is written beside it, ``{"class_names": [...], "transform": {...}}``
+    in ``FILE.json``.
 
     Args:
       model: A `Classifier`, whose logits are the output, or an `Encoder`, whose features are.
@@ -125,9 +128,17 @@ def export_stablehlo(
     count = batch if batch is not None else export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
     exported = export.export(jax.jit(apply), platforms=PLATFORMS)(images)
-    if isinstance(model, Classifier) and model.class_names:
-        _write(f"{os.fspath(file)}.json", cards.encode({"class_names": list(model.class_names)}))
+    beside = names_and_transform(model)
+    if beside:
+        _write(f"{os.fspath(file)}.json", cards.encode(beside))
     return _write(file, bytes(exported.serialize()))
+
+
+def names_and_transform(model: Encoder | Classifier) -> dict[str, Any]:
+    """Returns what is known of a model's logits and pictures: ``class_names``, ``transform``."""
+    names = getattr(model, "class_names", ())
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    return ({"class_names": list(names)} if names else {}) | native.transform_entry(encoder)
 
 
 def load_stablehlo(file: str | os.PathLike) -> Callable[[jax.Array], jax.Array]:

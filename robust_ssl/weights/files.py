@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from robust_ssl import disk
-from robust_ssl.weights import state_dicts, torch_pickle, torch_reader
+from robust_ssl.weights import normalization, state_dicts, torch_pickle, torch_reader
 from robust_ssl.weights.state_dicts import SAVE_AGAIN
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
 from robust_ssl.words import line as one_line
@@ -157,9 +157,10 @@ def _locate(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_beside(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the JSON files beside weights, as `read_weights` has them, without the weights."""
+    """Returns what lies beside weights, as `read_weights` has it, without the weights."""
     file = _locate(pathlib.Path(path))
-    return _read_neighbours(file.parent) if _is_published(path, file) else {}
+    beside = _read_neighbours(file.parent) if _is_published(path, file) else {}
+    return {**normalization.header_of(file), **beside}
 
 
 def _is_published(path: str | os.PathLike, file: pathlib.Path) -> bool:
@@ -252,8 +253,8 @@ def _read_open(path: pathlib.Path, under: str | None, reader: str, inert) -> Wei
             saved = read(file, inert) if reader == "safe" else _torch_load(path, file, kind)
             place, state, notes = state_dicts.locate(saved, under)
             tensors, more = _arrays(state)
-            if kind == "torch legacy":
-                notes.append("this format has no checksum: compare the SHA-256 with its maker's")
+            kind = "torch script" if isinstance(saved, torch_reader.Script) else kind
+            notes += torch_reader.NOTES.get(kind, ())
             said = state_dicts.words(saved)
             configs = {"checkpoint": said} if said else {}
             return WeightsFile(

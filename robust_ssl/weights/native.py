@@ -29,7 +29,7 @@ from robust_ssl.models.clip_resnet import CLIPResNet
 from robust_ssl.models.convnext import ConvNeXt
 from robust_ssl.models.swin import Swin
 from robust_ssl.types import Encoder
-from robust_ssl.weights import cards
+from robust_ssl.weights import cards, transforms
 
 WEIGHTS_FILE = "encoder.safetensors"
 CARD_FILE = "encoder.json"
@@ -103,6 +103,7 @@ def save_encoder(
     # Rebuilt while the encoder is at hand: what could not be loaded is refused here.
     cards.check_normalization(encoder.mean, encoder.std, "the encoder to save")
     skeleton = build_skeleton(builder, options, "the encoder to save").replace(name=encoder.name)
+    skeleton = skeleton.replace(resizing=encoder.resizing)
     preprocess = {}
     if encoder.preprocess not in (None, skeleton.preprocess):
         preprocess = cards.describe_preprocess(encoder.preprocess)
@@ -120,6 +121,7 @@ def save_encoder(
         "builder": builder_name,
         "options": options,
         **preprocess,
+        **transform_entry(encoder),
         "weights": cards.describe_file(WEIGHTS_FILE, weights),
         "card": dict(card or {}),
     }
@@ -129,6 +131,17 @@ def save_encoder(
     cards.replace_file(directory / WEIGHTS_FILE, weights)
     cards.replace_file(directory / CARD_FILE, text)
     return directory
+
+
+def transform_entry(encoder: Encoder) -> dict[str, Any]:
+    """Returns what a card says of how an encoder's pictures get their size, nothing where unknown.
+
+    Raises:
+      ValueError: If it is no `robust_ssl.data.Resizing` to the encoder's image size.
+    """
+    if encoder.resizing is None:
+        return {}
+    return {"transform": transforms.described(encoder.resizing, encoder.image_size)}
 
 
 def load_encoder(
@@ -176,7 +189,10 @@ def load_encoder(
     cards.check_normalization(skeleton.mean, skeleton.std, where)
     variables = cards.read_variables(folder, record["weights"], WEIGHTS_FILE, skeleton.variables)
     cards.check_seal(record, where)  # last: what is wrong in itself says more of it
-    return skeleton.replace(variables=variables, name=record["name"], preprocess=preprocess)
+    resizing = transforms.of_saved(record, where) or skeleton.resizing
+    return skeleton.replace(
+        variables=variables, name=record["name"], preprocess=preprocess, resizing=resizing
+    )
 
 
 def encoder_card(name_or_path: str | os.PathLike) -> dict[str, Any]:

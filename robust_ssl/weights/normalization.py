@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,8 @@ def read(configs: Mapping[str, Any]) -> Normalization:
     if header:
         options = header["options"]
         size = _size(options["image_size"])
-        return _of(options["mean"], options["std"], size, "the file's own header")
+        images = _of(options["mean"], options["std"], size, "the file's own header")
+        return dataclasses.replace(images, transform=_own_transform(header, configs))
     record = configs.get("preprocessor_config.json")
     if record is None:  # newer processors of several inputs keep the image's part in here
         record = (configs.get("processor_config.json") or {}).get("image_processor")
@@ -133,6 +135,17 @@ def read(configs: Mapping[str, Any]) -> Normalization:
         images = _of(timm["mean"], timm["std"], size, "config.json")
         return dataclasses.replace(images, transform=transforms.of_timm(timm, size))
     return _open_clip(configs.get("open_clip_config.json") or {})
+
+
+def _own_transform(header: Mapping[str, Any], configs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of our own export; where it does not say, what JSON beside it says, as its origin's may."""
+    transform = header.get("transform")
+    if isinstance(transform, Mapping):
+        return transform
+    try:
+        return read({name: x for name, x in configs.items() if name != "__metadata__"}).transform
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _open_clip(config: Mapping[str, Any]) -> Normalization:
@@ -175,6 +188,20 @@ def _image_records(configs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _of(mean, std, image_size: int | None = None, source: str = "named", prefix: str = ""):
     mean, std = _three(mean, f"{prefix}mean"), _three(std, f"{prefix}std", positive=True)
     return Normalization(mean, std, image_size, source)
+
+
+def header_of(file: pathlib.Path) -> dict[str, Any]:
+    """Returns the metadata in a safetensors file's header, ``{"__metadata__": {...}}``, if any."""
+    import safetensors
+
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(file, "numpy") as opened:
+            metadata = opened.metadata()
+    except (safetensors.SafetensorError, OSError):  # reading the weights says so best
+        return {}
+    return {"__metadata__": metadata} if metadata else {}
 
 
 def own_record(configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_ssl.data import pictures
 from robust_ssl.models import heads
 from robust_ssl.models.bridge import refuse_bridge
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.weights import cards, mapping, native, torch_text
+from robust_ssl.weights import cards, export, mapping, native, torch_text
 from robust_ssl.weights.convert import LAYOUTS
 
 WEIGHTS_FILE, MODEL_FILE = "model.safetensors", "model.py"
@@ -45,8 +46,9 @@ def export_torch(model: Encoder | Classifier, directory: str | os.PathLike) -> E
     """Writes a whole model for PyTorch: ``model.safetensors``, and ``model.py`` that loads it.
 
     The Python file needs torch and safetensors and nothing of this package.  In the directory,
-    ``from model import load; load()(images)`` takes pixels in [0, 1], float32 ``[n, 3, H, W]``.
-    Where PyTorch is installed the two are compared before they are written.
+    ``from model import load; load()(images)`` takes pixels in [0, 1], float32 ``[n, 3, H, W]``,
+    which ``model.picture(file)`` makes of a picture as `Encoder.resizing` says.
+    Where PyTorch is installed, outputs and pictures are compared before anything is written.
 
     Args:
       model: A `Classifier` with a linear or an MLP head, whose logits are the output, or an
@@ -72,7 +74,10 @@ def export_torch(model: Encoder | Classifier, directory: str | os.PathLike) -> E
     text, weights = _files(model)
     difference = None
     if importlib.util.find_spec("torch") is not None:
-        difference = _compared(model, _torch_answers(text, weights), "model.py")
+        with tempfile.TemporaryDirectory() as folder:
+            written = _executed(text, weights, pathlib.Path(folder))
+            _compare_pictures(model, written.resized)
+            difference = _compared(model, _torch_answers(written.load()), "model.py")
     directory = pathlib.Path(directory)
     cards.replace_file(directory / WEIGHTS_FILE, weights)
     cards.replace_file(directory / MODEL_FILE, text)
@@ -83,8 +88,8 @@ def export_onnx(model: Encoder | Classifier, file: str | os.PathLike) -> Exporte
     """Writes a whole model as one ONNX file: ``images`` in, ``logits`` or ``features`` out.
 
     Images are pixels in [0, 1], float32 ``[n, 3, H, W]``, any number at a time.  The file is run
-    by onnxruntime and compared before it is written.  What logits stand for is its metadata
-    ``class_names``, as JSON.
+    by onnxruntime and compared before it is written.  Its metadata, as JSON, are ``class_names``,
+    what logits stand for, and ``transform``, how pictures get their size, where these are known.
 
     Args:
       model: As in `export_torch`.
@@ -101,7 +106,7 @@ def export_onnx(model: Encoder | Classifier, file: str | os.PathLike) -> Exporte
     text, weights = _files(model)
     what = "logits" if isinstance(model, Classifier) else "features"
     with tempfile.TemporaryDirectory() as folder:
-        module = _torch_module(text, weights, pathlib.Path(folder))
+        module = _executed(text, weights, pathlib.Path(folder)).load()
         content = _onnx(module, model, what)
     difference = _compared(model, _onnx_answers(content), "the ONNX file")
     cards.replace_file(pathlib.Path(file), content)
@@ -138,6 +143,7 @@ def _files(model: Encoder | Classifier) -> tuple[bytes, bytes]:
         head=head,
         class_names=model.class_names if whole else (),
         classes=model.num_classes if whole else encoder.dim,
+        resizing=encoder.resizing,
     )
     return text.encode(), save(tensors, {"format": "pt"})
 
@@ -220,22 +226,38 @@ def _compared(model: Encoder | Classifier, answers: Any, what: str) -> float:
     return difference
 
 
-def _torch_module(text: bytes, weights: bytes, folder: pathlib.Path) -> Any:
-    """Returns the module as a user would have it, loaded from the two files."""
+def _compare_pictures(model: Encoder | Classifier, resized: Any) -> None:
+    """Raises ValueError unless the file resizes pictures to the very pixels that data get here."""
+    from PIL import Image
+
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    size = encoder.image_size
+    for height, width in ((size, size), (size + 5, 2 * size + 3), (3 * size + 4, size + 2)):
+        random = np.random.default_rng(width)
+        image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        ours = pictures.resize(image, size, encoder.resizing)
+        if not np.array_equal(np.asarray(resized(Image.fromarray(image))), ours):
+            raise ValueError(
+                f"model.py resizes pictures of {width}x{height} pixels to others than this package "
+                f"as {encoder.resizing}; nothing is written"
+            )
+
+
+def _executed(text: bytes, weights: bytes, folder: pathlib.Path) -> Any:
+    """Returns the Python file as a user would have it, imported from a folder of the two."""
     (folder / MODEL_FILE).write_bytes(text)
     (folder / WEIGHTS_FILE).write_bytes(weights)
     spec: Any = importlib.util.spec_from_file_location("robust_ssl_exported", folder / MODEL_FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.load()
+    return module
 
 
-def _torch_answers(text: bytes, weights: bytes) -> Any:
+def _torch_answers(module: Any) -> Any:
     def answers(images: np.ndarray) -> np.ndarray:
         import torch
 
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            module = _torch_module(text, weights, pathlib.Path(folder))
+        with torch.no_grad():
             return module(torch.from_numpy(images)).numpy()
 
     return answers
@@ -256,9 +278,10 @@ def _onnx(module: Any, model: Encoder | Classifier, what: str) -> bytes:
             dynamic_shapes={"images": {0: batch}}, verbose=False,
         )  # fmt: skip
     written = program.model_proto
-    names = getattr(model, "class_names", ())
-    if names:
-        onnx.helper.set_model_props(written, {"class_names": json.dumps(list(names))})
+    known = export.names_and_transform(model)
+    if known:
+        texts = {name: json.dumps(value) for name, value in known.items()}
+        onnx.helper.set_model_props(written, texts)
     try:
         return written.SerializeToString()
     except ValueError as error:  # protobuf's limit of 2 GB

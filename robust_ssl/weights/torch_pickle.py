@@ -197,6 +197,22 @@ _BUILDERS = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _from_type,
 }
+
+
+class Scripted:
+    """A module or another object of a TorchScript program: what it holds, by name; no code."""
+
+    def __init__(self):
+        self.attributes: dict[Any, Any] = {}
+
+
+def _build(instance: Any, state: Any) -> None:
+    if isinstance(instance, Scripted) and isinstance(state, dict):
+        instance.attributes = state
+
+
+# What a program calls its own classes, and what it makes typed lists with.
+_SCRIPT = ("__torch__.", "torch.jit._pickle.")
 _KNOWN = _STORAGE_TYPES.keys() | _DTYPE_NAMES.keys() | _BUILDERS.keys() | DICTS | _INERT
 
 
@@ -210,8 +226,15 @@ def is_known(path: str, inert: Collection[str] = ()) -> bool:
     return path in _KNOWN or path.startswith(_INERT_PACKAGES) or path in inert
 
 
+def is_scripted(path: str) -> bool:
+    """Whether a name may stand in the pickle of a TorchScript program besides."""
+    return path.startswith(_SCRIPT)
+
+
 def _call(name: Name, args: tuple) -> Any:
-    return _BUILDERS[name.path](*args) if name.path in _BUILDERS else Stub()
+    if name.path in _BUILDERS:
+        return _BUILDERS[name.path](*args)
+    return Scripted() if name.path.startswith(_SCRIPT[0]) else Stub()
 
 
 def _refer(pid: Any, fetch: Fetch, storages: dict[str, Storage]) -> tuple[Storage, np.dtype]:
@@ -236,6 +259,7 @@ def load(
     fetch: Fetch,
     storages: dict[str, Storage] | None = None,
     inert: Collection[str] = (),
+    script: bool = False,
 ) -> Any:
     """Reads one pickle.
 
@@ -244,6 +268,7 @@ def load(
       fetch: Gives a storage's bytes, uint8 ``[nbytes]``, once a tensor's numbers are asked for.
       storages: Filled with those that the pickle mentions, by key.
       inert: Further names, ``"module.name"``, that may stand in it; they become inert like all.
+      script: Whether it is of a TorchScript program, whose objects are then `Scripted`.
 
     Returns:
       Dictionaries, lists, numbers and strings as they are, each tensor a `Tensor`, all else inert.
@@ -261,5 +286,9 @@ def load(
     """
     kept = {} if storages is None else storages
     refer = functools.partial(_refer, fetch=fetch, storages=kept)
-    known = functools.partial(is_known, inert=inert)
-    return pickles.load(file, pickles.Rules("file of weights", known, _call, refer, advice=_ADVICE))
+
+    def known(path: str) -> bool:
+        return is_known(path, inert) or (script and is_scripted(path))
+
+    rules = pickles.Rules("file of weights", known, _call, refer, _build, _ADVICE)
+    return pickles.load(file, rules)

@@ -19,12 +19,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from robust_ssl.weights import torch_pickle
-from robust_ssl.weights.torch_pickle import RefusedError, Storage
+from robust_ssl.weights.torch_pickle import RefusedError, Scripted, Storage
 
 # The number that torch.save pickles first, with the opcode that carries it and the full stop.
 LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 _PICKLE = "data.pkl"
 _CHUNK = 2**20
+NOTES = {  # by what `files.WeightsFile.format` calls them
+    "torch legacy": ("this format has no checksum: compare the SHA-256 with its maker's",),
+    "torch script": ("a TorchScript program: its tensors are taken, what it computes is not read",),
+}
+_MODULES, _DEEPEST = 2**16, 64  # in a TorchScript program; large networks have some thousand
 _SAVE_AGAIN = "load it where it was made and save its state dict with torch.save or as safetensors"
 _DAMAGE = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error)
 
@@ -37,12 +42,13 @@ def read_zip(file: BinaryIO, inert: Collection[str] = ()) -> Any:
       inert: Further names that its pickle may have, see `torch_pickle.load`.
 
     Returns:
-      The saved object, see `torch_pickle.load`.
+      The saved object, see `torch_pickle.load`; of a TorchScript program, as ``torch.jit.save``
+      writes it, a `Script`.
 
     Raises:
       RefusedError: If the archive is not a plain, undamaged one of weights.
     """
-    archive, members, root = _open(file)
+    archive, members, root, script = _open(file)
     # Older files do not say it.
     if f"{root}byteorder" in members:
         order = _content(archive, members[f"{root}byteorder"], 16).tobytes()
@@ -62,26 +68,60 @@ def read_zip(file: BinaryIO, inert: Collection[str] = ()) -> Any:
         return _content(archive, member, storage.nbytes)
 
     content = _content(archive, members[root + _PICKLE], torch_pickle.PICKLE_LIMIT)
-    return torch_pickle.load(io.BytesIO(content.tobytes()), fetch, inert=inert)
+    saved = torch_pickle.load(io.BytesIO(content.tobytes()), fetch, inert=inert, script=script)
+    return Script.of(saved) if script else saved
+
+
+class Script(dict):
+    """The tensors of a TorchScript program by the names that its state dict has."""
+
+    @classmethod
+    def of(cls, module: Any) -> Script:
+        """Collects the tensors of a module and of those in it.
+
+        Raises:
+          RefusedError: If it is no module, or one that holds itself or absurdly many others.
+        """
+        if not isinstance(module, Scripted):
+            raise RefusedError(f"it is a TorchScript program without a module; {_SAVE_AGAIN}")
+        tensors, waiting, count = cls(), [("", module)], 0
+        while waiting:
+            prefix, module = waiting.pop()
+            count += 1
+            # One that holds itself goes on for ever; one that is held twice, and so on, nearly.
+            if count > _MODULES or prefix.count(".") > _DEEPEST:
+                raise RefusedError("its modules hold each other without an end; it is forged")
+            for name, value in module.attributes.items():
+                if isinstance(value, Scripted):
+                    waiting.append((f"{prefix}{name}.", value))
+                elif isinstance(value, torch_pickle.Tensor):
+                    tensors[f"{prefix}{name}"] = value
+        return tensors
 
 
 def check_zip(file: BinaryIO) -> None:
     """Raises `RefusedError` unless every member of the archive is plain and has its checksum."""
-    archive, members, _ = _open(file)
+    archive, members, _, script = _open(file)
+    if script:
+        raise RefusedError('it is a TorchScript program, whose tensors reader="safe" takes')
     for member in members.values():
         _content(archive, member, member.file_size)
 
 
-def _open(file: BinaryIO) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], str]:
-    """The archive, its members by name, and the folder of its pickle."""
+def _open(file: BinaryIO) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo], str, bool]:
+    """The archive, its members by name, the folder of its pickle, whether it is TorchScript."""
     try:
         archive = zipfile.ZipFile(file)
     except _DAMAGE as error:
         raise RefusedError(f"its end is missing or damaged ({error}); fetch it again") from error
     members = _members(archive)
     root = _root(members)
+    whole = len(members)
+    # TorchScript is a program with weights in it: the program is not even read.
+    program = tuple(f"{root}{name}" for name in ("code/", "constants.pkl", "constants/", "extra/"))
+    members = {name: x for name, x in members.items() if not name.startswith(program)}
     _check_plain(members.values(), file.seek(0, io.SEEK_END))
-    return archive, members, root
+    return archive, members, root, len(members) < whole
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -105,12 +145,6 @@ def _root(members: Mapping[str, zipfile.ZipInfo]) -> str:
     if len(roots) > 1:
         raise RefusedError(f"its archive has {len(roots)} members {_PICKLE}; {_SAVE_AGAIN}")
     (root,) = roots
-    # TorchScript is a program with weights in it, and reading it would mean running it.
-    if any(name == f"{root}constants.pkl" or name.startswith(f"{root}code/") for name in members):
-        raise RefusedError(
-            "it is a TorchScript program, not weights: where torch is, and if you trust it, "
-            'torch.save(torch.jit.load(FILE).state_dict(), "weights.pth")'
-        )
     return root
 
 

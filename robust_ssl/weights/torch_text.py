@@ -9,13 +9,16 @@ from __future__ import annotations
 import string
 from typing import Any
 
+from robust_ssl.data.resizing import Resizing
 from robust_ssl.models import ConvNeXt, ResNet, ViT
 from robust_ssl.models.resnet import STEMS
+from robust_ssl.weights import torch_pictures
 
 _WHOLE = string.Template('''\
 """A model that robust_ssl wrote; needs torch and safetensors.
 
 ``load()(images)`` takes pixels in [0, 1], float32 [n, 3, $size, $size], and returns $returns.
+``picture(file)`` makes them of a picture.
 """
 
 import pathlib
@@ -28,7 +31,7 @@ from torch.nn import functional
 CLASS_NAMES = $class_names
 
 
-$network
+$pictures$network
 class Model(nn.Module):
     """The normalization, the encoder and the head."""
 
@@ -236,7 +239,13 @@ _RESPONSE = """
 
 
 def text_of(
-    module: Any, *, image_size: int, head: str, class_names: tuple[str, ...], classes: int
+    module: Any,
+    *,
+    image_size: int,
+    head: str,
+    class_names: tuple[str, ...],
+    classes: int,
+    resizing: Resizing | None = None,
 ) -> str:
     """Returns the file for a network of `robust_ssl.models`.
 
@@ -246,6 +255,7 @@ def text_of(
       head: The head as an expression of PyTorch.
       class_names: What the logits stand for.
       classes: Number of logits, or of features where there is no head.
+      resizing: How pictures get their size, where that is known.
 
     Raises:
       ValueError: If there is no PyTorch form of the network.
@@ -260,6 +270,7 @@ def text_of(
     return _WHOLE.substitute(
         size=image_size, returns=f"{what} [n, {classes}]", class_names=repr(class_names),
         network=makers[type(module)](module), head=head,
+        pictures=torch_pictures.text_of(resizing, image_size),
     )  # fmt: skip
 
 

@@ -2,11 +2,14 @@
 
 A transform is plain values, which the encoder's card keeps: ``mode``, ``resize`` (the scaled side,
 pixels), ``crop``, ``interpolation``, ``offset``, ``fill`` as in `robust_ssl.data.Resizing`, and
-``crop_pct`` where a file says that.
+``crop_pct`` where a file says that.  The card of what this package saves has the same values under
+``transform``, of the encoder or of the classifier's encoder, with ``sized`` besides.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import os
 import re
@@ -14,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robust_ssl.data.resizing import Resizing
+
+_log = logging.getLogger(__name__)
 
 # Pillow's numbers, which processors write.
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -138,30 +143,103 @@ def resizing(transform: Mapping[str, Any], image_size: int) -> Resizing | None:
     """
     if not {"resize", "crop", "interpolation"} <= transform.keys():
         return None
-    side, crop = transform["resize"], transform["crop"]
-    if crop != image_size:
-        share = transform.get("crop_pct")
-        side = math.floor(image_size / share if share else side * image_size / crop)
     # Before cards had a mode, only those of "shorter" had both numbers.
-    read = {key: transform[key] for key in ("mode", "interpolation", "offset") if key in transform}
-    if "fill" in transform:
-        read["fill"] = list(transform["fill"])
+    words = ("mode", "interpolation", "offset", "sized", "draft")
+    read = {"sized": "keep"} | {key: transform[key] for key in words if key in transform}
     try:
-        return Resizing.read({**read, "side": side, "sized": "keep"}, "the encoder's transform")
-    except ValueError as error:
+        side, crop, share = (transform.get(key) for key in ("resize", "crop", "crop_pct"))
+        if side is not None and crop != image_size:
+            side = math.floor(image_size / share if share else side * image_size / crop)
+        if "fill" in transform:
+            read["fill"] = list(transform["fill"])
+        return Resizing.read({**read, "side": side}, "the encoder's transform")
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(
             f"{error}; say how pictures are resized: resizing, 'fit' for one"
         ) from error
 
 
+def described(resizing: Resizing, image_size: int) -> dict[str, Any]:
+    """Returns the transform of a `Resizing`, which `resizing` reads back.
+
+    Raises:
+      ValueError: If it is no `Resizing`, or not for images of this size.
+
+    Example:
+      >>> described(Resizing("squash"), 32)["crop"]
+      32
+    """
+    if not isinstance(resizing, Resizing):
+        raise ValueError(f"an encoder's resizing must be a robust_ssl.data.Resizing: {resizing!r}")
+    fields = {**dataclasses.asdict(resizing), "crop": resizing.size(image_size)}
+    fields |= {"fill": list(resizing.fill)}
+    if not fields["draft"]:  # came later: cards that do not use it are as they were
+        fields.pop("draft")
+    return {"mode": fields.pop("mode"), "resize": fields.pop("side"), **fields}
+
+
+def of_card(record: Mapping[str, Any], image_size: int | None = None) -> Resizing | None:
+    """Returns what the card of an encoder or an ensemble says of resizing.
+
+    Args:
+      record: The card.
+      image_size: What pictures will have, pixels; None is the card's own size.
+
+    Raises:
+      ValueError: If it says what a `Resizing` cannot be.
+    """
+    saved = record.get("transform") or {}
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the card's transform must be a mapping, got {saved!r}")
+    origin = _entry(_entry(record.get("card"), "imported_from"), "transform")
+    own = record.get("options", {}).get("image_size") or saved.get("crop")
+    if not own:
+        return None
+    # The same at its own size: then the origin's share of a side is exact at others too.
+    if not saved or (origin and known(origin, own) == resizing(saved, own)):
+        saved = origin
+    return resizing(saved, image_size or own)
+
+
+def _entry(record: Any, name: str) -> Mapping[str, Any]:
+    """A mapping in what others may have written; an empty one for anything else."""
+    value = record.get(name) if isinstance(record, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def of_saved(record: Mapping[str, Any], where: str | os.PathLike) -> Resizing | None:
+    """Returns what a card says of resizing at its own size, for the encoder that is loaded.
+
+    Raises:
+      ValueError: If this package's own entry says what a `Resizing` cannot be; what a foreign
+        file's transform cannot be is a warning.
+    """
+    try:
+        return of_card(record)
+    except ValueError as error:
+        if record.get("transform"):
+            raise ValueError(f"{where}: {error}") from error
+        _log.warning("%s: %s", where, error)
+        return None
+
+
+def known(transform: Mapping[str, Any], image_size: int) -> Resizing | None:
+    """Returns what `resizing` does; None, with a warning, for what a `Resizing` cannot be."""
+    try:
+        return resizing(transform, image_size)
+    except ValueError as error:
+        _log.warning("%s", error)
+        return None
+
+
 def resizing_of(
     path: str | os.PathLike, image_size: int | None = None, *, allow_moving: bool = False
 ) -> Resizing | None:
-    """Returns how pictures were resized where an encoder was evaluated.
+    """Returns how pictures were resized where an encoder was evaluated, or a classifier scored.
 
     Args:
-      path: A shipped encoder's name, a directory of `save_encoder`, a foreign file or folder, or an
-        address of the hub.
+      path: A shipped encoder's name, a directory of `save_encoder` or `save_classifier` or a
+        finished recipe's, a foreign file or folder, or an address of the hub.
       image_size: What the pictures will have, pixels; None is the encoder's own size.
       allow_moving: Whether a revision on the hub may be a branch or a tag.
 
@@ -177,18 +255,16 @@ def resizing_of(
       >>> resizing_of("simclr-cifar10-r18w24") is None
       True
     """
-    from robust_ssl.weights import convert, files, hub, native, normalization
+    from robust_ssl.weights import classifiers, convert, files, hub, native, normalization
 
     _, path = hub.located(path, allow_moving)
-    if convert.is_foreign(path):
-        try:
-            images = normalization.read(files.read_beside(path))
-        except (*convert.NONSENSE, ValueError):  # named then, and the files are not asked
-            return None
-        transform, own = images.transform, images.image_size
-    else:
-        record = native.encoder_card(path)
-        origin = record["card"].get("imported_from") or {}
-        transform, own = origin.get("transform") or {}, record["options"].get("image_size")
-    size = image_size or own
-    return resizing(transform, size) if size else None
+    if classifiers.is_classifier(path):
+        return of_card(classifiers.encoder_record(path), image_size)
+    if not convert.is_foreign(path):
+        return of_card(native.encoder_card(path), image_size)
+    try:
+        images = normalization.read(files.read_beside(path))
+    except (*convert.NONSENSE, ValueError):  # named then, and the files are not asked
+        return None
+    size = image_size or images.image_size
+    return resizing(images.transform, size) if size else None
