@@ -1,7 +1,7 @@
 """The stage `attack`: an encoder and surrogate images in, universal perturbations out.
 
 `attack_with_labels` is the same for an attacker who has the whole classifier and its labelled
-training images: the strongest that one perturbation for all images can be.
+training images: who knows the most that one perturbation for all images can be fitted on.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def attack(
 def attack_with_labels(context: Context, name: str, classifier: Classifier) -> StageDirectory:
     """Fits ``config.scoring.labelled`` on a classifier and its labelled training images.
 
-    Nobody who attacks a deployed model has as much.  It says how much any perturbation for all
-    images can take, so that a figure under the suite is not mistaken for a bound.
+    Nobody who attacks a deployed model has as much.  It shows how much one perturbation for all
+    images may take, so that a figure under the suite is not mistaken for a bound.
 
     Args:
       context: The run.
