@@ -199,7 +199,8 @@ class Encoder(struct.Value):
 # network takes a second, and a run traces it a hundred times.  `inline` leaves nothing else of it.
 @functools.partial(jax.jit, inline=True)
 def _evaluated(encoder: Encoder, images: jax.Array) -> Outputs:
-    features, taps = encoder.module.apply(encoder.variables, encoder.normalize(images), train=False)
+    outputs: Any = encoder.module.apply(encoder.variables, encoder.normalize(images), train=False)
+    features, taps = outputs
     return Outputs(features=features, taps=taps)
 
 
