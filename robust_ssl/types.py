@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -177,7 +178,12 @@ class Encoder(struct.Value):
 
     def __call__(self, images: jax.Array) -> Outputs:
         """Returns features and taps in evaluation mode, for a batch or for one image."""
-        return _with_batch_axis(images, functools.partial(_evaluated, self))
+
+        def apply(batch):
+            features, taps = _evaluated(self, batch)
+            return Outputs(features=features, taps=dict(taps))
+
+        return _with_batch_axis(images, apply)
 
     def apply_train(
         self, images: jax.Array, *, key: jax.Array | None = None, axis_name: str | None = None
@@ -192,22 +198,24 @@ class Encoder(struct.Value):
         Returns:
           The outputs and the new ``batch_stats`` (an empty mapping where there are none).
         """
-        return _trained(self, images, key, axis_name)
+        features, taps, statistics = _trained(self, images, key, axis_name)
+        return Outputs(features=features, taps=dict(taps)), statistics
 
 
 # Under a `jax.jit` of their own each is traced once for all programs that hold it: tracing a deep
 # network takes a second, and a run traces it a hundred times.  `inline` leaves nothing else of it.
+# Of an ordered dictionary JAX keeps the order, here that of the layers.
 @functools.partial(jax.jit, inline=True)
-def _evaluated(encoder: Encoder, images: jax.Array) -> Outputs:
+def _evaluated(encoder: Encoder, images: jax.Array) -> tuple[jax.Array, OrderedDict]:
     outputs: Any = encoder.module.apply(encoder.variables, encoder.normalize(images), train=False)
     features, taps = outputs
-    return Outputs(features=features, taps=taps)
+    return features, OrderedDict(taps)
 
 
 @functools.partial(jax.jit, inline=True, static_argnums=3)
 def _trained(
     encoder: Encoder, images: jax.Array, key: jax.Array | None, axis_name: str | None
-) -> tuple[Outputs, Mapping[str, Any]]:
+) -> tuple[jax.Array, OrderedDict, Mapping[str, Any]]:
     module = encoder.module.clone(axis_name=axis_name)
     (features, taps), updated = module.apply(
         encoder.variables,
@@ -216,7 +224,7 @@ def _trained(
         mutable=["batch_stats"],
         rngs=None if key is None else {"dropout": key},
     )
-    return Outputs(features=features, taps=taps), updated.get("batch_stats", {})
+    return features, OrderedDict(taps), updated.get("batch_stats", {})
 
 
 @struct.dataclass
