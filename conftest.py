@@ -55,8 +55,10 @@ def pytest_collection_modifyitems(items):
 def quick_programs():
     """Compiling is most of it, and the programs that users run are looked at elsewhere."""
     before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # programs in memory are found whatever they were compiled with
     jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -69,7 +69,8 @@ class TwoBlocks:
 
 @functools.cache
 def _variables():
-    return TwoConvolutions().init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    with jax.ensure_compile_time_eval():  # whoever asks first may be tracing
+        return TwoConvolutions().init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
 
 
 def encoder(key=None, image_size=SIZE):
