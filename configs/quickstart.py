@@ -7,8 +7,9 @@ fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and
 360 test images.  Digits are nearly black and white, so the budget is larger than the 10/255 that
 photographs get.
 
-On two CPU cores it takes four minutes the first time and under three with a warm cache of programs
-(docs/results/speed.md).  The attack takes 32 points from `baseline`, and 2 points from `gen_af`.
+On two CPU cores it takes two and a half minutes the first time and under two with a warm cache of
+programs (docs/results/speed.md).  The attack takes 32 points from `baseline`, and 2 points from
+`gen_af`.
 
 One argument: ``size``.  ``small`` trains as briefly as keeps what is shown; ``full``, which is
 ``quickstart:size=full``, trains and attacks longer, scores Gen-AF's first stage too, and draws
