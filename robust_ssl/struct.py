@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
@@ -113,3 +114,34 @@ def _unknown(cls: type, name: str, fields: Sequence[str]) -> str:
             )
     close = difflib.get_close_matches(name, fields, n=1)
     return f"{takes}; did you mean {close[0]!r}?" if close else takes
+
+
+# --- What a `repr` shows --------------------------------------------------------------------------
+
+COLUMNS = 100  # of a line of it
+
+
+def kind(leaf: Any) -> str:
+    """Returns ``float32[2, 64]``; leaves may be tracers, or placeholders without a shape."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return "None" if leaf is None else type(leaf).__name__
+
+
+def size(tree: Any) -> str:
+    """Returns how many arrays and numbers there are in a tree."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return f"{len(shapes)} arrays, {sum(map(math.prod, shapes)):,} numbers"
+
+
+def count(variables: Any) -> str:
+    """Returns how many parameters there are in variables."""
+    params = variables.get("params") if isinstance(variables, Mapping) else None
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params) if hasattr(leaf, "shape")]
+    return f"{sum(map(math.prod, shapes)):,} parameters" if shapes else "no parameters of JAX"
+
+
+def lines(*lines: str) -> str:
+    """Joins lines, of which none is longer than `COLUMNS` nor has a line break in it."""
+    whole = [line if "\n" not in line else " ".join(line.split()) for line in lines]
+    return "\n".join(x if len(x) <= COLUMNS else x[: COLUMNS - 3] + "..." for x in whole)

@@ -7,7 +7,6 @@ through `jax.jit`, `jax.vmap` and `jax.pmap`, saved, and compared.
 from __future__ import annotations
 
 import functools
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -19,33 +18,6 @@ import jax.numpy as jnp
 from robust_ssl import struct
 
 Variables = Mapping[str, Any]  # {"params": tree, "batch_stats": tree, ...}
-
-_COLUMNS = 100  # of a line of a repr
-
-
-def _kind(leaf: Any) -> str:
-    """Returns ``float32[2, 64]``; leaves may be tracers, or placeholders without a shape."""
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return f"{leaf.dtype}{list(leaf.shape)}"
-    return "None" if leaf is None else type(leaf).__name__
-
-
-def _size(tree: Any) -> str:
-    """Returns how many arrays and numbers there are in a tree."""
-    shapes = [leaf.shape for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
-    return f"{len(shapes)} arrays, {sum(map(math.prod, shapes)):,} numbers"
-
-
-def _count(variables: Any) -> str:
-    params = variables.get("params") if isinstance(variables, Mapping) else None
-    shapes = [leaf.shape for leaf in jax.tree.leaves(params) if hasattr(leaf, "shape")]
-    return f"{sum(map(math.prod, shapes)):,} parameters" if shapes else "no parameters of JAX"
-
-
-def _lines(*lines: str) -> str:
-    """Joins lines, of which none is longer than `_COLUMNS` nor has a line break in it."""
-    whole = [line if "\n" not in line else " ".join(line.split()) for line in lines]
-    return "\n".join(x if len(x) <= _COLUMNS else x[: _COLUMNS - 3] + "..." for x in whole)
 
 
 @struct.dataclass
@@ -65,10 +37,10 @@ class Outputs(struct.Value):
 
     def __repr__(self) -> str:
         """Shows shapes instead of numbers."""
-        shown = [f"{name}: {_kind(leaf)}" for name, leaf in list(self.taps.items())[:2]]
+        shown = [f"{name}: {struct.kind(leaf)}" for name, leaf in list(self.taps.items())[:2]]
         more = [f"{len(self.taps) - 2} more"] if len(self.taps) > 2 else []
-        return _lines(
-            f"Outputs(features: {_kind(self.features)}, logits: {_kind(self.logits)})",
+        return struct.lines(
+            f"Outputs(features: {struct.kind(self.features)}, logits: {struct.kind(self.logits)})",
             *([f"  taps: {', '.join(shown + more)}"] if shown else []),
         )
 
@@ -141,8 +113,8 @@ class Encoder(struct.Value):
     def __repr__(self) -> str:
         """Shows what the encoder is, without its weights."""
         mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
-        return _lines(
-            f"Encoder {self.name!r}: {type(self.module).__name__}, {_count(self.variables)}",
+        return struct.lines(
+            f"Encoder {self.name!r}: {type(self.module).__name__}, {struct.count(self.variables)}",
             f"  images {self.image_size}x{self.image_size}x3 to {self.dim} features",
             f"  (image - ({mean})) / ({std})",
             *([] if self.preprocess is None else [f"  after {self.preprocess!r}"]),
@@ -247,9 +219,9 @@ class Classifier(struct.Value):
 
     def __repr__(self) -> str:
         """Shows what the classifier is, without its weights."""
-        return _lines(
+        return struct.lines(
             f"Classifier: {self.num_classes} classes, head {type(self.head).__name__}, "
-            f"{_count(self.head_variables)}",
+            f"{struct.count(self.head_variables)}",
             *(f"  {line}" for line in repr(self.encoder).splitlines()),
         )
 
@@ -362,10 +334,11 @@ class TrainState(struct.Value):
 
     def __repr__(self) -> str:
         """Shows how much there is instead of the numbers."""
-        return _lines(
-            f"TrainState(step: {_kind(self.step)}, counters: {', '.join(self.counters) or None})",
-            f"  variables: {_size(self.variables)}",
-            f"  opt_state: {_size(self.opt_state)}",
+        counters = ", ".join(self.counters) or None
+        return struct.lines(
+            f"TrainState(step: {struct.kind(self.step)}, counters: {counters})",
+            f"  variables: {struct.size(self.variables)}",
+            f"  opt_state: {struct.size(self.opt_state)}",
         )
 
 

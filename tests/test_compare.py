@@ -386,7 +386,7 @@ def right_under(model, perturbations):
 @slow
 def test_a_half_twin_is_the_recipe_on_half_of_the_images_with_a_seed_of_its_own(attacked):
     run, shares, _ = attacked
-    full, half, seed = run.plan.recipes["full"], run.halved(), attackers_stage.HALF_SEED
+    full, half, seed = run.plan.recipes["full"], run.halved, attackers_stage.HALF_SEED
     assert [len(part) for part in half.downstream] == [24, 8]
     assert {*half.downstream[0].labels} == {*run.downstream[0].labels}
     assert half.downstream[0].fingerprint() != run.downstream[0].fingerprint()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -140,7 +141,7 @@ def read_entries(kind: type, value: Any, where: str, **linked: Any) -> Any:
       **linked: Fields that are given as values.
     """
     entries = _mapping(value, where)
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = annotations(kind)
     fields = [field for field in dataclasses.fields(kind) if field.init]
     names = [field.name for field in fields if not field.metadata.get("hidden")]
     check_known(entries, names, where)
@@ -155,6 +156,12 @@ def read_entries(kind: type, value: Any, where: str, **linked: Any) -> Any:
             raise ValueError(f"{where} needs an entry {field.name!r}")
     with inside(where):
         return kind(**values)
+
+
+@functools.cache
+def annotations(kind: type) -> dict[str, Any]:
+    """Returns the annotations of a dataclass's fields; evaluating them is half of planning."""
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ HALF_SEED = 1000
 def check_half(context: Context) -> None:
     """Raises ValueError unless every scored recipe can be trained on half of the images."""
     with inside("config.scoring.half_twin"):
-        count = len(context.halved().downstream[0])
+        count = len(context.halved.downstream[0])
         for recipe in context.plan.scored:
             for other in recipe.chain():
                 if other.is_trained and other.batch_size > count:
@@ -62,7 +62,7 @@ def fits(
 
 def _crafted_on_half(context: Context) -> dict[str, StageDirectory]:
     """Fits the suite on what an attacker makes of half of the images; by model, alike for seeds."""
-    half, public = context.halved(), identity(context.encoder)
+    half, public = context.halved, identity(context.encoder)
     by_recipe = {}
     for name, twin in half_twins(context).items():
         if identity(twin.encoder) != public:
@@ -79,7 +79,7 @@ def half_twins(context: Context) -> dict[str, Classifier]:
     That is what an attacker makes who knows the published recipe and has half of the data.  One
     that fails is left out: its recipe then has no such attacker.
     """
-    half, recipes = context.halved(), context.plan.scored
+    half, recipes = context.halved, context.plan.scored
     seed = HALF_SEED + context.plan.seed
     made = train.train_all(half, recipes, [seed]).results
     there = [recipe for recipe in recipes if train.model_name(recipe, seed) in made]

@@ -153,8 +153,9 @@ class Context:
             validation = validation.subset((len(validation) + 1) // 2, seed=seed)
         return train, validation
 
+    @functools.cached_property
     def halved(self) -> Context:
-        """Returns the run of an attacker who has half of the downstream images.
+        """The run of an attacker who has half of the downstream images, which are read once.
 
         What he makes lies in a directory of its own, ``half/``.
         """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from robust_ssl.build import (
     Function,
     Positive,
     Share,
+    annotations,
     check_known,
     inside,
     near,
@@ -115,7 +115,7 @@ def read_common(value: Any, where: str) -> dict[str, Any]:
 
 def check_each(entries: Mapping[str, Any], where: str) -> None:
     """Raises ValueError for an entry that is wrong by itself, whatever the others are."""
-    hints = typing.get_type_hints(Recipe, include_extras=True)
+    hints = annotations(Recipe)
     for name, entry in entries.items():
         place = f"{where}.{name}"
         if name == "rates":
