@@ -110,11 +110,14 @@ def get_config(arguments: str = "") -> ConfigDict:
     }
     config.scoring.per_image = {
         "attacks": {
-            "pgd": {"function": f"{common.ATTACKS}PGD", "num_steps": 20},
-            "embed": {"function": f"{common.ATTACKS}EmbedAttack", "num_steps": 20},
+            # White-box figures are given at 8/255, what is crafted without labels at the suite's.
+            "pgd": {"function": f"{common.ATTACKS}PGD", "num_steps": 20, "budgets": (8 / 255,)},
+            "embed": {
+                "function": f"{common.ATTACKS}EmbedAttack",
+                "num_steps": 20,
+                "budgets": (config.suite.epsilon,),
+            },
         },
-        # White-box figures are given at 8/255, what is crafted without labels at the suite's.
-        "budgets": (8 / 255, config.suite.epsilon),
         "images": IMAGES,
     }
     config.scoring.autoattack.update(version="apgd", images=IMAGES, batch_size=100)

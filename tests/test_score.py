@@ -18,6 +18,7 @@ from robust_ssl import evaluation, experiment, models, report, settings, threats
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment import examine, groups, pages, score
 from robust_ssl.stopping import Stopped
+from robust_ssl.workdir import ConfigChangedError
 
 L2 = {"epsilon": 0.5, "threat": "robust_ssl.threats:L2"}
 
@@ -180,6 +181,34 @@ def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatc
         return [{**entry, "seconds": None} for entry in entries_of(folder)]
 
     assert without_seconds(tmp_path) == without_seconds(workdir)
+
+
+def test_an_attack_that_comes_later_is_scored_alone(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    original, calls = groups.Scorer._score, []
+
+    def counts(self, model, chosen, rows):
+        calls.append(sorted(chosen))
+        return original(self, model, chosen, rows)
+
+    monkeypatch.setattr(groups.Scorer, "_score", counts)
+    changed = config()
+    changed.scoring.per_image.attacks.later = {"function": f"{ATTACKS}PGD", "num_steps": 1}
+    go(changed, tmp_path)
+    assert calls and all(name.startswith("later") for [name] in calls)
+    alone = [e for e in entries_of(tmp_path) if e["attack"] not in ("later", "worst")]
+    before = [e for e in entries_of(workdir) if e["attack"] != "worst"]
+    kept = ("model", "attack", "crafted_against", "epsilon", "robust_accuracy", "seconds")
+    assert [[e[n] for n in kept] for e in alone] == [[e[n] for n in kept] for e in before]
+    # It may go, too; what is there may not become another under its name.
+    calls.clear()
+    go(config(), tmp_path)
+    assert not calls and entries_of(tmp_path) == entries_of(workdir)
+    changed = config()
+    changed.scoring.per_image.attacks.pgd.num_steps = 3
+    with pytest.raises(ConfigChangedError, match=r"attacks\.pgd\.num_steps: \d+ -> 3"):
+        go(changed, tmp_path)
 
 
 def test_two_seeds_are_compared_and_figures_are_linked_from_the_page(tmp_path, monkeypatch):

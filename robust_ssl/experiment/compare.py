@@ -34,7 +34,8 @@ def compare(context: Context) -> StageDirectory:
     right = outcomes_of(context, scored, pairs)
     inputs = {train.model_name(*pair): "scored" for pair in pairs}
     inputs |= dict.fromkeys(trained.failed, "failed")
-    with context.open("compare", context.plan.compare, inputs, collects=True) as stage:
+    how = {"collects": True, "places": ("claims",)}
+    with context.open("compare", context.plan.compare, inputs, **how) as stage:
         rows = [_row(context, scored, right[pair], *pair, measured[pair[0]]) for pair in pairs]
         rows.sort(key=lambda row: -row["robust_worst"])
         results = json_ready(_comparison(context, rows, right, trained))

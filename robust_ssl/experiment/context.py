@@ -7,7 +7,7 @@ import functools
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -58,6 +58,7 @@ class Context:
         seed: int | None = None,
         *,
         collects: bool = False,
+        places: Sequence[str] = (),
         redo: bool = False,
         made: str = "made",
     ) -> StageDirectory:
@@ -70,6 +71,7 @@ class Context:
             comes to them: an edited function is another input.
           seed: Of its keys; None is the run's.
           collects: As for `open_stage`.
+          places: As for `open_stage`.
           redo: As for `open_stage`.
           made: As for `open_stage`.
         """
@@ -77,9 +79,8 @@ class Context:
         text = text_of(settings)
         seed = self.plan.seed if seed is None else seed
         inputs = {**inputs, **code_inputs(settings)}
-        return open_stage(
-            self.workdir, name, text, inputs, seed, collects=collects, redo=redo, made=made
-        )
+        how = {"collects": collects, "places": places, "redo": redo, "made": made}
+        return open_stage(self.workdir, name, text, inputs, seed, **how)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what was made under a key before in this run, also by a replaced copy of it."""

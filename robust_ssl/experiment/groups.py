@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl import data, evaluation, struct, threats
+from robust_ssl.build import text_of
 from robust_ssl.evaluation import PerImage
 from robust_ssl.experiment.attack import Fitted
 from robust_ssl.experiment.context import Context
@@ -26,7 +27,7 @@ from robust_ssl.experiment.context import identity as identity  # names a group'
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import StageDirectory, load_arrays, save_arrays
+from robust_ssl.workdir import StageDirectory, digest, load_arrays, save_arrays
 
 
 class Group(NamedTuple):
@@ -59,6 +60,7 @@ class Member(NamedTuple):
       seconds: What it took to craft, before it is applied to any image.
       gradient_evaluations: Input gradients that crafting and applying it took, over all images;
         0 for noise.
+      text: What the config says of it, JSON-able; None of one that was fitted in another stage.
     """
 
     attack: str
@@ -66,6 +68,7 @@ class Member(NamedTuple):
     value: Any
     seconds: float = 0.0
     gradient_evaluations: int = 0
+    text: Any = None
 
     @property
     def label(self) -> str:
@@ -109,7 +112,10 @@ class Scorer:
             chosen = {member.label: member.value for member in part}
             some = [] if rows is None else [f"{len(rows)} images"]
             name = file_name(group, [*chosen, *some])
-            results |= self.kept(name, lambda c=chosen: self._score(model, c, rows))
+            texts = [member.text for member in part if member.text is not None]
+            origin = digest([self.origin, texts])[:16] if texts else self.origin
+            keeper = dataclasses.replace(self, origin=origin)
+            results |= keeper.kept(name, lambda c=chosen: self._score(model, c, rows))
         alone = {member.label: results[member.label] for member in members}
         worst = evaluation.worst_case(alone.values())
         return Scored(group, tuple(members), {**alone, evaluation.WORST: worst}, rows)
@@ -283,7 +289,10 @@ def per_image_members(
             images = context.plan.scoring.per_image.images or len(context.test)
             cost = getattr(attack, "gradient_evaluations", 0) * min(images, len(context.test))
             value = value if seed == 0 else Reseeded(value, jnp.int32(seed))
-            members.append(Member(name, seed, value, 0.0, cost))
+            text = text_of(context.plan.scoring.per_image.attacks[name])
+            if isinstance(text, Mapping):
+                text = {entry: said for entry, said in text.items() if entry != "budgets"}
+            members.append(Member(name, seed, value, 0.0, cost, text))
     return members
 
 

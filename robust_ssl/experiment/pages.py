@@ -268,7 +268,7 @@ def look(
       output of each layer moves: ``taps``, ``measures`` and ``drift`` ``[taps, measures]``.
     """
     file = scored.path / "groups" / f"{name}-look.npz"
-    origin = origin_of(scored, scored.manifest["inputs"], name)
+    origin = origin_of(scored, scored.manifest["inputs"], name, [IMAGES, PICTURES], kinds=())
     arrays = load_arrays(file, origin)
     if arrays is not None:
         return arrays

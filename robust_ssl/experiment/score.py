@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl import data, evaluation, report
-from robust_ssl.attacks import autoattack
-from robust_ssl.build import inside
-from robust_ssl.evaluation import PerImage
+from robust_ssl.build import inside, text_of
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, attack, check_with_labels, load_perturbations
 from robust_ssl.experiment.attackers import MORE, check_half, fits
 from robust_ssl.experiment.class_order import in_order_of_test
 from robust_ssl.experiment.context import Context, identity
+from robust_ssl.experiment.ensemble import build_autoattack, score_autoattack
 from robust_ssl.experiment.examine import examine
 from robust_ssl.experiment.groups import (
     Group,
@@ -29,26 +27,35 @@ from robust_ssl.experiment.groups import (
     Scored,
     Scorer,
     by_budget,
-    file_name,
     outcomes,
     per_image_members,
     sample,
     threat_name,
 )
-from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.suites import Budget
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import StageDirectory, WorkdirError, digest, load_arrays, save_arrays
 from robust_ssl.xla import release_programs
 
 OUTCOMES = "outcomes.npz"
+# Entries that may come and go: what the others' scores are made from does not change by it.
+_ATTACKERS = tuple(
+    f"scoring.{entry}"
+    for entry in (
+        "per_image.attacks",
+        "per_image.budgets",
+        "autoattack.budgets",
+        "labelled",
+        "twin",
+        "half_twin",
+    )
+)
 AGAIN = {  # how a group is announced
     "hardened": ", crafted again on it",
     "twin": ", crafted on its twin",
     "half": ", crafted on its twin of half of the images",
     "labelled": ", fitted with its head and labels",
 }
-_ENSEMBLES = {name: getattr(autoattack, name) for name in ("standard", "apgd", "rand")}
 
 
 # --- What is scored -----------------------------------------------------------------------------
@@ -124,13 +131,6 @@ def build_per_image(context: Context, budget: Budget) -> dict[str, Any]:
     return built
 
 
-def build_autoattack(context: Context, num_classes: int) -> list[tuple[Budget, Mapping[str, Any]]]:
-    """Returns AutoAttack at each of its budgets."""
-    settings = context.plan.scoring.autoattack
-    ensemble = _ENSEMBLES[settings.version]
-    return [(budget, ensemble(budget.threat, num_classes)) for budget in settings.budgets]
-
-
 def check(context: Context) -> None:
     """Builds and traces every attack on every classifier without running it.
 
@@ -198,9 +198,8 @@ def score(context: Context) -> StageDirectory:
         "attack": public.fingerprint,
         "test": context.test.fingerprint(),
     }
-    with context.open(
-        "score", {"scoring": scoring}, inputs, collects=True, redo=True, made="scored"
-    ) as stage:
+    how = {"collects": True, "places": _ATTACKERS, "redo": True, "made": "scored"}
+    with context.open("score", {"scoring": scoring}, inputs, **how) as stage:
         if stage.done:
             return stage
         results, verdicts, right = [], {}, {}
@@ -223,7 +222,10 @@ def score(context: Context) -> StageDirectory:
                     doing = f"{name} under {job.name}"
                     bar.update(bar.finished_steps, doing=doing)
                     step = functools.partial(_advance, bar, done, doing)
-                    scored.append(job.run(dataclasses.replace(quiet, on_part=step)))
+                    made_from = origin_of(stage, inputs, name, job.settings, job.kinds)
+                    scored.append(
+                        job.run(dataclasses.replace(quiet, on_part=step, origin=made_from))
+                    )
                 bar.update(bar.finished_steps, doing=f"examining the figures of {name}")
                 verdicts[name] = (
                     examine(quiet, name, model, scored, inputs[f"classifier/{name}"])
@@ -256,13 +258,28 @@ def read_outcomes(stage: StageDirectory) -> dict[str, np.ndarray]:
     return right
 
 
-def origin_of(stage: StageDirectory, inputs: Mapping[str, str], model: str) -> str:
-    """Identifies what a model's scores are made from: other models may come to it and go."""
-    shared = {n: v for n, v in stage.manifest["inputs"].items() if "/" not in n or n[:5] == "code/"}
-    own = {name: inputs.get(f"{name}/{model}") for name in ("classifier", "attack")}
-    own |= {name: inputs[f"{name}/{model}"] for name in MORE if f"{name}/{model}" in inputs}
+def origin_of(
+    stage: StageDirectory,
+    inputs: Mapping[str, str],
+    model: str,
+    settings: Any = None,
+    kinds: Sequence[str] = ("attack", *MORE),
+) -> str:
+    """Identifies what a model's scores are made from: other models may come to it and go.
+
+    Args:
+      stage: The stage `score`.
+      inputs: Fingerprints of what it reads.
+      model: The model's name.
+      settings: What they depend on, JSON-able; None is all of ``config.scoring``.
+      kinds: The fitted perturbations among it besides the public ones; by default all.
+    """
     manifest = stage.manifest
-    return digest([manifest["config"], manifest["seed"], shared, own])[:16]
+    shared = {n: v for n, v in manifest["inputs"].items() if "/" not in n or n[:5] == "code/"}
+    own = {"classifier": inputs.get(f"classifier/{model}")}
+    own |= {kind: inputs[f"{kind}/{model}"] for kind in kinds if f"{kind}/{model}" in inputs}
+    settings = manifest["config"] if settings is None else settings
+    return digest([settings, manifest["seed"], shared, own])[:16]
 
 
 def _advance(bar: Any, done: Iterator[int], doing: str) -> None:
@@ -270,11 +287,21 @@ def _advance(bar: Any, done: Iterator[int], doing: str) -> None:
 
 
 class _Job(NamedTuple):
-    """One group to be scored: its name for people, in how many parts, and how."""
+    """One group to be scored.
+
+    Attributes:
+      name: For people.
+      parts: In how many parts it is kept.
+      run: Scores it.
+      settings: What its scores are made from besides the model, JSON-able.
+      kinds: The fitted perturbations among it; see `origin_of`.
+    """
 
     name: str
     parts: int
     run: Callable[[Scorer], Scored]
+    settings: Any
+    kinds: tuple[str, ...] = ()
 
 
 def _jobs(
@@ -284,25 +311,28 @@ def _jobs(
     count = scoring.per_image.images
     some = None if count is None else sample(context, count)
 
-    def add(group: Group, members: Sequence[Member], rows: np.ndarray | None = None) -> None:
-        parts = len(members) if group.family == "per_image" else 1
-        run = functools.partial(_score, group, model, members, rows)
-        jobs.append(_Job(_words(group), parts, run))
-
     for against, perturbations in fitted.items():
         for (threat, epsilon), members in _universal(context, perturbations, against).items():
-            add(Group(name, against, "universal", threat, epsilon), members)
+            group = Group(name, against, "universal", threat, epsilon)
+            run = functools.partial(_score, group, model, members, None)
+            # On the public encoder they are an input of the stage itself.
+            kinds = {"public": (), "hardened": ("attack",)}.get(against, (against,))
+            jobs.append(_Job(_words(group), 1, run, [scoring.batch_size], kinds))
     for against in ("public", "hardened"):
         for budget in scoring.per_image.scored:
             built = build_per_image(context, budget)
             members = per_image_members(context, built, against, scoring.seeds)
             if members:
                 threat = threat_name(budget.threat)
-                add(Group(name, against, "per_image", threat, budget.epsilon), members, some)
+                group = Group(name, against, "per_image", threat, budget.epsilon)
+                run = functools.partial(_score, group, model, members, some)
+                settings = [scoring.batch_size, text_of(budget)]
+                jobs.append(_Job(_words(group), len(members), run, settings))
     for budget, ensemble in build_autoattack(context, model.num_classes):
         group = Group(name, "hardened", "autoattack", threat_name(budget.threat), budget.epsilon)
-        run = functools.partial(_in_turn, group, model, ensemble)
-        jobs.append(_Job(_words(group), len(ensemble), run))
+        run = functools.partial(score_autoattack, group, model, ensemble)
+        settings = [scoring.autoattack.batch_size, text_of(budget)]
+        jobs.append(_Job(_words(group), len(ensemble), run, settings))
     return jobs
 
 
@@ -342,48 +372,3 @@ def _universal(
                 continue
         scored.append(one)
     return by_budget(scored)
-
-
-def _in_turn(
-    group: Group, model: Classifier, ensemble: Mapping[str, Sequence[Any]], scorer: Scorer
-) -> Scored:
-    """Scores AutoAttack: each attack on what the ones before have left, kept one by one."""
-    context = scorer.context
-    settings = context.plan.scoring.autoattack
-    rows = sample(context, settings.images or len(context.test))
-    part = context.test.read(rows)
-    examples = {
-        "images": part["images"],
-        "labels": part["labels"].astype(np.int32),
-        "indices": rows.astype(np.int32),
-    }
-    shared = {
-        "key": stage_key(context.plan.seed, "autoattack"),
-        "parallel": context.parallel,
-        "batch_size": settings.batch_size,
-    }
-    before, members, results = None, [], {}
-    for name, parts in ensemble.items():
-        file = file_name(group, [settings.version, name, f"{len(rows)} images"])
-        after = scorer.kept(
-            file, lambda p=parts, b=before: {"after": _after(model, examples, p, b, shared)}
-        )["after"]
-        alive = after.clean_correct if before is None else before.robust_correct
-        gradients = int(alive.sum()) * sum(part.gradient_evaluations for part in parts)
-        members.append(Member(name, None, parts[0], 0.0, gradients))
-        results[name] = before = after
-    total = sum(result.seconds for result in results.values())
-    worst = dataclasses.replace(before, seconds=total)
-    return Scored(group, tuple(members), {**results, evaluation.WORST: worst}, rows)
-
-
-def _after(model, examples, parts, before: PerImage | None, shared) -> PerImage:
-    """Returns what is left after an attack of what the ones before have left."""
-    begun = time.perf_counter()
-    if before is None:
-        clean = alive = evaluation.clean_correct(model, examples, **shared)
-    else:
-        clean, alive = before.clean_correct, before.robust_correct
-    # As AutoAttack's own code: FAB stops just past the boundary, and rounding may push it back.
-    left = evaluation.strike(model, examples, parts, alive, eight_bit=False, **shared)
-    return PerImage(clean, left, clean & ~left, time.perf_counter() - begun)

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,6 +173,7 @@ def check_unchanged(
     settings: Mapping[str, Any],
     *,
     collects: bool = False,
+    places: Sequence[str] = (),
 ) -> None:
     """Compares the settings of a stage with those in its manifest.
 
@@ -181,6 +182,7 @@ def check_unchanged(
       old: The manifest there.
       settings: The entries that must agree with it: config, inputs, seed.
       collects: Whether inputs may come and go; those of the same name must agree.
+      places: Mappings and lists of the config, by dotted name, whose entries may do so too.
 
     Raises:
       ConfigChangedError: If any value differs; each is named as ``config.epochs: 1 -> 2``.
@@ -190,6 +192,8 @@ def check_unchanged(
         both = old["inputs"].keys() & settings["inputs"].keys()
         for entries in (before, after):
             entries["inputs"] = {name: entries["inputs"][name] for name in both}
+    for place in places:
+        before, after = _in_both(before, after, ["config", *place.split(".")])
     before, after = _dotted(before), _dotted(after)
     changes = [
         f"  {name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
@@ -202,6 +206,24 @@ def check_unchanged(
             + "\n".join(changes)
             + "\ntake another --workdir, or go back to the old value; nothing was changed"
         )
+
+
+def _in_both(before: Any, after: Any, place: Sequence[str]) -> tuple[Any, Any]:
+    """Returns two values without what only one of them has at a place."""
+    if not place:
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            both = before.keys() & after.keys()
+            return {name: before[name] for name in both}, {name: after[name] for name in both}
+        if isinstance(before, list) and isinstance(after, list):
+            return [x for x in before if x in after], [x for x in before if x in after]
+        return before, after
+    name = place[0]
+    if not all(isinstance(value, Mapping) for value in (before, after)):
+        return before, after
+    if name not in before or name not in after:  # the place itself came or went
+        return tuple({n: v for n, v in value.items() if n != name} for value in (before, after))
+    old, new = _in_both(before[name], after[name], place[1:])
+    return {**before, name: old}, {**after, name: new}
 
 
 def _dotted(value: Any, prefix: str = "") -> dict[str, str]:

@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ def open_stage(
     seed: int,
     *,
     collects: bool = False,
+    places: Sequence[str] = (),
     redo: bool = False,
     made: str = "made",
 ) -> StageDirectory:
@@ -56,6 +57,8 @@ def open_stage(
       seed: The integer all its random keys derive from.
       collects: Whether the stage only collects what others made, as a table does.  Its inputs may
         then come and go, and it is done again.  Those of the same name must be what they were.
+      places: Mappings and lists of `config`, by dotted name (``"scoring.attacks"``), whose entries
+        may come and go too.
       redo: Whether a finished stage that has lost a file is done again, as far as it has to be,
         with a word in the log; else that is an error.
       made: The word for what the stage does, for errors: ``"trained"``.
@@ -85,8 +88,8 @@ def open_stage(
         old = _settled_manifest(path)
         if old is None:
             return None, None
-        check_unchanged(path, old, settings, collects=collects)
-        same = old["status"] == "done" and old["inputs"] == settings["inputs"]
+        check_unchanged(path, old, settings, collects=collects, places=places)
+        same = old["status"] == "done" and all(old[name] == settings[name] for name in settings)
         if same and check_left(path, old, redo=redo, made=made):
             return old, StageDirectory(path, old)
         return old, None
