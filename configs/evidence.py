@@ -26,7 +26,7 @@ Give it a workdir of its own.
 Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``epochs``,
 ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all), ``seeds``,
 ``recipes``, ``steps`` of fitting a universal attack, ``tune``, a recipe whose four tries
-``robust-ssl sweep`` makes, ``stress``, and ``seen``, how many test images the claims leave out:
+``robust-ssl sweep`` makes (all others are then as their functions say), ``stress``, and ``seen``, how many test images the claims leave out:
 those that ``test_limit`` would take.
 
 Time and figure: nobody has run it yet.  On two CPU cores a recipe takes some minutes to make and
@@ -88,6 +88,16 @@ TRIES = {
     "ramp_fgsm": ("ramp.end", (0.5, 0.6, 0.8, 1.0)),
     "ramp_pgd": ("ramp.end", (0.5, 0.6, 0.8, 1.0)),
 }
+# The best of four, by accuracy on validation images; docs/results/protocol.md has all tries.
+_GROWS_TO_THE_END = {"ramp": {"start": 0.4, "end": 1.0}}
+TAKEN = {
+    "gen_af_stage1": {"weight": 0.0},
+    "roli": {"rates": {"encoder/**": 4e-3, "head/**": 5e-3}},
+    "ramp_fgsm": _GROWS_TO_THE_END,
+    "ramp_pgd": _GROWS_TO_THE_END,
+    # One factor away from `ramp_fgsm`.
+    **dict.fromkeys(("ramp_pgd2", "ramp_nfgsm", "ramp_ema", "ramp_teacher"), _GROWS_TO_THE_END),
+}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -121,6 +131,11 @@ def get_config(arguments: str = "") -> ConfigDict:
         "images": IMAGES,
     }
     config.scoring.autoattack.update(version="apgd", images=IMAGES, batch_size=100)
+    for name in [name for name in TAKEN if name in config.recipes and not given["tune"]]:
+        entry = config.recipes[name]
+        entry = {"function": entry} if isinstance(entry, str) else entry.to_dict()
+        del config.recipes[name]  # a text cannot become a mapping in its place
+        config.recipes[name] = {**entry, **TAKEN[name]}
     made = {*config.recipes}
     # A sweep judges no claim, and goes on in a workdir that began with these.
     announced = CLAIMS if given["tune"] else (*CLAIMS, BY_PUBLIC_SUITE)
