@@ -26,8 +26,8 @@ Give it a workdir of its own.
 Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``epochs``,
 ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all), ``seeds``,
 ``recipes``, ``steps`` of fitting a universal attack, ``tune``, a recipe whose four tries
-``robust-ssl sweep`` makes (all others are then as their functions say), ``stress``, and ``seen``, how many test images the claims leave out:
-those that ``test_limit`` would take.
+``robust-ssl sweep`` makes (all others are then as their functions say), ``stress``, and ``seen``,
+how many test images the claims leave out: those that ``test_limit`` would take.
 
 Time and figure: nobody has run it yet.  On two CPU cores a recipe takes some minutes to make and
 some to score, so a set with three seeds takes some hours.
