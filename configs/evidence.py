@@ -93,6 +93,7 @@ _GROWS_TO_THE_END = {"ramp": {"start": 0.4, "end": 1.0}}
 TAKEN = {
     "gen_af_stage1": {"weight": 0.0},
     "roli": {"rates": {"encoder/**": 4e-3, "head/**": 5e-3}},
+    "trades": {"weight": 1.0},
     "ramp_fgsm": _GROWS_TO_THE_END,
     "ramp_pgd": _GROWS_TO_THE_END,
     # One factor away from `ramp_fgsm`.

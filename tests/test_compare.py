@@ -28,6 +28,7 @@ from robust_ssl.evaluation.checks import Check
 from robust_ssl.experiment import attack as attack_stage
 from robust_ssl.experiment import attackers as attackers_stage
 from robust_ssl.experiment import compare, costs, fitting, groups, score, train
+from robust_ssl.finetuning import step
 from robust_ssl.workdir.manifest import seal
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
@@ -260,6 +261,31 @@ def test_what_went_wrong_in_training_is_said():
         "of a model that has overfitted.",
         "shaky-seed0: 2 of 6 updates were not finite and were skipped.",
     ]
+
+
+@slow
+def test_what_was_trained_is_timed_without_another_program(tmp_path, monkeypatch):
+    traced, trained, of_step, fit = [], [], step._update, fitting.train
+
+    def counts(plan, *arguments):
+        traced.append(plan)
+        return of_step(plan, *arguments)
+
+    def ends(*arguments, **options):
+        kept = fit(*arguments, **options)
+        trained.append(len(traced))
+        return kept
+
+    monkeypatch.setattr(step, "_update", counts)
+    monkeypatch.setattr(fitting, "train", ends)
+    ramp = {**PGD_AT, "ramp": {"start": 0.0, "end": 0.5}}
+    changed = few({"baseline": FROZEN, "full": {}, "pgd_at": PGD_AT})
+    changed.stages = ("train", "attack", "score", "compare")
+    go(changed, tmp_path)
+    assert len(trained) == 3 and len(traced) == trained[-1]
+    # With a ramp the whole attack is timed, wherever the training was: a program of its own.
+    go(few({"baseline": FROZEN, "full": {}, "ramp": ramp}), tmp_path)
+    assert len(traced) > trained[-1]
 
 
 @slow

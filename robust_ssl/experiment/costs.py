@@ -49,9 +49,8 @@ def measure(
     with context.open(stage, timing, inputs, seed, collects=True) as directory:
         if not directory.done:
             results = {recipe: stage.results for recipe, stage in stages.items()}
-            steps = _measure_steps(
-                context, [r for r in everything if results[r]["epochs"]], results
-            )
+            trained = [recipe for recipe in everything if results[recipe]["epochs"]]
+            steps = _measure_steps(context, trained, results, seed)
             own = {r: _own(r, results[r], steps.get(r)) for r in everything}
             epochs, whole = reference.epochs, {}
             if reference in chains:
@@ -125,7 +124,10 @@ def _seconds(
 
 
 def _measure_steps(
-    context: Context, recipes: Sequence[Recipe], results: Mapping[Recipe, Mapping[str, Any]]
+    context: Context,
+    recipes: Sequence[Recipe],
+    results: Mapping[Recipe, Mapping[str, Any]],
+    seed: int,
 ) -> dict[Recipe, finetuning.Cost]:
     settings, compiled, states = context.plan.compare, {}, {}
     clean = {}  # of those recipes whose attack has no budget for a while: steps of that while
@@ -142,8 +144,9 @@ def _measure_steps(
             seed=context.plan.seed,
             teacher=train.untrained_teacher(context, recipe),
         )
-        constants = context.parallel.replicate(step.settings)
-        compiled[recipe] = context.parallel.compile(step.function, constants=constants)
+        if recipe.ramp is None:  # what this run has trained it with is compiled
+            step = context.once(("step", train.directory(recipe, seed)), lambda built=step: built)
+        compiled[recipe] = step.compiled(context.parallel)
         if recipe.cache_features:
             compiled[recipe] = _on_features(context, recipe, compiled[recipe])
         # At its end a ramp has the whole attack.

@@ -180,6 +180,7 @@ def fit(
             lambda run, tried: build_step(run, name, tried, classifier, encoder, **schedule),
         )
         state, step = build_step(context, name, recipe, classifier, encoder, show=True, **schedule)
+        context.once(("step", name), lambda: step)  # `costs` times it
         state, best = train(
             stage,
             state,

@@ -14,6 +14,7 @@ import numpy as np
 from robust_ssl import struct
 from robust_ssl.data import Batches
 from robust_ssl.data.batches import take
+from robust_ssl.finetuning import Step
 from robust_ssl.optimizers.finite import raise_if_stuck
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
@@ -174,23 +175,21 @@ def _advance(
             "loop_on_device needs a set that lies on the devices, and this one is read in a "
             "stream; leave it None"
         )
-    function, settings = getattr(step, "function", None), getattr(step, "settings", None)
-    if function is None:  # a plain function of (state, batch)
-        function, settings = lambda state, batch, settings: step(state, batch), ()
-    settings = parallel.replicate(settings)
+    if not isinstance(step, Step):  # a plain function of (state, batch)
+        step = Step(lambda state, batch, settings, plain=step: plain(state, batch), (), 0)
     if not loop_on_device:
-        compiled = parallel.compile(function, constants=settings)
+        compiled = step.compiled(parallel)
         return lambda state, first, count: compiled(state, batches(first)), False
 
     def loop(state, order, constants):
         def one(state, rows):
             batch = take(constants["set"], rows)
             batch = {**batch, "indices": order["indices"], "rows": rows}
-            return function(state, batch, constants["settings"])
+            return step.function(state, batch, constants["settings"])
 
         return jax.lax.scan(one, state, order["rows"].T)
 
-    constants = {"set": batches.resident_set, "settings": settings}
+    constants = {"set": batches.resident_set, "settings": parallel.replicate(step.settings)}
     compiled = parallel.compile(loop, constants=constants)
     return lambda state, first, count: compiled(state, batches.rows(first, count)), True
 

@@ -36,7 +36,7 @@ from robust_ssl.finetuning.outputs import (
 )
 from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.optimizers.layerwise import keep_frozen, stop_frozen
-from robust_ssl.parallel import average, gather
+from robust_ssl.parallel import Parallel, average, gather
 from robust_ssl.types import Attack, Classifier, Encoder, Loss, LossInputs, TrainState, Variables
 
 
@@ -72,7 +72,7 @@ class Step:
     Attributes:
       function: ``(state, batch, settings) -> (state, metrics)``.
       settings: A pytree of NumPy arrays and keys, for
-        ``Parallel.compile(function, constants=settings)``.
+        ``Parallel.compile(function, constants=settings)``; see `compiled`.
       passes: How often an image goes through the network and back for the update itself: once for
         clean and once for adversarial outputs, where a loss reads them.
     """
@@ -80,6 +80,20 @@ class Step:
     function: Callable[[TrainState, Batch, Settings], tuple[TrainState, dict[str, jax.Array]]]
     settings: Settings
     passes: int
+    _compiled: dict[Parallel, Callable] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def compiled(self, parallel: Parallel) -> Callable:
+        """Returns ``(state, batch) -> (state, metrics)`` on all devices.
+
+        The same function whenever it is asked for: who times a step after training has no second
+        program of it.
+        """
+        if parallel not in self._compiled:
+            constants = parallel.replicate(self.settings)
+            self._compiled[parallel] = parallel.compile(self.function, constants=constants)
+        return self._compiled[parallel]
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the next state and the metrics; under `jax.jit` the settings are constants."""
