@@ -16,7 +16,7 @@ from tiny_recipes import ATTACKS, FROZEN, context, go
 
 from robust_ssl import evaluation, experiment, models, report, settings, threats, weights
 from robust_ssl.evaluation import PerImage, checks
-from robust_ssl.experiment import examine, groups, pages, score
+from robust_ssl.experiment import examine, examined, groups, pages, score
 from robust_ssl.stopping import Stopped
 from robust_ssl.workdir import ConfigChangedError
 
@@ -361,7 +361,7 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     whole = PerImage(right, right, ~right)
     part = PerImage(right[[1, 2]], np.array([True, False]), right[[1, 2]])
     group = groups.Group("m", "hardened", "per_image", "Linf", 0.1)
-    rows, figure = examine._figure(
+    rows, figure = examined.figure_of(
         [
             groups.Scored(group, (), {"worst": whole}),
             groups.Scored(group, (), {"worst": part}, np.array([1, 2])),
@@ -375,12 +375,13 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
 PATCH_OF_TENTH = threats.Patch(0.1)
 
 
-def scored(group, rows=None, threat=None):
+def scored(group, rows=None, threat=None, label_free=False):
     """A group that leaves right what its clean accuracy leaves, but for every third image."""
     count = 64 if rows is None else len(rows)
     right = np.arange(count) % 3 > 0
     result = PerImage(np.ones(count, bool), right, ~right)
-    value = types.SimpleNamespace(threat=threat or threats.Linf(group.epsilon), delta=None)
+    threat = threat or threats.Linf(group.epsilon)
+    value = types.SimpleNamespace(threat=threat, delta=None, label_free=label_free)
     member = groups.Member("one", 0, value, 1.0, 10)
     return groups.Scored(group, (member,), {member.label: result, "worst": result}, rows)
 
@@ -407,6 +408,18 @@ def test_a_sample_of_images_is_compared_with_the_same_images(tmp_path, monkeypat
     kept = np.arange(64) % 3 > 0
     np.testing.assert_array_equal(some[1].among(kept), kept[rows])
     np.testing.assert_array_equal(some[0].among(kept), kept)
+
+
+def test_attacks_without_labels_are_no_figure_to_be_examined(tmp_path):
+    """At a larger budget than those with labels, they would be found too weak."""
+    run = context(config(), tmp_path)
+    white = scored(groups.Group("one", "hardened", "per_image", "Linf", 8 / 255))
+    larger = groups.Group("one", "hardened", "per_image", "Linf", 10 / 255)
+    blind, both = scored(larger, label_free=True), scored(larger)
+    assert examined.subject_of(run, [white, blind]).groups == [white]
+    assert examined.subject_of(run, [white, both]).groups == [both]
+    alone = examined.subject_of(run, [blind])
+    assert alone.figure is None and "no per-image attack" in alone.words
 
 
 def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):

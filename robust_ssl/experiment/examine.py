@@ -7,7 +7,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from robust_ssl import disk, evaluation, threats
 from robust_ssl.attacks import attack_batch
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment.context import Context, identity
+from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
 from robust_ssl.experiment.groups import Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
@@ -118,62 +119,11 @@ def _of_data(context: Context, scored: Sequence[Scored]) -> tuple[checks.Check, 
     return (leakage, checks.one_answer(whole, context.test_labels, names))
 
 
-class _Subject(NamedTuple):
-    """What the checks of a model and its per-image figure look at.
-
-    Attributes:
-      groups: The per-image attacks that saw the model itself, of one threat and budget.
-      threat: Their threat.
-      rows: The images on which all of them were scored.
-      figure: The worst case over them; None without groups.
-      spent: Input gradients that they took.
-      words: What is examined, in words.
-    """
-
-    groups: list[Scored]
-    threat: Any
-    rows: np.ndarray
-    figure: PerImage | None
-    spent: float
-    words: str
-
-
-def _subject(context: Context, scored: Sequence[Scored]) -> _Subject | None:
-    """Returns what can be examined, None where nothing can.
-
-    The per-image attacks of the largest Linf budget; where there are none, the examination's own
-    PGD at the budget of the universal attacks.
-    """
-    families = ("per_image", "autoattack")
-    groups = [s for s in scored if s.group.family in families and _sees_model(s)]
-    groups = [s for s in groups if s.group.epsilon > 0]
-    if groups:
-        group = max((s.group for s in groups), key=lambda g: (g.threat == "Linf", g.epsilon))
-        groups = [s for s in groups if _budget(s) == (group.threat, group.epsilon)]
-        rows, figure = _figure(groups, len(context.test))
-        spent = sum(member.gradient_evaluations for s in groups for member in s.members)
-        words = f"{group.threat} {group.epsilon:.4g}"
-        return _Subject(groups, groups[0].members[0].value.threat, rows, figure, spent, words)
-    epsilon = max((s.group.epsilon for s in scored if s.group.threat == "Linf"), default=0)
-    if not epsilon:
-        return None
-    words = f"Linf {epsilon:.4g}, no per-image attack was scored"
-    return _Subject([], threats.Linf(epsilon), np.arange(len(context.test)), None, 0, words)
-
-
-def _sees_model(scored: Scored) -> bool:
-    return scored.group.crafted_against == "hardened"
-
-
-def _budget(scored: Scored) -> tuple[str, float]:
-    return scored.group.threat, scored.group.epsilon
-
-
 def _per_image(
     context: Context, model: Classifier, scored: Sequence[Scored]
 ) -> tuple[str, checks.Verdict]:
     """Runs all checks but the universal ones; returns what was examined, in words, and them."""
-    subject = _subject(context, scored)
+    subject = subject_of(context, scored)
     if subject is None:
         reason = "Nothing was scored that checks of one image could look at."
         return "nothing", checks.Verdict(checks.not_run(PER_IMAGE_CHECKS, reason))
@@ -235,20 +185,6 @@ def _strongest_images(context: Context, model: Classifier, groups: Sequence[Scor
     )
 
 
-def _figure(groups: Sequence[Scored], size: int) -> tuple[np.ndarray, PerImage]:
-    """Returns the images that all groups were scored on, and the worst case for them."""
-    rows = np.arange(size)
-    for s in groups:
-        rows = rows if s.rows is None else np.intersect1d(rows, s.rows)
-
-    def of_rows(s: Scored) -> PerImage:
-        places = rows if s.rows is None else np.searchsorted(s.rows, rows)
-        fields = (s.worst.clean_correct, s.worst.robust_correct, s.worst.flipped)
-        return PerImage(*(field[places] for field in fields), s.worst.seconds)
-
-    return rows, evaluation.worst_case(of_rows(s) for s in groups)
-
-
 def _universal(
     scorer: Scorer, name: str, model: Classifier, scored: Sequence[Scored]
 ) -> checks.Verdict:
@@ -297,7 +233,8 @@ def _per_image_alike(scored: Sequence[Scored], at: Scored) -> Scored | None:
         s
         for s in scored
         if s.group.family == "per_image"
-        and _sees_model(s)
+        and sees_model(s)
+        and sees_labels(s)
         and s.group.threat == at.group.threat
         and s.group.epsilon <= at.group.epsilon
     ]
@@ -309,7 +246,7 @@ def _independent(at: Scored, per_image: Scored | None) -> np.ndarray | None:
 
     On the encoder that they were fitted on, perturbations crafted again are the same once more.
     """
-    if per_image is None or _budget(per_image) != _budget(at):
+    if per_image is None or budget_of(per_image) != budget_of(at):
         return None
     return per_image.worst.robust_correct
 
