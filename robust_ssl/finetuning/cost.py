@@ -11,6 +11,9 @@ import jax
 
 from robust_ssl.xla import MOST_MEMORY_MAPS, release_programs
 
+_MOST_ALIVE = 50_000  # memory maps; Linux gives a process 65,530
+_MAPS_OF_STEP = 2_500  # that of a ResNet-18 takes 850
+
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -72,7 +75,7 @@ def measure(
     peak_bytes = {}
     for name, step in steps.items():
         peak_bytes[name] = planned_bytes(step, states[name], batch) if memory else None
-        release_programs(MOST_MEMORY_MAPS // 4)  # all steps are alive at once from here on
+        release_programs(_room(len(steps)))  # all steps are alive at once from here on
     states = dict(states)
 
     def timed(name: str, count: int) -> float:
@@ -93,6 +96,11 @@ def measure(
         for name in steps:
             seconds[name].append(timed(name, steps_per_round))
     return {name: Cost(statistics.median(seconds[name]), peak_bytes[name]) for name in steps}
+
+
+def _room(steps: int) -> int:
+    """The memory maps that may be taken before so many steps are compiled."""
+    return min(MOST_MEMORY_MAPS, max(MOST_MEMORY_MAPS // 4, _MOST_ALIVE - steps * _MAPS_OF_STEP))
 
 
 def planned_bytes(step: Step, state: Any, batch: Any) -> int | None:

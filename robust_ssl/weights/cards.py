@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -192,8 +192,8 @@ def read_variables(folder, description: Mapping[str, Any], name: str, like: Any)
         raise ValueError(f"{where} is not a safetensors file: {error}") from error
     # A right sum proves that the file is the card's, not that both fit the network.
     check_arrays(arrays, flatten(like), where)
-    leaves = {path: jnp.asarray(array) for path, array in arrays.items()}
-    return traverse_util.unflatten_dict(leaves, sep="/")
+    # Not `jnp.asarray`, which compiles a program for each shape.
+    return traverse_util.unflatten_dict(jax.device_put(arrays), sep="/")
 
 
 def read_bytes(folder, name: str) -> bytes:

@@ -42,6 +42,8 @@ _BUILDERS = {
         *(*(f"vit_{size}" for size in vit.SIZES), "vision_transformer"),
     )
 }
+_SKELETONS: dict[Any, Encoder] = {}
+_MOST_SKELETONS = 32
 _DEEPEST = 512  # layers; a card that asks for a billion would have them built for ever
 RESNETS: dict[Any, str] = {blocks: name for name, blocks in resnet.VARIANTS.items()}
 # Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
@@ -267,7 +269,16 @@ def build_skeleton(
     try:
         # Bound first: a card with a wrong option is told apart from a builder that fails.
         inspect.signature(builder).bind(None, **options)
-        return jax.eval_shape(functools.partial(builder, **options), jax.random.key(0))
+        made = functools.partial(builder, **options)
+        if builder not in _BUILDERS.values():  # a user's may be another one under the same name
+            return jax.eval_shape(made, jax.random.key(0))
+        # A run loads the same network many times, and a trace of it takes a quarter of a second.
+        key = builder, repr(sorted(options.items()))
+        if key not in _SKELETONS:
+            if len(_SKELETONS) == _MOST_SKELETONS:
+                _SKELETONS.clear()
+            _SKELETONS[key] = jax.eval_shape(made, jax.random.key(0))
+        return _SKELETONS[key]
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
 

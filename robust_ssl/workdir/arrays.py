@@ -72,8 +72,9 @@ def with_checksums(
     leaves = _flatten(tree)
     description = _describe(leaves)
     # Orbax may still read a buffer while the next step, which was given it by donation, writes
-    # into it: on CPU host and device memory are the same.
-    copies = {path: x.copy() if isinstance(x, jax.Array) else x for path, x in leaves.items()}
+    # into it: on CPU host and device memory are the same.  A copy on the host needs no program for
+    # its shape, and no other one that cuts a part of it for each device.
+    copies = {path: np.array(x) if _is_on_host(x) else x.copy() for path, x in leaves.items()}
     record = {"leaves": description, "origin": origin, "log": log}
     return copies, {**record, "sha256": digest(record)}
 

@@ -32,6 +32,8 @@ _WORK += ("fingerprint", "results", "files", "log", "stuck")
 _RECORD = ("versions", "devices", "started", "finished", "before")
 
 _log = logging.getLogger(__name__)
+
+_REASON = 300  # characters of another library's error
 _SHOWN = 12  # directories named in one error
 _WAY_OUT = "take another --workdir, or finish this one with robust_ssl 0.1; nothing was changed"
 
@@ -255,7 +257,9 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
 
 def unwritable(file: pathlib.Path, error: Exception) -> OSError:
     """Returns the error for a file that could not be written, a full disk most often."""
-    reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["?"])[0][:300]
+    reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["?"])[0]
+    if len(reason) > _REASON:  # where it happened comes first, what happened last
+        reason = f"{reason[: _REASON // 2]} ... {reason[-_REASON // 2 :]}"
     return OSError(
         getattr(error, "errno", None) or errno.EIO,
         f"cannot write {file}: {reason}; make room, or take another --workdir, and run the same "
