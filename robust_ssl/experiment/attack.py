@@ -275,11 +275,15 @@ def surrogate_batches(
     """
     # Of every attack stage: a fit on a hardened encoder sees the same images.
     batches = data.Batches(surrogate, batch_size, seed=seed, stage="attack", parallel=parallel)
-    pixels = jax.jit(lambda images: images.astype(jnp.float32) / 255.0)
     for step in range(steps):
         batch = batches(step)
         labels = {"labels": batch["labels"]} if labelled else {}
-        yield {"images": pixels(batch["images"]), **labels}
+        yield {"images": _pixels(batch["images"]), **labels}
+
+
+@jax.jit
+def _pixels(images: jax.Array) -> jax.Array:
+    return images.astype(jnp.float32) / 255.0
 
 
 def _perturbations(

@@ -278,6 +278,8 @@ def make_step(
     read = outputs_read(losses, template, attack is not None, pretrained, teacher)
     if remat:
         template = parts.rematerialized(template)
+    # Shapes in place of weights: who keeps a step does not keep those too.
+    template = template.with_variables(jax.eval_shape(lambda x: x, template.variables))
     plan = _Plan(
         template, tx, losses, read, batch_statistics, frozen, augment, axis_name, accumulate
     )
