@@ -309,6 +309,33 @@ def test_the_same_command_again_recomputes_nothing(finished, monkeypatch):
 
 
 @slow
+def test_seeds_from_machines_that_share_nothing_are_brought_together(tmp_path, monkeypatch):
+    """As docs/clusters says: what was made of each seed is copied into one workdir."""
+    changed = few({"baseline": FROZEN, "full": {}})
+    whole = tmp_path / "whole"
+    for seed in (0, 1):
+        changed.training.seeds = (seed,)
+        go(changed, tmp_path / str(seed))
+        for pattern in ("attack", "attack_*", "recipes/*", "score/groups/*"):
+            for made in (tmp_path / str(seed)).glob(pattern):
+                target = whole / made.relative_to(tmp_path / str(seed))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if made.is_dir():
+                    shutil.copytree(made, target, dirs_exist_ok=True)
+                else:
+                    shutil.copy(made, target)
+
+    def never(*args, **kwargs):
+        pytest.fail("this was done on the other machine")
+
+    for place, name in ((fitting, "train"), (attacks, "fit"), (groups.Scorer, "_score")):
+        monkeypatch.setattr(place, name, never)
+    changed.training.seeds = (0, 1)
+    rows = rows_of(go(changed, whole))
+    assert rows.keys() == {(name, seed) for name in ("baseline", "full") for seed in (0, 1)}
+
+
+@slow
 def test_a_recipe_that_failed_is_named_and_not_compared(tmp_path):
     recipes = {"baseline": FROZEN, "full": {}}
     go(few(recipes), tmp_path)  # finished before the broken one comes
