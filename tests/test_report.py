@@ -15,8 +15,9 @@ import pytest
 from robust_ssl import report
 from robust_ssl.evaluation import Counts
 from robust_ssl.report import results, sentences, tables
+from robust_ssl.report.cases import strongest_cases, suite_cases
 from robust_ssl.report.comparison import FIELDS, summarize
-from robust_ssl.report.tables import headline, suite_cases
+from robust_ssl.report.tables import headline
 
 RUN = {
     "encoder": {"name": "simclr", "fingerprint": "0123"},
@@ -248,6 +249,20 @@ def test_the_strongest_attack_has_a_column_where_it_was_scored():
     assert "AutoAttack: 8/255 on 50 images." in tables.headline_caption(
         a_document([*entries, auto])
     )
+
+
+def test_what_sees_no_label_is_not_the_column_per_image():
+    """What is scored on the public encoder too has no labels, however large its budget is."""
+    blind = {"attack": "embed", "family": "per_image", "epsilon": 10 / 255}
+    white = {"attack": "pgd", "family": "per_image", "epsilon": 8 / 255}
+    entries = [
+        entry(**blind, crafted_against="public", robust=30),
+        entry(**blind, crafted_against="hardened", robust=20),
+        entry(**white, crafted_against="hardened", robust=5),
+    ]
+    document = a_document([entry(), *entries])
+    assert [group.epsilon for group in strongest_cases(document)] == [8 / 255]
+    assert [group.epsilon for group in strongest_cases(a_document(entries[:2]))] == [10 / 255] * 2
 
 
 def test_the_suite_is_judged_at_its_own_budget():

@@ -13,11 +13,12 @@ from typing import Any
 from robust_ssl import words
 from robust_ssl.evaluation import WORST
 from robust_ssl.report import claims, sentences, tables
+from robust_ssl.report.cases import Document, Entry, worst_cases
 from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, differences, summarize
 from robust_ssl.report.figures import Folder, attempt, figure_epsilon
 from robust_ssl.report.gains import share_table
 from robust_ssl.report.pareto import figure_pareto, points_of
-from robust_ssl.report.tables import Document, Entry, budget, names, worst_cases
+from robust_ssl.report.tables import budget, names
 from robust_ssl.report.text import csv_text, markdown_table
 from robust_ssl.workdir import json_ready, write_atomically
 

@@ -9,20 +9,10 @@ from typing import Any
 
 from robust_ssl.evaluation import wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.report.cases import SOURCES, Document, Entry, suite_cases
 from robust_ssl.report.comparison import VERDICTS, Summary, decided, differ
 from robust_ssl.report.pareto import Point, checked_points
-from robust_ssl.report.tables import (
-    MARK,
-    SOURCES,
-    Document,
-    Entry,
-    Line,
-    budget,
-    headline,
-    names,
-    percent,
-    suite_cases,
-)
+from robust_ssl.report.tables import MARK, Line, budget, headline, names, percent
 
 
 def answer(document: Document, summary: Summary | None = None) -> list[str]:

@@ -10,6 +10,16 @@ from robust_ssl import words
 from robust_ssl.evaluation import WORST, wilson_interval
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
 from robust_ssl.report import majority
+from robust_ssl.report.cases import (
+    SOURCES,
+    Document,
+    Entry,
+    Group,
+    group_of,
+    strongest_cases,
+    suite_cases,
+    worst_cases,
+)
 from robust_ssl.report.comparison import COLUMNS, COSTS, SHARES, VERDICTS, Estimate, Summary
 from robust_ssl.report.results import METRICS
 
@@ -17,28 +27,9 @@ LABELS = {  # of recipes whose name alone says too little
     "baseline": "baseline (frozen encoder)",
     "full": "full (all layers fine-tuned)",
 }
-SOURCES = {
-    "public": "crafted on the public encoder",
-    "hardened": "crafted again on the model itself",
-    "twin": "crafted on the same recipe with another seed",
-    "half": "crafted on the same recipe with another seed and half of the training images",
-    "labelled": "fitted on the model itself, its head and its labelled training images",
-}
 CRAFTED_ON = {"public": "public encoder", "hardened": "itself", "twin": "twin"}
 CRAFTED_ON |= {"half": "half twin", "labelled": "itself, with labels"}
 MARK = "NOT BELIEVABLE"
-
-Entry = Mapping[str, Any]  # of ``results``
-Document = Mapping[str, Any]  # ``results.json``
-
-
-class Group(NamedTuple):
-    """Attacks whose worst case per image is one figure."""
-
-    crafted_against: str
-    family: str
-    threat: str
-    epsilon: float
 
 
 class Share(NamedTuple):
@@ -106,51 +97,6 @@ def budget(epsilon: float, threat: str = "Linf") -> str:
 def percent(share: float) -> float:
     """Returns per cent rounded as shown, so that differences in a text agree with the tables."""
     return round(100 * share, 1)
-
-
-def group_of(entry: Entry) -> Group:
-    """Returns the group of attacks that an entry is of."""
-    return Group(*(entry[field] for field in Group._fields))
-
-
-def worst_cases(results: Sequence[Entry]) -> dict[Group, dict[str, Entry]]:
-    """Returns the worst case by group of attacks, the public encoder first, and by model.
-
-    It is the entry called ``"worst"`` where there is one, else that of the lowest robust accuracy.
-    """
-    groups: dict[Group, dict[str, list[Entry]]] = {}
-    for entry in results:
-        groups.setdefault(group_of(entry), {}).setdefault(entry["model"], []).append(entry)
-
-    # One called "worst" is so image by image, which is below the lowest single attack.
-    def severity(entry: Entry) -> tuple[bool, float]:
-        return entry["attack"] != WORST, entry["robust_accuracy"]
-
-    cases = {}
-    for group in sorted(groups, key=lambda group: list(SOURCES).index(group.crafted_against)):
-        cases[group] = {m: min(entries, key=severity) for m, entries in groups[group].items()}
-    return cases
-
-
-def suite_cases(document: Document) -> dict[Group, dict[str, Entry]]:
-    """Returns the worst cases that are compared: the suite at its main budget, by source."""
-    cases = worst_cases(document["results"])
-    main = ("universal", "Linf", document["run"]["suite"]["epsilon"])
-    # A suite of patches, or of budgets of its own, has none there: the first group stands for it.
-    main = main if any(group[1:] == main for group in cases) else next(iter(cases))[1:]
-    suites = ("public", "hardened")  # the others are not there for every model
-    both = {group: models for group, models in cases.items() if group.crafted_against in suites}
-    return {group: models for group, models in both.items() if group[1:] == main}
-
-
-def strongest_cases(document: Document) -> dict[Group, dict[str, Entry]]:
-    """Returns the worst cases under AutoAttack, else per image, at the first of its budgets."""
-    cases = worst_cases(document["results"])
-    for family in ("autoattack", "per_image"):  # the first is an ensemble of the second
-        of_family = [group for group in cases if group.family == family]
-        if of_family:
-            return {group: cases[group] for group in of_family if group[1:] == of_family[0][1:]}
-    return {}
 
 
 def over_seeds(shares: Sequence[float], n: int) -> Share:
