@@ -183,7 +183,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(finished, tmp_path, monkeypatc
     assert without_seconds(tmp_path) == without_seconds(workdir)
 
 
-def test_an_attack_that_comes_later_is_scored_alone(finished, tmp_path, monkeypatch):
+def test_an_attack_that_comes_later_is_scored_alone(finished, tmp_path, monkeypatch, caplog):
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     original, calls = groups.Scorer._score, []
@@ -197,6 +197,7 @@ def test_an_attack_that_comes_later_is_scored_alone(finished, tmp_path, monkeypa
     changed.scoring.per_image.attacks.later = {"function": f"{ATTACKS}PGD", "num_steps": 1}
     go(changed, tmp_path)
     assert calls and all(name.startswith("later") for [name] in calls)
+    assert "damaged" not in caplog.text
     alone = [e for e in entries_of(tmp_path) if e["attack"] not in ("later", "worst")]
     before = [e for e in entries_of(workdir) if e["attack"] != "worst"]
     kept = ("model", "attack", "crafted_against", "epsilon", "robust_accuracy", "seconds")
