@@ -246,8 +246,13 @@ def test_the_strongest_attack_has_a_column_where_it_was_scored():
     assert [row["per image"][0] for row in cells] == ["10.0 %", "n/a"]
     cells = tables.headline_cells(a_document([*entries, auto]))
     assert cells[0]["AutoAttack"] == ("4.0 %", "1-13")
+    square = {**auto, "attack": "square"}
     assert "AutoAttack: 8/255 on 50 images." in tables.headline_caption(
-        a_document([*entries, auto])
+        a_document([*entries, auto, square])
+    )
+    parts = [{**auto, "attack": name} for name in ("apgd-ce", "apgd-t")]
+    assert "on 50 images, apgd-ce and apgd-t alone." in tables.headline_caption(
+        a_document([*entries, auto, *parts])
     )
 
 

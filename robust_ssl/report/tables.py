@@ -215,7 +215,11 @@ def headline_caption(document: Document) -> str:
     ]
     for group, models in list(strongest_cases(document).items())[:1]:
         limit, images = budget(group.epsilon, group.threat), next(iter(models.values()))["n"]
-        parts.append(f"{FAMILIES[group.family]}: {limit} on {images:,} images.")
+        members = {e["attack"] for e in document["results"] if e["family"] == "autoattack"}
+        of = " and ".join(sorted(members - {WORST})) if group.family == "autoattack" else ""
+        # Half of the ensemble is not to be taken for it.
+        alone = f", {of} alone" if of and "square" not in members else ""
+        parts.append(f"{FAMILIES[group.family]}: {limit} on {images:,} images{alone}.")
     reference = (document["comparison"] or {}).get("reference")
     if reference:
         parts.append(f"Cost: training time relative to {reference}.")
