@@ -345,4 +345,4 @@ def test_points_that_differ_in_numbers_compile_nothing_more(
         go(config(tuple((p, options[:number]) for p, options in grid)), tmp_path / str(len(counts)))
         counts.append(len(compiled_programs))
     # Two reshapes are new; three more points whose steps are compiled anew would be three or more.
-    assert counts[1] > 3 and counts[2] - counts[1] <= 2, counts
+    assert counts[1] > 0 and counts[2] - counts[1] <= 2, counts
