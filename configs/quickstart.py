@@ -7,7 +7,7 @@ fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and
 360 test images.  Digits are nearly black and white, so the budget is larger than the 10/255 that
 photographs get.
 
-On two CPU cores it takes two and a half minutes the first time and under two with a warm cache of
+On two CPU cores it takes over two minutes the first time and over one with a warm cache of
 programs (docs/results/speed.md).  The attack takes 32 points from `baseline`, and 2 points from
 `gen_af`.
 
