@@ -17,12 +17,15 @@ import numpy as np
 from robust_ssl import attacks, data, threats
 from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.build import inside
+from robust_ssl.evaluation import to_pixels
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.suites import Suite, SuiteAttack
 from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier, Encoder, Model
 from robust_ssl.workdir import StageDirectory, WorkdirError, fingerprint, load_arrays, save_arrays
+
+_pixels = jax.jit(to_pixels)  # one program for all fits
 
 Images = data.Examples | data.StreamedExamples
 
@@ -279,11 +282,6 @@ def surrogate_batches(
         batch = batches(step)
         labels = {"labels": batch["labels"]} if labelled else {}
         yield {"images": _pixels(batch["images"]), **labels}
-
-
-@jax.jit
-def _pixels(images: jax.Array) -> jax.Array:
-    return images.astype(jnp.float32) / 255.0
 
 
 def _perturbations(

@@ -190,12 +190,9 @@ def check_unchanged(
       ConfigChangedError: If any value differs; each is named as ``config.epochs: 1 -> 2``.
     """
     before, after = {name: old[name] for name in settings}, dict(settings)
-    if collects:
-        both = old["inputs"].keys() & settings["inputs"].keys()
-        for entries in (before, after):
-            entries["inputs"] = {name: entries["inputs"][name] for name in both}
-    for place in places:
-        before, after = _in_both(before, after, ["config", *place.split(".")])
+    may_come = [["inputs"]] if collects else []
+    for place in [*may_come, *(["config", *place.split(".")] for place in places)]:
+        before, after = _in_both(before, after, place)
     before, after = _dotted(before), _dotted(after)
     changes = [
         f"  {name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
