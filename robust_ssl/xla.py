@@ -246,8 +246,8 @@ def limit_in_flight(call: Callable) -> Callable:
     """
     in_flight: collections.deque = collections.deque()
 
-    def bounded(state, batch):
-        state, info = call(state, batch)
+    def bounded(*arguments):
+        state, info = call(*arguments)
         result = (jax.tree.leaves(info) or jax.tree.leaves(state))[:1]
         if not any(isinstance(x, jax.core.Tracer) for x in result):
             in_flight.append(result)
@@ -255,7 +255,4 @@ def limit_in_flight(call: Callable) -> Callable:
             jax.block_until_ready([x for x in in_flight.popleft() if not x.is_deleted()])
         return state, info
 
-    for name in ("lower", "_cache_size"):  # what a jitted function has besides
-        if hasattr(call, name):
-            setattr(bounded, name, getattr(call, name))
     return bounded

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from robust_ssl import evaluation, struct, threats
-from robust_ssl.attacks import APGD, PGD
+from robust_ssl.attacks import APGD, PGD, UniversalPerturbation
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
 from robust_ssl.parallel import KINDS, Parallel
 from robust_ssl.types import Classifier, Encoder
@@ -279,6 +280,14 @@ def test_one_compilation_serves_all_types_of_a_number(two):
         first_pixel_classifier(), batches_of([3], [3], 1), {"all": list(attacks.values())}, **shared
     )
     assert len(TRACES) == 1
+
+
+def test_one_compilation_serves_perturbations_of_any_name(two):
+    delta, shared = jnp.zeros((2, 2, 3)), {"key": jax.random.key(0), "parallel": two}
+    named = {n: UniversalPerturbation(delta, threats.Linf(0.1), name=n) for n in ("a", "b", "c")}
+    with tiny.programs() as compiled:
+        score(first_pixel_classifier(), batches_of([3], [3], 1), named, **shared)
+    assert sum("_fun" in name for name in compiled) <= 2, compiled  # clean and attacked
 
 
 def test_settled_numbers_keep_their_values_and_arrays_their_types():

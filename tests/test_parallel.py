@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from robust_ssl import parallel
 from robust_ssl.parallel import KINDS, Parallel
@@ -55,6 +56,30 @@ def test_a_pairwise_loss_has_the_same_gradient_on_every_layout(devices, kind, on
     ):
         assert ours.shape == expected.shape  # state and info come out unstacked
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices,kind", LAYOUTS)
+def test_what_was_lowered_for_shapes_is_the_program_of_the_calls(devices, kind):
+    layout, traced = Parallel.create(num_devices=devices, kind=kind), []
+    step = train_step(layout.axis_name)
+
+    def counted(weights, batch, constants):
+        traced.append(1)
+        weights, info = step(weights, batch)
+        return weights, {**info, "sum": constants["more"] + info["loss"]}
+
+    program = layout.compile(counted, constants={"more": np.float32(0)})
+    shapes = jax.eval_shape(lambda: (WEIGHTS, {"x": jnp.asarray(IMAGES)}))
+    lowered = program.lower(*shapes)
+    assert lowered.compile().memory_analysis() is not None
+    weights, batch = layout.replicate(WEIGHTS), layout.put({"x": IMAGES})
+    with tiny.programs() as compiled:
+        for more in (1, 2):
+            bound = program.bind(layout.replicate({"more": np.float32(more)}))
+            _, info = bound(weights, batch)
+            np.testing.assert_allclose(info["sum"] - info["loss"], more, rtol=1e-6)
+    assert len(traced) == 1
+    assert not [name for name in compiled if "counted" in name or "_fun" in name]
 
 
 def test_without_the_gather_the_gradient_would_be_another_one(on_one_device):

@@ -210,7 +210,9 @@ def test_a_training_that_chose_its_parts_is_the_one_that_was_told_them(tmp_path)
 
     run = tiny_recipes.context(config(), tmp_path)
     recipe = run.plan.recipes["mine"]
-    state, step, batch = trace.step_of(run, recipe, train.untrained(run, recipe))
+    classifier = train.untrained(run, recipe)
+    state, step = trace.step_of(batch_parts.alone(run), recipe, classifier)
+    batch = batch_parts.batch_shapes(run, recipe, classifier)
     most = batch_parts.planned(step, state, batch) - 1
     chosen, ours = trained("chosen", accumulate="auto", step_bytes=most)
     parts = chosen["batch_in_parts"]

@@ -178,3 +178,22 @@ def test_a_recipe_is_the_same_on_one_device_and_on_several(name):
 )
 def test_a_recipe_is_the_same_on_any_layout(name, kind, devices):
     assert_same(after_steps(name, kind, devices), after_steps(name, "jit", 1))
+
+
+def test_steps_of_all_seeds_are_one_computation_unless_they_hold_first_weights():
+    run = context("pmap", 2)
+
+    def computation(name, seed, **more):
+        recipe = run.plan.recipes[name]
+        start = train.untrained(run, recipe, seed)
+        how = {"rates": rates_of(recipe), "steps_per_epoch": 1, "seed": seed, **more}
+        made = fitting.build_step(
+            *(run, name, recipe, start, train.public_encoder(run, recipe)), **how
+        )
+        return made[1].computation
+
+    first = computation("full", 0)
+    assert computation("full", 1) is first
+    assert computation("full", 0, steps_per_epoch=2) is not first
+    assert computation("full", 0, rates={"**": 1e-2}) is not first
+    assert computation("l2_sp", 0) is not computation("l2_sp", 0)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from robust_ssl import models
 from robust_ssl.finetuning import layer_sensitivity, rates_for, select_redundant
@@ -118,3 +119,12 @@ def test_wrong_arguments_are_errors(wrong):
     images, labels = make_batch()
     with pytest.raises(ValueError, match=r"must be positive|matches no parameter"):
         layer_sensitivity(make_classifier(), images, labels, **wrong)
+
+
+def test_all_layers_and_the_first_gradient_share_two_programs():
+    classifier, (images, labels) = make_classifier(), make_batch()
+    with tiny.programs() as compiled:
+        layer_sensitivity(
+            classifier, images, labels, num_steps=3, parallel=Parallel.create(num_devices=2)
+        )
+    assert sum("_fun" in name for name in compiled) == 2, compiled

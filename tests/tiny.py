@@ -1,5 +1,6 @@
 """What a user might bring, in a few lines each: an encoder, images, a config around them."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -136,3 +137,26 @@ def config(*stages):
     }
     tiny.compare = {**tiny.compare, "rounds": 1, "steps_per_round": 1, "memory": False}
     return tiny
+
+
+@functools.cache
+def _listening() -> list:
+    """The names of all programs that are compiled, or read from a cache, from now on."""
+    names: list = []
+
+    def listen(event, seconds, **more):
+        del seconds
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(more.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return names
+
+
+@contextlib.contextmanager
+def programs():
+    """Gives the list of the names of all programs that are compiled inside the block."""
+    names, inside = _listening(), []
+    first = len(names)
+    yield inside
+    inside += names[first:]

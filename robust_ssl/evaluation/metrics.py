@@ -18,6 +18,7 @@ import numpy as np
 from robust_ssl import threats
 from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.per_image import attack_batch
+from robust_ssl.attacks.perturbation import UniversalPerturbation
 from robust_ssl.evaluation.counts import PerImage, worst_case
 from robust_ssl.types import Attack, Classifier
 
@@ -184,7 +185,8 @@ def settled(attack: Attack) -> Attack:
     """Returns the attack with one type for each number, so that 1, 1.0 and NumPy's compile once.
 
     Of the single numbers every float becomes float32, a threat's whole ones too; other whole
-    numbers become int32.  Arrays stay as they are.
+    numbers become int32.  Arrays stay as they are.  A
+    perturbation's name is left out.
 
     Example:
       >>> from robust_ssl.attacks import APGD
@@ -205,6 +207,8 @@ def settled(attack: Attack) -> Attack:
             return leaf.astype(jnp.float32 if of_threat else jnp.int32)
         return leaf
 
+    if isinstance(attack, UniversalPerturbation):
+        attack = attack.replace(name="")  # nothing is computed from it
     return jax.tree_util.tree_map_with_path(settle, attack)
 
 

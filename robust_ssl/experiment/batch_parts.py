@@ -54,6 +54,18 @@ def batch_shapes(
     return batch
 
 
+def of_all(batch: Any, devices: int) -> Any:
+    """Returns the shapes of a whole batch, from those of one device's part.
+
+    Example:
+      >>> of_all({"labels": jax.ShapeDtypeStruct((2,), "int32")}, 4)["labels"].shape
+      (8,)
+    """
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((devices * x.shape[0], *x.shape[1:]), x.dtype), batch
+    )
+
+
 def planned(step: Any, state: Any, batch: Any) -> int | None:
     """Returns the memory that one device's step plans, bytes; None where the backend is silent."""
     function = jax.jit(functools.partial(step.function, settings=step.settings), donate_argnums=0)

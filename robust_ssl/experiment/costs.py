@@ -50,7 +50,7 @@ def measure(
         if not directory.done:
             results = {recipe: stage.results for recipe, stage in stages.items()}
             trained = [recipe for recipe in everything if results[recipe]["epochs"]]
-            steps = _measure_steps(context, trained, results, seed)
+            steps = _measure_steps(context, trained, results)
             own = {r: _own(r, results[r], steps.get(r)) for r in everything}
             epochs, whole = reference.epochs, {}
             if reference in chains:
@@ -127,7 +127,6 @@ def _measure_steps(
     context: Context,
     recipes: Sequence[Recipe],
     results: Mapping[Recipe, Mapping[str, Any]],
-    seed: int,
 ) -> dict[Recipe, finetuning.Cost]:
     settings, compiled, states = context.plan.compare, {}, {}
     clean = {}  # of those recipes whose attack has no budget for a while: steps of that while
@@ -144,8 +143,6 @@ def _measure_steps(
             seed=context.plan.seed,
             teacher=train.untrained_teacher(context, recipe),
         )
-        if recipe.ramp is None:  # what this run has trained it with is compiled
-            step = context.once(("step", train.directory(recipe, seed)), lambda built=step: built)
         compiled[recipe] = step.compiled(context.parallel)
         if recipe.cache_features:
             compiled[recipe] = _on_features(context, recipe, compiled[recipe])

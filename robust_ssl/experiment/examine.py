@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl import disk, evaluation, threats
-from robust_ssl.attacks import attack_batch
 from robust_ssl.evaluation import PerImage, checks
+from robust_ssl.evaluation.checks import bench
 from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
 from robust_ssl.experiment.groups import Member, Scored, Scorer, sample
@@ -28,6 +27,7 @@ from robust_ssl.workdir import digest, write_atomically
 _log = logging.getLogger(__name__)
 
 _PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
+_AT_ONCE = 128  # images
 PER_IMAGE_CHECKS = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
 # Those that need a perturbation fitted on the public encoder.
 _OF_FITTED = (
@@ -176,14 +176,13 @@ def _strongest_images(context: Context, model: Classifier, groups: Sequence[Scor
     if not attacks:
         return None
     _, attack = min(attacks, key=lambda entry: entry[0])
-    return jax.jit(attack_batch)(
-        attack,
-        stage_key(context.plan.seed, "score"),
-        model,
-        evaluation.to_pixels(batch["images"]),
-        jnp.asarray(batch["labels"], jnp.int32),
-        jnp.asarray(chosen, jnp.int32),
-    )
+    key, images = stage_key(context.plan.seed, "score"), _pixels(batch["images"])
+    sample = bench.Bench(images, batch["labels"].astype(np.int32), context.parallel, _AT_ONCE)
+    return sample.run(bench.strike, (key, model, attack), indices=chosen.astype(np.int32))
+
+
+def _pixels(images: Any) -> np.ndarray:
+    return np.asarray(evaluation.to_pixels(images), np.float32)
 
 
 def _universal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +39,8 @@ def build_step(
     show: bool = False,
 ):
     """Returns ``(state, step)`` of a fit, before its first step.
+
+    Whatever the seed, the steps of a recipe are one computation, traced and compiled once.
 
     Args:
       context: The run.
@@ -97,6 +100,12 @@ def build_step(
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
+    if not recipe.l2_sp and not recipe.prune:  # their first weights are in the program
+        kind = jax.tree.map(lambda x: (x.shape, str(x.dtype)), classifier.variables)
+        made_of = (recipe.text, by_path, passed, total, recipe.parts, kind, step.passes)
+        key_of = ("step", repr(made_of), jax.tree.structure(classifier), context.parallel)
+        computation = context.once(key_of, lambda: step.computation)
+        step = dataclasses.replace(step, computation=computation)
     first = attack if budget is None else finetuning.scaled(attack, budget(0))
     state = finetuning.init_state(
         # Far above any step, so that no step has this key.
@@ -180,7 +189,6 @@ def fit(
             lambda run, tried: build_step(run, name, tried, classifier, encoder, **schedule),
         )
         state, step = build_step(context, name, recipe, classifier, encoder, show=True, **schedule)
-        context.once(("step", name), lambda: step)  # `costs` times it
         state, best = train(
             stage,
             state,

@@ -93,7 +93,7 @@ def _forecast(context: Context, recipe: Recipe, memory: bool) -> Forecast:
     if not recipe.is_trained:
         stored = 0 if recipe.members else _bytes(classifier.variables)
         return Forecast(recipe.name, start, 0, 0, parameters, 0, 0, stored, None)
-    state, step, _ = trace.step_of(context, recipe, classifier)
+    state, step = trace.step_of(batch_parts.alone(context), recipe, classifier)
     attack = recipe.build_attack(train.public_encoder(context, recipe))
     per_epoch = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
     per_epoch *= getattr(attack, "replays", 1)
@@ -123,7 +123,7 @@ def _trained(params: Any, recipe: Recipe) -> int:
 
 def _planned(context: Context, recipe: Recipe, classifier: Classifier) -> int | None:
     def build(_: Context, decided: Recipe) -> tuple[Any, Any]:
-        return trace.step_of(context, decided, classifier)[:2]
+        return trace.step_of(batch_parts.alone(context), decided, classifier)
 
     if recipe.accumulate == AUTO:
         return batch_parts.choose(context, recipe, classifier, (), build)["step_bytes"]

@@ -14,7 +14,7 @@ import numpy as np
 from robust_ssl import struct
 from robust_ssl.data import Batches
 from robust_ssl.data.batches import take
-from robust_ssl.finetuning import Step
+from robust_ssl.finetuning import Computation, Step
 from robust_ssl.optimizers.finite import raise_if_stuck
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
@@ -176,7 +176,7 @@ def _advance(
             "stream; leave it None"
         )
     if not isinstance(step, Step):  # a plain function of (state, batch)
-        step = Step(lambda state, batch, settings, plain=step: plain(state, batch), (), 0)
+        step = Step(Computation(lambda state, batch, _, plain=step: plain(state, batch)), (), 0)
     if not loop_on_device:
         compiled = step.compiled(parallel)
         return lambda state, first, count: compiled(state, batches(first)), False

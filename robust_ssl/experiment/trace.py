@@ -57,17 +57,24 @@ def check_recipe(context: Context, recipe: Recipe) -> None:
 
 def _trace(context: Context, recipe: Recipe) -> None:
     classifier = untrained(context, recipe)
-    if recipe.is_trained:
-        if recipe.accumulate == AUTO:
-            batch_parts.limit(context, recipe)
-        state, step, batch = step_of(context, recipe, classifier)
+    if not recipe.is_trained:
+        return
+    if recipe.accumulate == AUTO:
+        batch_parts.limit(context, recipe)
+    alone = recipe.select is not None or recipe.accumulate == AUTO  # the step is another one then
+    run = batch_parts.alone(context) if alone else context
+    state, step = step_of(run, recipe, classifier)
+    batch = batch_parts.batch_shapes(context, recipe, classifier)
+    if alone:
         jax.eval_shape(step.function, state, batch, step.settings)
+        return
+    # The very program that is trained with: it is not traced again.
+    program = step.computation.program(context.parallel).bind(step.settings)
+    program.lower(state, batch_parts.of_all(batch, len(context.parallel.devices)))
 
 
 def step_of(context: Context, recipe: Recipe, classifier: Classifier):
-    """Returns ``(state, step, batch)`` of a recipe: its step on one device's part of a batch.
-
-    Nothing is exchanged with other devices in it.  Of a recipe that chooses its layers, all move.
+    """Returns ``(state, step)`` of a recipe; of one that chooses its layers, all move.
 
     Args:
       context: The run.
@@ -87,16 +94,16 @@ def step_of(context: Context, recipe: Recipe, classifier: Classifier):
             )
         rates = {"**": recipe.select.rate}  # which layers move will be known later
     context.parallel.check_batch(recipe.batch_size)
+    encoder = public_encoder(context, recipe)
     steps = data.steps_per_epoch(len(context.downstream[0]), recipe.batch_size)
-    alone = batch_parts.alone(context)
-    state, step = fitting.build_step(
-        *(alone, recipe.name, recipe, classifier, public_encoder(context, recipe)),
+    replays = getattr(recipe.build_attack(encoder), "replays", 1)
+    return fitting.build_step(
+        *(context, recipe.name, recipe, classifier, encoder),
         rates=rates,
-        steps_per_epoch=steps,
+        steps_per_epoch=steps * replays,
         seed=context.plan.seed,
         teacher=untrained_teacher(context, recipe),
     )
-    return state, step, batch_parts.batch_shapes(context, recipe, classifier)
 
 
 def _check_saving(context: Context) -> None:

@@ -21,7 +21,7 @@ from robust_ssl.finetuning.sensitivity import (
     rates_for,
     select_redundant,
 )
-from robust_ssl.finetuning.step import Step, init_state, make_step
+from robust_ssl.finetuning.step import Computation, Step, init_state, make_step
 
 __all__ = [
     "ADAPTERS",
@@ -30,6 +30,7 @@ __all__ = [
     "COLLECTION",
     "Adversary",
     "BudgetSchedule",
+    "Computation",
     "Cost",
     "CurvePoint",
     "FreeReplays",

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robust_ssl.losses import clean_cross_entropy
@@ -76,16 +77,18 @@ def layer_sensitivity(
     measure, ascend = _compile(classifier, parallel, learning_rate, radius)
     batch = parallel.put({"images": adversarial_images, "labels": labels})
 
-    def state(mask, params, gradient):
-        return {"mask": mask, "original": original, "params": params, "gradient": gradient}
-
+    others = {name: value for name, value in classifier.variables.items() if name != "params"}
     # With no layer chosen nothing moves: the base loss, and the first gradient of every layer.
-    nothing = dict.fromkeys(paths, jnp.zeros(()))
+    nothing = dict.fromkeys(paths, np.zeros((), np.float32))
     zero = jax.tree.map(jnp.zeros_like, original)
-    start, base = ascend(state(nothing, original, zero), batch)
+    fixed = {"mask": nothing, "original": original, "others": others}
+    # Where results lie, so that the first step is the program of the later ones.
+    state = parallel.replicate({**fixed, "params": original, "gradient": zero})
+    start, base = ascend(state, batch)
     curves = {}
     for path in selected:
-        ascent, losses = start | {"mask": nothing | {path: jnp.ones(())}}, []
+        mask = parallel.replicate(nothing | {path: np.ones((), np.float32)})
+        ascent, losses = start | {"mask": mask}, []
         for _ in range(num_steps - 1):
             ascent, loss = ascend(ascent, batch)
             losses.append(loss)
@@ -161,8 +164,8 @@ def _compile(classifier: Classifier, parallel: Parallel, learning_rate: float, r
     Which layer moves is an argument (a mask), so that one compilation serves all layers.
     """
 
-    def robust_loss(params, batch):
-        model = classifier.with_variables({**classifier.variables, "params": params})
+    def robust_loss(params, others, batch):
+        model = classifier.with_variables({**others, "params": params})
         outputs = model(batch["images"])
         return jnp.mean(clean_cross_entropy(LossInputs(labels=batch["labels"], clean=outputs)))
 
@@ -177,11 +180,11 @@ def _compile(classifier: Classifier, parallel: Parallel, learning_rate: float, r
 
     def measure(state, batch):
         params = move(state)
-        return params, average(robust_loss(params, batch), parallel.axis_name)
+        return params, average(robust_loss(params, state["others"], batch), parallel.axis_name)
 
     def ascend(state, batch):
         params = move(state)
-        loss, gradient = jax.value_and_grad(robust_loss)(params, batch)
+        loss, gradient = jax.value_and_grad(robust_loss)(params, state["others"], batch)
         loss, gradient = average((loss, gradient), parallel.axis_name)
         return state | {"params": params, "gradient": gradient}, loss
 

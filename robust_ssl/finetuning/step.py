@@ -36,7 +36,7 @@ from robust_ssl.finetuning.outputs import (
 )
 from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.optimizers.layerwise import keep_frozen, stop_frozen
-from robust_ssl.parallel import Parallel, average, gather
+from robust_ssl.parallel import Parallel, Program, average, gather
 from robust_ssl.types import Attack, Classifier, Encoder, Loss, LossInputs, TrainState, Variables
 
 
@@ -65,35 +65,47 @@ class Settings:
     ema: jax.Array | None = None
 
 
+class Computation:
+    """What a step computes, with its settings an argument; compiled once for each `Parallel`.
+
+    Attributes:
+      function: ``(state, batch, settings) -> (state, metrics)``.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self._programs: dict[Parallel, Program] = {}
+
+    def program(self, parallel: Parallel) -> Program:
+        """Returns ``(state, batch) -> (state, metrics)`` on all devices; bind its settings."""
+        if parallel not in self._programs:
+            self._programs[parallel] = parallel.compile(self.function, constants=())
+        return self._programs[parallel]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """One update, ``step(state, batch) -> (state, metrics)``, as `make_step` builds it.
 
     Attributes:
-      function: ``(state, batch, settings) -> (state, metrics)``.
-      settings: A pytree of NumPy arrays and keys, for
-        ``Parallel.compile(function, constants=settings)``; see `compiled`.
+      computation: Steps that differ in their settings alone may share one, and its program.
+      settings: A pytree of NumPy arrays and keys.
       passes: How often an image goes through the network and back for the update itself: once for
         clean and once for adversarial outputs, where a loss reads them.
     """
 
-    function: Callable[[TrainState, Batch, Settings], tuple[TrainState, dict[str, jax.Array]]]
+    computation: Computation
     settings: Settings
     passes: int
-    _compiled: dict[Parallel, Callable] = dataclasses.field(
-        default_factory=dict, init=False, repr=False
-    )
 
-    def compiled(self, parallel: Parallel) -> Callable:
-        """Returns ``(state, batch) -> (state, metrics)`` on all devices.
+    @property
+    def function(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """``(state, batch, settings) -> (state, metrics)``."""
+        return self.computation.function
 
-        The same function whenever it is asked for: who times a step after training has no second
-        program of it.
-        """
-        if parallel not in self._compiled:
-            constants = parallel.replicate(self.settings)
-            self._compiled[parallel] = parallel.compile(self.function, constants=constants)
-        return self._compiled[parallel]
+    def compiled(self, parallel: Parallel) -> Program:
+        """Returns ``(state, batch) -> (state, metrics)`` on all devices."""
+        return self.computation.program(parallel).bind(parallel.replicate(self.settings))
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the next state and the metrics; under `jax.jit` the settings are constants."""
@@ -287,7 +299,7 @@ def make_step(
     settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher)
     if ema is not None:
         settings = settings.replace(ema=np.float32(ema))
-    return Step(functools.partial(_update, plan), settings, passes)
+    return Step(Computation(functools.partial(_update, plan)), settings, passes)
 
 
 def _functions_and_weights(losses: Mapping[str, tuple[Loss | str, float]]):

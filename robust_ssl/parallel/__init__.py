@@ -7,9 +7,9 @@ from robust_ssl.parallel.devices import (
     AXIS,
     KINDS,
     Parallel,
+    Program,
     average,
     gather,
-    prefetch,
     to_host,
 )
 from robust_ssl.parallel.processes import (
@@ -19,12 +19,14 @@ from robust_ssl.parallel.processes import (
     exchange,
     first_process,
 )
+from robust_ssl.parallel.reading import prefetch
 
 __all__ = [
     "AXIS",
     "KINDS",
     "LostProcessError",
     "Parallel",
+    "Program",
     "average",
     "barrier",
     "everywhere",

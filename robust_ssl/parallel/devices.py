@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -178,7 +178,7 @@ class Parallel:
             return jax.make_array_from_callback(x.shape, self._sharded, lambda index: x[index])
         return jax.device_put(x, self._sharded)
 
-    def compile(self, step: Callable, *, donate: bool = False, constants: Any = None) -> Callable:
+    def compile(self, step: Callable, *, donate: bool = False, constants: Any = None) -> Program:
         """Compiles ``step(state, batch) -> (state, info)``; state whole, batch spread.
 
         Args:
@@ -193,29 +193,25 @@ class Parallel:
           leaves them.  State goes in and comes out unstacked.  The host does not wait for it, but
           on several CPU devices for the call that was `xla.IN_FLIGHT` before.
         """
-        if len(self.devices) > 1 and self.devices[0].platform == "cpu":
-            return limit_in_flight(self._compile(step, donate, constants))
-        return self._compile(step, donate, constants)
-
-    def _compile(self, step: Callable, donate: bool, constants: Any) -> Callable:
         more = () if constants is None else (constants,)
+        return Program(self, self._jitted(step, donate, more), more)
+
+    def _jitted(self, step: Callable, donate: bool, more: tuple) -> Callable:
         donated = (0,) if donate else ()
         if self.kind == "jit":
-            compiled = jax.jit(
+            return jax.jit(
                 step,
                 in_shardings=(self.replicated, self._sharded, *(self.replicated for _ in more)),
                 out_shardings=self.replicated,
                 donate_argnums=donated,
             )
-            return compiled if not more else lambda state, batch: compiled(state, batch, *more)
         if self._transform == "shard_map":
             specs = (P(), P(AXIS), *(P() for _ in more))
             spread = jax.shard_map(
                 step, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
             )
-            compiled = jax.jit(spread, donate_argnums=donated)
-            return compiled if not more else lambda state, batch: compiled(state, batch, *more)
-        mapped = jax.pmap(
+            return jax.jit(spread, donate_argnums=donated)
+        return jax.pmap(
             step,
             axis_name=AXIS,
             in_axes=(None, 0, *(None for _ in more)),
@@ -223,7 +219,6 @@ class Parallel:
             devices=self.devices,
             donate_argnums=donated,
         )
-        return lambda state, batch: mapped(state, jax.tree.map(self._stack, batch), *more)
 
     def map(self, function: Callable) -> Callable:
         """Compiles ``function(constants, batch) -> per-image results`` for any batch size.
@@ -250,8 +245,8 @@ class Parallel:
             missing = -size % len(self.devices)
             padded = jax.tree.map(lambda x: _pad(np.asarray(x), missing), batch)
             structure = hash(jax.tree.structure(constants))
-            results = compiled(structure)(constants, self.put(padded))
-            return jax.tree.map(lambda x: to_host(x)[:size], results)
+            results = compiled(structure)(constants, self._as_taken(self.put(padded)))
+            return jax.tree.map(lambda x: to_host(self._joined(x))[:size], results)
 
         return call
 
@@ -274,17 +269,59 @@ class Parallel:
                     check_vma=False,
                 )
             )
-        mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=self.devices)
+        return jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=self.devices)
 
-        def stacked(constants, batch):
-            results = mapped(constants, jax.tree.map(self._stack, batch))
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    def _as_taken(self, batch: Any) -> Any:
+        """A batch as `put` leaves it, as the compiled function takes it."""
+        return jax.tree.map(self._stack, batch) if self._transform == "pmap" else batch
 
-        return stacked
+    def _joined(self, x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:]) if self._transform == "pmap" else x
 
     def _stack(self, x: jax.Array) -> jax.Array:
         """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""
         return x.reshape(len(self.devices), -1, *x.shape[1:])
+
+
+class Program:
+    """``step(state, batch) -> (state, info)`` on all devices, as `Parallel.compile` returns it."""
+
+    def __init__(self, parallel: Parallel, jitted: Any, constants: tuple = ()):
+        self._parallel, self._jitted, self._constants = parallel, jitted, constants
+        several_cpus = len(parallel.devices) > 1 and parallel.devices[0].platform == "cpu"
+        self._call = limit_in_flight(jitted) if several_cpus else jitted
+
+    def bind(self, constants: Any) -> Program:
+        """Returns the same program with the constants that it reads; nothing is compiled again."""
+        return Program(self._parallel, self._jitted, (constants,))
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """Returns the next state and what the step says."""
+        return self._call(state, self._parallel._as_taken(batch), *self._constants)
+
+    def lower(self, state: Any, batch: Any) -> jax.stages.Lowered:
+        """Returns the program for such a state and batch, or their shapes.
+
+        A call with such arguments traces nothing again.
+        """
+        whole = _shapes((state, *self._constants), self._parallel.replicated)
+        spread = _shapes(batch, self._parallel._sharded)
+        taken = jax.eval_shape(self._parallel._as_taken, spread)
+        return self._jitted.lower(whole[0], _shapes(taken, self._parallel._sharded), *whole[1:])
+
+    def _cache_size(self) -> int:
+        return self._jitted._cache_size()
+
+
+def _shapes(tree: Any, sharding: NamedSharding) -> Any:
+    """The shapes of leaves that lie where `sharding` says."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        weak = getattr(kind, "weak_type", False)
+        return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding, weak_type=weak)
+
+    return jax.tree.map(shape, tree)
 
 
 @functools.cache
@@ -313,45 +350,3 @@ def to_host(x: jax.Array) -> np.ndarray:
 
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
-
-
-def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
-    """Runs an iterator in a thread of its own, `depth` items ahead.
-
-    An exception in it is raised where the item would have come.
-    """
-    import queue
-    import threading
-
-    items: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def offer(entry) -> None:
-        while not stop.is_set():
-            try:
-                return items.put(entry, timeout=0.1)  # not for ever: the reader may be gone
-            except queue.Full:
-                continue
-
-    def work():
-        try:
-            for item in iterator:
-                offer((item, None))
-                if stop.is_set():
-                    return
-            offer((None, StopIteration()))
-        except BaseException as error:
-            offer((None, error))
-
-    # A daemon, so that a process which ends does not wait for what nobody reads.
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
-    try:
-        while True:
-            item, error = items.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stop.set()

@@ -40,10 +40,11 @@ class Bench:
         Args:
           function: Of this module, or any at the top of a module: it is compiled once.
           constants: What is the same for all images; its first entry may be a key.
-          **more: Further arrays ``[n, ...]`` per image; ``images`` and ``labels`` replace these.
+          **more: Further arrays ``[n, ...]`` per image; ``images``, ``labels`` and ``indices``
+            replace what there is.
         """
-        batch = {"images": self.images, "labels": self.labels, **more}
-        rows = batch["indices"] = np.arange(len(self.images), dtype=np.int32)
+        rows = np.arange(len(self.images), dtype=np.int32)
+        batch = {"images": self.images, "labels": self.labels, "indices": rows, **more}
         size = min(self.batch_size, len(rows))
         function, constants = compiled(self.parallel, function), self.parallel.replicate(constants)
         parts = [part for _, part in on_some(function, constants, batch, rows, size)]
