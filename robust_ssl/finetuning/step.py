@@ -36,7 +36,7 @@ from robust_ssl.finetuning.outputs import (
 )
 from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.optimizers.layerwise import keep_frozen, stop_frozen
-from robust_ssl.parallel import Parallel, Program, average, gather
+from robust_ssl.parallel import Parallel, Program, average, copied, gather
 from robust_ssl.types import Attack, Classifier, Encoder, Loss, LossInputs, TrainState, Variables
 
 
@@ -151,7 +151,7 @@ def init_state(
       0
     """
     # Copies: a donated state must not take the classifier's arrays with it.
-    variables = jax.tree.map(jnp.array, classifier.variables)
+    variables = copied(classifier.variables)
     if isinstance(attack, Adversary):
         of = "num_images" if by_image(attack) else "batch_size"
         count = num_images if by_image(attack) else batch_size

@@ -9,6 +9,7 @@ from robust_ssl.parallel.devices import (
     Parallel,
     Program,
     average,
+    copied,
     gather,
     to_host,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Program",
     "average",
     "barrier",
+    "copied",
     "everywhere",
     "exchange",
     "first_process",

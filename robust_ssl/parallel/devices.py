@@ -243,12 +243,19 @@ class Parallel:
         def call(constants, batch):
             size = len(jax.tree.leaves(batch)[0])
             missing = -size % len(self.devices)
-            padded = jax.tree.map(lambda x: _pad(np.asarray(x), missing), batch)
             structure = hash(jax.tree.structure(constants))
-            results = compiled(structure)(constants, self._as_taken(self.put(padded)))
-            return jax.tree.map(lambda x: to_host(self._joined(x))[:size], results)
+            # Stacked and joined on the host: each shape would be a program of its own.
+            taken = jax.tree.map(lambda x: self._put_taken(_pad(np.asarray(x), missing)), batch)
+            results = compiled(structure)(constants, taken)
+            return jax.tree.map(lambda x: self._joined(to_host(x))[:size], results)
 
         return call
+
+    def _put_taken(self, x: np.ndarray) -> jax.Array:
+        """Puts what `_as_taken` makes of an array on the devices."""
+        if self._transform != "pmap":
+            return self._put_leaf(x)
+        return jax.device_put(self._stack(x), self._sharded)
 
     def _map(self, function: Callable) -> Callable:
         # One sharding discipline whatever the kind: results are per image, so there is nothing
@@ -275,10 +282,10 @@ class Parallel:
         """A batch as `put` leaves it, as the compiled function takes it."""
         return jax.tree.map(self._stack, batch) if self._transform == "pmap" else batch
 
-    def _joined(self, x: jax.Array) -> jax.Array:
+    def _joined(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(-1, *x.shape[2:]) if self._transform == "pmap" else x
 
-    def _stack(self, x: jax.Array) -> jax.Array:
+    def _stack(self, x: Any) -> Any:
         """``[batch, ...]`` to ``[devices, batch / devices, ...]`` without moving a byte."""
         return x.reshape(len(self.devices), -1, *x.shape[1:])
 
@@ -350,3 +357,16 @@ def to_host(x: jax.Array) -> np.ndarray:
 
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
+
+
+def copied(tree: Any) -> Any:
+    """Returns arrays that share no memory with a tree's.
+
+    By way of the host where that can be: on the devices each shape would be a program of its own.
+    """
+
+    def copy(x: Any) -> jax.Array:
+        on_host = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+        return jnp.asarray(np.array(x)) if on_host else jnp.array(x)
+
+    return jax.tree.map(copy, tree)

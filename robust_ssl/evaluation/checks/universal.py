@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.evaluation.checks.comparisons import of_difference, of_gain, perhaps
@@ -20,16 +21,15 @@ def shuffled(key: jax.Array, delta: jax.Array) -> jax.Array:
     Only pixels that are not zero change places, so a patch stays in its place.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> delta = jnp.zeros((2, 2, 3)).at[0].set(0.5)
       >>> bool((shuffled(jax.random.key(0), delta) == delta).all())
       True
     """
-    pixels = delta.reshape(-1, delta.shape[-1])
     # On the host, since how many pixels are not zero decides the shape of what is permuted.
-    places = np.flatnonzero(np.any(np.asarray(pixels) != 0, axis=-1))
-    order = jax.random.permutation(key, places)
-    return pixels.at[places].set(pixels[order]).reshape(delta.shape)
+    pixels = np.array(delta).reshape(-1, delta.shape[-1])
+    places = np.flatnonzero(np.any(pixels != 0, axis=-1))
+    pixels[places] = pixels[np.asarray(jax.random.permutation(key, places))]
+    return jnp.asarray(pixels.reshape(delta.shape))
 
 
 def per_image_not_weaker(universal: np.ndarray, per_image: np.ndarray, limit: float = 0.0) -> Check:
