@@ -104,6 +104,17 @@ def test_a_sweep_of_the_evidence_has_the_claims_that_its_directories_began_with(
     assert [len(each) for each in claims] == [8, 7] and claims[0][:7] == claims[1]
 
 
+def test_who_tunes_in_the_second_round_has_what_the_first_has_taken():
+    def tuned(round, recipe):
+        return planned(f"evidence.py:tune={recipe},round={round}").recipes[recipe]
+
+    assert tuned(1, "ramp_fgsm").ramp.end != tuned(2, "ramp_fgsm").ramp.end == 1.0
+    swept = planned("evidence.py:tune=gen_af_unguarded,round=2").sweep
+    assert swept.recipe == "gen_af_unguarded" and len(swept.grid[0][1]) == 4
+    with pytest.raises(settings.SettingsError, match="round must be one of 1, 2"):
+        load("evidence.py:round=3")
+
+
 def test_recipes_can_be_left_out_with_all_that_is_made_from_them():
     assert "twins" not in load("compare.py:without=twins")["recipes"]
     for wrong in ("without=alf", "without=baseline", "recipes=roli,without=alf"):
