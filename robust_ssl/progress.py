@@ -92,6 +92,7 @@ class Bar:
 
     Attributes:
       finished_steps: Steps known to be computed, not only sent to the devices.
+      sent: Steps sent off, which is more until they are looked at.
       loss: The latest loss known, or None.
       doing: What is being done now, or None.
     """
@@ -99,7 +100,7 @@ class Bar:
     def __init__(self, name: str, total: int, images_per_step: int, start_step: int, display: Any):
         self.name, self.total, self.images_per_step = name, total, images_per_step
         self.display = display
-        self.finished_steps = start_step
+        self.finished_steps = self.sent = start_step
         self.loss: float | None = None
         self.doing: str | None = None
         self._begun = self._step_begun = time.monotonic()
@@ -109,17 +110,19 @@ class Bar:
         # (time, steps) of late refreshes: the rate leaves out compiling, and follows changes.
         self._marks: collections.deque = collections.deque(maxlen=20)
 
-    def update(self, step: int, loss: Any = None, doing: str | None = None) -> None:
+    def update(self, step: int | None = None, loss: Any = None, doing: str | None = None) -> None:
         """Notes that `step` steps have been sent off; shows it when a refresh is due.
 
         Args:
-          step: How many steps of the stage there have been, this one included.
+          step: How many steps of the stage there have been, this one included; None is as many as
+            before.
           loss: Scalar array or float, kept until it can be read without waiting; None where a
             step is known to be over when it returns.
           doing: What is being done now, for stages whose steps are long and differ.
         """
         self.doing = doing
-        self._losses.append((step, loss))
+        self.sent = self.sent if step is None else step
+        self._losses.append((self.sent, loss))
         if not self._marks:  # the first step to end is where measuring begins
             self._read_finished()
         now = time.monotonic()

@@ -151,6 +151,16 @@ def test_a_line_says_what_is_being_done(clock, capsys):
     assert lines[-1] == "score: 12/12 steps in 2:24"
 
 
+def test_what_is_over_at_once_is_counted_though_nobody_looked(clock, capsys):
+    progress.set_mode("log")
+    with progress.Progress().stage("score", total_steps=3) as bar:
+        for step in range(3):  # all within one refresh
+            bar.update(doing=f"model {step}")
+            bar.update(bar.sent + 1)
+        bar.update(doing="examining")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("score: 3/3 steps")
+
+
 def test_a_slow_rate_is_in_seconds_a_step(clock, capsys):
     progress.set_mode("log")
     for seconds, pace in ((40.0, "40 s/step"), (8.0, "0.125 steps/s")):

@@ -195,7 +195,7 @@ def measure(
     parts = sum(len(members) for members in groups.values())
     with Progress(progress).stage("measure", parts + examine) as bar:
         scored = tuple(scorer.score(group, members, bar) for group, members in groups.items())
-        bar.update(bar.finished_steps, doing="examining the figure")
+        bar.update(doing="examining the figure")
         verdict = scorer.examine(scored) if examine else Verdict(())
         bar.update(parts + examine)
     return Result(scored, verdict)
@@ -251,7 +251,7 @@ class _Scorer:
         """Scores the attacks of a group, each by itself."""
         results, done = {}, []
         for name, value in members:
-            bar.update(bar.finished_steps, doing=name)
+            bar.update(doing=name)
             ensemble = isinstance(value, Mapping)
             run: Callable = evaluation.score_in_turn if ensemble else evaluation.score
             attacks = value if ensemble else {name: value}
@@ -259,7 +259,7 @@ class _Scorer:
                 evaluation.WORST
             ]
             done.append(Member(name, None, value, 0.0, self._gradients(value)))
-            bar.update(bar.finished_steps + 1, doing=name)
+            bar.update(bar.sent + 1, doing=name)
         worst = evaluation.worst_case(results.values())
         return Scored(group, tuple(done), {**results, evaluation.WORST: worst})
 

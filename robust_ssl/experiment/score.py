@@ -220,13 +220,13 @@ def score(context: Context) -> StageDirectory:
                 quiet = Scorer(context, stage, scoring.batch_size, origin=origin)
                 for job in jobs[name]:
                     doing = f"{name} under {job.name}"
-                    bar.update(bar.finished_steps, doing=doing)
+                    bar.update(doing=doing)
                     step = functools.partial(_advance, bar, done, doing)
                     made_from = origin_of(stage, inputs, name, job.settings, job.kinds)
                     scored.append(
                         job.run(dataclasses.replace(quiet, on_part=step, origin=made_from))
                     )
-                bar.update(bar.finished_steps, doing=f"examining the figures of {name}")
+                bar.update(doing=f"examining the figures of {name}")
                 verdicts[name] = (
                     examine(quiet, name, model, scored, inputs[f"classifier/{name}"])
                     if scoring.checks
