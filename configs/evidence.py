@@ -101,21 +101,27 @@ TRIES = {
     },
     2: {
         GEN_AF: ("start.rates.encoder/**", RATES),
-        **dict.fromkeys(
-            ("full", "roli", "trades", "ramp_fgsm", "ramp_pgd"), ("rates.encoder/**", RATES)
-        ),
+        **dict.fromkeys(("roli", "trades", "ramp_fgsm", "ramp_pgd"), ("rates.encoder/**", RATES)),
     },
 }
 # The best of four, by accuracy on validation images; docs/results/protocol.md has all tries.
 _GROWS_TO_THE_END = {"ramp": {"start": 0.4, "end": 1.0}}
 _VARIANTS = ("ramp_pgd2", "ramp_nfgsm", "ramp_ema", "ramp_teacher")  # one factor from `ramp_fgsm`
-FIRST = {
+_FIRST = {
     "gen_af_stage1": {"weight": 0.0},
     "roli": {"rates": {"encoder/**": 4e-3, "head/**": 5e-3}},
     "trades": {"weight": 1.0},
     **dict.fromkeys(("ramp_fgsm", "ramp_pgd", *_VARIANTS), _GROWS_TO_THE_END),
 }
-TAKEN = {0: {}, 1: FIRST, 2: FIRST}  # by round
+_SECOND = {
+    "gen_af_stage1": {"rates": {"encoder/**": 8e-3, "head/**": 5e-3}},
+    "ramp_fgsm": {"rates": {"encoder/**": 4e-3, "head/**": 5e-3}},
+}
+TAKEN = {  # by round
+    0: {},
+    1: _FIRST,
+    2: {name: {**entries, **_SECOND.get(name, {})} for name, entries in _FIRST.items()},
+}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
