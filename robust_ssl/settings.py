@@ -233,7 +233,7 @@ def _run_file(path: str) -> Any:
 
 
 def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
-    """Sets an entry that is new, None or a list, which config_flags cannot; else returns False."""
+    """Sets what config_flags cannot: what is new, None or a list, a section to None; else False."""
     from ml_collections.config_flags import config_path
 
     match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
@@ -242,10 +242,10 @@ def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
     key, text = match.groups()
     if _add(config, key, _literal(text), config_path):
         return True
-    kind = config_path.get_type(key, config)
-    if kind not in (type(None), list):
+    kind, value = config_path.get_type(key, config), _literal(text)
+    left_out = value is None and issubclass(kind, config_dict.ConfigDict)
+    if kind not in (type(None), list) and not left_out:
         return False
-    value = _literal(text)
     if kind is list:
         value = list(value) if isinstance(value, list | tuple) else [value]
     config_path.set_value(key, config, value)

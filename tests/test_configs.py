@@ -77,6 +77,14 @@ def test_an_override_of_a_recipe_is_of_that_one_alone():
     assert changed["pgd_at"].build_attack(None).num_steps == 7
 
 
+def test_a_section_that_may_be_left_out_is_left_out_by_none():
+    config = "evidence.py:recipes=ramp_fgsm"
+    assert planned(config).scoring.labelled is not None
+    assert planned(config, "--config.scoring.labelled=None").scoring.labelled is None
+    with pytest.raises(experiment.UsageError, match="needs config.suite"):
+        planned(config, "--config.suite=None")
+
+
 def test_an_attempt_to_break_a_recipe_is_one_argument():
     stressed = planned("evidence.py:stress=yes,recipes=ramp_fgsm,seeds=0")
     assert stressed.stages == ("attack", "train", "score")
