@@ -81,7 +81,7 @@ def test_a_section_that_may_be_left_out_is_left_out_by_none():
     config = "evidence.py:recipes=ramp_fgsm"
     assert planned(config).scoring.labelled is not None
     assert planned(config, "--config.scoring.labelled=None").scoring.labelled is None
-    with pytest.raises(experiment.UsageError, match="needs config.suite"):
+    with pytest.raises(experiment.UsageError, match=r"needs config\.suite"):
         planned(config, "--config.suite=None")
 
 
