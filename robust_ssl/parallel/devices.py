@@ -367,6 +367,6 @@ def copied(tree: Any) -> Any:
 
     def copy(x: Any) -> jax.Array:
         on_host = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
-        return jnp.asarray(np.array(x)) if on_host else jnp.array(x)
+        return jax.device_put(np.array(x)) if on_host else jnp.array(x)
 
     return jax.tree.map(copy, tree)
