@@ -100,12 +100,7 @@ def build_step(
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
-    if not recipe.l2_sp and not recipe.prune:  # their first weights are in the program
-        kind = jax.tree.map(lambda x: (x.shape, str(x.dtype)), classifier.variables)
-        made_of = (recipe.text, by_path, passed, total, recipe.parts, kind, step.passes)
-        key_of = ("step", repr(made_of), jax.tree.structure(classifier), context.parallel)
-        computation = context.once(key_of, lambda: step.computation)
-        step = dataclasses.replace(step, computation=computation)
+    step = _shared(context, recipe, classifier, step, (by_path, passed, total))
     first = attack if budget is None else finetuning.scaled(attack, budget(0))
     state = finetuning.init_state(
         # Far above any step, so that no step has this key.
@@ -117,6 +112,18 @@ def build_step(
         adapters=adapters,
     )
     return state, step
+
+
+def _shared(
+    context: Context, recipe: Recipe, classifier: Classifier, step: finetuning.Step, schedule: Any
+) -> finetuning.Step:
+    """The step with the computation of one that was built like it before in this run."""
+    if recipe.l2_sp or recipe.prune:  # their first weights are in the program
+        return step
+    kind = jax.tree.map(lambda x: (x.shape, str(x.dtype)), classifier.variables)
+    made_of = repr((recipe.text, schedule, recipe.parts, kind, step.passes))
+    key = ("step", made_of, jax.tree.structure(classifier), context.parallel)
+    return dataclasses.replace(step, computation=context.once(key, lambda: step.computation))
 
 
 def settings_of(context: Context, recipe: Recipe) -> dict[str, Any]:

@@ -122,12 +122,12 @@ def _trained(params: Any, recipe: Recipe) -> int:
 
 
 def _planned(context: Context, recipe: Recipe, classifier: Classifier) -> int | None:
-    def build(_: Context, decided: Recipe) -> tuple[Any, Any]:
-        return trace.step_of(batch_parts.alone(context), decided, classifier)
+    def build(run: Context, decided: Recipe) -> tuple[Any, Any]:
+        return trace.step_of(run, decided, classifier)
 
     if recipe.accumulate == AUTO:
         return batch_parts.choose(context, recipe, classifier, (), build)["step_bytes"]
-    state, step = build(context, recipe)
+    state, step = build(batch_parts.alone(context), recipe)
     return batch_parts.planned(step, state, batch_parts.batch_shapes(context, recipe, classifier))
 
 

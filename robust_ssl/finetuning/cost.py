@@ -52,7 +52,8 @@ def measure(
       rounds: How often all are timed; the median counts.
       steps_per_round: Updates in a timing; the clock is read when the last one has ended.
       warmup: Updates of each step before the first round, not timed: they compile.  At least 1.
-      memory: Whether to ask for `planned_bytes`, which may compile each step once more.
+      memory: Whether to ask for `planned_bytes`, which compiles a step that cannot be lowered once
+        more.
 
     Returns:
       Name to cost, in the order of `steps`.
@@ -113,10 +114,10 @@ def planned_bytes(step: Step, state: Any, batch: Any) -> int | None:
     itself while a convolution runs, and a training set that lies on the device but is no argument.
 
     Args:
-      step: A compiled function (`jax.stages.Compiled`), a jitted one, which keeps what is
-        compiled here for its calls, or any function that JAX can trace, such as `Parallel.compile`
-        returns for ``pmap``, which is compiled for this question only.  A donation inside the
-        last kind is not seen, so its number is higher.
+      step: A compiled function (`jax.stages.Compiled`), one with ``lower``, such as `jax.jit` and
+        `Parallel.compile` return, which keeps what is compiled here for its calls, or any function
+        that JAX can trace, which is compiled for this question only.  A donation inside the last
+        kind is not seen, so its number is higher.
       state: As the step takes it.
       batch: As the step takes it.
 
