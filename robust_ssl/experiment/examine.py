@@ -293,7 +293,8 @@ def _on_new_images(scorer: Scorer, model: Classifier, strongest: Member) -> chec
 
 def _flipped(scorer: Scorer, model: Classifier, strongest: Member, examples) -> np.ndarray:
     """Returns whose predictions a perturbation changes among some of the examples, bool ``[n]``."""
-    context, size = scorer.context, scorer.batch_size
+    context = scorer.context
+    size = scorer.at_once(len(context.test))  # as the test split was scored: the same program
     count = min(FITTED_IMAGES, len(examples))
     order = np.random.default_rng([context.plan.seed, _FITTED_SEED]).permutation(len(examples))
     places = order[:count]

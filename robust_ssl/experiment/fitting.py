@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from robust_ssl import data, evaluation, finetuning, optimizers, provenance, struct, weights
+from robust_ssl import data, evaluation, finetuning, optimizers, provenance, weights
 from robust_ssl.build import text_of
 from robust_ssl.experiment import alarm, batch_parts, features
 from robust_ssl.experiment.context import Context, model_inputs
@@ -308,12 +308,6 @@ def classifier_variables(variables: Variables) -> Variables:
     return jax.device_get(finetuning.served(variables))
 
 
-@struct.dataclass
-class _NoAttack:
-    def __call__(self, key, model, image, label=None):
-        return image
-
-
 def validate(
     context: Context,
     template: Classifier,
@@ -345,17 +339,20 @@ def validate(
         strongest = {"validation": context.plan.training.validation.build(context.encoder)}
         one_step = {"one step": attack} if alarm.takes_one_step(attack) else {}
     examples = context.downstream[1] if examples is None else examples
-    results = evaluation.score(
-        template.with_variables(classifier_variables(variables)),
-        data.epoch_batches(examples, context.plan.training.batch_size),
-        {**strongest, **one_step} or {"nothing": _NoAttack()},
-        key=stage_key(context.plan.seed, "validation"),
-        parallel=context.parallel,
-    )
+    model = template.with_variables(classifier_variables(variables))
+    size = min(context.plan.training.batch_size, len(examples))
+    batches = data.epoch_batches(examples, size)
+    how = {"key": stage_key(context.plan.seed, "validation"), "parallel": context.parallel}
+    if not strongest:
+        right = 0
+        for batch in batches:
+            part = evaluation.gathered([batch])
+            right += evaluation.clean_correct(model, part, batch_size=size, **how).sum()
+        return {"validation_clean_accuracy": int(right) / len(examples)}
+    results = evaluation.score(model, batches, {**strongest, **one_step}, **how)
     metrics = {"validation_clean_accuracy": next(iter(results.values())).counts.clean_accuracy}
-    if strongest:
-        worst = evaluation.worst_case(results[name] for name in strongest)
-        metrics["validation_robust_accuracy"] = worst.counts.robust_accuracy
+    worst = evaluation.worst_case(results[name] for name in strongest)
+    metrics["validation_robust_accuracy"] = worst.counts.robust_accuracy
     for name in one_step:
         metrics["validation_one_step_accuracy"] = results[name].counts.robust_accuracy
     return metrics

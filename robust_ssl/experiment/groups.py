@@ -83,7 +83,7 @@ class Scorer:
     Attributes:
       context: The run.
       stage: Whose directory keeps the groups.
-      batch_size: Images at a time.
+      batch_size: At most so many images at a time.
       on_part: Called after each part, for a progress bar.
       origin: What the parts are made from; see `score.origin_of`.
     """
@@ -133,10 +133,16 @@ class Scorer:
         self.on_part()
         return results
 
+    def at_once(self, count: int) -> int:
+        """Returns the size of as few batches as can be, all alike: a short one costs as much."""
+        batches = -(-count // self.batch_size)
+        return -(-count // batches)
+
     def _score(
         self, model: Classifier, chosen: Mapping[str, Any], rows: np.ndarray | None
     ) -> dict[str, PerImage]:
-        test, size = self.context.test, self.batch_size
+        test = self.context.test
+        size = self.at_once(len(test if rows is None else rows))
         return evaluation.score(
             model,
             data.epoch_batches(test, size) if rows is None else _batches(test, rows, size),

@@ -16,6 +16,7 @@ from robust_ssl.evaluation.metrics import compiled, on_some, predictions, quanti
 from robust_ssl.parallel import Parallel
 
 DIRECTIONS = 8  # per image, for finite differences
+_MARGIN = OBJECTIVES.index("margin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,12 @@ def scored(constants, batch):
     threat = getattr(threat, "threat", threat)
     images, adversarial = batch["images"], batch["adversarial"]
     nearest = jax.vmap(threat.project)(adversarial, images)
+    # One pass for both, which is compiled once.
+    both = jnp.concatenate([adversarial, quantize(adversarial)])
+    exact, rounded = jnp.split(predictions(model, both), 2)
     return {
-        "exact": predictions(model, adversarial) == batch["labels"],
-        "rounded": predictions(model, quantize(adversarial)) == batch["labels"],
+        "exact": exact == batch["labels"],
+        "rounded": rounded == batch["labels"],
         "excess": jnp.max(jnp.abs(adversarial - nearest), axis=(1, 2, 3)),
     }
 
@@ -96,54 +100,46 @@ def probe(constants, batch):
 
     def one(index, image, label):
         keys = jax.random.split(jax.random.fold_in(key, index), 3)
-        slope = _gradient(model, image, label, "cross_entropy")
+        # A quarter of the budget: what an attack's steps are long, and far above float32's noise.
+        length = threat.epsilon / 4
+        # Off the edges of [0, 1], where a model that cuts its input has no two-sided slope.
+        point = jnp.clip(threat.sample(keys[1], image), length, 1 - length)
+        # The network is passed twice, once with a gradient and once without: each pass that a
+        # program holds is compiled by itself.
+        (slope, margin_slope), logits = _slopes(model, [image, point], label)
         # Of the whole budget, as the attack's: noise inside the ball would be easier to beat.
         noise = threat.steepest(jax.random.normal(keys[0], image.shape))
-        margin_slope, predicted, measured = _slopes(model, threat, keys[1:], image, label)
-
-        def right(change):
-            moved = quantize(threat.project(image + threat.epsilon * change, image))
-            return ~is_wrong(logits_of(model, moved), label)
-
+        changes = [threat.steepest(slope), noise]
+        moved = [quantize(threat.project(image + threat.epsilon * c, image)) for c in changes]
+        normal = jax.random.normal(keys[2], (DIRECTIONS, *image.shape))
+        directions = jax.vmap(threat.steepest)(normal)
+        ends = [point[None] + sign * length * directions for sign in (1, -1)]
+        seen = jax.vmap(lambda x: logits_of(model, x))(jnp.concatenate([jnp.stack(moved), *ends]))
+        values = jax.vmap(lambda x: objective_value(x, label, _MARGIN))(seen[len(moved) :])
         return {
-            "clean": ~is_wrong(logits_of(model, image), label),
+            "clean": ~is_wrong(logits, label),
             "vanished": _vanished(slope),
             "margin_vanished": _vanished(margin_slope),
-            "one_step": right(threat.steepest(slope)),
-            "noise": right(noise),
-            "predicted": predicted,
-            "measured": measured,
+            "one_step": ~is_wrong(seen[0], label),
+            "noise": ~is_wrong(seen[1], label),
+            "predicted": jnp.sum(directions * margin_slope[None], axis=(1, 2, 3)),
+            "measured": (values[:DIRECTIONS] - values[DIRECTIONS:]) / (2 * length),
         }
 
     return jax.vmap(one)(batch["indices"], batch["images"], batch["labels"])
 
 
-def _gradient(model, image: jax.Array, label: jax.Array, objective: str) -> jax.Array:
-    place = OBJECTIVES.index(objective)
-    return jax.grad(lambda x: objective_value(logits_of(model, x), label, place))(image)
+def _slopes(model, points: list[jax.Array], label: jax.Array):
+    """Returns the gradients of cross-entropy and margin at a point each; the first's logits."""
+    logits, pull = jax.vjp(jax.vmap(lambda x: logits_of(model, x)), jnp.stack(points))
+    by_logits = [
+        jax.grad(objective_value)(each, label, OBJECTIVES.index(name))
+        for each, name in zip(logits, ("cross_entropy", "margin"), strict=True)
+    ]
+    (slopes,) = pull(jnp.stack(by_logits))
+    return slopes, logits[0]
 
 
 def _vanished(gradient: jax.Array) -> jax.Array:
     # Exactly zero: a small gradient still has signs, which is all that an Linf step needs.
     return ~jnp.any(gradient != 0) | ~jnp.isfinite(gradient).all()
-
-
-def _slopes(model, threat, keys: jax.Array, image: jax.Array, label: jax.Array):
-    """Returns the margin's gradient inside the ball, and slopes along random directions."""
-    # A quarter of the budget: what an attack's steps are long, and far above float32's noise.
-    length = threat.epsilon / 4
-    # Off the edges of [0, 1], where a model that cuts its input has no two-sided slope.
-    point = jnp.clip(threat.sample(keys[0], image), length, 1 - length)
-    slope = _gradient(model, point, label, "margin")
-    normal = jax.random.normal(keys[1], (DIRECTIONS, *image.shape))
-    directions = jax.vmap(threat.steepest)(normal)
-
-    def rise(direction):
-        ends = [
-            objective_value(logits_of(model, point + sign * length * direction), label, 1)
-            for sign in (1, -1)
-        ]
-        return (ends[0] - ends[1]) / (2 * length)
-
-    predicted = jnp.sum(directions * slope[None], axis=(1, 2, 3))
-    return slope, predicted, jax.vmap(rise)(directions)
