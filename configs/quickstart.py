@@ -8,7 +8,7 @@ fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and
 photographs get.
 
 On two CPU cores it takes over two minutes the first time and over one with a warm cache of
-programs (docs/results/speed.md).  The attack takes 32 points from `baseline`, and 2 points from
+programs (docs/results/speed.md).  The attack takes 37 points from `baseline`, and 3 points from
 `gen_af`.
 
 One argument: ``size``.  ``small`` trains as briefly as keeps what is shown; ``full``, which is
