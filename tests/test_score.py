@@ -448,6 +448,14 @@ def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
     assert "images" not in context(config(), tmp_path).plan.text["scoring"]["per_image"]
 
 
+@pytest.mark.parametrize(
+    ("images", "most", "size"), [(360, 250, 180), (250, 250, 250), (1000, 250, 250), (7, 3, 3)]
+)
+def test_batches_of_scoring_are_few_and_alike(images, most, size):
+    """A short last batch is filled up to the others' size, and costs what they cost."""
+    assert groups.Scorer(None, None, most).at_once(images) == size
+
+
 PATCH = {"epsilon": 0.05, "threat": "robust_ssl.threats:Patch"}
 
 
