@@ -513,8 +513,8 @@ CASES = {
         ["config.suite.attacks has only noise"],
     ),
     "two batch sizes": (
-        {"recipes.gen_af_stage1.batch_size": 32},
-        ["one batch size", "gen_af_stage1 32"],
+        {"recipes.gen_af_stage1.batch_size": 16},
+        ["one batch size", "gen_af_stage1 16"],
     ),
     "a reference without training": (
         {"recipes.still": {"epochs": 0}, "compare.reference": "still"},
