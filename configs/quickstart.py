@@ -7,9 +7,8 @@ fine-tuned for digits in the usual way (`baseline`) and securely (`gen_af`), and
 360 test images.  Digits are nearly black and white, so the budget is larger than the 10/255 that
 photographs get.
 
-On two CPU cores it takes over two minutes the first time and over one with a warm cache of
-programs (docs/results/speed.md).  The attack takes 37 points from `baseline`, and 3 points from
-`gen_af`.
+On two CPU cores it takes two minutes the first time and one with a warm cache of programs
+(docs/results/speed.md).  The attack takes 37 points from `baseline`, and 3 points from `gen_af`.
 
 One argument: ``size``.  ``small`` trains as briefly as keeps what is shown; ``full``, which is
 ``quickstart:size=full``, trains and attacks longer, scores Gen-AF's first stage too, and draws
