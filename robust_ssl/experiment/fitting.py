@@ -339,7 +339,8 @@ def validate(
         strongest = {"validation": context.plan.training.validation.build(context.encoder)}
         one_step = {"one step": attack} if alarm.takes_one_step(attack) else {}
     examples = context.downstream[1] if examples is None else examples
-    model = template.with_variables(classifier_variables(variables))
+    # On the devices once, and not again with every batch.
+    model = context.parallel.replicate(template.with_variables(classifier_variables(variables)))
     size = min(context.plan.training.batch_size, len(examples))
     batches = data.epoch_batches(examples, size)
     how = {"key": stage_key(context.plan.seed, "validation"), "parallel": context.parallel}
