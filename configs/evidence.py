@@ -25,10 +25,10 @@ Give it a workdir of its own.
 
 Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``epochs``,
 ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all), ``seeds``,
-``recipes``, ``steps`` of fitting a universal attack, ``round``, whose tuned values are taken (1 or
-2), ``tune``, a recipe whose four tries ``robust-ssl sweep`` makes (all else is then as the round
-before has taken it), ``stress``, and ``seen``, how many test images the claims leave out: those
-that ``test_limit`` would take.
+``recipes``, ``steps`` of fitting a universal attack, ``round``, whose tuned values are taken (1, 2,
+or 3, which has values for each set), ``tune``, a recipe whose tries ``robust-ssl sweep`` makes (all
+else is then as the round before has taken it), ``stress``, and ``seen``, how many test images the
+claims leave out: those that ``test_limit`` would take.
 
 Time and figure: on two CPU cores five recipes with five seeds took some three hours on GTSRB
 (docs/results/evidence.md).
@@ -88,23 +88,33 @@ SECOND_CLAIMS = (
     *CLAIMS[3:5],
     CLAIMS[-1],
 )
-# Four tries for each recipe that can be tuned, by round.  In the first the published or default
-# value is among them; in the second all are tried at the same rates of the encoder.
+THIRD_CLAIMS = (*SECOND_CLAIMS[:4], CLAIMS[-1])
+# As many tries for each recipe that can be tuned, by round.  In the first the published or default
+# value is among them; in the second all are tried at the same rates of the encoder; in the third at
+# the same rates with two values each of what is the recipe's own, on every set by itself.
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+EACH_SET = (5e-4, 1e-3, 2e-3, 4e-3)
+_WEIGHT = "start.losses.genetic_regularization.weight"
+_RATE = "rates.encoder/**"
+_END = "ramp.end"
 TRIES = {
     1: {
-        GEN_AF: ("start.losses.genetic_regularization.weight", (0.0, 20.0, 80.0, 320.0)),
-        "roli": ("rates.encoder/**", (3e-4, 1e-3, 2e-3, 4e-3)),
-        "trades": ("losses.trades_kl.weight", (1.0, 3.0, 6.0, 12.0)),
-        "ramp_fgsm": ("ramp.end", (0.5, 0.6, 0.8, 1.0)),
-        "ramp_pgd": ("ramp.end", (0.5, 0.6, 0.8, 1.0)),
+        GEN_AF: ((_WEIGHT, (0.0, 20.0, 80.0, 320.0)),),
+        "roli": ((_RATE, (3e-4, 1e-3, 2e-3, 4e-3)),),
+        "trades": (("losses.trades_kl.weight", (1.0, 3.0, 6.0, 12.0)),),
+        "ramp_fgsm": ((_END, (0.5, 0.6, 0.8, 1.0)),),
+        "ramp_pgd": ((_END, (0.5, 0.6, 0.8, 1.0)),),
     },
     2: {
-        GEN_AF: ("start.rates.encoder/**", RATES),
-        **dict.fromkeys(("roli", "trades", "ramp_fgsm", "ramp_pgd"), ("rates.encoder/**", RATES)),
+        GEN_AF: ((f"start.{_RATE}", RATES),),
+        **dict.fromkeys(("roli", "trades", "ramp_fgsm", "ramp_pgd"), ((_RATE, RATES),)),
+    },
+    3: {
+        GEN_AF: ((_WEIGHT, (0.0, 20.0)), (f"start.{_RATE}", EACH_SET)),
+        "ramp_fgsm": ((_END, (0.6, 1.0)), (_RATE, EACH_SET)),
     },
 }
-# The best of four, by accuracy on validation images; docs/results/protocol.md has all tries.
+# The best of them, by accuracy on validation images; docs/results/protocol.md has all tries.
 _GROWS_TO_THE_END = {"ramp": {"start": 0.4, "end": 1.0}}
 _VARIANTS = ("ramp_pgd2", "ramp_nfgsm", "ramp_ema", "ramp_teacher")  # one factor from `ramp_fgsm`
 _FIRST = {
@@ -122,6 +132,7 @@ TAKEN = {  # by round
     1: _FIRST,
     2: {name: {**entries, **_SECOND.get(name, {})} for name, entries in _FIRST.items()},
 }
+THIRD: dict[str, dict] = {}  # by set
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -161,7 +172,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     }
     config.scoring.autoattack.update(version="apgd", images=IMAGES, batch_size=100)
     # Who tunes has what the round before has taken.
-    taken = TAKEN[given["round"] - bool(given["tune"])]
+    taken = _taken(given["round"] - bool(given["tune"]), given["downstream"])
     for name in [name for name in taken if name in config.recipes]:
         entry = config.recipes[name]
         entry = {"function": entry} if isinstance(entry, str) else entry.to_dict()
@@ -169,16 +180,28 @@ def get_config(arguments: str = "") -> ConfigDict:
         config.recipes[name] = {**entry, **taken[name]}
     made = {*config.recipes}
     # A sweep judges no claim, and goes on in a workdir that began with these.
-    announced = CLAIMS if given["round"] == 1 else SECOND_CLAIMS
+    announced = {1: CLAIMS, 2: SECOND_CLAIMS, 3: THIRD_CLAIMS}[given["round"]]
     announced += () if given["tune"] else (BY_PUBLIC_SUITE,)
     seen = {"seen": given["seen"]} if given["seen"] else {}
     claims = [{**claim, **seen} for claim in announced if compare.names_in(claim) <= made]
     config.compare.claims = tuple(claims)
     if given["tune"]:
-        config.sweep = {"recipe": given["tune"], "grid": (tries[given["tune"]],)}
+        config.sweep = {"recipe": given["tune"], "grid": tries[given["tune"]]}
     if given["stress"]:
         _stress(config, given["recipes"].split("+"))
     return config
+
+
+def _taken(round: int, downstream: str) -> dict[str, dict]:
+    """Returns what a round has taken for this set, by recipe."""
+    if round < 3:
+        return TAKEN[round]
+    if downstream not in THIRD:
+        sets = ", ".join(THIRD) or "no set yet"
+        raise ValueError(f"round 3 has values for {sets}, and none for {downstream!r}")
+    return {
+        name: {**entries, **THIRD[downstream].get(name, {})} for name, entries in TAKEN[2].items()
+    }
 
 
 def _stress(config: ConfigDict, recipes: list[str]) -> None:

@@ -119,8 +119,10 @@ def test_who_tunes_in_the_second_round_has_what_the_first_has_taken():
     assert tuned(1, "ramp_fgsm").ramp.end != tuned(2, "ramp_fgsm").ramp.end == 1.0
     swept = planned("evidence.py:tune=gen_af_unguarded,round=2").sweep
     assert swept.recipe == "gen_af_unguarded" and len(swept.grid[0][1]) == 4
-    with pytest.raises(settings.SettingsError, match="round must be one of 1, 2"):
-        load("evidence.py:round=3")
+    both = planned("evidence.py:tune=gen_af_unguarded,round=3,downstream=cifar10").sweep
+    assert [len(values) for _, values in both.grid] == [2, 4]
+    with pytest.raises(settings.SettingsError, match="round must be one of 1, 2, 3"):
+        load("evidence.py:round=4")
 
 
 def test_recipes_can_be_left_out_with_all_that_is_made_from_them():
