@@ -367,6 +367,25 @@ def test_a_model_that_withstands_the_attack_is_not_said_to_have_a_useless_gradie
         assert noise.meaning.startswith("Nothing to compare: all attacks together take ")
 
 
+def test_its_own_attack_goes_on_until_it_stands_still_and_that_of_a_figure_does_not(monkeypatch):
+    model = victims.all_victims()["plain"]
+    few = {"threat": threats.Linf(0.1), "key": KEY, "batch_size": SAMPLE, "num_steps": 4}
+    found = checks.examine(model, *sample(), **few, num_queries=5)
+    assert found.names("failed") == ()
+    monkeypatch.setattr(checks.examination, "MOST_LINKS", 2)
+    short = checks.examine(model, *sample(), **few, num_queries=5)
+    assert short.names("failed") == ("converged", "twice_the_steps_not_stronger")
+    assert found.accuracies["reported"] < short.accuracies["reported"]
+    more = found.gradient_evaluations - short.gradient_evaluations
+    assert more > 0 and more % 4 == 0
+    # A figure that others report is theirs to improve.
+    monkeypatch.undo()
+    all_right = np.ones(SAMPLE, bool)
+    reported = checks.examine(model, *sample(), **few, num_queries=5, reported=all_right)
+    assert "twice_the_steps_not_stronger" in reported.names("failed")
+    assert reported.gradient_evaluations == short.gradient_evaluations
+
+
 @struct.dataclass
 class Blocks:
     """Answers with the brightest of four blocks of rows, with the same margin on each image."""

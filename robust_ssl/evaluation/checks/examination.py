@@ -23,6 +23,9 @@ from robust_ssl.types import Attack, Classifier
 
 NUM_STEPS, NUM_QUERIES = 20, 200
 CLIMBS = 7  # three objectives, one that goes on, half and twice the budget, the full range
+MOST_LINKS = (
+    16  # climbs, each from the last one's end, until the examination's own PGD stands still
+)
 NEARBY = 1e-6  # a change of the pixels that changes no honest logit
 NOT_FINITE = "The logits are not finite."
 AFTER_MODEL = ("gradients", "path", "strength", "scoring")  # groups that presume finite logits
@@ -95,7 +98,8 @@ def examine(
       threat: The threat of the figure, with one `epsilon` above 0.
       key: Random key.
       reported: Correct under every *per-image* attack of the evaluation that sees this model,
-        bool ``[n]``; None takes the examination's own PGD for it.
+        bool ``[n]``; None takes the examination's own PGD for it, which then goes on until it
+        stands still, up to fifteen times `num_steps`.
       adversarial: Images of the evaluation's attack, float ``[n, H, W, 3]``; must keep the threat.
       counts: Of the figure over the whole split, which must have enough images; None counts this
         sample.
@@ -136,17 +140,20 @@ def examine(
     # From here on only images in `clean` count: one that is wrong anyway is no attack's success.
     clean, paths = probed["clean"], trial.paths(keys[2])
     main = paths["cross_entropy"]
-    reported = clean & (main["rounded"] if reported is None else np.asarray(reported, bool))
+    # Nobody could follow the advice to take more steps of the examination's own PGD.
+    chain = trial.chain(keys[2], main, clean, most=MOST_LINKS if reported is None else 2)
+    price += num_steps * (len(chain) - 2)
+    reported = clean & (_right(chain[:-1]) if reported is None else np.asarray(reported, bool))
     independent = {
         "black_box": trial.black_boxed(keys[3], black_box, num_queries),
         # From the starts of the model's own paths, so that only the gradient is another one.
         "transfer": None if surrogate is None else trial.climb(keys[2], model=surrogate),
     }
-    others = [*(paths[name] for name in ("twice", *OBJECTIVES)), *independent.values()]
+    others = [*chain, *(paths[name] for name in OBJECTIVES), *independent.values()]
     correct = [other["rounded"] for other in others if other is not None]
     worst = np.logical_and.reduce([reported, probed["one_step"], *correct])
 
-    checks += _path_checks(trial, paths, probed, reported)
+    checks += _path_checks(trial, paths, chain, probed, reported)
     checks += _independent_checks(reported, clean, **independent)
     checks = settle(checks, clean, worst)
     attacked = [each for each in (main, independent["black_box"]) if each is not None]
@@ -197,13 +204,20 @@ class _Trial:
     def paths(self, key: jax.Array) -> dict[str, Any]:
         """Runs every recorded PGD on the model."""
         paths = {name: self.climb(key, objective=i) for i, name in enumerate(OBJECTIVES)}
-        # Goes on where the first one ended: from a new start, twice the steps could do less by
-        # chance.
-        paths["twice"] = self.climb(key, start=paths["cross_entropy"]["best"])
         for name, epsilon in self.budgets().items():
             if name not in paths:
                 paths[name] = self.climb(key, threat=with_budget(self.threat, epsilon))
         return paths
+
+    def chain(self, key: jax.Array, first, clean: np.ndarray, most: int) -> list[Any]:
+        """Goes on where a path ended, once, or until it stands still or `most` links are made.
+
+        From a new start, twice the steps could do less by chance.
+        """
+        links = [first, self.climb(key, start=first["best"])]
+        while len(links) < most and not _stands_still(links, clean):
+            links.append(self.climb(key, start=links[-1]["best"]))
+        return links
 
     def black_boxed(self, key: jax.Array, black_box: Attack | None, num_queries: int):
         """Scores the black-box attack; None where there is none for this threat."""
@@ -278,7 +292,33 @@ def _gradient_checks(probed) -> tuple[Check, ...]:
     )
 
 
-def _path_checks(trial: _Trial, paths, probed, reported: np.ndarray) -> tuple[Check, ...]:
+def _right(links) -> np.ndarray:
+    """Returns what every link of a chain leaves right."""
+    return np.logical_and.reduce([link["rounded"] for link in links])
+
+
+def _as_one_path(links, before: np.ndarray) -> tuple[Check, Check]:
+    """Asks of a chain whether it has converged, and whether it breaks more than the figure did.
+
+    Args:
+      links: The chain.
+      before: What the figure leaves right, bool ``[n]``.
+    """
+    first, *more = (link["losses"] for link in links)
+    losses = np.concatenate([first, *(each[:, 1:] for each in more)], axis=1)
+    left = _right(links) & before
+    return (
+        strength.converged(losses, still_right=left),
+        strength.twice_the_steps_not_stronger(before, left),
+    )
+
+
+def _stands_still(links, clean: np.ndarray) -> bool:
+    checks = _as_one_path(links, _right(links[:-1]) & clean)
+    return all(check.status != "failed" for check in checks)
+
+
+def _path_checks(trial: _Trial, paths, chain, probed, reported: np.ndarray) -> tuple[Check, ...]:
     """Runs the checks of the path, and those of strength that need no other attack."""
     clean, main = probed["clean"], paths["cross_entropy"]
     correct = {name: path["rounded"] & clean for name, path in paths.items()}
@@ -289,19 +329,16 @@ def _path_checks(trial: _Trial, paths, probed, reported: np.ndarray) -> tuple[Ch
     full = strength.full_range_breaks_all(correct["full range"])
     # With the steps that go on from its end: those that a figure was made with may be more than the
     # examination can pay for.
-    losses = np.concatenate([main["losses"], paths["twice"]["losses"][:, 1:]], axis=1)
-    left = correct["cross_entropy"] & correct["twice"] & reported
+    converged, twice = _as_one_path(chain, reported)
     noise = probed["noise"] & clean
     # Nothing to gain on a robust model: then our own PGD, which does work, gains nothing either.
     gains = strength.beats_noise(noise, correct["cross_entropy"]).status == "passed"
     able = not gains and full.status == "passed"
     return (
         strength.steps_raise_loss(main["losses"]),
-        strength.converged(losses, still_right=left),
+        converged,
         strength.no_silent_hits(main["hit"] & clean, main["exact"]),
-        strength.twice_the_steps_not_stronger(
-            reported, correct["twice"] & correct["cross_entropy"]
-        ),
+        twice,
         strength.one_step_not_stronger(reported, probed["one_step"] & clean),
         strength.objectives_agree(by_objective, first="reported"),
         strength.accuracy_falls_with_epsilon(by_budget),
