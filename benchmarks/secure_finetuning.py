@@ -1,6 +1,10 @@
-"""Times one step of secure fine-tuning: Gen-AF's first stage with PGD-10 on a ResNet-18.
+"""Times one step of secure fine-tuning: Gen-AF's first stage with PGD-10.
 
     python benchmarks/secure_finetuning.py --width 16 --json secure_finetuning.json
+    python benchmarks/secure_finetuning.py --network vit_small --image-size 224 --batch 8
+
+The network is a ResNet-18 of `--width` and `--stem`, or one of full size with timm's on the other
+side: a ResNet-50 or a ViT-S with patches of 16 pixels.
 
 Both sides start from the same uint8 images, resident on the device, and make per step:
 
@@ -26,6 +30,7 @@ import numpy as np
 CLASSES, EPSILON, STEP_SIZE, NUM_STEPS = 10, 8 / 255, 2 / 255, 10
 ADV_RATIO, REGULARIZATION, WEIGHT_DECAY = 0.7, 1.0, 8e-4
 ENCODER_RATE, HEAD_RATE = 1e-3, 5e-3
+TIMM = {"resnet50": "resnet50", "vit_small": "vit_small_patch16_224"}  # by our name
 
 
 def data(options):
@@ -33,6 +38,43 @@ def data(options):
     rng = np.random.default_rng(0)
     shape = (options.batch, options.image_size, options.image_size, 3)
     return rng.integers(0, 256, shape, np.uint8), rng.integers(0, CLASSES, options.batch, np.int32)
+
+
+def add_network(parser):
+    """Adds the option that names the network."""
+    networks = ("resnet18", *TIMM)
+    parser.add_argument("--network", default="resnet18", choices=networks)
+
+
+def own_encoder(options):
+    """Returns the encoder of the JAX side."""
+    import jax
+
+    from robust_ssl import models
+
+    own = {
+        "resnet18": {"width": options.width, "stem": options.stem},
+        "resnet50": {"stem": "imagenet"},
+        "vit_small": {"patch_size": 16},
+    }[options.network]
+    build = getattr(models, options.network)
+    size = {"image_size": options.image_size, "dtype": options.dtype}
+    return build(jax.random.key(0), **size, **own)
+
+
+def torch_encoder(options):
+    """Returns the encoder of the torch side, a module, and its number of features."""
+    import torch
+    import torch_models
+
+    if options.network == "resnet18":
+        encoder = torch_models.ResNet18(options.width, options.stem)
+        return encoder, encoder.dim
+    import timm
+
+    size = {"img_size": options.image_size} if options.network.startswith("vit") else {}
+    network = timm.create_model(TIMM[options.network], num_classes=0, **size)
+    return torch.nn.Sequential(torch_models.Normalize(), network), network.num_features
 
 
 def make_jax(options):
@@ -43,13 +85,7 @@ def make_jax(options):
     from robust_ssl import finetuning, models, optimizers, threats
     from robust_ssl.attacks import PGD
 
-    encoder = models.resnet18(
-        jax.random.key(0),
-        width=options.width,
-        stem=options.stem,
-        image_size=options.image_size,
-        dtype=options.dtype,
-    )
+    encoder = own_encoder(options)
     classifier = models.classifier(jax.random.key(1), encoder, CLASSES)
     params = classifier.variables["params"]
     rates = optimizers.layer_rates(params, {"encoder/**": ENCODER_RATE, "head/**": HEAD_RATE})
@@ -81,8 +117,8 @@ def make_torch(options, *, tuned):
     from torch_losses import genetic_regularization
 
     here = harness.Torch.start(tuned)
-    encoder = torch_models.ResNet18(options.width, options.stem)
-    head = torch_models.MLPHead(encoder.dim, CLASSES)
+    encoder, dim = torch_encoder(options)
+    head = torch_models.MLPHead(dim, CLASSES)
     model = here.network(torch.nn.Sequential(encoder, head))
     compiled = here.compiled(model)
     optimizer = torch.optim.Adam(
@@ -132,4 +168,6 @@ def make_torch(options, *, tuned):
 
 
 if __name__ == "__main__":
-    harness.compare("secure_finetuning", harness.options_of(__doc__), make_jax, make_torch)
+    harness.compare(
+        "secure_finetuning", harness.options_of(__doc__, add_network), make_jax, make_torch
+    )

@@ -42,14 +42,26 @@ class BasicBlock(nn.Module):
         return self.relu(self.conv2(self.relu(self.conv1(x))) + self.shortcut(x))
 
 
+class Normalize(nn.Module):
+    """Pixels in [0, 1] less their mean, by their deviation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, images):
+        """Returns ``[batch, 3, H, W]``."""
+        return (images - self.mean) / self.std
+
+
 class ResNet18(nn.Module):
     """Pixels in [0, 1] to ``8 * width`` features; normalizes by itself."""
 
     def __init__(self, width: int, stem: str):
         super().__init__()
         kernel, stride, padding, pool = STEMS[stem]
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        self.normalize = Normalize()
         self.stem = ConvNorm(3, width, kernel, stride, padding)
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
@@ -65,8 +77,7 @@ class ResNet18(nn.Module):
 
     def forward(self, images):
         """Returns features, ``[batch, dim]``."""
-        x = (images - self.mean) / self.std
-        x = self.pool(self.relu(self.stem(x)))
+        x = self.pool(self.relu(self.stem(self.normalize(images))))
         x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
         return x.mean((2, 3))
 

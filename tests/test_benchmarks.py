@@ -112,6 +112,22 @@ def _carry(variables, module):
     return len(flat)
 
 
+@pytest.mark.parametrize("network", ["resnet50", "vit_small"])
+def test_a_full_size_network_has_as_many_weights_on_both_sides(network):
+    import torchvision_operators  # noqa: F401 (before timm, which imports torchvision)
+
+    pytest.importorskip("timm")
+    import secure_finetuning
+
+    options = _options(network=network, image_size=32, dtype="float32")
+    encoder = secure_finetuning.own_encoder(options)
+    module, dim = secure_finetuning.torch_encoder(options)
+    ours = sum(leaf.size for leaf in jax.tree.leaves(encoder.variables["params"]))
+    assert ours == sum(parameter.numel() for parameter in module.parameters())
+    assert module.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, dim)
+    assert encoder(jnp.zeros((2, 32, 32, 3))).features.shape == (2, dim)
+
+
 @pytest.mark.parametrize("stem", ["cifar", "cifar_half"])
 def test_the_torch_encoder_is_the_same_network(stem):
     import torch_models
