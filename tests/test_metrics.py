@@ -58,6 +58,16 @@ class Shift:
 
 
 @struct.dataclass
+class Leaving:
+    """Adds twice what its threat allows."""
+
+    threat: threats.Linf
+
+    def __call__(self, key, model, image, label=None):
+        return image + 2 * self.threat.epsilon
+
+
+@struct.dataclass
 class Lottery:
     """Writes a random class into the image."""
 
@@ -171,6 +181,29 @@ def test_worst_case_is_per_image_and_at_most_each():
         assert worst.counts.robust_accuracy <= result.counts.robust_accuracy
         assert worst.counts.attack_success_rate >= result.counts.attack_success_rate
         assert worst.counts.fooling_rate >= result.counts.fooling_rate
+
+
+def test_how_far_an_attack_left_its_budget_is_measured_where_it_names_one():
+    images = np.full((6, 2, 2, 3), 0.5, np.float32)
+    ball, change = threats.Linf(0.1), jnp.full((2, 2, 3), 0.1)
+    attacks = {
+        "leaving": Leaving(ball),
+        "pgd": PGD(ball, num_steps=1),
+        "fitted": UniversalPerturbation(change, ball, "fitted"),
+        "nobody": Shift(jnp.float32(0), jnp.int32(-5)),
+    }
+    parts = [images[:4], images[4:]]
+    found = score(
+        first_pixel_classifier(),
+        [{"images": part, "labels": np.zeros(len(part), int)} for part in parts],
+        attacks,
+        key=jax.random.key(0),
+        parallel=Parallel.create(num_devices=1),
+    )
+    assert found["leaving"].excess == pytest.approx(0.1, abs=1e-6)
+    assert 0 <= found["pgd"].excess < 1e-6
+    assert math.isnan(found["fitted"].excess) and math.isnan(found["nobody"].excess)
+    assert found["worst"].excess == found["leaving"].excess
 
 
 def test_quantize_rounds_by_at_most_half_a_level_and_keeps_whole_levels():

@@ -376,11 +376,11 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
 PATCH_OF_TENTH = threats.Patch(0.1)
 
 
-def scored(group, rows=None, threat=None, label_free=False):
+def scored(group, rows=None, threat=None, label_free=False, excess=0.0):
     """A group that leaves right what its clean accuracy leaves, but for every third image."""
     count = 64 if rows is None else len(rows)
     right = np.arange(count) % 3 > 0
-    result = PerImage(np.ones(count, bool), right, ~right)
+    result = PerImage(np.ones(count, bool), right, ~right, excess=excess)
     threat = threat or threats.Linf(group.epsilon)
     value = types.SimpleNamespace(threat=threat, delta=None, label_free=label_free)
     member = groups.Member("one", 0, value, 1.0, 10)
@@ -423,6 +423,16 @@ def test_attacks_without_labels_are_no_figure_to_be_examined(tmp_path):
     assert alone.figure is None and "no per-image attack" in alone.words
 
 
+def test_an_attack_that_left_its_budget_on_some_image_is_not_believed(tmp_path):
+    """Whichever images the examination takes: what is scored says it of all."""
+    run = context(config(), tmp_path)
+    group = groups.Group("one", "hardened", "per_image", "Linf", 8 / 255)
+    for excess, status in ((0.0, "passed"), (0.01, "failed")):
+        _, verdict = examine._per_image(run, classifier(), [scored(group, excess=excess)])
+        [check] = [check for check in verdict.checks if check.name == "budget_kept"]
+        assert check.status == status and check.value == pytest.approx(excess, abs=1e-6)
+
+
 def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
     changed = config()
     changed.scoring.per_image.images = 32
@@ -438,6 +448,7 @@ def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
         scorer = groups.Scorer(run, stage, 32)
         part = scorer.score(group, classifier(), [pgd], rows)
         whole = scorer.score(group, classifier(), [pgd])
+        assert scorer.score(group, classifier(), [pgd]).worst.excess == whole.worst.excess <= 1e-5
     np.testing.assert_array_equal(part.rows, rows)
     for name in ("clean_correct", "robust_correct"):
         expected = getattr(whole.worst, name)[rows]  # an image's key is that of its place

@@ -148,12 +148,15 @@ class PerImage:
       robust_correct: Correct under the attack, bool ``[n]``.
       flipped: Prediction changed by the attack, bool ``[n]``.
       seconds: Wall time of attacking and classifying, compilation included.
+      excess: Largest distance of a pixel to the nearest image that the attack's threat allows,
+        pixel units; NaN where it was not measured.
     """
 
     clean_correct: np.ndarray
     robust_correct: np.ndarray
     flipped: np.ndarray
     seconds: float = 0.0
+    excess: float = math.nan
 
     @property
     def counts(self) -> Counts:
@@ -176,7 +179,8 @@ def worst_case(results: Iterable[PerImage]) -> PerImage:
       results: At least one result, all for the same images in the same order.
 
     Returns:
-      Correct under all of them; flipped by any of them; the seconds added up.
+      Correct under all of them; flipped by any of them; the seconds added up; the largest excess
+      that was measured.
 
     Example:
       >>> yes, no = np.array([True, True]), np.array([False, False])
@@ -191,6 +195,7 @@ def worst_case(results: Iterable[PerImage]) -> PerImage:
         robust_correct=np.logical_and.reduce([r.robust_correct for r in results]),
         flipped=np.logical_or.reduce([r.flipped for r in results]),
         seconds=sum(r.seconds for r in results),
+        excess=max((r.excess for r in results if not math.isnan(r.excess)), default=math.nan),
     )
 
 

@@ -96,7 +96,40 @@ def _attacked_answers(constants, batch: Mapping[str, jax.Array]):
     )
     # Asked here, since a NaN pixel gives no answer, which would count as a success of the attack.
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
-    return answers(key, model, quantize(adversarial), batch["indices"]), finite
+    answered = answers(key, model, quantize(adversarial), batch["indices"])
+    return answered, finite, _excess_of(attack, adversarial, batch["images"])
+
+
+def _excess_of(attack: Attack, adversarial: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns `excess` of an attack that names its threat; NaN for all others."""
+    threat = getattr(attack, "threat", None)
+    # What is fitted has been projected, and where a patch lies depends on the image's key.
+    unknown = isinstance(attack, UniversalPerturbation) or isinstance(threat, threats.Patch)
+    if unknown or not hasattr(threat, "project"):
+        return jnp.full(len(images), jnp.nan)
+    return excess(threat, adversarial, to_pixels(images))
+
+
+def excess(threat: Any, adversarial: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns the largest distance of a pixel to the nearest image that a threat allows.
+
+    Args:
+      threat: The threat.
+      adversarial: Float ``[batch, H, W, 3]``.
+      images: What they were made from, float pixels.
+
+    Returns:
+      Pixel units, float32 ``[batch]``; NaN where a pixel is.
+
+    Example:
+      >>> clean = jnp.zeros((1, 2, 2, 3))
+      >>> excess(threats.Linf(0.1), clean + 0.25, clean).round(3).tolist()
+      [0.15]
+    """
+    # A band is left a little where the cut to [0, 1] bites: its inner budget is what must hold.
+    threat = getattr(threat, "threat", threat)
+    nearest = jax.vmap(threat.project)(adversarial, images)
+    return jnp.max(jnp.abs(adversarial - nearest), axis=(1, 2, 3))
 
 
 @functools.lru_cache(maxsize=64)
@@ -253,6 +286,7 @@ def score(
     }
     labels, clean, seconds = [], [], dict.fromkeys(attacks, 0.0)
     adversarial: dict[str, list[np.ndarray]] = {name: [] for name in attacks}
+    outside = dict.fromkeys(attacks, -np.inf)
     for n, batch in padded(batches):
         if not labels:  # the first batch, before it costs anything
             check_threats(attacks.values(), batch["images"].shape[1:])
@@ -260,15 +294,17 @@ def score(
         clean.append(classify(unattacked, batch)[:n])
         for name in attacks:
             begun = time.perf_counter()
-            answered, finite = strike(constants[name], batch)
+            answered, finite, beyond = strike(constants[name], batch)
             seconds[name] += time.perf_counter() - begun
             check_finite(repr(name), batch["indices"][~finite])
             adversarial[name].append(answered[:n])
+            outside[name] = float(np.maximum(outside[name], beyond[:n].max()))  # NaN stays NaN
     if not labels:
         raise ValueError("no images to score: the split is empty")
     truth, before = np.concatenate(labels), np.concatenate(clean)
     results = {}
     for name in attacks:
         after = np.concatenate(adversarial[name])
-        results[name] = PerImage(before == truth, after == truth, after != before, seconds[name])
+        changed = (before == truth, after == truth, after != before)
+        results[name] = PerImage(*changed, seconds[name], outside[name])
     return {**results, WORST: worst_case(results.values())}

@@ -14,7 +14,6 @@ import numpy as np
 
 from robust_ssl import disk, evaluation, threats
 from robust_ssl.evaluation import PerImage, checks
-from robust_ssl.evaluation.checks import bench
 from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
 from robust_ssl.experiment.groups import Member, Scored, Scorer, sample
@@ -27,7 +26,6 @@ from robust_ssl.workdir import digest, write_atomically
 _log = logging.getLogger(__name__)
 
 _PLANS = ((20, 200, 64), (10, 50, 32))  # steps, queries, the fewest images that say something
-_AT_ONCE = 128  # images
 PER_IMAGE_CHECKS = tuple(group for group in checks.GROUPS if group not in ("universal", "data"))
 # Those that need a perturbation fitted on the public encoder.
 _OF_FITTED = (
@@ -136,7 +134,7 @@ def _per_image(
         places = np.searchsorted(subject.rows, chosen)
         options["reported"] = subject.figure.robust_correct[places]
         options["counts"] = subject.figure.counts
-        options["adversarial"] = _strongest_images(context, model, subject.groups, chosen, batch)
+        options["excess"] = subject.figure.excess
     try:
         verdict = checks.examine(
             model,
@@ -164,25 +162,6 @@ def affordable(spent: float) -> tuple[int, int, int]:
         if count >= least:
             return steps, queries, count
     return steps, queries, least
-
-
-def _strongest_images(context: Context, model: Classifier, groups: Sequence[Scored], chosen, batch):
-    """Returns the strongest attack's images of the examined ones, which must keep the budget."""
-    attacks: list[tuple[float, Any]] = []
-    for s in groups:
-        # In AutoAttack an attack gets only what the earlier ones left: its share is not its own.
-        if s.group.family == "per_image":
-            attacks += [(s.results[m.label].robust_correct.mean(), m.value) for m in s.members]
-    if not attacks:
-        return None
-    _, attack = min(attacks, key=lambda entry: entry[0])
-    key, images = stage_key(context.plan.seed, "score"), _pixels(batch["images"])
-    sample = bench.Bench(images, batch["labels"].astype(np.int32), context.parallel, _AT_ONCE)
-    return sample.run(bench.strike, (key, model, attack), indices=chosen.astype(np.int32))
-
-
-def _pixels(images: Any) -> np.ndarray:
-    return np.asarray(evaluation.to_pixels(images), np.float32)
 
 
 def _universal(

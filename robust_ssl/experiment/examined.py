@@ -85,6 +85,7 @@ def figure_of(groups: Sequence[Scored], size: int) -> tuple[np.ndarray, PerImage
     def of_rows(s: Scored) -> PerImage:
         places = rows if s.rows is None else np.searchsorted(s.rows, rows)
         fields = (s.worst.clean_correct, s.worst.robust_correct, s.worst.flipped)
-        return PerImage(*(field[places] for field in fields), s.worst.seconds)
+        # Of AutoAttack no excess is known.
+        return PerImage(*(field[places] for field in fields), s.worst.seconds, s.worst.excess)
 
     return rows, evaluation.worst_case(of_rows(s) for s in groups)

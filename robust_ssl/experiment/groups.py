@@ -356,7 +356,7 @@ def file_name(group: Group, labels: Iterable[str]) -> str:
     return re.sub(r"[^\w.\-]", "_", words)
 
 
-_FIELDS = ("clean_correct", "robust_correct", "flipped", "seconds")
+_FIELDS = ("clean_correct", "robust_correct", "flipped", "seconds", "excess")
 
 
 def _keep(file, results: Mapping[str, PerImage], origin: str) -> None:
@@ -375,6 +375,7 @@ def _kept(file, origin: str) -> dict[str, PerImage] | None:
             fields["robust_correct"][i],
             fields["flipped"][i],
             float(fields["seconds"][i]),
+            float(fields["excess"][i]),
         )
         for i, label in enumerate(fields["labels"])
     }

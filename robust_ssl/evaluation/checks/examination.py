@@ -77,6 +77,7 @@ def examine(
     key: jax.Array,
     reported: np.ndarray | None = None,
     adversarial: np.ndarray | None = None,
+    excess: float | None = None,
     counts: Counts | None = None,
     surrogate: Classifier | None = None,
     black_box: Attack | None = None,
@@ -101,6 +102,7 @@ def examine(
         bool ``[n]``; None takes the examination's own PGD for it, which then goes on until it
         stands still, up to fifteen times `num_steps`.
       adversarial: Images of the evaluation's attack, float ``[n, H, W, 3]``; must keep the threat.
+      excess: How far they left it where that is known, `PerImage.excess`; NaN and None: it is not.
       counts: Of the figure over the whole split, which must have enough images; None counts this
         sample.
       surrogate: Another model of the same classes, whose adversarial images are tried too.
@@ -160,8 +162,11 @@ def examine(
     if adversarial is not None:
         attacked.append(trial.score(np.asarray(adversarial, np.float32)))
     counted = (counts.robust_correct, counts.n) if counts else (int(reported.sum()), len(images))
+    outside = [result["excess"] for result in attacked]
+    if excess is not None and not np.isnan(excess):
+        outside.append(np.float32([excess]))
     checks += (
-        scoring.budget_kept(np.concatenate([result["excess"] for result in attacked])),
+        scoring.budget_kept(np.concatenate(outside)),
         scoring.survives_rounding(main["exact"], main["rounded"]),
         scoring.enough_images(*counted),
     )
