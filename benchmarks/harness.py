@@ -311,10 +311,15 @@ def options_of(doc: str, add: Callable[[argparse.ArgumentParser], None] | None =
         action="store_true",
         help="also time torch.compile (with bfloat16 autocast on a GPU)",
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="time this package's side alone, without torch"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write everything measured as JSON")
     if add is not None:
         add(parser)
     options = parser.parse_args()
+    if options.alone and options.tuned:
+        parser.error("--tuned is of the torch side, which --alone leaves out")
     for name in ("width", "batch", "image_size", "steps", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -339,7 +344,9 @@ def compare(
       What the JSON file holds.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    makers = {"jax": make_jax, "torch": functools.partial(make_torch, tuned=False)}
+    makers = {"jax": make_jax}
+    if not options.alone:
+        makers["torch"] = functools.partial(make_torch, tuned=False)
     if options.tuned:
         makers["torch_tuned"] = functools.partial(make_torch, tuned=True)
     processes = [_Process(side, make, options) for side, make in makers.items()]

@@ -82,6 +82,48 @@ def test_a_benchmark_runs_and_reports_what_it_promises(name, tmp_path):
     )
 
 
+def test_one_side_alone_needs_no_torch(monkeypatch, tmp_path, capsys):
+    import harness
+
+    def side(options):
+        return harness.Side(lambda steps: 0.5 * steps, 8, _FACTS, lambda: None)
+
+    monkeypatch.setattr(harness, "_Process", _InThisProcess)
+    monkeypatch.setattr(sys, "argv", ["x", "--alone", "--json", str(tmp_path / "found.json")])
+    options = harness.options_of("")
+    found = harness.compare("x", options, side, make_torch=None)
+    assert found["sides"].keys() == {"jax"} and found["ratio"] == {}
+    assert found["sides"]["jax"]["images_per_second"] == 16
+    assert "ratio" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["x", "--alone", "--tuned"])
+    with pytest.raises(SystemExit):
+        harness.options_of("")
+
+
+_FACTS = {
+    **{"platform": "cpu", "device": "one", "devices": 1, "method": "pmap", "dtype": "float32"},
+    **{"versions": {}, "compile_seconds": 0.0},
+}
+
+
+class _InThisProcess:
+    """A side of a benchmark without a process of its own."""
+
+    def __init__(self, name, make, options):
+        self.name, self.side, self.facts = name, make(options), _FACTS
+
+    def run(self, steps):
+        self.seconds = self.side.run(steps) / steps
+
+    def finish(self):
+        images = self.side.images_per_step / self.seconds
+        return {
+            **{"images_per_second": images, "rounds": [images], "peak_memory_bytes": 1},
+            **self.facts,
+            **{"seconds_per_step": self.seconds},
+        }
+
+
 def test_a_side_that_fails_ends_the_benchmark(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "pretraining.py"), *TINY, "--devices", "9999"],
