@@ -132,7 +132,15 @@ TAKEN = {  # by round
     1: _FIRST,
     2: {name: {**entries, **_SECOND.get(name, {})} for name, entries in _FIRST.items()},
 }
-THIRD: dict[str, dict] = {}  # by set
+THIRD = {  # by set
+    "cifar10": {
+        "gen_af_stage1": {"weight": 0.0, "rates": {"encoder/**": 2e-3, "head/**": 5e-3}},
+        "ramp_fgsm": {
+            "ramp": {"start": 0.4, "end": 1.0},
+            "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
+        },
+    },
+}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
