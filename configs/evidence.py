@@ -140,6 +140,13 @@ THIRD = {  # by set
             "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
         },
     },
+    "tiny_imagenet20": {
+        "gen_af_stage1": {"weight": 20.0, "rates": {"encoder/**": 1e-3, "head/**": 5e-3}},
+        "ramp_fgsm": {
+            "ramp": {"start": 0.4, "end": 0.6},
+            "rates": {"encoder/**": 2e-3, "head/**": 5e-3},
+        },
+    },
 }
 
 
