@@ -125,6 +125,17 @@ def test_who_tunes_in_the_second_round_has_what_the_first_has_taken():
         load("evidence.py:round=4")
 
 
+def test_the_third_round_has_values_for_each_set_and_none_for_others():
+    weights = {}
+    for downstream in ("cifar10", "tiny_imagenet20"):
+        recipes = load(f"evidence.py:round=3,downstream={downstream}")["recipes"]
+        weights[downstream] = recipes["gen_af_stage1"]["weight"]
+        assert recipes["ramp_fgsm"]["rates"]["head/**"] == 5e-3
+    assert weights == {"cifar10": 0.0, "tiny_imagenet20": 20.0}
+    with pytest.raises(settings.SettingsError, match="round 3 has values for cifar10, tiny_imag"):
+        load("evidence.py:round=3,downstream=gtsrb32")
+
+
 def test_recipes_can_be_left_out_with_all_that_is_made_from_them():
     assert "twins" not in load("compare.py:without=twins")["recipes"]
     for wrong in ("without=alf", "without=baseline", "recipes=roli,without=alf"):
