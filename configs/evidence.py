@@ -114,18 +114,25 @@ TRIES = {
         "ramp_fgsm": ((_END, (0.6, 1.0)), (_RATE, EACH_SET)),
     },
 }
+
+
+def _at_rate(encoder: float) -> dict:
+    """Returns the entry that gives the encoder this rate, and the head its own."""
+    return {"rates": {"encoder/**": encoder, "head/**": 5e-3}}
+
+
 # The best of them, by accuracy on validation images; docs/results/protocol.md has all tries.
 _GROWS_TO_THE_END = {"ramp": {"start": 0.4, "end": 1.0}}
 _VARIANTS = ("ramp_pgd2", "ramp_nfgsm", "ramp_ema", "ramp_teacher")  # one factor from `ramp_fgsm`
 _FIRST = {
     "gen_af_stage1": {"weight": 0.0},
-    "roli": {"rates": {"encoder/**": 4e-3, "head/**": 5e-3}},
+    "roli": _at_rate(4e-3),
     "trades": {"weight": 1.0},
     **dict.fromkeys(("ramp_fgsm", "ramp_pgd", *_VARIANTS), _GROWS_TO_THE_END),
 }
 _SECOND = {
-    "gen_af_stage1": {"rates": {"encoder/**": 8e-3, "head/**": 5e-3}},
-    "ramp_fgsm": {"rates": {"encoder/**": 4e-3, "head/**": 5e-3}},
+    "gen_af_stage1": _at_rate(8e-3),
+    "ramp_fgsm": _at_rate(4e-3),
 }
 TAKEN = {  # by round
     0: {},
@@ -133,19 +140,10 @@ TAKEN = {  # by round
     2: {name: {**entries, **_SECOND.get(name, {})} for name, entries in _FIRST.items()},
 }
 THIRD = {  # by set
-    "cifar10": {
-        "gen_af_stage1": {"weight": 0.0, "rates": {"encoder/**": 2e-3, "head/**": 5e-3}},
-        "ramp_fgsm": {
-            "ramp": {"start": 0.4, "end": 1.0},
-            "rates": {"encoder/**": 1e-3, "head/**": 5e-3},
-        },
-    },
+    "cifar10": {"gen_af_stage1": _at_rate(2e-3), "ramp_fgsm": _at_rate(1e-3)},
     "tiny_imagenet20": {
-        "gen_af_stage1": {"weight": 20.0, "rates": {"encoder/**": 1e-3, "head/**": 5e-3}},
-        "ramp_fgsm": {
-            "ramp": {"start": 0.4, "end": 0.6},
-            "rates": {"encoder/**": 2e-3, "head/**": 5e-3},
-        },
+        "gen_af_stage1": {"weight": 20.0, **_at_rate(1e-3)},
+        "ramp_fgsm": {"ramp": {"start": 0.4, "end": 0.6}, **_at_rate(2e-3)},
     },
 }
 

@@ -23,9 +23,7 @@ from robust_ssl.types import Attack, Classifier
 
 NUM_STEPS, NUM_QUERIES = 20, 200
 CLIMBS = 7  # three objectives, one that goes on, half and twice the budget, the full range
-MOST_LINKS = (
-    16  # climbs, each from the last one's end, until the examination's own PGD stands still
-)
+MOST_LINKS = 16  # climbs, each from the last one's end, until the examination's PGD stands still
 NEARBY = 1e-6  # a change of the pixels that changes no honest logit
 NOT_FINITE = "The logits are not finite."
 AFTER_MODEL = ("gradients", "path", "strength", "scoring")  # groups that presume finite logits
