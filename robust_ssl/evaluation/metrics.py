@@ -123,8 +123,8 @@ def excess(threat: Any, adversarial: jax.Array, images: jax.Array) -> jax.Array:
 
     Example:
       >>> clean = jnp.zeros((1, 2, 2, 3))
-      >>> excess(threats.Linf(0.1), clean + 0.25, clean).round(3).tolist()
-      [0.15]
+      >>> excess(threats.Linf(0.25), clean + 0.5, clean).tolist()
+      [0.25]
     """
     # A band is left a little where the cut to [0, 1] bites: its inner budget is what must hold.
     threat = getattr(threat, "threat", threat)
