@@ -4,6 +4,7 @@ r"""The comparison that docs/results/protocol.md announces: eight recipes, one h
     robust-ssl run evidence:downstream=cifar10 --workdir=runs/evidence_cifar10
 
     robust-ssl run evidence:stress=yes,recipes=ramp_fgsm,seeds=0 --workdir=runs/stress_gtsrb
+    robust-ssl run evidence:factors=yes,round=2 --workdir=runs/factors_gtsrb
 
 One command for a set makes its table, and goes on where it was stopped.  Recipes and seeds may come
 later: ``seeds=0+1+2+3+4`` in the same workdir adds two.
@@ -23,12 +24,16 @@ goes: PGD-50 with ten restarts at 8/255 and 12/255, in an L2 ball and in a patch
 their own encoder; one patch and one perturbation of 12/255 for all images, with labels and without.
 Give it a workdir of its own.
 
+With ``factors=yes`` the recipes are `ramp_fgsm` and what is one factor away from it: another
+attack, head, ramp, rate or decay, an average of weights, a teacher.  Each is compared with it, and
+attacked by the suites and a twin.
+
 Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``epochs``,
 ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all), ``seeds``,
 ``recipes``, ``steps`` of fitting a universal attack, ``round``, whose tuned values are taken (1, 2,
 or 3, which has values for each set), ``tune``, a recipe whose tries ``robust-ssl sweep`` makes (all
-else is then as the round before has taken it), ``stress``, and ``seen``, how many test images the
-claims leave out: those that ``test_limit`` would take.
+else is then as the round before has taken it), ``stress``, ``factors``, and ``seen``, how many test
+images the claims leave out: those that ``test_limit`` would take.
 
 Time and figure: on two CPU cores five recipes with five seeds took some three hours on GTSRB
 (docs/results/evidence.md).
@@ -58,6 +63,7 @@ ARGUMENTS = {
     "tune": "",
     "seen": 0,
     "stress": "",
+    "factors": "",
 }
 IMAGES = 1000  # of attacks that take gradients for every image
 STRESSED = 200  # of those that take five hundred
@@ -132,7 +138,15 @@ _FIRST = {
 }
 _SECOND = {
     "gen_af_stage1": _at_rate(8e-3),
-    "ramp_fgsm": _at_rate(4e-3),
+    **dict.fromkeys(("ramp_fgsm", *_VARIANTS), _at_rate(4e-3)),
+}
+FACTORS = {  # what `factors` changes of `ramp_fgsm` besides, each alone
+    "no_ramp": {"ramp": None},
+    "ramp_from_start": {"ramp": {"start": 0.0, "end": 1.0}},
+    "ramp_ends_early": {"ramp": {"start": 0.4, "end": 0.6}},
+    "low_rate": _at_rate(1e-3),
+    "constant_rates": {"decay": 1.0},
+    "mlp_head": {"head": "mlp"},
 }
 TAKEN = {  # by round
     0: {},
@@ -158,9 +172,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     tries = TRIES[given["round"]]
     if given["tune"] not in ("", *tries):
         raise ValueError(f"tune must be one of {', '.join(tries)}, got {given['tune']!r}")
-    if given["stress"] not in ("", "yes"):
-        raise ValueError(f"stress must be yes or left out, got {given['stress']!r}")
-    own = ("seeds", "steps", "round", "tune", "seen", "stress")
+    for name in ("stress", "factors"):
+        if given[name] not in ("", "yes"):
+            raise ValueError(f"{name} must be yes or left out, got {given[name]!r}")
+    if given["factors"]:
+        given["recipes"] = "+".join(("ramp_fgsm", *_VARIANTS))
+    own = ("seeds", "steps", "round", "tune", "seen", "stress", "factors")
     text = ",".join(f"{name}={value}" for name, value in given.items() if name not in own)
     config = compare.get_config(f"{text},scale=small")
     config.training.seeds = tuple(int(seed) for seed in given["seeds"].split("+"))
@@ -202,6 +219,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         config.sweep = {"recipe": given["tune"], "grid": tries[given["tune"]]}
     if given["stress"]:
         _stress(config, given["recipes"].split("+"))
+    if given["factors"]:
+        _factors(config)
     return config
 
 
@@ -215,6 +234,18 @@ def _taken(round: int, downstream: str) -> dict[str, dict]:
     return {
         name: {**entries, **THIRD[downstream].get(name, {})} for name, entries in TAKEN[2].items()
     }
+
+
+def _factors(config: ConfigDict) -> None:
+    """Adds what is one factor away from `ramp_fgsm`, and says what is compared."""
+    taken = config.recipes.ramp_fgsm.to_dict()
+    for name, entries in FACTORS.items():
+        config.recipes[name] = {**taken, **entries}
+    config.compare.claims = ({"better_than": "ramp_fgsm"},)
+    config.scoring.half_twin = False
+    del config.scoring.labelled
+    config.scoring.per_image.attacks = {}
+    config.scoring.autoattack.budgets = ()
 
 
 def _stress(config: ConfigDict, recipes: list[str]) -> None:

@@ -107,6 +107,21 @@ def test_an_attempt_to_break_a_recipe_is_one_argument():
         load("evidence.py:stress=no")
 
 
+def test_what_is_one_factor_away_differs_by_nothing_else():
+    recipes = load("evidence.py:factors=yes,round=2")["recipes"]
+    base = recipes["ramp_fgsm"]
+    added = ("no_ramp", "ramp_from_start", "ramp_ends_early", "low_rate", "constant_rates")
+    for name in (*added, "mlp_head"):
+        other = recipes[name]
+        changed = [entry for entry in other if other[entry] != base.get(entry)]
+        assert len(changed) == 1 and other["function"] == base["function"]
+    for name in ("ramp_pgd2", "ramp_nfgsm", "ramp_ema", "ramp_teacher"):
+        entries = ("rates", "ramp", "head")
+        assert [recipes[name][entry] for entry in entries] == [base[entry] for entry in entries]
+    scored = [recipe.name for recipe in planned("evidence.py:factors=yes,round=2").scored]
+    assert len(scored) == 12 and "full" not in scored
+
+
 def test_a_sweep_of_the_evidence_has_the_claims_that_its_directories_began_with():
     claims = [planned(f"evidence.py:tune={r}").compare.claims for r in ("", "ramp_fgsm")]
     assert [len(each) for each in claims] == [8, 7] and claims[0][:7] == claims[1]
