@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.models.products import dot_general, gelu, once
 from robust_ssl.models.resnet import IMAGENET_MEAN, IMAGENET_STD
 from robust_ssl.types import Encoder
 
@@ -80,9 +81,10 @@ class MLP(nn.Module):
         width = x.shape[-1]
 
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=_truncated(), name=name)
+            options = {"kernel_init": _truncated(), "dot_general": dot_general}
+            return nn.Dense(features, dtype=self.dtype, name=name, **options)
 
-        hidden = nn.gelu(dense(4 * width, "dense1")(x), approximate=False)
+        hidden = gelu(dense(4 * width, "dense1")(x))
         if self.response_norm:
             hidden = ResponseNorm(self.dtype, name="response")(hidden)
         return dense(width, "dense2")(hidden)
@@ -100,6 +102,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[batch, height, width, channels]``."""
         width = x.shape[-1]
+        x = once(x)  # and its gradient, which is the sum of all later ones
         y = nn.Conv(
             width, (_KERNEL, _KERNEL), padding=_KERNEL // 2, feature_group_count=width,
             dtype=self.dtype, kernel_init=_truncated(), name="conv",

@@ -7,6 +7,7 @@ Parameter paths are what layer-wise rules are written against: ``stem/conv``, ``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.models.convnext import Downsample
+from robust_ssl.models.products import dot_general, once
 from robust_ssl.models.resnet import IMAGENET_MEAN, IMAGENET_STD
 from robust_ssl.models.transformer import MLP, layer_norm
 from robust_ssl.types import Encoder
@@ -63,9 +65,12 @@ class WindowAttention(nn.Module):
         batch, windows, places, width = x.shape
         start = nn.initializers.truncated_normal(0.02)
         positions = self.param("positions", start, ((2 * self.window - 1) ** 2, self.heads))
-        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=start, name="qkv")(x)
-        qkv = qkv.reshape(batch, windows, places, 3, self.heads, width // self.heads)
-        queries, keys, values = (qkv[:, :, :, index] for index in range(3))
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, kernel_init=start, dot_general=dot_general
+        )
+        heads = (batch, windows, places, self.heads, width // self.heads)
+        parts = jnp.split(dense(3 * width, name="qkv")(x), 3, axis=-1)
+        queries, keys, values = (once(part.reshape(heads)) for part in parts)
         logits = jnp.einsum("bwphd,bwqhd->bwhpq", queries, keys).astype(jnp.float32)
         logits = logits * (width // self.heads) ** -0.5
         bias = positions[relative_places(self.window)].transpose(2, 0, 1)[None, None]
@@ -75,7 +80,7 @@ class WindowAttention(nn.Module):
         shares = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bwhpq,bwqhd->bwphd", shares, values)
         mixed = mixed.reshape(batch, windows, places, width)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=start, name="output")(mixed)
+        return dense(width, name="output")(mixed)
 
 
 class Block(nn.Module):
@@ -93,6 +98,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``[batch, side, side, width]``."""
         side, width = x.shape[1], x.shape[-1]
+        x = once(x)  # and its gradient, which is the sum of all later ones
         more = -side % self.window
         y = layer_norm(self, "norm1")(x)
         # Both orders are somebody's: what the shift brings to the edge is a pad's zeros or not.
@@ -102,7 +108,7 @@ class Block(nn.Module):
         else:
             y = _padded(_rolled(y, -self.shift), more)
             y = _rolled(self._in_windows(y)[:, :side, :side], self.shift)
-        x = x + y
+        x = once(x + y)
         mlp = MLP(round(self.mlp_ratio * width), "gelu", self.dtype, name="mlp")
         return x + mlp(layer_norm(self, "norm2")(x))
 
@@ -140,9 +146,8 @@ class Merging(nn.Module):
         x = x.reshape(batch, side // 2, 2, side // 2, 2, width).transpose(0, 1, 3, 4, 2, 5)
         x = layer_norm(self, "norm")(x.reshape(batch, side // 2, side // 2, 4 * width))
         start = nn.initializers.truncated_normal(0.02)
-        return nn.Dense(
-            2 * width, use_bias=False, dtype=self.dtype, kernel_init=start, name="reduction"
-        )(x)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=dot_general)
+        return dense(2 * width, use_bias=False, kernel_init=start, name="reduction")(x)
 
 
 class Stage(nn.Module):

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_ssl.models.products import attend, dot_general, gelu, once
+
 ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # SigLIP
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
     "swiglu": lambda x: nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
@@ -28,7 +30,9 @@ def layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
 
 def _dense(width: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
     initializer = nn.initializers.xavier_uniform()
-    return nn.Dense(width, use_bias=use_bias, dtype=dtype, kernel_init=initializer, name=name)
+    return nn.Dense(
+        width, use_bias, dtype, kernel_init=initializer, dot_general=dot_general, name=name
+    )
 
 
 class Embedding(nn.Module):
@@ -102,15 +106,14 @@ class Attention(nn.Module):
         """Returns ``[batch, tokens, width]``."""
         batch, tokens, width = x.shape
         qkv = _dense(3 * width, self.dtype, "qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        # Scaled by the root of a head's width, which is this function's default.
-        queries, keys, values = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        heads = (batch, tokens, self.heads, width // self.heads)
+        queries, keys, values = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
         if self.rotary is not None:
             side = math.isqrt(tokens - self.prefix)
             angles = patch_angles(side, width // self.heads, self.rotary, self.reference)
             paired = self.reference is not None
             queries, keys = (_turned(x, angles, self.prefix, paired) for x in (queries, keys))
-        mixed = jax.nn.dot_product_attention(queries, keys, values).reshape(batch, tokens, width)
+        mixed = attend(queries, keys, values).reshape(batch, tokens, width)
         if self.inner_norm:
             mixed = layer_norm(self, "norm")(mixed)
         return _dense(width, self.dtype, "output")(mixed)
@@ -205,7 +208,8 @@ class Block(nn.Module):
             self.mlp_width, self.activation, self.dtype, self.mlp_norm, self.norm_epsilon,
             name="mlp",
         )  # fmt: skip
-        x = x + self._scaled("scale1", attention(layer_norm(self, "norm1")(x)))
+        x = once(x)  # and its gradient, which is the sum of all later ones
+        x = once(x + self._scaled("scale1", attention(layer_norm(self, "norm1")(x))))
         return x + self._scaled("scale2", mlp(layer_norm(self, "norm2")(x)))
 
     def _scaled(self, name: str, x: jax.Array) -> jax.Array:
@@ -234,7 +238,7 @@ class AttentionPool(nn.Module):
         # have one matrix for the three.
         qkv = _dense(3 * width, self.dtype, "qkv")(jnp.concatenate([probe, x], axis=1))
         qkv = qkv.reshape(batch, -1, 3, self.heads, width // self.heads)
-        mixed = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, 1:, 1], qkv[:, 1:, 2])
+        mixed = attend(qkv[:, :1, 0], qkv[:, 1:, 1], qkv[:, 1:, 2])
         x = _dense(width, self.dtype, "output")(mixed.reshape(batch, width))
         mlp = MLP(self.mlp_width, self.activation, self.dtype, name="mlp")
         return x + mlp(layer_norm(self, "norm")(x))
