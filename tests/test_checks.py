@@ -378,11 +378,13 @@ def test_its_own_attack_goes_on_until_it_stands_still_and_that_of_a_figure_does_
     assert found.accuracies["reported"] < short.accuracies["reported"]
     more = found.gradient_evaluations - short.gradient_evaluations
     assert more > 0 and more % 4 == 0
+    assert "went on by itself, for 8 steps" in short["converged"].advice
     # A figure that others report is theirs to improve.
     monkeypatch.undo()
     all_right = np.ones(SAMPLE, bool)
     reported = checks.examine(model, *sample(), **few, num_queries=5, reported=all_right)
     assert "twice_the_steps_not_stronger" in reported.names("failed")
+    assert reported["converged"].advice.startswith("Double num_steps")
     assert reported.gradient_evaluations == short.gradient_evaluations
 
 

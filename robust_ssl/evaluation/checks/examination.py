@@ -25,6 +25,10 @@ NUM_STEPS, NUM_QUERIES = 20, 200
 CLIMBS = 7  # three objectives, one that goes on, half and twice the budget, the full range
 MOST_LINKS = 16  # climbs, each from the last one's end, until the examination's PGD stands still
 NEARBY = 1e-6  # a change of the pixels that changes no honest logit
+WENT_ON = (
+    "The examination's own attack went on by itself, for {} steps. Score APGD on single images: it "
+    "starts anew."
+)
 NOT_FINITE = "The logits are not finite."
 AFTER_MODEL = ("gradients", "path", "strength", "scoring")  # groups that presume finite logits
 
@@ -143,7 +147,8 @@ def examine(
     # Nobody could follow the advice to take more steps of the examination's own PGD.
     chain = trial.chain(keys[2], main, clean, most=MOST_LINKS if reported is None else 2)
     price += num_steps * (len(chain) - 2)
-    reported = clean & (_right(chain[:-1]) if reported is None else np.asarray(reported, bool))
+    own = reported is None
+    reported = clean & (_right(chain[:-1]) if own else np.asarray(reported, bool))
     independent = {
         "black_box": trial.black_boxed(keys[3], black_box, num_queries),
         # From the starts of the model's own paths, so that only the gradient is another one.
@@ -153,7 +158,7 @@ def examine(
     correct = [other["rounded"] for other in others if other is not None]
     worst = np.logical_and.reduce([reported, probed["one_step"], *correct])
 
-    checks += _path_checks(trial, paths, chain, probed, reported)
+    checks += _path_checks(trial, paths, chain, probed, reported, own)
     checks += _independent_checks(reported, clean, **independent)
     checks = settle(checks, clean, worst)
     attacked = [each for each in (main, independent["black_box"]) if each is not None]
@@ -321,8 +326,13 @@ def _stands_still(links, clean: np.ndarray) -> bool:
     return all(check.status != "failed" for check in checks)
 
 
-def _path_checks(trial: _Trial, paths, chain, probed, reported: np.ndarray) -> tuple[Check, ...]:
-    """Runs the checks of the path, and those of strength that need no other attack."""
+def _path_checks(
+    trial: _Trial, paths, chain, probed, reported: np.ndarray, own: bool
+) -> tuple[Check, ...]:
+    """Runs the checks of the path, and those of strength that need no other attack.
+
+    With `own` the figure is that of the chain.
+    """
     clean, main = probed["clean"], paths["cross_entropy"]
     correct = {name: path["rounded"] & clean for name, path in paths.items()}
     budgets = trial.budgets()
@@ -333,6 +343,9 @@ def _path_checks(trial: _Trial, paths, chain, probed, reported: np.ndarray) -> t
     # With the steps that go on from its end: those that a figure was made with may be more than the
     # examination can pay for.
     converged, twice = _as_one_path(chain, reported)
+    if own and converged.advice:
+        advice = WENT_ON.format(len(chain) * trial.num_steps)
+        converged = dataclasses.replace(converged, advice=advice)
     noise = probed["noise"] & clean
     # Nothing to gain on a robust model: then our own PGD, which does work, gains nothing either.
     gains = strength.beats_noise(noise, correct["cross_entropy"]).status == "passed"
