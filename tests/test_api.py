@@ -202,6 +202,17 @@ def test_gen_af_brings_its_first_stage():
     assert secured.num_classes == 4
 
 
+def test_a_recipe_brings_its_teacher_and_its_epochs(monkeypatch):
+    """What it is made from, and what its function cannot do without."""
+    from robust_ssl.api import securing
+
+    common = {"epochs": 8, "batch_size": 16, "head": "linear"}
+    name, recipes = securing._recipes("ramp_teacher", {}, common, 0.03)
+    assert name == "ramp_teacher" and {"full", "ramp_teacher"} == {*recipes}
+    _, recipes = securing._recipes("free_at", {}, common, 0.03)
+    assert recipes["free_at"].epochs == 2  # each batch is shown four times
+
+
 def test_a_recipe_of_ones_own_is_a_mapping():
     images, labels = tiny.images()
     losses = {"mine": "robust_ssl.losses:clean_cross_entropy"}

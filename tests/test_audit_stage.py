@@ -1,5 +1,6 @@
 """The stage `audit` brings together what was measured; the command decides by its exit code."""
 
+import argparse
 import json
 import pathlib
 import subprocess
@@ -136,6 +137,17 @@ def test_the_shipped_config_takes_a_classifier_from_elsewhere():
     loaded = settings.load_config("audit:classifier=somewhere,data=parts")
     assert settings.to_json(loaded)["classifiers"] == {"secured": {"path": "somewhere"}}
     assert list(loaded.recipes) == ["baseline"]
+
+
+def test_what_is_typed_of_an_encoder_stays_beside_its_path():
+    """A file of somebody's weights does not say how its images were normalized."""
+    from robust_ssl.cli import audit
+
+    typed = ["--config.encoder.normalization=imagenet", "--config.encoder.image_size=224"]
+    names = ("data", "classifier", "answers", "policy", "lock", "stage", "workdir")
+    given = argparse.Namespace(encoder="ours.pth", **dict.fromkeys(names))
+    encoder = settings.to_json(audit._config(given, typed))["encoder"]
+    assert encoder == {"path": "ours.pth", "normalization": "imagenet", "image_size": 224}
 
 
 @pytest.mark.slow

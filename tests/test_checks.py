@@ -579,3 +579,24 @@ def test_the_cost_is_a_quarter_at_most():
         assert (images + 1) * checks.cost(steps, queries) > spent / 4
     assert checks.affordable_images(0) == 64
     assert verdict("plain").gradient_evaluations == checks.cost()
+
+
+@struct.dataclass
+class Contrast:
+    """Answers by how much the pixels of an image differ: flat images have no gradient."""
+
+    scale: float
+
+    def __call__(self, images):
+        spread = self.scale * jnp.var(images, axis=(-3, -2, -1))
+        logits = jnp.stack([spread, 0.5 - spread], axis=-1)
+        return Outputs(features=logits, logits=logits)
+
+
+def test_gradients_under_an_l2_budget_are_taken_near_the_image():
+    """A quarter of its budget may be more than a pixel's whole range; a pixel moves far less."""
+    images = np.linspace(0.1, 0.9, 2 * 8 * 8 * 3, dtype=np.float32).reshape(2, 8, 8, 3)
+    labels, one = np.array([0, 1], np.int32), Parallel.create(num_devices=1)
+    sample = bench.Bench(images, labels, one, 2)
+    found = sample.run(bench.probe, (KEY, Contrast(jnp.float32(4)), threats.L2(jnp.float32(3))))
+    assert not found["margin_vanished"].any()

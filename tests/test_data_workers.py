@@ -228,3 +228,15 @@ def test_of_two_processes_each_reads_its_half_of_every_batch(tmp_path, workers):
                 np.testing.assert_array_equal(batch[name], values[2 * number : 2 * number + 2])
         # Half of four steps (two are read ahead), and what stands in for the broken picture.
         assert workers or read <= 2 * 4 + 3
+
+
+def test_pictures_that_cannot_be_read_are_no_copies_of_any(tmp_path):
+    """The first picture is among them, by which the size of all is known where none is given."""
+    folder = _folder(tmp_path, ["train"])
+    (folder / "train" / "a" / f"{BROKEN}.png").rename(folder / "train" / "a" / "00.png")
+    options = {"memory_limit": 1, "skip_unreadable": True}
+    train, test = (data.load(str(folder), split=s, **options) for s in ("train", "test"))
+    assert train.image_shape == (12, 12, 3)
+    # All but that of the renamed place are in both.
+    assert data.shared(test, train) == (15, 16, 15) and data.are_known(train, test)
+    assert data.shared(test, train) == (15, 16, 15)  # and nothing is asked of it again

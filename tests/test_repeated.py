@@ -146,6 +146,13 @@ def test_no_share_is_given_of_a_gain_that_may_be_chance():
     assert "70%" not in sentence and "a (" not in sentence
 
 
+def test_a_gain_that_nobody_else_could_have_is_a_gain():
+    claim, outcomes, gains = shares_of(("base", 0.3), ("lead", 0.9))
+    assert gains.beyond_chance and not gains.shares
+    sentence = claims.judge(claim, summary_of(outcomes), gains)
+    assert "no recipe. The whole gain is +" in sentence
+
+
 def test_recipes_that_share_no_seed_have_no_share():
     claim, outcomes, _ = shares_of(("base", 0.3), ("lead", 0.6), ("a", 0.6))
     outcomes["a", "clean"] = {9: outcomes["a", "clean"][0]}

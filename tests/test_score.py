@@ -373,9 +373,6 @@ def test_per_image_results_of_a_sample_meet_those_of_the_split():
     assert figure.robust_correct.tolist() == [False, False]
 
 
-PATCH_OF_TENTH = threats.Patch(0.1)
-
-
 def scored(group, rows=None, threat=None, label_free=False, excess=0.0):
     """A group that leaves right what its clean accuracy leaves, but for every third image."""
     count = 64 if rows is None else len(rows)
@@ -385,6 +382,31 @@ def scored(group, rows=None, threat=None, label_free=False, excess=0.0):
     value = types.SimpleNamespace(threat=threat, delta=None, label_free=label_free)
     member = groups.Member("one", 0, value, 1.0, 10)
     return groups.Scored(group, (member,), {member.label: result, "worst": result}, rows)
+
+
+def test_universal_checks_are_made_at_the_budget_that_is_compared():
+    """A curve may go above it, and what was crafted again may be at the main budget alone."""
+    at = lambda against, epsilon: scored(  # noqa: E731
+        groups.Group("one", against, "universal", "Linf", epsilon)
+    )
+    public = [at("public", epsilon) for epsilon in (0.02, 0.04, 0.06)]
+    both = [*public, at("hardened", 0.04)]
+    for main, expected in ((0.04, 0.04), (0.02, 0.02), (0.5, 0.04)):
+        assert examine._compared(public, both, main).group.epsilon == expected
+    assert examine._compared(public, public, 0.5).group.epsilon == 0.06
+
+
+def test_two_budgets_that_tables_could_not_tell_apart_are_refused(tmp_path):
+    changed = config()
+    patches = [
+        {"epsilon": 0.1, "threat": {"function": "robust_ssl.threats:Patch", **more}}
+        for more in ({}, {"location": "random"})
+    ]
+    changed.scoring.per_image = {
+        "attacks": {"pgd": {"function": f"{ATTACKS}PGD", "num_steps": 1, "budgets": tuple(patches)}}
+    }
+    with pytest.raises(ValueError, match="two budgets that tables call"):
+        score.check(context(changed, tmp_path))
 
 
 def test_a_sample_of_images_is_compared_with_the_same_images(tmp_path, monkeypatch):
@@ -427,8 +449,9 @@ def test_an_attack_that_left_its_budget_on_some_image_is_not_believed(tmp_path):
     """Whichever images the examination takes: what is scored says it of all."""
     run = context(config(), tmp_path)
     group = groups.Group("one", "hardened", "per_image", "Linf", 8 / 255)
+    scorer = groups.Scorer(run, None, 64)
     for excess, status in ((0.0, "passed"), (0.01, "failed")):
-        _, verdict = examine._per_image(run, classifier(), [scored(group, excess=excess)])
+        _, verdict = examine._per_image(scorer, classifier(), [scored(group, excess=excess)])
         [check] = [check for check in verdict.checks if check.name == "budget_kept"]
         assert check.status == status and check.value == pytest.approx(excess, abs=1e-6)
 

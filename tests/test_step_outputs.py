@@ -69,6 +69,14 @@ def test_of_a_tap_that_is_not_there_the_loss_is_named():
     assert "the loss 'mine'" in " ".join(caught.value.__notes__)
 
 
+def test_what_a_recipe_does_not_give_a_loss_is_named_with_its_entry():
+    near = lambda inputs: (inputs.clean.features - inputs.pretrained.features).sum(axis=1)  # noqa: E731
+    with pytest.raises(AttributeError) as caught:
+        make_step(tapped(), optax.sgd(0.1), losses={"near": (near, 1.0)}, key=KEY)
+    notes = " ".join(caught.value.__notes__)
+    assert "inputs.pretrained is None here" in notes and "compare_with_pretrained=True" in notes
+
+
 CLEAN = {"clean": (losses.clean_cross_entropy, 1.0)}
 ATTACKED = {"attacked": (losses.adversarial_cross_entropy, 1.0)}
 

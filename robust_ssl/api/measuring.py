@@ -17,7 +17,7 @@ from robust_ssl import data, disk, evaluation, models, report, threats
 from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
-from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable
+from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sample
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
@@ -241,11 +241,15 @@ class _Scorer:
         """What every scoring is told."""
         return {"key": self.key, "parallel": self.parallel}
 
+    @property
+    def at_once(self) -> int:
+        """How many images are passed together."""
+        devices = len(self.parallel.devices)
+        return min(self.batch_size, -(-len(self.examples) // devices) * devices)
+
     def batches(self) -> Iterator[Mapping[str, np.ndarray]]:
         """Yields the images in order."""
-        devices = len(self.parallel.devices)
-        size = min(self.batch_size, -(-len(self.examples) // devices) * devices)
-        return data.epoch_batches(self.examples, size)
+        return data.epoch_batches(self.examples, self.at_once)
 
     def score(self, group: Group, members: list[tuple[str, Any]], bar: Bar) -> Scored:
         """Scores the attacks of a group, each by itself."""
@@ -289,21 +293,15 @@ class _Scorer:
         order = np.random.default_rng(20).permutation(len(self.examples))
         rows = np.sort(order[:count])
         batch = self.examples.read(rows)
-        options: dict[str, Any] = {}
-        if figures:
-            figure = evaluation.worst_case(s.worst for s in figures)
-            options = {"reported": figure.robust_correct[rows], "counts": figure.counts}
-        try:
-            return checks.examine(
-                self.classifier,
-                batch["images"],
-                batch["labels"],
-                threat=threats.Linf(epsilon),
-                key=self.key,
-                num_steps=steps,
-                num_queries=queries,
-                parallel=self.parallel,
-                **options,
-            )
-        except ValueError as error:  # the figures stand, whatever cannot be examined
-            return Verdict(checks.not_run(PER_IMAGE_CHECKS, str(error)))
+        figure = evaluation.worst_case(s.worst for s in figures) if figures else None
+        return of_sample(
+            self.classifier,
+            batch,
+            figure,
+            rows,
+            threat=threats.Linf(epsilon),
+            num_steps=steps,
+            num_queries=queries,
+            at_once=self.at_once,
+            **self.shared,
+        )

@@ -146,7 +146,8 @@ def _recipes(
     while missing:
         other, value = missing.popitem()
         whole[other] = entries = _entries(value, common, epsilon, other)
-        needed = [*entries.get("members", ()), *filter(None, [entries.get("start")])]
+        made_from = (entries.get("start"), entries.get("teacher"))
+        needed = [*entries.get("members", ()), *filter(None, made_from)]
         missing |= {n: {"function": _function(n)} for n in needed if n not in whole}
     return name, linking.link(whole, "recipes")
 

@@ -153,7 +153,7 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> Any:
         "audit:" + ",".join(f"{name}=given" for name in asked), overrides
     ).unlock()
     if arguments.encoder:
-        config.encoder = {"path": arguments.encoder}
+        config.encoder.path = arguments.encoder  # what was typed of it besides stays
     if arguments.data:
         config.downstream.source = _source(arguments.data)
     if arguments.classifier:

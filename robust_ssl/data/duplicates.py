@@ -55,6 +55,7 @@ def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExample
       1 of 3 test images are among the 2 training images, pixel by pixel (duplicates)
     """
     known = np.concatenate([digests(part) for part in train])
+    known = known[known != 0]  # what cannot be read has none
     count = int(np.isin(digests(test), known).sum())
     return Shared(count, len(test), len(known))
 
@@ -62,21 +63,20 @@ def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExample
 def digests(examples: Examples | StreamedExamples) -> np.ndarray:
     """Returns a digest of each image, ``uint64 [n]``.
 
-    Of a streamed split only those images are read that have not been read before.
+    Of a streamed split only those images are read that have not been read before; 0 is the digest
+    of one that cannot be read and is left out.
     """
     if isinstance(examples, Examples):
         return np.array([pixel_digest(image) for image in examples.images], np.uint64)
-    unread = np.flatnonzero(examples.digests[examples.rows] == 0)
+    unread = examples.unread
     for start in range(0, len(unread), _CHUNK):
-        examples.read(unread[start : start + _CHUNK])
+        examples.look_at(unread[start : start + _CHUNK])
     return examples.digests[examples.rows]
 
 
 def are_known(*splits: Examples | StreamedExamples) -> bool:
     """Whether `shared` reads no picture of these splits."""
-    return all(
-        isinstance(part, Examples) or bool((part.digests[part.rows] != 0).all()) for part in splits
-    )
+    return all(isinstance(part, Examples) or not len(part.unread) for part in splits)
 
 
 def labels_of(examples: Examples | StreamedExamples) -> np.ndarray | None:

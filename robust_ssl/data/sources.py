@@ -213,12 +213,13 @@ def _names_function(source: str) -> bool:
 
 
 def _from_function(function, split, seed, image_size, options) -> Examples | StreamedExamples:
-    name = getattr(function, "__name__", type(function).__name__)
-    parameters = inspect.signature(function).parameters
+    inner = getattr(function, "func", function)  # of a partial, which says some of it itself
+    name = getattr(inner, "__name__", type(inner).__name__)
+    said, parameters = getattr(function, "keywords", {}), inspect.signature(function).parameters
     arguments = dict(options)
-    if "seed" in parameters:
+    if "seed" in parameters and "seed" not in said:
         arguments["seed"] = seed
-    if "image_size" in parameters and image_size is not None:
+    if "image_size" in parameters and image_size is not None and "image_size" not in said:
         arguments["image_size"] = image_size
     # Bound first: a TypeError from inside the function must not look like wrong arguments.
     try:

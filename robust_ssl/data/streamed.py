@@ -88,7 +88,21 @@ class StreamedExamples(Split):
         """Height, width and channels of every image; reads the first one if need be."""
         if self.image_size is not None:
             return (self.image_size, self.image_size, 3)
-        return self._decode(self.rows[0], self.records(self.rows[:1])[0][0]).shape
+        for row in self.rows:  # until one can be read
+            image = self._decode(row, self.records(np.array([row]))[0][0])
+            if image is not None:
+                return image.shape
+        raise ValueError(f"no picture of {self.where} can be read: {self._first_unreadable}")
+
+    @property
+    def unread(self) -> np.ndarray:
+        """Which examples have no digest yet and are not known to be unreadable, int ``[k]``."""
+        without = np.flatnonzero(self.digests[self.rows] == 0)
+        return np.array([i for i in without if int(self.rows[i]) not in self.unreadable], np.int64)
+
+    def look_at(self, indices: np.ndarray) -> None:
+        """Reads examples for their digests alone: nothing takes the place of an unreadable one."""
+        self._read(self.rows[indices])
 
     def read(
         self, indices: Any, threads: int | None = None, places: np.ndarray | None = None

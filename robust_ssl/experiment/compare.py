@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl import report
+from robust_ssl import report, workdir
 from robust_ssl.build import text_of
 from robust_ssl.data.order import permutation
 from robust_ssl.experiment import costs, train
@@ -50,6 +50,7 @@ def _costs(
     """What each recipe costs, with the first seed that it was made with."""
     reference = context.plan.recipes[context.plan.compare.reference]
     seeds = context.plan.training.seeds
+    first = _first_seed(context)
 
     def has(recipe: Recipe, seed: int) -> bool:
         return train.model_name(recipe, seed) in trained.results
@@ -59,11 +60,19 @@ def _costs(
     for seed in sorted(seeds, key=lambda seed: not has(reference, seed)):
         new = [recipe for recipe, s in pairs if s == seed and recipe not in measured]
         if new:
-            stage = "cost" if seed == seeds[0] else f"cost-seed{seed}"
+            stage = "cost" if seed == first else f"cost-seed{seed}"
             beside = [*new, reference] if has(reference, seed) else new
             numbers = costs.measure(context, beside, seed, stage)
             measured |= {recipe: numbers[recipe.name] for recipe in new}
     return measured
+
+
+def _first_seed(context: Context) -> int:
+    """Returns the seed of ``cost``: the first, unless it was measured when another one was."""
+    try:
+        return workdir.read_manifest(context.workdir / "cost")["seed"]
+    except workdir.WorkdirError:
+        return context.plan.training.seeds[0]
 
 
 def _row(

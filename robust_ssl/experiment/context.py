@@ -249,7 +249,7 @@ class Context:
         options = {name: value for name, value in given.items() if value is not None}
         named = source.source
         if source.function is not None:
-            named, options = source.function.function, {**options, **source.function.bound_options}
+            named = source.function.bound  # its options may have the names of ours
         name = source.train_split if split == "train" else source.test_split
         limit, seed = source.limit(split), self.plan.seed
         return data.load(named, split=name, limit=limit, seed=seed, **options)

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import disk, evaluation, threats
+from robust_ssl import data, disk, evaluation, threats
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
-from robust_ssl.experiment.groups import Member, Scored, Scorer, sample
+from robust_ssl.experiment.groups import Group, Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
 from robust_ssl.stopping import Stopped, stop_requested
@@ -36,6 +36,7 @@ _OF_FITTED = (
     "crafted_again_agrees",
 )
 FITTED_IMAGES = 512  # images of each split on which `holds_on_new_images` looks for changes
+_MOST_AT_ONCE = 128  # images of an examination: its probe passes each eighteen times
 _FITTED_SEED = 23  # beside the run's: another number examines other images
 
 
@@ -62,7 +63,7 @@ def examine(
     if stop_requested():
         raise Stopped(f"{scorer.stage.path.name} stopped; run it again to go on")
     begun = time.perf_counter()
-    examined, verdict = _per_image(scorer.context, model, scored)
+    examined, verdict = _per_image(scorer, model, scored)
     verdict += _universal(scorer, name, model, scored)
     verdict += checks.Verdict((_unchanged(model, known_as), *_of_data(scorer.context, scored)))
     document = verdict.as_dict() | {
@@ -119,9 +120,10 @@ def _of_data(context: Context, scored: Sequence[Scored]) -> tuple[checks.Check, 
 
 
 def _per_image(
-    context: Context, model: Classifier, scored: Sequence[Scored]
+    scorer: Scorer, model: Classifier, scored: Sequence[Scored]
 ) -> tuple[str, checks.Verdict]:
     """Runs all checks but the universal ones; returns what was examined, in words, and them."""
+    context = scorer.context
     subject = subject_of(context, scored)
     if subject is None:
         reason = "Nothing was scored that checks of one image could look at."
@@ -129,27 +131,42 @@ def _per_image(
     steps, queries, count = affordable(subject.spent)
     chosen = np.intersect1d(subject.rows, sample(context, count))
     batch = context.test.read(chosen)
-    options: dict[str, Any] = {}
-    if subject.figure is not None:
-        places = np.searchsorted(subject.rows, chosen)
-        options["reported"] = subject.figure.robust_correct[places]
-        options["counts"] = subject.figure.counts
-        options["excess"] = subject.figure.excess
-    try:
-        verdict = checks.examine(
-            model,
-            batch["images"],
-            batch["labels"],
-            threat=subject.threat,
-            key=stage_key(context.plan.seed, "examine"),
-            num_steps=steps,
-            num_queries=queries,
-            parallel=context.parallel,
-            **options,
-        )
-    except ValueError as error:  # hours of scoring are not lost for it
-        verdict = checks.Verdict(checks.not_run(PER_IMAGE_CHECKS, str(error)))
+    verdict = of_sample(
+        model,
+        batch,
+        subject.figure,
+        np.searchsorted(subject.rows, chosen),
+        threat=subject.threat,
+        key=stage_key(context.plan.seed, "examine"),
+        num_steps=steps,
+        num_queries=queries,
+        parallel=context.parallel,
+        at_once=scorer.at_once(len(context.test)),
+    )
     return f"{subject.words}, {len(chosen)} images", verdict
+
+
+def of_sample(
+    model: Classifier,
+    batch: Mapping[str, np.ndarray],
+    figure: PerImage | None,
+    places: np.ndarray,
+    *,
+    at_once: int,
+    **how: Any,
+) -> checks.Verdict:
+    """Runs all checks but the universal ones on a sample; `places` is where the figure has it.
+
+    At most `at_once` images are passed together: where they are scored, there is memory for them.
+    """
+    options: dict[str, Any] = {"batch_size": min(_MOST_AT_ONCE, at_once)}
+    if figure is not None:
+        options |= {"reported": figure.robust_correct[places], "counts": figure.counts}
+        options["excess"] = figure.excess
+    try:
+        return checks.examine(model, batch["images"], batch["labels"], **options, **how)
+    except ValueError as error:  # hours of scoring are not lost for it
+        return checks.Verdict(checks.not_run(PER_IMAGE_CHECKS, str(error)))
 
 
 def affordable(spent: float) -> tuple[int, int, int]:
@@ -173,13 +190,12 @@ def _universal(
     if not public:
         reason = "No universal perturbation was fitted under Linf."
         return checks.Verdict((*checks.not_run(_OF_FITTED, reason), _over_places(scored)))
-    at = max(public, key=lambda s: s.group.epsilon)
+    at = _compared(public, groups, scorer.context.plan.suite.epsilon)
     members = _fitted(at)
     strongest = min(members, key=lambda m: at.results[m.label].robust_correct.mean())
     # Noise is not crafted, and is not among what was crafted again.
     worst = evaluation.worst_case(at.results[m.label] for m in members)
-    hardened = at.group._replace(crafted_against="hardened")
-    again = next((s.worst.robust_correct for s in groups if s.group == hardened), None)
+    again = next((s.worst.robust_correct for s in groups if s.group == _again(at)), None)
     per_image = _per_image_alike(scored, at)
     fitted_here = identity(model.encoder) == identity(scorer.context.encoder)
     compared = (
@@ -195,6 +211,22 @@ def _universal(
         right = among(worst.robust_correct) & independent
         compared = checks.settle(compared, among(worst.clean_correct), right)
     return checks.Verdict((*compared, _over_places(scored)))
+
+
+def _compared(public: Sequence[Scored], groups: Sequence[Scored], main: float) -> Scored:
+    """Returns the public suite at the main budget, else where it was crafted again, the largest."""
+    everything = [scored.group for scored in groups]
+
+    def rank(scored: Scored):
+        epsilon = scored.group.epsilon
+        return epsilon == main, _again(scored) in everything, epsilon
+
+    return max(public, key=rank)
+
+
+def _again(scored: Scored) -> Group:
+    """Returns the group of the same attacks, crafted on the model's own encoder."""
+    return scored.group._replace(crafted_against="hardened")
 
 
 def _fitted(scored: Scored) -> list[Member]:
@@ -263,7 +295,8 @@ def _on_new_images(scorer: Scorer, model: Classifier, strongest: Member) -> chec
     context = scorer.context
     try:
         others = context.load_sized(context.plan.surrogate, "test")
-    except (ValueError, OSError, KeyError) as error:
+        data.check_image_size(others, context.image_size)
+    except Exception as error:  # of anybody's function, which nothing asked for this split before
         reason = f"The surrogate data have no test split: {error}"
         return checks.not_run("holds_on_new_images", reason)[0]
     fitted, new = (_flipped(scorer, model, strongest, part) for part in (context.surrogate, others))

@@ -65,7 +65,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     if not isinstance(given, Mapping):
         raise ValueError(f"{where} must be a mapping or a function's name, got {value!r}")
     if "function" in given:
-        given = _from_function(given, where)
+        given = _from_function(given, common, where)
     check_known(given, (*ENTRIES, "function"), where)
     entries = {**common, **given}
     if "patience" not in given and entries.get("best") == "last":
@@ -126,10 +126,15 @@ def check_each(entries: Mapping[str, Any], where: str) -> None:
             read(hints[name], entry, place)
 
 
-def _from_function(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _from_function(
+    given: Mapping[str, Any], common: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     function = Function.read(given["function"], where).function
     parameters = inspect.signature(function).parameters
-    options = {n: v for n, v in given.items() if n in parameters}
+    # What it cannot do without, such as the epochs that `free_at` shares out, all recipes may say.
+    needed = [n for n, parameter in parameters.items() if parameter.default is parameter.empty]
+    options = {n: common[n] for n in needed if n in common}
+    options |= {n: v for n, v in given.items() if n in parameters}
     rest = {n: v for n, v in given.items() if n not in parameters and n != "function"}
     check_known(rest, [*parameters, *ENTRIES], where)
     made = Function.read({"function": given["function"], **options}, where)()

@@ -144,7 +144,17 @@ def check(context: Context) -> None:
     context.parallel.check_batch(scoring.batch_size)
     if scoring.autoattack.budgets:
         context.parallel.check_batch(scoring.autoattack.batch_size)
-    built = [build_per_image(context, budget) for budget in scoring.per_image.scored]
+    budgets = scoring.per_image.scored
+    names = [(budget.epsilon, threat_name(budget.threat)) for budget in budgets]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            alike = [budgets[i].text for i in (names.index(name), place)]
+            raise ValueError(
+                "config.scoring.per_image has two budgets that tables call "
+                f"{report.budget(*name)}: {alike[0]!r} and {alike[1]!r}; score one of them in "
+                "another working directory"
+            )
+    built = [build_per_image(context, budget) for budget in budgets]
     models = [train.untrained(context, recipe) for recipe in context.plan.scored]
     traced = set()  # one of each kind: most classifiers and the members of AutoAttack are alike
     for classifier in [*models, *saved_classifiers(context).values()]:

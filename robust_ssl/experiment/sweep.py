@@ -104,7 +104,9 @@ def sweep(context: Context) -> StageDirectory:
     inputs = {recipe.name: json.dumps(score) for recipe, score in scores.items()}
     inputs |= {f"{name}, left out": "failed" for name in failed}  # it may be made another time
     settings = {"recipe": planned.sweep.recipe, "compare": planned.compare}
-    with context.open("sweep", settings, inputs, collects=True) as stage:
+    # Nothing measured here depends on a claim.
+    how = {"collects": True, "places": ("compare.claims",)}
+    with context.open("sweep", settings, inputs, **how) as stage:
         if not stage.done:
             rows = [
                 {"point": recipe.name, **score, "cost": measured[recipe.name]["factor"]}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl.finetuning.parts import in_parts
+from robust_ssl.losses.inputs import advice
 from robust_ssl.parallel import gather
 from robust_ssl.types import Classifier, Encoder, Loss, LossInputs, Outputs, Variables
 
@@ -116,9 +117,13 @@ def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
     """Calls a loss; raises with its name unless it returns one value per image."""
     try:
         values = loss(inputs)
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         # The note names the loss: the trace alone shows a line of somebody's function.
         error.add_note(f"this happened in the loss {name!r}")
+        if "NoneType" in str(error):
+            for other in ("adversarial", "pretrained", "teacher"):
+                if getattr(inputs, other) is None:
+                    error.add_note(f"inputs.{other} is None here{advice(other)}")
         raise
     shape = getattr(values, "shape", None)
     if shape != inputs.labels.shape:

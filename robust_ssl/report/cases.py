@@ -55,11 +55,12 @@ def worst_cases(results: Sequence[Entry]) -> dict[Group, dict[str, Entry]]:
 def suite_cases(document: Document) -> dict[Group, dict[str, Entry]]:
     """Returns the worst cases that are compared: the suite at its main budget, by source."""
     cases = worst_cases(document["results"])
-    main = ("universal", "Linf", document["run"]["suite"]["epsilon"])
-    # A suite of patches, or of budgets of its own, has none there: the first group stands for it.
-    main = main if any(group[1:] == main for group in cases) else next(iter(cases))[1:]
     suites = ("public", "hardened")  # the others are not there for every model
     both = {group: models for group, models in cases.items() if group.crafted_against in suites}
+    main = ("universal", "Linf", document["run"]["suite"]["epsilon"])
+    # A suite of patches, or of budgets of its own, has none there: the first group stands for it.
+    if both and not any(group[1:] == main for group in both):
+        main = next(iter(both))[1:]
     return {group: models for group, models in both.items() if group[1:] == main}
 
 

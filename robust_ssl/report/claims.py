@@ -173,7 +173,7 @@ def _reach(claim: Claim, summary: Summary, gains: Gains | None) -> str:
     if gains.whole is None:
         return f"{goal}: cannot be judged. {base} and {leader} share no seed or no image."
     gain = _points(gains)
-    if not gains.shares:
+    if not gains.beyond_chance:
         return f"{goal}: {leader}'s gain is not beyond chance, so no share is given. It is {gain}."
     shares = {name: share.ratio for name, share in gains.shares.items()}
     reached = _reached(claim, summary, shares, gains.shares)

@@ -38,11 +38,13 @@ class Gains(NamedTuple):
       whole: The gain itself, over seeds and images; None where it was not measured.
       images: How many test images count.
       shares: By recipe; none at all where the gain is not beyond chance.
+      beyond_chance: Whether the gain is.
     """
 
     whole: Advantage | None
     images: int
     shares: Mapping[str, GainShare]
+    beyond_chance: bool = False
 
 
 def gain_shares(
@@ -91,7 +93,7 @@ def gain_shares(
         measured = None if three is None else gain_ratio(*three)
         if measured is not None:
             shares[recipe] = GainShare(*measured, seeds)
-    return Gains(whole, images, shares)
+    return Gains(whole, images, shares, beyond_chance=True)
 
 
 def _shared(keep: np.ndarray, *recipes: Right) -> tuple[int, list[np.ndarray] | None]:

@@ -70,7 +70,8 @@ def _check_verdicts(document: Mapping[str, Any]) -> None:
 def _check_entry(document: Mapping[str, Any], entry: Mapping[str, Any], where: str) -> None:
     if entry["model"] not in document["models"]:
         raise _error(f"{where}.model", f"{entry['model']!r} is none of the models")
-    if entry["epsilon"] > 1 and not entry["threat"].startswith("L2"):
+    # Of an L2 ball, or somebody's own threat, a budget is no number of pixel values.
+    if entry["epsilon"] > 1 and entry["threat"].startswith(("Linf", "Patch")):
         message = f"{entry['epsilon']} is greater than 1, the whole range of {entry['threat']}"
         raise _error(f"{where}.epsilon", message)
     verdict = document["verdicts"].get(entry["model"], {"verdict": NOT_EXAMINED})["verdict"]

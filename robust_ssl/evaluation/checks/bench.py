@@ -99,8 +99,12 @@ def probe(constants, batch):
         keys = jax.random.split(jax.random.fold_in(key, index), 3)
         # A quarter of the budget: what an attack's steps are long, and far above float32's noise.
         length = threat.epsilon / 4
-        # Off the edges of [0, 1], where a model that cuts its input has no two-sided slope.
-        point = jnp.clip(threat.sample(keys[1], image), length, 1 - length)
+        normal = jax.random.normal(keys[2], (DIRECTIONS, *image.shape))
+        directions = jax.vmap(threat.steepest)(normal)
+        # Off the edges of [0, 1], where a model that cuts its input has no two-sided slope: by what
+        # a pixel is moved below, which in an L2 ball is far less than the length.
+        edge = jnp.minimum(length * jnp.max(jnp.abs(directions)), 0.5)
+        point = jnp.clip(threat.sample(keys[1], image), edge, 1 - edge)
         # The network is passed twice, once with a gradient and once without: each pass that a
         # program holds is compiled by itself.
         (slope, margin_slope), logits = _slopes(model, [image, point], label)
@@ -108,8 +112,6 @@ def probe(constants, batch):
         noise = threat.steepest(jax.random.normal(keys[0], image.shape))
         changes = [threat.steepest(slope), noise]
         moved = [quantize(threat.project(image + threat.epsilon * c, image)) for c in changes]
-        normal = jax.random.normal(keys[2], (DIRECTIONS, *image.shape))
-        directions = jax.vmap(threat.steepest)(normal)
         ends = [point[None] + sign * length * directions for sign in (1, -1)]
         seen = jax.vmap(lambda x: logits_of(model, x))(jnp.concatenate([jnp.stack(moved), *ends]))
         values = jax.vmap(lambda x: objective_value(x, label, _MARGIN))(seen[len(moved) :])

@@ -60,7 +60,7 @@ def deterministic(
       'failed'
     """
     scale = max(float(np.mean(np.max(np.abs(logits), axis=-1))), 1e-12)
-    again = max(float(np.max(np.abs(other - logits))) for other in repeats) / scale
+    again = float(np.max([np.max(np.abs(other - logits)) for other in repeats])) / scale
     moved = float(np.max(np.abs(nearby - logits))) / scale
     # NaN is at most nothing: written this way round, a broken answer nearby is a jump.
     jumps = again <= limit and not moved <= nearby_limit
