@@ -4,7 +4,7 @@ r"""Where attacks work: layer by layer, frequency by frequency, from encoder to 
     robust-ssl run analyze:downstream=cifar10,epochs=5,train_limit=5000 \
         analyze.fourier.stride=4 --workdir=runs/look
 
-Everything but the last stage is `gen_af.py`, with its arguments: in a workdir where that has run,
+`attack` and `train` are those of `gen_af.py`, with its arguments: in a workdir where that has run,
 only the analysis is computed.  Leaves ``analysis/analysis.md`` with all figures, their numbers
 beside them.  On two CPU cores with a stride of 4 the analysis of a GTSRB run took 68 seconds;
 ``docs/results/analysis-gtsrb.md`` shows what you should see.  The map of single frequencies costs

@@ -7,8 +7,9 @@ r"""Gen-AF on real color images: attack, usual and secure fine-tuning, evaluatio
 The encoder was pre-trained on CIFAR-10; the attacker fits perturbations on crops of two photographs
 that come with the package, or on another set, ``surrogate=cifar100_small``.  Data sets are prepared
 once: ``robust-ssl data prepare gtsrb32``.  Arguments: ``downstream`` and ``surrogate`` (data sets),
-``encoder`` (a shipped name or a directory), ``epsilon`` (of the universal attacks), ``epochs``,
-``train_limit`` (images of the downstream training split; 0 takes all) and ``batch_size``.
+``encoder`` (a shipped name, a directory, a file), ``epsilon`` (of the universal attacks),
+``epochs``, ``train_limit`` (images of the downstream training split; 0 takes all) and
+``batch_size``.
 """
 
 from ml_collections import ConfigDict

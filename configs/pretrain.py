@@ -50,7 +50,7 @@ NARROW = {"hidden": 512, "projection_dim": 128}  # of every projector at scale s
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    """Arguments: ``method``, ``data`` (a TFDS name), ``scale``, ``width``, ``epochs``."""
+    """Arguments: ``method``, ``data`` (of a prepared set), ``scale``, ``width``, ``epochs``."""
     given = parse_arguments(
         arguments,
         {"method": "simclr", "data": "cifar10", "scale": "small", "width": 0, "epochs": 0},

@@ -3,9 +3,10 @@
     robust-ssl run screen --workdir=runs/screen-digits
     robust-ssl run screen:downstream=gtsrb32,train_limit=2000 --workdir=runs/screen-gtsrb
 
-Everything but the last stage is `quickstart.py`.  Leaves ``screening.json``, and ``screen/`` with
-the classifier and its screen for ``robust_ssl.load_screen``.  Two arguments: ``downstream`` (the
-package's digits, or a data set that is prepared) and ``train_limit`` (0 takes all images).
+`attack` and `train` are those of `quickstart.py`.  Leaves ``screening.md`` to read,
+``screening.json``, and ``screen/`` with the classifier and its screen for
+``robust_ssl.load_screen``.  Two arguments: ``downstream`` (the package's digits, or a data set that
+is prepared) and ``train_limit`` (0 takes all images).
 
 docs/results/screening.md has the time on two CPU cores and the tables that you should see.
 """
