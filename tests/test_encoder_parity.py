@@ -25,7 +25,6 @@ from robust_ssl.models.positions import _weights as axis_weights  # noqa: E402
 SIZE, WIDTH = cases.SIZE, cases.WIDTH
 NAMED = {"mean": cases.MEAN, "std": cases.STD}
 SHAPE = {"img_size": SIZE, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2}
-RESULTS = {}
 
 
 def normalized(pixels):

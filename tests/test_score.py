@@ -423,7 +423,7 @@ def test_a_sample_of_images_is_compared_with_the_same_images(tmp_path, monkeypat
         ),
     ]
     scorer = types.SimpleNamespace(context=run)
-    verdict = examine._universal(scorer, "one", classifier(), some)
+    verdict = examine._universal(scorer, classifier(), some)
     by_name = {check.name: check for check in verdict.checks}
     assert by_name["per_image_not_weaker"].status == "passed"
     # A patch of one image has no place but its own: nothing to compare.

@@ -9,9 +9,7 @@ import argparse
 from typing import Any
 
 from robust_ssl import progress, settings, stopping
-from robust_ssl.cli.flags import add_command, add_debug
-
-DONE = 0
+from robust_ssl.cli.flags import DONE, add_command, add_debug
 
 _EXAMPLES = """\
 examples:
@@ -64,8 +62,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
       SettingsError: If a name is unknown, or a set cannot be fetched, read or written.
       Stopped: If it was interrupted; the same command goes on.
     """
-    if overrides:
-        raise settings.SettingsError(f"there is no config here: {' '.join(overrides)}")
     try:
         return _ACTIONS[arguments.action](arguments)
     except KeyboardInterrupt:

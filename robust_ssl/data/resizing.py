@@ -11,7 +11,6 @@ import numpy as np
 from robust_ssl.build import Count, Natural, near, read_entries
 
 MODES = ("shorter", "squash", "longest", "fit")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # Pillow's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Resizing:
         is scaled in one step.
       side: Of the scaled picture, pixels; None is `crop`.
       crop: Height and width of the square, pixels; None is the ``image_size`` of whoever loads.
-      interpolation: A name in `INTERPOLATIONS`.
+      interpolation: One of Pillow's filters, by its name in lower case.
       offset: Where half a pixel before the square goes: ``"nearest"`` even one (torchvision, timm,
         open_clip) or ``"down"`` (transformers).
       fill: Color of what ``"longest"`` fills, 0 to 255.

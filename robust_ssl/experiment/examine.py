@@ -64,7 +64,7 @@ def examine(
         raise Stopped(f"{scorer.stage.path.name} stopped; run it again to go on")
     begun = time.perf_counter()
     examined, verdict = _per_image(scorer, model, scored)
-    verdict += _universal(scorer, name, model, scored)
+    verdict += _universal(scorer, model, scored)
     verdict += checks.Verdict((_unchanged(model, known_as), *_of_data(scorer.context, scored)))
     document = verdict.as_dict() | {
         "examined": examined,
@@ -181,9 +181,7 @@ def affordable(spent: float) -> tuple[int, int, int]:
     return steps, queries, least
 
 
-def _universal(
-    scorer: Scorer, name: str, model: Classifier, scored: Sequence[Scored]
-) -> checks.Verdict:
+def _universal(scorer: Scorer, model: Classifier, scored: Sequence[Scored]) -> checks.Verdict:
     """Runs the universal checks, on the strongest fitted perturbation of the public encoder."""
     groups = [s for s in scored if s.group.family == "universal" and s.group.threat == "Linf"]
     public = [s for s in groups if s.group.crafted_against == "public" and _fitted(s)]

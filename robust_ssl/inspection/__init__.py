@@ -5,7 +5,7 @@ compares it with now, in minutes on a CPU, and `record` writes that down beside 
 """
 
 from robust_ssl.inspection.baselines import Baseline, baseline, read_baseline
-from robust_ssl.inspection.drift import energy_distance, energy_test
+from robust_ssl.inspection.drift import energy_test
 from robust_ssl.inspection.findings import NAMES
 from robust_ssl.inspection.inspecting import Inspection, inspect
 from robust_ssl.inspection.record import as_junit, read_history, record
@@ -16,7 +16,6 @@ __all__ = [
     "Inspection",
     "as_junit",
     "baseline",
-    "energy_distance",
     "energy_test",
     "inspect",
     "read_baseline",

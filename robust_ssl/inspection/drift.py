@@ -7,36 +7,12 @@ import numpy as np
 PERMUTATIONS = 1999  # so that the smallest p is 1/2000
 
 
-def energy_distance(first: np.ndarray, second: np.ndarray) -> float:
-    r"""Returns how far two samples of vectors are apart, 0 where they are the same.
-
-    .. math:: 2\,E\|x - y\| - E\|x - x'\| - E\|y - y'\|
-
-    Args:
-      first: Vectors, float ``[n, dim]``.
-      second: Vectors, float ``[m, dim]``.
-
-    Returns:
-      The distance, at least 0 but for rounding.
-
-    Raises:
-      ValueError: If a sample is empty or the two are of other dimensions.
-
-    Example:
-      >>> energy_distance(np.zeros((2, 1)), np.full((3, 1), 2.0))
-      4.0
-
-    References:
-      Szekely and Rizzo, "Energy statistics: A class of statistics based on distances", 2013.
-    """
-    distances, labels = _pooled(first, second)
-    return float(_energy(distances, labels[None])[0])
-
-
 def energy_test(
     first: np.ndarray, second: np.ndarray, *, seed: int = 0, permutations: int = PERMUTATIONS
 ) -> tuple[float, float]:
-    """Returns the energy distance of two samples and how often chance gives as large a one.
+    r"""Returns the energy distance of two samples and how often chance gives as large a one.
+
+    .. math:: 2\,E\|x - y\| - E\|x - x'\| - E\|y - y'\|
 
     Each feature is first divided by its spread over both, so that none decides by its unit.
 
@@ -50,7 +26,7 @@ def energy_test(
       ``(distance, p)``.
 
     Raises:
-      ValueError: As `energy_distance`.
+      ValueError: If a sample is empty or the two are of other dimensions.
 
     Example:
       >>> numbers = np.linspace(0, 1, 40)[:, None]
@@ -58,6 +34,9 @@ def energy_test(
       True
       >>> energy_test(numbers[:20], numbers[20:])[1]
       0.0005
+
+    References:
+      Szekely and Rizzo, "Energy statistics: A class of statistics based on distances", 2013.
     """
     both = np.concatenate([first, second]).astype(np.float64)
     spread = both.std(axis=0)

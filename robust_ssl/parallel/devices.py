@@ -194,28 +194,44 @@ class Parallel:
           on several CPU devices for the call that was `xla.IN_FLIGHT` before.
         """
         more = () if constants is None else (constants,)
-        return Program(self, self._jitted(step, donate, more), more)
+        return Program(
+            self, self._spread(step, out_spread=False, more=len(more), donate=donate), more
+        )
 
-    def _jitted(self, step: Callable, donate: bool, more: tuple) -> Callable:
+    def _spread(
+        self, function: Callable, *, out_spread: bool, more: int = 0, donate: bool = False
+    ) -> Callable:
+        """Compiles a function of (whole, spread, whole...), its result spread or whole.
+
+        Args:
+          function: It.
+          out_spread: Whether the result is per image.
+          more: How many further arguments it takes.
+          donate: Whether the result may take the memory of the first.
+        """
         donated = (0,) if donate else ()
         if self.kind == "jit":
+            whole, spread = self.replicated, self._sharded
             return jax.jit(
-                step,
-                in_shardings=(self.replicated, self._sharded, *(self.replicated for _ in more)),
-                out_shardings=self.replicated,
+                function,
+                in_shardings=(whole, spread, *[whole] * more),
+                out_shardings=spread if out_spread else whole,
                 donate_argnums=donated,
             )
         if self._transform == "shard_map":
-            specs = (P(), P(AXIS), *(P() for _ in more))
-            spread = jax.shard_map(
-                step, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
+            mapped = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=(P(), P(AXIS), *[P()] * more),
+                out_specs=P(AXIS) if out_spread else P(),
+                check_vma=False,
             )
-            return jax.jit(spread, donate_argnums=donated)
+            return jax.jit(mapped, donate_argnums=donated)
         return jax.pmap(
-            step,
+            function,
             axis_name=AXIS,
-            in_axes=(None, 0, *(None for _ in more)),
-            out_axes=None,
+            in_axes=(None, 0, *[None] * more),
+            out_axes=0 if out_spread else None,
             devices=self.devices,
             donate_argnums=donated,
         )
@@ -238,7 +254,9 @@ class Parallel:
         def compiled(structure):
             # Not by JAX's own comparison: it takes two classes of `flax.struct` for one (`struct`).
             del structure
-            return self._map(lambda constants, batch: function(constants, batch))
+            return self._spread(
+                lambda constants, batch: function(constants, batch), out_spread=True
+            )
 
         def call(constants, batch):
             size = len(jax.tree.leaves(batch)[0])
@@ -256,27 +274,6 @@ class Parallel:
         if self._transform != "pmap":
             return self._put_leaf(x)
         return jax.device_put(self._stack(x), self._sharded)
-
-    def _map(self, function: Callable) -> Callable:
-        # One sharding discipline whatever the kind: results are per image, so there is nothing
-        # to gather.
-        if self.kind == "jit":
-            return jax.jit(
-                function,
-                in_shardings=(self.replicated, self._sharded),
-                out_shardings=self._sharded,
-            )
-        if self._transform == "shard_map":
-            return jax.jit(
-                jax.shard_map(
-                    function,
-                    mesh=self.mesh,
-                    in_specs=(P(), P(AXIS)),
-                    out_specs=P(AXIS),
-                    check_vma=False,
-                )
-            )
-        return jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), devices=self.devices)
 
     def _as_taken(self, batch: Any) -> Any:
         """A batch as `put` leaves it, as the compiled function takes it."""

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-COUNT = 8
 # Of a feature vector's length.  For the shipped encoders on CPU, another compilation moves features
 # by 7e-7 at most, and a mean that is off by 1/255 by 6e-3 at least (2026-11-29).
 TOLERANCE = 1e-3

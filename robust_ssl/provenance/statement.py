@@ -67,7 +67,7 @@ def statement(
                 "externalParameters": {"name": source.name, "network": network, **parameters},
                 "internalParameters": {"versions": card.get("versions", {})},
                 "resolvedDependencies": [
-                    *_dependencies(source, card, imported),
+                    *_dependencies(source, imported),
                     *(_weights_of(origin) for origin in made_from),
                 ],
             },
@@ -88,7 +88,7 @@ def _record(source: Source) -> Mapping[str, Any]:
     return record if isinstance(record, Mapping) else {}
 
 
-def _dependencies(source: Source, card: Mapping[str, Any], imported: Any) -> list[dict[str, Any]]:
+def _dependencies(source: Source, imported: Any) -> list[dict[str, Any]]:
     dependencies: list[dict[str, Any]] = []
     if isinstance(imported, Mapping) and imported:
         entry: dict[str, Any] = {"name": str(imported.get("file", "encoder"))}

@@ -15,7 +15,6 @@ from robust_ssl.report.figures import QUIET, STYLES, Folder, new_figure, save_fi
 from robust_ssl.report.tables import MARK, label
 
 FRONT = STYLES["gen_af"]["color"]
-BEHIND = "#8C8C8C"
 INK = "#303030"
 MOST_NAMES = 30  # with more points only those of the front are named
 MOST_LABELS = 12  # with more, names stand in a list, and marks have numbers
