@@ -164,6 +164,17 @@ def test_recipes_that_share_no_seed_have_no_share():
     assert "share no seed" in claims.judge(claim, summary_of(outcomes), gains)
 
 
+def test_a_verdict_marks_a_tested_claim_and_does_not_change_it():
+    _, outcomes, _ = shares_of(("a", 0.6), ("b", 0.5))
+    summary = summary_of(outcomes)
+    claim = {"more": "a", "than": "b", "by": "robust_public"}
+    assert claims.mark(claim, summary) == ""
+    summary["a"]["verdict"] = "not believable"
+    assert claims.mark(claim, summary) == " NOT BELIEVABLE: a."
+    assert claims.mark({**claim, "by": "clean"}, summary) == ""
+    assert claims.mark({**claim, "than": "failed"}, summary) == " NOT BELIEVABLE: a."
+
+
 def test_holm_is_its_published_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []

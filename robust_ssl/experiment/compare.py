@@ -204,7 +204,7 @@ def _judged(
     for claim in claims:
         entry: dict[str, Any] = {"claim": text_of(claim)}
         if "more" in claim:
-            entry["sentence"] = next(tested)
+            entry["sentence"] = next(tested) + report.claims.mark(claim, summary)
         else:
             gains = report.gain_shares(claim, by_seed, unseen) if "reach" in claim else None
             entry["sentence"] = report.claims.judge(claim, summary, gains)

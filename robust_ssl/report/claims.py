@@ -237,6 +237,16 @@ def _others(summary: Summary, names: Sequence[str]) -> Summary:
     return {name: part for name, part in believed.items() if name not in names}
 
 
+def mark(claim: Claim, summary: Summary) -> str:
+    """Returns what a tested claim's sentence ends with where a verdict forbids its figures.
+
+    The test itself is as announced: it asks no verdict.
+    """
+    names = [claim[entry] for entry in ("more", "than") if claim[entry] in summary]
+    marked = "" if claim["by"] == "clean" else _not_believable(summary, names)
+    return f" {MARK}: {marked}." if marked else ""
+
+
 def _doubt(summary: Summary, names: Sequence[str], by: str) -> str:
     # A recipe that failed in training has no row, and its claim must not stop the report.
     absent = [name for name in names if name not in summary or not summary[name][by].n]
