@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 
-from robust_ssl import data, evaluation, finetuning, optimizers, provenance, weights
+from robust_ssl import data, evaluation, finetuning, optimizers
 from robust_ssl.build import text_of
-from robust_ssl.experiment import alarm, batch_parts, features
+from robust_ssl.experiment import alarm, batch_parts, features, saving
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.loop import Best, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
-from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.finetuning import UniversalPool
 from robust_ssl.types import Classifier, Encoder, TrainState, Variables
-from robust_ssl.workdir import StageDirectory, fingerprint, json_ready
+from robust_ssl.workdir import StageDirectory, fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -63,10 +62,7 @@ def build_step(
     key = stage_key(seed, name)
     by_path, adapters = recipe.layer_rates(params, rates), None
     if recipe.lora is not None:
-        # Far above any step, as below.
-        adapters = recipe.lora.adapters(params, jax.random.fold_in(key, 2**31 + 1))
-        params = {**params, **adapters["params"]}
-        by_path |= optimizers.layer_rates(adapters["params"], {"**": recipe.lora.rate})
+        params, by_path, adapters = _adapted(recipe.lora, params, by_path, key)
     if show:
         table = optimizers.render_table(optimizers.layer_table(params, by_path))
         _log.info("%s: learning rates\n%s", name, table)
@@ -112,6 +108,14 @@ def build_step(
         adapters=adapters,
     )
     return state, step
+
+
+def _adapted(lora: Any, params: Any, by_path: Mapping[str, Any], key: jax.Array) -> tuple:
+    """Returns parameters with those of adapters, the rate of each, and the adapters."""
+    # Far above any step, so that no step has this key.
+    adapters = lora.adapters(params, jax.random.fold_in(key, 2**31 + 1))
+    more = optimizers.layer_rates(adapters["params"], {"**": lora.rate})
+    return {**params, **adapters["params"]}, {**by_path, **more}, adapters
 
 
 def _shared(
@@ -173,22 +177,8 @@ def fit(
     with context.open(name, settings, inputs, seed, made="trained") as stage:
         if stage.done:
             return stage
-        attack, resident = recipe.build_attack(encoder), None
-        if recipe.cache_features:
-            train_set, validation = features.cached(
-                *(context.downstream, classifier.encoder, context.parallel),
-                context.plan.training.batch_size,
-            )
-            resident = train_set.resident
-        batches = data.Batches(
-            train_set,
-            recipe.batch_size,
-            seed=seed,
-            stage=name,
-            parallel=context.parallel,
-            resident=resident,
-            replays=getattr(attack, "replays", 1),
-        )
+        attack = recipe.build_attack(encoder)
+        batches, validation = _batches(context, name, recipe, classifier, attack, seed)
         epoch = batches.steps_per_epoch
         schedule = {"rates": rates, "steps_per_epoch": epoch, "seed": seed, "teacher": teacher}
         recipe, divided = batch_parts.with_parts(
@@ -212,9 +202,26 @@ def fit(
         overfitting = {"catastrophic_overfitting": overfitted}
         summary = _summary(state, best, epoch, recipe, attack, step.passes)
         results = {**(extra or {}), **summary, **divided, **overfitting, **more}
-        save_classifier(context, stage, classifier.with_variables(variables), results, recipe)
+        trained = classifier.with_variables(variables)
+        saving.save_classifier(context, stage, trained, results, recipe)
         stage.finish(results, identity=fingerprint(variables))
     return stage
+
+
+def _batches(
+    context: Context, name: str, recipe: Recipe, classifier: Classifier, attack: Any, seed: int
+) -> tuple[data.Batches, Any]:
+    """Returns the training batches and the validation images; features where those are cached."""
+    (train_set, validation), resident = context.downstream, None
+    if recipe.cache_features:
+        train_set, validation = features.cached(
+            *(context.downstream, classifier.encoder, context.parallel),
+            context.plan.training.batch_size,
+        )
+        resident = train_set.resident
+    how = {"parallel": context.parallel, "resident": resident}
+    how["replays"] = getattr(attack, "replays", 1)
+    return data.Batches(train_set, recipe.batch_size, seed=seed, stage=name, **how), validation
 
 
 def _selection(
@@ -357,40 +364,3 @@ def validate(
     for name in one_step:
         metrics["validation_one_step_accuracy"] = results[name].counts.robust_accuracy
     return metrics
-
-
-def save_classifier(
-    context: Context,
-    stage: StageDirectory,
-    classifier: Classifier,
-    results: Mapping[str, Any],
-    recipe: Recipe,
-) -> None:
-    """Writes ``classifier/``, which `weights.load_classifier` reads without this run's config."""
-    if jax.process_index():
-        return
-    source = recipe.public_encoder()
-    builder, options = context.own_builder if source is None else source.own_builder
-    card = {"stage": stage.path.name, "downstream": context.downstream[0].name, **results}
-    weights.save_classifier(
-        classifier,
-        stage.path / "classifier",
-        json_ready(card),
-        builder=builder,
-        options=options or None,
-    )
-    provenance.write_beside(stage.path / "classifier", made_from=_origin(context, source))
-
-
-def _origin(context: Context, source: EncoderSource | None) -> list[provenance.Source]:
-    """Returns the public encoder that a recipe began with, where it lies on disk."""
-    source = source or context.plan.encoder
-    path = context.workdir / "pretrain" / "encoder" if source.is_pretrained else source.path
-    if path is None:
-        return []
-    moving = source.options.get("allow_moving")
-    try:
-        return [provenance.open_source(path, allow_moving=moving)]
-    except (OSError, ValueError) as error:  # no reason to lose what was trained
-        _log.warning("the statement beside the classifier names no encoder: %s", error)
-        return []

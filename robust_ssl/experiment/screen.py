@@ -16,7 +16,7 @@ import numpy as np
 from robust_ssl import report, screening, weights
 from robust_ssl.build import inside
 from robust_ssl.evaluation import to_pixels
-from robust_ssl.experiment import train
+from robust_ssl.experiment import saving, train
 from robust_ssl.experiment.attack import Fitted, attack, load_perturbations
 from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.groups import threat_name
@@ -266,7 +266,7 @@ class _Keeper:
 def _save(context: Context, stage: StageDirectory, name: str, served: Screen) -> None:
     """Leaves the classifier with its screen; one whose parts no card can name is left out."""
     recipe = context.plan.recipes.get(name)
-    builder, options = train.builder_of(context, recipe) if recipe is not None else (None, None)
+    builder, options = saving.builder_of(context, recipe) if recipe is not None else (None, None)
     card = {"false_alarms": 0.01, "detectors": sorted(served.fused.members)}
     try:
         weights.save_screen(

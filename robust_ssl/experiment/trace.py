@@ -9,12 +9,11 @@ import jax
 
 from robust_ssl import data, weights
 from robust_ssl.build import inside
-from robust_ssl.experiment import batch_parts, fitting
+from robust_ssl.experiment import batch_parts, fitting, saving
 from robust_ssl.experiment.context import Context, code_inputs
 from robust_ssl.experiment.recipe import AUTO, Recipe
 from robust_ssl.experiment.train import (
     FAILED,
-    builder_of,
     collected,
     directory,
     load_saved,
@@ -115,7 +114,7 @@ def _check_saving(context: Context) -> None:
             kinds[str((first["encoder"], first["head"], recipe.text["preprocess"]))] = recipe
     for recipe in kinds.values():
         classifier = untrained(context, recipe)
-        builder, options = builder_of(context, recipe)
+        builder, options = saving.builder_of(context, recipe)
         with tempfile.TemporaryDirectory() as folder, inside(f"config.recipes.{recipe.name}"):
             weights.save_classifier(classifier, folder, builder=builder, options=options or None)
             load_saved(context, recipe, folder)

@@ -15,7 +15,7 @@ from jax.errors import JaxRuntimeError
 
 from robust_ssl import finetuning, models, optimizers, weights
 from robust_ssl.build import Function
-from robust_ssl.experiment import fitting, selection
+from robust_ssl.experiment import fitting, saving, selection
 from robust_ssl.experiment.context import Context, code_inputs, model_inputs
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.parallel import everywhere
@@ -73,12 +73,6 @@ def public_encoder(context: Context, recipe: Recipe) -> Encoder:
     return context.encoder if source is None else context.load_encoder(source)
 
 
-def builder_of(context: Context, recipe: Recipe):
-    """Returns the builder of that encoder and its options, where it is not of this package."""
-    source = recipe.public_encoder()
-    return context.own_builder if source is None else source.own_builder
-
-
 def untrained(context: Context, recipe: Recipe, seed: int | None = None) -> Classifier:
     """Returns the classifier of a recipe's shape, with the weights before any training."""
     seed = context.plan.seed if seed is None else seed
@@ -130,7 +124,7 @@ def load_trained(context: Context, recipe: Recipe, seed: int) -> Classifier:
 
 def load_saved(context: Context, recipe: Recipe, folder: Any) -> Classifier:
     """Returns a classifier of a recipe from disk, with what only the recipe knows."""
-    builder, _ = builder_of(context, recipe)
+    builder, _ = saving.builder_of(context, recipe)
     lineage = recipe.lineage()
     head = lineage[-1].head.bound if isinstance(lineage[-1].head, Function) else None
     steps = [other.preprocess for other in lineage if other.preprocess]
@@ -191,7 +185,7 @@ def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifie
         if not stage.done:
             counters = ("epochs", "steps", "skipped", "gradient_evaluations_per_image")
             results = dict.fromkeys(counters, 0)
-            fitting.save_classifier(context, stage, classifier, results, recipe)
+            saving.save_classifier(context, stage, classifier, results, recipe)
             variables = fitting.classifier_variables(classifier.variables)
             stage.finish(results, identity=fingerprint(variables))
     return stage

@@ -145,9 +145,9 @@ def examine(
     clean, paths = probed["clean"], trial.paths(keys[2])
     main = paths["cross_entropy"]
     # Nobody could follow the advice to take more steps of the examination's own PGD.
-    chain = trial.chain(keys[2], main, clean, most=MOST_LINKS if reported is None else 2)
-    price += num_steps * (len(chain) - 2)
     own = reported is None
+    chain = trial.chain(keys[2], main, clean, most=MOST_LINKS if own else 2)
+    price += num_steps * (len(chain) - 2)
     reported = clean & (_right(chain[:-1]) if own else np.asarray(reported, bool))
     independent = {
         "black_box": trial.black_boxed(keys[3], black_box, num_queries),
@@ -165,14 +165,7 @@ def examine(
     if adversarial is not None:
         attacked.append(trial.score(np.asarray(adversarial, np.float32)))
     counted = (counts.robust_correct, counts.n) if counts else (int(reported.sum()), len(images))
-    outside = [result["excess"] for result in attacked]
-    if excess is not None and not np.isnan(excess):
-        outside.append(np.float32([excess]))
-    checks += (
-        scoring.budget_kept(np.concatenate(outside)),
-        scoring.survives_rounding(main["exact"], main["rounded"]),
-        scoring.enough_images(*counted),
-    )
+    checks += _scoring_checks(main, attacked, excess, counted)
     shares = {"clean": clean, "reported": reported, "worst": worst}
     accuracies = {name: float(np.mean(right)) for name, right in shares.items()}
     return Verdict(checks, len(images), price, accuracies)
@@ -373,6 +366,18 @@ def _independent_checks(reported, clean, *, black_box, transfer) -> tuple[Check,
     if transfer is None:
         return checks + not_run("transfer_not_stronger", "No surrogate classifier was given.")
     return (*checks, strength.transfer_not_stronger(reported, transfer["rounded"] & clean))
+
+
+def _scoring_checks(main, attacked, excess, counted: tuple[int, int]) -> tuple[Check, ...]:
+    """Runs the checks of scoring: the budget, rounding, the number of images."""
+    outside = [result["excess"] for result in attacked]
+    if excess is not None and not np.isnan(excess):
+        outside.append(np.float32([excess]))
+    return (
+        scoring.budget_kept(np.concatenate(outside)),
+        scoring.survives_rounding(main["exact"], main["rounded"]),
+        scoring.enough_images(*counted),
+    )
 
 
 def _nothing_correct(n: int) -> tuple[Check, ...]:
