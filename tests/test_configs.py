@@ -136,8 +136,8 @@ def test_who_tunes_in_the_second_round_has_what_the_first_has_taken():
     assert swept.recipe == "gen_af_unguarded" and len(swept.grid[0][1]) == 4
     both = planned("evidence.py:tune=gen_af_unguarded,round=3,downstream=cifar10").sweep
     assert [len(values) for _, values in both.grid] == [2, 4]
-    with pytest.raises(settings.SettingsError, match="round must be one of 1, 2, 3"):
-        load("evidence.py:round=4")
+    with pytest.raises(settings.SettingsError, match="round must be one of 1, 2, 3, 4"):
+        load("evidence.py:round=5")
 
 
 def test_the_third_round_has_values_for_each_set_and_none_for_others():
@@ -147,6 +147,8 @@ def test_the_third_round_has_values_for_each_set_and_none_for_others():
         weights[downstream] = recipes["gen_af_stage1"]["weight"]
         assert recipes["ramp_fgsm"]["rates"]["head/**"] == 5e-3
     assert weights == {"cifar10": 0.0, "tiny_imagenet20": 20.0}
+    fourth = load("evidence.py:round=4,downstream=tiny_imagenet20")["recipes"]
+    assert fourth["ramp_from_start"] == fourth["ramp_fgsm"] | {"ramp": {"start": 0.0, "end": 0.6}}
     with pytest.raises(settings.SettingsError, match="round 3 has values for cifar10, tiny_imag"):
         load("evidence.py:round=3,downstream=gtsrb32")
 
