@@ -50,6 +50,22 @@ def add_debug(command: argparse.ArgumentParser) -> None:
     command.add_argument("--debug", action="store_true", help="show where an error came from")
 
 
+_OWN = ("builder", "preprocess", "head")
+
+
+def add_own(command: argparse.ArgumentParser) -> None:
+    """Adds the flags that name code of somebody's own."""
+    own = command.add_argument_group("code of your own", "needed where a card names it")
+    for name in _OWN:
+        own.add_argument(f"--{name}", metavar="MODULE:NAME", help=f"the {name} that a card names")
+
+
+def own_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what these flags were given."""
+    named = {name: getattr(arguments, name) for name in _OWN}
+    return {name: value for name, value in named.items() if value is not None}
+
+
 def add_config(command: argparse.ArgumentParser, *, many: bool = False) -> None:
     """Adds the same words for all that read a config; a stage's own settings are in its file.
 

@@ -8,7 +8,15 @@ import sys
 from typing import Any
 
 from robust_ssl import settings, words
-from robust_ssl.cli.flags import DONE, FAILED, MISSING, add_command, add_debug
+from robust_ssl.cli.flags import (
+    DONE,
+    FAILED,
+    MISSING,
+    add_command,
+    add_debug,
+    add_own,
+    own_of,
+)
 
 _EXAMPLES = """\
 examples:
@@ -68,9 +76,7 @@ def add_parser(commands: Any) -> None:
         help="budget of the short fits, 8/255 (default: that of the perturbations)",
     )
     command.add_argument("--seed", type=_seed, metavar="N", help="(default: another each time)")
-    own = command.add_argument_group("code of your own", "needed where a card names it")
-    for name in ("builder", "preprocess", "head"):
-        own.add_argument(f"--{name}", metavar="MODULE:NAME", help=f"the {name} that a card names")
+    add_own(command)
     add_debug(command)
 
 
@@ -99,11 +105,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise settings.SettingsError(str(error)) from error
 
 
-def _own(arguments: argparse.Namespace) -> dict[str, Any]:
-    named = {name: getattr(arguments, name) for name in ("builder", "preprocess", "head")}
-    return {name: value for name, value in named.items() if value is not None}
-
-
 def _make(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         raise ValueError("--make-baseline needs --data: images with labels of the task")
@@ -113,7 +114,7 @@ def _make(arguments: argparse.Namespace) -> int:
     from robust_ssl.api.names import BUILTIN
     from robust_ssl.attacks import UniversalPerturbation
 
-    classifier = weights.load_classifier(arguments.model, **_own(arguments))
+    classifier = weights.load_classifier(arguments.model, **own_of(arguments))
     size = classifier.encoder.image_size
     source = BUILTIN.get(arguments.data, arguments.data)
     if pathlib.Path(source).is_dir():
@@ -139,7 +140,7 @@ def _make(arguments: argparse.Namespace) -> int:
         arguments.make_baseline,
         epsilon=arguments.epsilon,
         seed=arguments.seed or 0,
-        **_own(arguments),
+        **own_of(arguments),
     )
     figures = made.record["figures"]
     under = ", ".join(f"{100 * share:.1f} % {name}" for name, share in figures["under"].items())
@@ -163,7 +164,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         images,
         seed=arguments.seed,
         note=note,
-        **_own(arguments),
+        **own_of(arguments),
     )
     words.say(provenance.show(result.checks), sys.stdout, margin="")
     out = pathlib.Path(arguments.out) if arguments.out else baseline.folder / "inspections"

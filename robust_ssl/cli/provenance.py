@@ -10,7 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from robust_ssl import words
-from robust_ssl.cli.flags import DONE, FAILED, MISSING, add_command, add_debug
+from robust_ssl.cli.flags import (
+    DONE,
+    FAILED,
+    MISSING,
+    add_command,
+    add_debug,
+    add_own,
+    own_of,
+)
 
 _EXAMPLES = """\
 examples:
@@ -64,20 +72,9 @@ def add_parsers(actions: Any, add_names: Callable[[argparse.ArgumentParser], Non
     verify.add_argument("--public-key", metavar="FILE", help="the signer's, PEM")
     verify.add_argument("--json", metavar="FILE", help="write the ten checks with their evidence")
     for command in (lock, verify):
-        _add_own(command)
+        add_own(command)
         add_debug(command)
     add_names(lock)
-
-
-def _add_own(command: argparse.ArgumentParser) -> None:
-    own = command.add_argument_group("code of your own", "needed where a card names it")
-    for name in ("builder", "preprocess", "head"):
-        own.add_argument(f"--{name}", metavar="MODULE:NAME", help=f"the {name} that a card names")
-
-
-def _own(arguments: argparse.Namespace) -> dict[str, Any]:
-    named = {name: getattr(arguments, name) for name in ("builder", "preprocess", "head")}
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def lock(arguments: argparse.Namespace, named: dict[str, Any]) -> int:
@@ -86,7 +83,7 @@ def lock(arguments: argparse.Namespace, named: dict[str, Any]) -> int:
     from robust_ssl.weights import cards
 
     options = {name: value for name, value in named.items() if value is not None}
-    source = provenance.open_source(arguments.source, **options, **_own(arguments))
+    source = provenance.open_source(arguments.source, **options, **own_of(arguments))
     record = provenance.lock(source)
     file = provenance.write_lock(record, arguments.out)
     words.say(f"written: {file}")
@@ -111,7 +108,7 @@ def verify(arguments: argparse.Namespace) -> int:
         arguments.source,
         signature_file=arguments.signature,
         public_key=arguments.public_key,
-        **_own(arguments),
+        **own_of(arguments),
     )
     words.say(provenance.show(checks), sys.stdout, margin="")
     if arguments.json:

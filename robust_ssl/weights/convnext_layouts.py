@@ -187,10 +187,7 @@ def _network(names: _Names) -> Callable:
     def network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
         options = _shapes(tensors, names)
         config = configs.get("config.json") or {}
-        model = config.get("model_args") or {}
-        changed = sorted(set(model) - _TOLD)
-        if changed:
-            raise ValueError(f"config.json: model_args changes the network: {changed}")
+        model = mapping.timm_arguments(config, _TOLD)
         named = mapping.named_options(configs, "norm_epsilon")
         if model.get("norm_eps") is not None:  # of all norms
             named = {"inner_epsilon": model["norm_eps"], "norm_epsilon": model["norm_eps"], **named}

@@ -109,10 +109,7 @@ def _check_gated(tensors: Tensors) -> None:
 
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     """What timm's config says of what shapes do not."""
-    model = config.get("model_args") or {}
-    changed = sorted(set(model) - _TOLD)
-    if "pretrained_cfg" in config and changed:
-        raise ValueError(f"config.json: model_args changes the network: {changed}")
+    model = mapping.timm_arguments(config, _TOLD)
     pool = {"token": "token", "avg": "mean"}
     told = {}
     if model.get("num_heads") is not None:

@@ -135,6 +135,19 @@ def has(*patterns: str, but: str = "nothing at all") -> Callable[[Set[str]], boo
     return matches
 
 
+def timm_arguments(config: Mapping[str, Any], known: Set[str]) -> Mapping[str, Any]:
+    """Returns what timm's config says of the network's making, its ``model_args``.
+
+    Raises:
+      ValueError: If one is not among the known ones: it may change the network.
+    """
+    model = config.get("model_args") or {}
+    changed = sorted(set(model) - known)
+    if changed:
+        raise ValueError(f"config.json: model_args changes the network: {changed}")
+    return model
+
+
 def named_options(configs: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """Returns those of some builder options that the caller, or our own header, has named."""
     options = configs.get("options", {})

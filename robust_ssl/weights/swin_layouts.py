@@ -151,10 +151,7 @@ def _window(table: np.ndarray) -> int:
 
 def _timm_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
     config = configs.get("config.json") or {}
-    model = config.get("model_args") or {}
-    changed = sorted(set(model) - _TOLD)
-    if "pretrained_cfg" in config and changed:
-        raise ValueError(f"config.json: model_args changes the network: {changed}")
+    model = mapping.timm_arguments(config, _TOLD)
     pool = config.get("global_pool", model.get("global_pool"))
     if pool not in (None, "", "avg"):
         raise ValueError(f"config.json: global_pool is {pool!r}; avg is known")

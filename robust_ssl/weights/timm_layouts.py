@@ -137,10 +137,7 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
 
 def _told(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """What the config beside the file, and names in the file, say of what shapes do not."""
-    model = config.get("model_args") or {}
-    changed = sorted(set(model) - _TOLD)
-    if "pretrained_cfg" in config and changed:
-        raise ValueError(f"config.json: model_args changes the network: {changed}")
+    model = mapping.timm_arguments(config, _TOLD)
     told = {}
     for key in ("num_heads", "num_attention_heads"):
         if (value := model.get(key, config.get(key))) is not None:
