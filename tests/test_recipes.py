@@ -76,7 +76,7 @@ def trained():
 
 # `gen_af` without its guard, and ramps: test_ramp.py and test_step_options.py are about those.
 ALIKE = ("gen_af_unguarded", "ramp_fgsm", "ramp_pgd", "ramp_pgd2", "ramp_nfgsm", "ramp_ema")
-ALIKE += ("ramp_teacher",)
+ALIKE += ("ramp_from_start", "ramp_teacher")
 
 
 def gradient_descent(rate, *, weight_decay, decay, steps_per_epoch, total_steps):

@@ -50,6 +50,7 @@ from robust_ssl.recipes.project import (
 from robust_ssl.recipes.ramps import (
     ramp_ema,
     ramp_fgsm,
+    ramp_from_start,
     ramp_nfgsm,
     ramp_pgd,
     ramp_pgd2,
@@ -86,6 +87,7 @@ __all__ = [
     "quantized",
     "ramp_ema",
     "ramp_fgsm",
+    "ramp_from_start",
     "ramp_nfgsm",
     "ramp_pgd",
     "ramp_pgd2",

@@ -30,6 +30,16 @@ def ramp_fgsm(epsilon: float = 8 / 255, start: float = 0.4, end: float = 0.6) ->
     }
 
 
+def ramp_from_start(epsilon: float = 8 / 255, end: float = 1.0) -> Entries:
+    """Returns `ramp_fgsm` whose budget grows from the first step on: no training is clean.
+
+    Args:
+      epsilon: The whole budget, pixel units.
+      end: Share of the training after which the budget is whole.
+    """
+    return ramp_fgsm(epsilon, start=0.0, end=end)
+
+
 def ramp_pgd(epsilon: float = 8 / 255) -> Entries:
     """Returns `ramp_fgsm` with PGD of ten steps, against an attacker who sees the weights.
 
