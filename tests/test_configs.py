@@ -149,6 +149,8 @@ def test_the_third_round_has_values_for_each_set_and_none_for_others():
     assert weights == {"cifar10": 0.0, "tiny_imagenet20": 20.0}
     fourth = load("evidence.py:round=4,downstream=tiny_imagenet20")["recipes"]
     assert fourth["ramp_from_start"] == fourth["ramp_fgsm"] | {"ramp": {"start": 0.0, "end": 0.6}}
+    second = load("evidence.py:round=2")["recipes"]["ramp_fgsm"]
+    assert load("evidence.py:round=4")["recipes"]["ramp_fgsm"] == second
     with pytest.raises(settings.SettingsError, match="round 3 has values for cifar10, tiny_imag"):
         load("evidence.py:round=3,downstream=gtsrb32")
 
