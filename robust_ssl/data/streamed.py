@@ -98,7 +98,7 @@ class StreamedExamples(Split):
     def unread(self) -> np.ndarray:
         """Which examples have no digest yet and are not known to be unreadable, int ``[k]``."""
         without = np.flatnonzero(self.digests[self.rows] == 0)
-        return np.array([i for i in without if int(self.rows[i]) not in self.unreadable], np.int64)
+        return without[~np.isin(self.rows[without], list(self.unreadable))]
 
     def look_at(self, indices: np.ndarray) -> None:
         """Reads examples for their digests alone: nothing takes the place of an unreadable one."""
