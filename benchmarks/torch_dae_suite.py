@@ -12,8 +12,7 @@ from torch.nn import functional
 
 def activations(encoder, images, blocks: int = 8):
     """Returns the first `blocks` of a `torch_models.ResNet18`, from the pixels on."""
-    x = (images - encoder.mean) / encoder.std
-    x = encoder.pool(encoder.relu(encoder.stem(x)))
+    x = encoder.pool(encoder.relu(encoder.stem(encoder.normalize(images))))
     found = []
     for stage in (encoder.stage1, encoder.stage2, encoder.stage3, encoder.stage4):
         for block in stage:

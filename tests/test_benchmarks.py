@@ -30,7 +30,7 @@ def _benchmarks(monkeypatch):
 
 
 def _options(**changes):
-    options = {"width": 8, "stem": "cifar", "batch": 4, "image_size": 16}
+    options = {"network": "resnet18", "width": 8, "stem": "cifar", "batch": 4, "image_size": 16}
     return argparse.Namespace(**{**options, **changes})
 
 
