@@ -233,7 +233,7 @@ def _run_file(path: str) -> Any:
 
 
 def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
-    """Sets what config_flags cannot: what is new, None or a list, a section to None; else False."""
+    """Sets what config_flags cannot: what is new, is or becomes None, or is a list; else False."""
     from ml_collections.config_flags import config_path
 
     match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
@@ -243,10 +243,9 @@ def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
     if _add(config, key, _literal(text), config_path):
         return True
     kind, value = config_path.get_type(key, config), _literal(text)
-    left_out = value is None and issubclass(kind, config_dict.ConfigDict)
-    if kind not in (type(None), list) and not left_out:
+    if kind not in (type(None), list) and value is not None:
         return False
-    if kind is list:
+    if kind is list and value is not None:
         value = list(value) if isinstance(value, list | tuple) else [value]
     config_path.set_value(key, config, value)
     return True

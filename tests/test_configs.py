@@ -85,6 +85,25 @@ def test_a_section_that_may_be_left_out_is_left_out_by_none():
         planned(config, "--config.suite=None")
 
 
+def test_whatever_has_a_name_is_left_out_by_none():
+    config = "evidence.py:recipes=ramp_fgsm+roli"
+    whole = planned(config)
+    left = planned(
+        config,
+        "--config.recipes.roli=None",
+        "--config.compare.claims=()",  # the config's speak of it
+        f"--config.suite.attacks.{next(iter(whole.suite.attacks))}=None",
+        "--config.scoring.per_image.attacks.embed=None",
+    )
+    assert {*whole.recipes} - {*left.recipes} == {"roli"}
+    assert [*left.suite.attacks] == [*whole.suite.attacks][1:]
+    assert [*left.scoring.per_image.attacks] == ["pgd"]
+    with pytest.raises(experiment.UsageError, match=r"labelled\.attacks is empty"):
+        planned(config, "--config.scoring.labelled.attacks.universal_ce=None")
+    with pytest.raises(experiment.UsageError, match=r"config.training.seeds must be a list"):
+        planned(config, "--config.training.seeds=None")
+
+
 def test_an_attempt_to_break_a_recipe_is_one_argument():
     stressed = planned("evidence.py:stress=yes,recipes=ramp_fgsm,seeds=0")
     assert stressed.stages == ("attack", "train", "score")

@@ -21,6 +21,7 @@ from robust_ssl.build.entries import (
     read,
     read_entries,
     text_of,
+    without_none,
 )
 from robust_ssl.build.functions import Function, names_function, resolve
 
@@ -43,4 +44,5 @@ __all__ = [
     "read_entries",
     "resolve",
     "text_of",
+    "without_none",
 ]

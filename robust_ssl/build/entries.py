@@ -117,8 +117,10 @@ def read(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be a list, even for one value, got {value!r}")
         return tuple(read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin in (Mapping, dict):
-        entries = _mapping(value, where)
-        return {str(n): read(arguments[1], v, f"{where}.{n}") for n, v in entries.items()}
+        entries, kind = _mapping(value, where), arguments[1]
+        if kind is not Any and not (is_union(kind) and type(None) in typing.get_args(kind)):
+            entries = without_none(entries)
+        return {str(n): read(kind, v, f"{where}.{n}") for n, v in entries.items()}
     if hasattr(kind, "read"):
         return kind.read(value, where)
     if dataclasses.is_dataclass(kind):
@@ -162,6 +164,16 @@ def read_entries(kind: type, value: Any, where: str, **linked: Any) -> Any:
 def annotations(kind: type) -> dict[str, Any]:
     """Returns the annotations of a dataclass's fields; evaluating them is half of planning."""
     return typing.get_type_hints(kind, include_extras=True)
+
+
+def without_none(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is named without the names that None leaves out.
+
+    Example:
+      >>> without_none({"pgd": 1, "fab": None})
+      {'pgd': 1}
+    """
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from robust_ssl.build import (
     read,
     read_entries,
     text_of,
+    without_none,
 )
 from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.grid import check_values, points
@@ -175,7 +176,7 @@ def _read(entries: dict[str, Any]) -> Plan:
 
 
 def _read_recipes(value: Any, common: Mapping[str, Any]) -> dict[str, Recipe]:
-    recipes = read(Mapping[str, Any], value, "config.recipes")
+    recipes = without_none(read(Mapping[str, Any], value, "config.recipes"))
     check_names(recipes, "config.recipes")
     whole = {n: entries_of(v, common, f"config.recipes.{n}") for n, v in recipes.items()}
     return link(whole, "config.recipes")

@@ -24,6 +24,7 @@ from robust_ssl.build import (
     name_of,
     read,
     read_entries,
+    without_none,
 )
 from robust_ssl.evaluation import WORST
 from robust_ssl.types import Encoder, Threat
@@ -256,12 +257,13 @@ class Suite:
         """Reads ``config.suite``: every attack is built, at each of its budgets."""
         suite = read_entries(cls, value, where)
         check_seeds(suite.seeds, f"{where}.seeds")
-        check_names(suite.attacks, f"{where}.attacks")
-        if not suite.attacks:
+        named = without_none(suite.attacks)
+        check_names(named, f"{where}.attacks")
+        if not named:
             raise ValueError(f"{where}.attacks is empty; name at least one attack")
         built = {
             name: suite._attack(name, entry, f"{where}.attacks.{name}")
-            for name, entry in suite.attacks.items()
+            for name, entry in named.items()
         }
         return dataclasses.replace(suite, attacks=built)
 
