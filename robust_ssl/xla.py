@@ -25,6 +25,11 @@ PATIENCE = 600  # seconds that one CPU device waits for another
 IN_FLIGHT = 4  # calls of a step on several CPU devices before the host waits for the oldest
 
 
+def on_cpu() -> bool:
+    """Whether this process computes on a CPU; asked when a function is traced."""
+    return jax.default_backend() == "cpu"
+
+
 def use_every_core() -> None:
     """Gives each CPU core a device of its own; call it before JAX is first used.
 

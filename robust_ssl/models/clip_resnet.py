@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.models.products import attend, dot_general
 from robust_ssl.models.resnet import ConvNorm, Stage
 from robust_ssl.types import Encoder
 
@@ -83,10 +84,11 @@ class MeanAttentionPool(nn.Module):
         position = self.param("position", start, (1, *x.shape[1:]))
         x = x + position.astype(x.dtype)
         # Torch's start; queries of the places are computed for nothing, and files have one place.
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=start)
+        options = {"dtype": self.dtype, "kernel_init": start, "dot_general": dot_general}
+        dense = functools.partial(nn.Dense, **options)
         qkv = dense(3 * channels, name="qkv")(x)
         qkv = qkv.reshape(batch, -1, 3, self.heads, channels // self.heads)
-        mixed = jax.nn.dot_product_attention(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
+        mixed = attend(qkv[:, :1, 0], qkv[:, :, 1], qkv[:, :, 2])
         return dense(self.dim, name="output")(mixed.reshape(batch, channels))
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl.models import cpu_forms as forms
+from robust_ssl.xla import on_cpu
 
 _FEW_CHANNELS = 4  # at most: their input gradient is faster as a matrix product
 
@@ -69,7 +70,7 @@ def conv_general_dilated(
     plain = undilated and feature_group_count == 1
     plain = plain and precision is None and preferred_element_type is None
     # Asked when traced: one process runs on one backend.
-    if jax.default_backend() != "cpu" or not plain:
+    if not (plain and on_cpu()):
         return lax.conv_general_dilated(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, forms.DIMENSIONS,
             feature_group_count=feature_group_count, precision=precision,

@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-def on_cpu() -> bool:
-    """Whether this process computes on a CPU; asked when a function is traced."""
-    return jax.default_backend() == "cpu"
+from robust_ssl.xla import on_cpu
 
 
 def once(x: jax.Array) -> jax.Array:
