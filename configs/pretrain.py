@@ -9,6 +9,8 @@ after 275 epochs (84.0 % linear, 7.5 minutes on one H100), stands with its comma
 docs/results/encoders.md.
 """
 
+import re
+
 from ml_collections import ConfigDict
 
 from robust_ssl.settings import SettingsError, parse_arguments
@@ -50,7 +52,7 @@ NARROW = {"hidden": 512, "projection_dim": 128}  # of every projector at scale s
 
 
 def get_config(arguments: str = "") -> ConfigDict:
-    """Arguments: ``method``, ``data`` (of a prepared set), ``scale``, ``width``, ``epochs``."""
+    """Arguments: ``method``, ``data`` (a set or a folder), ``scale``, ``width``, ``epochs``."""
     given = parse_arguments(
         arguments,
         {"method": "simclr", "data": "cifar10", "scale": "small", "width": 0, "epochs": 0},
@@ -63,6 +65,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     small = given["scale"] == "small"
     epochs = given["epochs"] or (4 if small else 1000)
     width = given["width"] or (16 if small else 64)
+    data = re.sub(r"[^\w.-]+", "-", given["data"]).strip("-.")  # folders have slashes
     config = ConfigDict()
     config.seed = 0
     config.stages = ("pretrain",)
@@ -74,7 +77,7 @@ def get_config(arguments: str = "") -> ConfigDict:
             "stem": "cifar_half" if small else "cifar",
             "image_size": 32,
             "dtype": "float32" if small else "bfloat16",
-            "name": f"{given['method']}-{given['data']}-r18w{width}",
+            "name": f"{given['method']}-{data}-r18w{width}",
         },
         "method": {
             "function": f"robust_ssl.pretraining:{name}",

@@ -45,11 +45,13 @@ def open_regular(path: str | os.PathLike, most: int | None = None) -> Iterator[B
     """
     # Opening a pipe would wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no file")
-            raise ValueError(f"{path} is {kind}; give a regular file")
+    number = os.open(path, flags)
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(number)  # `fdopen` would leave a directory's open
+        kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "no file")
+        raise ValueError(f"{path} is {kind}; give a regular file")
+    with os.fdopen(number, "rb") as file:
         limit, whose = (most, "are read") if most is not None else (memory(), "are in memory here")
         if status.st_size > limit:
             raise ValueError(f"{path} has {status.st_size:,} bytes; at most {limit:,} {whose}")
@@ -173,7 +175,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     anew, so that no link that somebody has left there is followed.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # systems count bytes
+    partial = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     flags |= getattr(os, "O_BINARY", 0)
     try:

@@ -58,13 +58,19 @@ def _rows():
         {
             "role": role,
             "attack": attack,
-            "crafted_against": "public",
-            "epsilon": 8 / 255,
-            "accuracy": share(accuracy),
-            "success": share(0.95 - accuracy),
+            "family": family,
+            "threat": "Linf",
+            "crafted_against": against,
+            "epsilon": epsilon,
+            "accuracy": share(accuracy / divided),
+            "success": share(0.95 - accuracy / divided),
         }
         for role, accuracy in (("usual", 0.4), ("secured", 0.9))
-        for attack in ("advencoder", "worst")
+        for attack, family, against, epsilon, divided in (
+            ("advencoder", "universal", "public", 8 / 255, 1),
+            ("worst", "universal", "public", 8 / 255, 1),
+            ("pgd", "per_image", "hardened", 2 / 255, 2),
+        )
     ]
 
 

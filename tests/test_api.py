@@ -10,8 +10,9 @@ import tiny
 
 import robust_ssl
 from robust_ssl import attacks, data, experiment, models, progress, threats
+from robust_ssl.api import choice, measuring, securing
 from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
-from robust_ssl.attacks import UniversalPerturbation
+from robust_ssl.attacks import UniversalPerturbation, universal
 from robust_ssl.experiment.train import load_trained
 from robust_ssl.parallel import Parallel
 from robust_ssl.workdir import fingerprint
@@ -291,6 +292,36 @@ CALLS = {
         lambda net: robust_ssl.measure(net, IMAGES.astype(np.float32), LABELS),
         "divide by 255",
     ),
+    "an attack's class": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, attack=attacks.UniversalPGD),
+        r"UniversalPGD is a class; make one: UniversalPGD\(",
+    ),
+    "a class to measure with": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=attacks.FGSM),
+        r"FGSM is a class; make one",
+    ),
+    "no attack": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=None),
+        "None is no attack",
+    ),
+    "a threat in place of its class": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat=threats.Linf(8 / 255)),
+        "threat=threats.Linf, epsilon=",
+    ),
+    "several budgets": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, epsilon=[1 / 255, 2 / 255]),
+        "one budget, got .*call attack once for each",
+    ),
+    "a recipe's function": (
+        lambda _: robust_ssl.secure(
+            tiny.encoder(), IMAGES, LABELS, recipe=robust_ssl.recipes.pgd_at
+        ),
+        r"recipe=my_recipe\(\)",
+    ),
+    "no image in an update": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, batch_size=0),
+        "need at least one epoch and one image, got 8 and 0",
+    ),
     "an encoder's class": (lambda _: robust_ssl.attack(robust_ssl.Encoder, IMAGES), "shipped name"),
     "a kind that is not there": (lambda _: robust_ssl.list("attack"), "did you mean 'attacks'"),
 }
@@ -333,3 +364,63 @@ def test_a_perturbation_can_be_measured_as_a_value(classifier, perturbation):
     value = UniversalPerturbation(perturbation.value.delta, threats.Linf(10 / 255), name="mine")
     result = robust_ssl.measure(classifier, IMAGES, LABELS, attacks=value, examine=False, **QUIET)
     assert [row.attack for row in result.rows] == ["none", "mine"]
+
+
+@pytest.mark.parametrize("name", ["fgsm_rs", "ramp_fgsm", "ramp_ema", "ramp_teacher", "warm_fgsm"])
+def test_a_recipes_step_goes_with_its_budget(name):
+    common = {"epochs": 4, "batch_size": 8, "head": "linear"}
+    for epsilon in (4 / 255, 16 / 255):
+        attack = securing._recipes(name, {}, common, epsilon)[1][name].build_attack(None)
+        assert attack.step_size == pytest.approx(1.25 * epsilon)
+        assert attack.threat.epsilon == pytest.approx(epsilon)
+
+
+def test_a_batch_divides_over_the_devices_unless_it_was_given():
+    images, labels = tiny.images(n=25)
+    encoder = tiny.encoder()
+    two = Parallel.create(num_devices=2)
+    options = {"recipe": "linear_probe", "parallel": two, **SMALL}
+    options["batch_size"] = 64  # 23 are left
+    assert robust_ssl.secure(encoder, images, labels, **options).num_classes == 4
+
+
+def test_attacks_of_one_name_are_all_measured(perturbation):
+    named = UniversalPerturbation(perturbation.value.delta, threats.Linf(0.1), "uap (strong)")
+    other = named.replace(name="uap")
+    given = [named, named, other, other, named]
+    assert [*choice.named(given)] == [
+        *("uap (strong)", "uap (strong) (2)", "uap", "uap (2)", "uap (strong) (3)"),
+    ]
+
+
+def test_one_image_is_drawn(perturbation):
+    pytest.importorskip("matplotlib")
+    images, _ = tiny.images("test", n=2)
+    assert perturbation.plot(images[0]) is not None
+
+
+def test_an_attack_under_l2_goes_as_far_as_its_budget():
+    images, _ = tiny.images()
+    options = {"threat": threats.L2, "epsilon": 3.0, "num_steps": 60, "batch_size": 16, **QUIET}
+    usual = robust_ssl.attack(tiny.encoder(), images, **options)
+    short = robust_ssl.attack(tiny.encoder(), images, step_size=2e-3, **options)
+    assert usual.curve[-1] > 1.3 * short.curve[-1]
+    attack = attacks.L4ABase()
+    assert attack.step_size is None
+    assert universal.usual_length(threats.Band(threats.L2(2.0), high=0.1), 2e-4) < 0.02
+
+
+def test_fab_is_scored_as_it_leaves_its_images(classifier, monkeypatch):
+    images, labels = tiny.images("test", n=8)
+    seen = []
+    score = measuring.evaluation.score_in_turn
+
+    def watched(*args, **options):
+        seen.append((options["eight_bit"], options["batch_size"], sorted(args[2])))
+        return score(*args, **options)
+
+    monkeypatch.setattr(measuring.evaluation, "score_in_turn", watched)
+    fab = attacks.FABT(threats.Linf(8 / 255), num_steps=2)
+    options = {"batch_size": 4, "examine": False, **QUIET}
+    robust_ssl.measure(classifier, images, labels, attacks={"near": fab}, **options)
+    assert seen == [(False, 4, ["near"])]

@@ -13,7 +13,7 @@ from robust_ssl.audit import answers, checklists, decision, document, gates, lin
 from robust_ssl.audit.answers import AMOUNTS, Triangle
 
 POLICY, ITEMS = policy.read(), checklists.read()
-GATES, IDS = [gate.id for gate in POLICY], [item.id for item in ITEMS]
+GATES, IDS = {gate.id: gate.read_limit for gate in POLICY}, [item.id for item in ITEMS]
 TODAY = datetime.date(2026, 11, 28)
 
 
@@ -96,7 +96,7 @@ def test_the_template_can_be_read_as_it_is(language):
 
 def test_japanese_texts_and_marks_of_byte_order_are_read():
     text = "﻿use: ねじの検査\norganization: 株式会社テスト".encode()
-    assert answers.parse(lines.parse(text, "回答.yaml"), [], []).use == "ねじの検査"
+    assert answers.parse(lines.parse(text, "回答.yaml"), {}, []).use == "ねじの検査"
     with pytest.raises(lines.EntryError, match="not UTF-8"):
         lines.parse("use: 検査".encode("shift-jis"), "回答.yaml")
 
@@ -256,8 +256,37 @@ def test_a_limit_of_the_companys_own_takes_the_policys_place():
     decided = decide(cases.sealed(), text=text)
     [gate] = [g for g in decided["gates"] if g["id"] == "robust-accuracy"]
     assert (gate["outcome"], gate["limit"], gate["own_reason"]) == ("failed", 0.95, "命にかかわる")
-    with pytest.raises(ValueError, match=r"answers\.yaml, line 1: the limit of robust-acc"):
-        decide(cases.sealed(), text="limits: {robust-accuracy: {limit: high, reason: r}}")
+
+
+@pytest.mark.parametrize(
+    ("gate", "limit", "message"),
+    [
+        ("robust-accuracy", "high", "limit is 'high', no number"),
+        ("robust-accuracy", "90 %", "limit is '90 %', no number"),
+        ("robust-accuracy", "", "limit is empty"),
+        # Each of these is above all that can be measured: the gate would be open for good.
+        ("attack-success", "20", "must be at most 1; a share of 20 % is written 0.2"),
+        ("clean-loss", "3", "three points are written 0.03"),
+        ("no-leakage", "-1", "must not be negative"),
+    ],
+)
+def test_a_limit_that_means_nothing_is_refused_before_anything_is_measured(gate, limit, message):
+    with pytest.raises(lines.EntryError, match=f"line 1: .*{message}"):
+        read(f"limits: {{{gate}: {{limit: '{limit}', reason: r}}}}")
+    shipped = {one.id: one for one in POLICY}[gate]
+    options = f"unit: {shipped.unit}, measure: {shipped.measure}, comparison: {shipped.comparison}"
+    text = f"gates: [{{id: a, {options}, title: t, reason: r, limit: {{pilot: '{limit}'}}}}]"
+    with pytest.raises(lines.EntryError):
+        policy.parse(lines.parse(text, "policy.yaml"))
+
+
+def test_a_limit_of_the_companys_own_stands_where_the_policy_has_none_yet():
+    gate = "single-image-attack"
+    assert gate not in outcomes(decide(cases.sealed(), "pilot"))
+    decided = decide(
+        cases.sealed(), "pilot", f"limits: {{{gate}: {{limit: 0.99, reason: it is public}}}}"
+    )
+    assert outcomes(decided)[gate] == "failed"
 
 
 GATE = "gates:\n- {id: a, measure: %s, comparison: %s, limit: %s, title: t, reason: r}"
@@ -410,7 +439,7 @@ import sys
 import audit_cases as cases
 from robust_ssl.audit import checklists, decision, policy, answers, pages
 decided = decision.decide(cases.sealed(), "full", policy.read(), checklists.read(),
-                          answers.parse(cases.entry(cases.answers_text()), [], []))
+                          answers.parse(cases.entry(cases.answers_text()), {}, []))
 assert "NIST" in pages.html(decided, "ja")
 assert "jax" not in sys.modules and "matplotlib" not in sys.modules
 """

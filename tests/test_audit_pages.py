@@ -66,7 +66,7 @@ SCREENING = screening_of(SCREENED, 8 / 255)
 
 
 def decide(whole, stage, text):
-    ids = [gate.id for gate in POLICY], [item.id for item in ITEMS]
+    ids = {gate.id: gate.read_limit for gate in POLICY}, [item.id for item in ITEMS]
     read = answers.parse(cases.entry(text), *ids)
     return decision.decide(whole, stage, POLICY, ITEMS, read, datetime.date(2026, 11, 28))
 

@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 
 import robust_ssl
-from robust_ssl import attacks, evaluation, models, threats, weights
+from robust_ssl import attacks, evaluation, models, threats, weights, workdir
 from robust_ssl.api import inputs
 from robust_ssl.bridges.probing import pick
 from robust_ssl.experiment import linking
@@ -137,6 +137,7 @@ def test_a_module_of_nnx_gives_its_own_features():
     encoder = robust_ssl.from_nnx(module, SIZE)
     np.testing.assert_allclose(encoder(IMAGES).features, module(IMAGES), rtol=1e-5, atol=1e-6)
     robust_ssl.check("encoder", encoder)
+    assert len(workdir.fingerprint(encoder.variables)) == 16  # dropout's random keys are no weights
     with pytest.raises(TypeError, match=r"takes a flax\.nnx\.Module"):
         robust_ssl.from_nnx(in_jax, SIZE)
 
@@ -255,3 +256,13 @@ def test_an_encoder_without_classes_says_what_to_name():
         inputs.classifier_of(robust_ssl.from_callable(in_jax, SIZE))
     with pytest.raises(ValueError, match="recipe='linear_probe'"):
         inputs.classifier_of(tiny.encoder())
+
+
+def test_outputs_that_sum_to_nothing_have_a_gradient():
+    def two(images):
+        score = images.mean((1, 2, 3))
+        return jnp.stack([-score, score], 1)
+
+    assert robust_ssl.from_callable(two, SIZE, num_classes=2).num_classes == 2
+    with pytest.raises(ValueError, match="no gradient reaches the image"):
+        robust_ssl.from_callable(lambda x: two(jax.lax.stop_gradient(x)), SIZE, num_classes=2)

@@ -268,3 +268,15 @@ def test_a_head_of_ours_goes_on_an_encoder_of_theirs(net):
     model = models.classifier(jax.random.key(0), encoder, 3, head="linear")
     gradient = jax.grad(lambda model: model(IMAGES).logits.sum(), allow_int=True)(model)
     assert jax.tree.leaves(gradient)[0].shape == (3,)
+
+
+def test_a_tap_is_what_came_out_whatever_works_in_place_behind_it():
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 4, 3)
+    activation = torch.nn.ReLU(inplace=True)
+    rest = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    net = torch.nn.Sequential(convolution, activation, *rest).eval()
+    tap = take(net, SIZE, taps={"conv": "0"})(IMAGES).taps["conv"]
+    want = convolution(normalized(IMAGES)).detach()
+    assert float(want.min()) < 0
+    np.testing.assert_allclose(np.sort(np.ravel(tap)), np.sort(np.ravel(want)), atol=1e-5)

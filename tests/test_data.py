@@ -684,3 +684,12 @@ def test_no_array_is_made_on_a_device_by_reading():
     before = len(jax.live_arrays())
     toy().fingerprint()
     assert len(jax.live_arrays()) == before
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping", "list"])
+def test_a_functions_pictures_of_several_sizes_are_brought_to_one(form):
+    images = [np.full(shape, 100, np.uint8) for shape in ((8, 8, 3), (9, 12, 3))]
+    given = {"tuple": (images, [0, 1]), "mapping": {"images": images}, "list": images}[form]
+    found = data.load(lambda split: given, image_size=8)
+    assert found.images.shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(found.images, data.load(given, image_size=8).images)

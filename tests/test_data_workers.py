@@ -123,6 +123,37 @@ def test_where_figures_are_counted_none_takes_its_place(tmp_path):
         list(data.epoch_batches(streamed, 8))
 
 
+@pytest.mark.parametrize(("split", "trained_on"), [("fold1", True), ("train[:75%]", None)])
+def test_what_is_trained_on_is_no_matter_of_a_name(split, trained_on):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    examples = data.StreamedExamples(
+        lambda rows: [(b"nothing" if row == 1 else pixels, 0) for row in rows],
+        np.arange(4),
+        *(8, ["a"]),
+        split=split,
+        skip_unreadable=True,
+        trained_on=trained_on,
+    )
+    batch = examples.read(np.arange(4), places=np.arange(4))
+    assert batch["images"].shape == (4, 8, 8, 3)
+    _, validation = data.carve(examples, count=1)
+    assert validation.trained_on is False
+    with pytest.raises(ValueError, match="where figures are counted"):
+        dataclasses.replace(examples, trained_on=False).read(np.arange(4), places=np.arange(4))
+
+
+def test_a_corrected_label_is_another_set(tmp_path):
+    folder = tmp_path / "train"
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for i in range(70):
+            Image.new("RGB", (8, 8), (i, i, i)).save(folder / name / f"{i:03}.png")
+    before = _streamed(tmp_path).fingerprint()
+    assert _streamed(tmp_path).fingerprint() == before
+    (folder / "b" / "050.png").rename(folder / "a" / "100.png")
+    assert _streamed(tmp_path).fingerprint() != before
+
+
 def test_a_batch_of_nothing_but_broken_pictures_is_an_error():
     examples = data.StreamedExamples(
         lambda rows: [(b"nothing", None) for _ in rows], np.arange(4), 8, skip_unreadable=True

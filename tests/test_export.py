@@ -164,3 +164,25 @@ def test_export_from_the_command_line_with_the_weights_of_a_classifier(tmp_path,
 
 def test_layouts_used_for_export_exist():
     assert {"torchvision-resnet", "timm-vit"} <= {layout.name for layout in convert.LAYOUTS}
+
+
+def test_a_program_does_not_keep_the_names_of_the_one_before(tmp_path):
+    named = models.classifier(
+        jax.random.key(1), tiny("cifar"), 2, head="linear", class_names=("cat", "dog")
+    )
+    weights.export_stablehlo(named, tmp_path / "model")
+    assert "cat" in (tmp_path / "model.json").read_text()
+    weights.export_stablehlo(tiny("cifar"), tmp_path / "model")
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_an_export_takes_red_first_whatever_stands_beside_it(tmp_path):
+    builder, options = ENCODERS["vit"]
+    encoder = random_encoder(builder, **options)
+    weights.export_safetensors(encoder, tmp_path / "model.safetensors")
+    alone = weights.import_encoder(tmp_path)
+    beside = {"do_flip_channel_order": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    size = {"height": encoder.image_size, "width": encoder.image_size}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**beside, "size": size}))
+    assert_same = np.testing.assert_array_equal
+    jax.tree.map(assert_same, weights.import_encoder(tmp_path).variables, alone.variables)

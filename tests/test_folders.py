@@ -265,3 +265,13 @@ def test_folders_say_what_a_text_names(tmp_path):
     assert data.is_folder(tmp_path) and data.is_folder("~/x") and not data.is_folder("cifar10")
     assert not data.is_folder(None) and not data.is_folder("/x/mine.py:images")
     assert set(folders.SPLITS) == {"train", "test", "validation"}
+
+
+def test_a_missing_test_split_is_never_advised_to_be_the_training_split(tmp_path):
+    make(tmp_path, {"train": GOOD["train"]})
+    with pytest.raises(ValueError, match="has no split 'test'") as error:
+        data.load(tmp_path, split="test")
+    assert "--config" not in str(error.value)
+    make(tmp_path, {"holdout": GOOD["test"]})
+    with pytest.raises(ValueError, match=r"config\.downstream\.test_split=holdout"):
+        data.load(tmp_path, split="test")

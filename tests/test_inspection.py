@@ -15,7 +15,7 @@ import tiny
 import yaml
 from PIL import Image
 
-from robust_ssl import inspection, models, provenance, threats, weights
+from robust_ssl import data, inspection, models, provenance, threats, weights
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.cli import main
 from robust_ssl.inspection import baselines, findings, measuring
@@ -333,3 +333,45 @@ def test_p_of_the_energy_test_is_even_where_nothing_has_moved():
 def test_checks_of_provenance_and_of_inspection_are_one_kind(approved):
     result = inspection.inspect(approved / "net", approved / "baseline", seed=2)
     assert all(isinstance(check, provenance.Check) for check in result.checks)
+
+
+def test_labels_come_in_the_order_of_the_logits():
+    named = network().replace(class_names=("d", "b", "a", "c"))
+    labels = np.array([0, 1, 2, 3, 3])
+    found = inspection.in_order_of_logits(named, labels, ("a", "b", "c", "d"))
+    assert found.tolist() == [2, 1, 3, 0, 0]
+    numbered = inspection.in_order_of_logits(named, labels, ("0", "1", "2", "3"))
+    assert numbered.tolist() == labels.tolist()
+    with pytest.raises(ValueError, match="which are not"):
+        inspection.in_order_of_logits(named, labels, ("a", "b", "c", "e"))
+
+
+def test_pictures_that_come_class_by_class_are_no_shift(approved, tmp_path, monkeypatch):
+    images, labels = tiny.images("test", n=120, size=SIZE, classes=CLASSES)
+    order = np.argsort(labels, kind="stable")
+    monkeypatch.setattr(inspection.inspecting, "_MOST_NEW", 40)
+    made = inspection.baseline(
+        approved / "net", images[order], labels[order], [], tmp_path / "baseline", canaries=40
+    )
+    assert {*made.labels[:40]} == {*range(CLASSES)}
+    result = inspection.inspect(approved / "net", made, new_images(120), seed=0)
+    assert outcomes(result)["drift"] == "pass"
+
+
+def test_new_pictures_get_their_size_as_the_classifiers_own(tmp_path):
+    from robust_ssl.cli.inspect import _pictures
+
+    squash = data.Resizing("squash")
+    net = network()
+    net = net.replace(encoder=net.encoder.replace(resizing=squash))
+    weights.save_classifier(net, tmp_path / "net")
+    images, labels = tiny.images("test", n=24, size=SIZE, classes=CLASSES)
+    made = inspection.baseline(tmp_path / "net", images, labels, [], tmp_path / "baseline")
+    assert made.resizing.mode == "squash"
+    wide = np.random.default_rng(0).integers(0, 256, (SIZE, 4 * SIZE, 3), np.uint8)
+    (tmp_path / "new").mkdir()
+    Image.fromarray(wide).save(tmp_path / "new" / "0.png")
+    (read,), _ = _pictures(tmp_path / "new", made)
+    want = data.pictures.resize(wide, SIZE, squash)
+    assert np.array_equal(read, want)
+    assert not np.array_equal(read, data.pictures.resize(wide, SIZE))

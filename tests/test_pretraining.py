@@ -12,8 +12,8 @@ import optax
 import pytest
 import tiny
 
-from robust_ssl import experiment, load_encoder, models, parallel, pretraining, struct
-from robust_ssl.experiment import loop, pretrain
+from robust_ssl import data, experiment, load_encoder, models, parallel, pretraining, struct
+from robust_ssl.experiment import loop, pretrain, sections
 from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import augmentation
 from robust_ssl.progress import Progress
@@ -313,17 +313,17 @@ class Recorder:
         return {**variables, "state": {**state, "epochs": state["epochs"] + 1}}
 
 
-def recorded(devices, accumulate):
-    tx = optax.sgd(1e-3)
+def recorded(devices, accumulate, method=None):
+    tx, method = optax.sgd(1e-3), method or Recorder()
     layout, module = Parallel.create(num_devices=devices), Linear()
     encoder = tiny.encoder().replace(
         module=module, variables=module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))), dim=4
     )
-    state = pretraining.init_state(jax.random.key(1), encoder, Recorder(), tx, num_images=9)
+    state = pretraining.init_state(jax.random.key(1), encoder, method, tx, num_images=9)
     options = {"total_steps": 6, "steps_per_epoch": 2, "accumulate": accumulate}
     step = layout.compile(
         pretraining.make_step(
-            encoder, Recorder(), tx, key=jax.random.key(2), axis_name=layout.axis_name, **options
+            encoder, method, tx, key=jax.random.key(2), axis_name=layout.axis_name, **options
         )
     )
     batch = {**BATCH, "rows": BATCH["rows"] + 1, "labels": np.arange(8, dtype=np.int32) % 3}
@@ -608,3 +608,42 @@ def test_what_does_not_fit_is_found_before_anything_is_written(tmp_path, changes
     with pytest.raises(experiment.UsageError, match=message):
         experiment.run(config, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
     assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_a_crops_shape_does_not_say_whether_it_is_mirrored():
+    y, x = jnp.meshgrid(jnp.arange(32) / 32, jnp.arange(32) / 32, indexing="ij")
+    image = jnp.stack([x, y, 0 * x], -1)
+    keys = jax.random.split(jax.random.key(0), 1000)
+    crops = jax.vmap(lambda key: pretraining.crop_and_flip(key, image, smallest=0.3))(keys)
+    across = crops[:, 16, 20, 0] - crops[:, 16, 12, 0]
+    down = crops[:, 20, 16, 1] - crops[:, 12, 16, 1]
+    mirrored, wide = across < 0, jnp.abs(across) < down
+    for share in (mirrored.mean(), (mirrored == wide).mean()):
+        assert 0.44 < share < 0.56
+
+
+def test_what_an_epoch_begins_with_stays_where_its_first_update_is_skipped():
+    class Broken(Recorder):
+        def loss(self, variables, encoder, inputs):
+            losses, update = super().loss(variables, encoder, inputs)
+            first = variables["state"]["epochs"] == 2
+            return losses + jnp.where(first & (inputs.progress < 3 / 6), jnp.nan, 0), update
+
+    state, _ = recorded(1, 1, Broken())
+    assert int(state.counters["skipped"]) == 1
+    seen = state.variables["state"]
+    assert (seen["epochs"], seen["updates"]) == (2, 2)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_images_without_labels_have_no_accuracy(labelled, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    labels = np.arange(12) % 3 if labelled else None
+    sets = [data.from_arrays(images, labels, split=split) for split in ("train", "test")]
+    encoder = tiny.encoder()
+    one, monitor = Parallel.create(num_devices=1), sections.Monitor(every_epochs=1)
+    found = pretrain._probe(encoder, *sets, one, linear=False)
+    assert {*found} == ({"knn_accuracy"} if labelled else {"feature_std", "effective_rank"})
+    monkeypatch.setattr(pretraining, "trained_encoder", lambda encoder, variables: encoder)
+    logged = pretrain._monitor(encoder, *sets, monitor, one, 1, {})
+    assert ("knn_accuracy" in logged) == labelled and logged["feature_std"] > 0

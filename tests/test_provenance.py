@@ -451,3 +451,23 @@ def test_a_converted_encoder_comes_with_both(tmp_path):
     made = json.loads((tmp_path / "again.safetensors.provenance.intoto.json").read_text())
     (origin,) = made["predicate"]["buildDefinition"]["resolvedDependencies"]
     assert origin["name"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("text", "license"),
+    [
+        ("Attribution-NonCommercial 4.0 International", "CC-BY-NC-4.0"),
+        ("Attribution-NonCommercial-ShareAlike 4.0 International", "CC-BY-NC-SA-4.0"),
+        ("Attribution-NonCommercial-NoDerivatives 3.0 Unported", "see LICENSE"),
+        ("Permission is hereby granted, free of charge, to any person obtaining a copy", "MIT"),
+        ("Permission is hereby granted, free of charge, to any person or organization", "see LIC"),
+    ],
+)
+def test_a_license_is_called_what_it_is_or_where_it_stands(tmp_path, text, license):
+    from robust_ssl.provenance import documents
+
+    (tmp_path / "LICENSE").write_text(text)
+    encoder = models.resnet18(jax.random.key(0), width=4, image_size=8)
+    weights.save_encoder(encoder, tmp_path)
+    found = documents.documents(provenance.open_source(tmp_path))["license"]
+    assert found.startswith(license)

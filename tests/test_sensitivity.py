@@ -87,6 +87,13 @@ def test_a_larger_ball_costs_more():
     assert scores[0] < scores[1] / 3
 
 
+def test_a_loss_that_is_no_number_is_not_the_least_sensitive():
+    net, (images, labels) = make_classifier(), make_batch()
+    images[0] = np.nan
+    with pytest.raises(ValueError, match=r"the loss is not finite at encoder/u.*0 to classes - 1"):
+        layer_sensitivity(net, images, labels, num_steps=2)
+
+
 def test_select_redundant_takes_the_least_sensitive_first():
     scores = {"a": 0.3, "b": 0.1, "c": 0.2, "d": 0.1, "e": 0.5}
     assert select_redundant(scores, top_k=3) == ["b", "d", "c"]

@@ -235,7 +235,7 @@ def test_a_card_of_a_billion_layers_is_refused(tmp_path):
     card = {"schema": 1, "name": "x", "builder": "robust_ssl.models:vision_transformer"}
     card |= {"options": options, "weights": {"sha256": ""}, "card": {}}
     (tmp_path / "encoder.json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match="1000000000 layers"):
+    with pytest.raises(ValueError, match="depth is 1000000000; at most 512 is built"):
         weights.load_encoder(tmp_path)
 
 
@@ -319,6 +319,7 @@ def test_half_a_file_is_never_left_behind(tmp_path):
         raise RuntimeError
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     disk.replace(tmp_path / ("n" * 255), b"a name as long as names may be")
+    disk.replace(tmp_path / ("日" * 85), b"as long in bytes")
     umask = os.umask(0o027)
     try:
         disk.replace(tmp_path / "file", "new")
@@ -342,3 +343,17 @@ def test_every_shipped_encoder_says_its_license():
 
 def test_the_citation_is_of_this_version():
     assert f"\nversion: {robust_ssl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_a_folder_is_called_by_its_name_and_none_stays_open(tmp_path):
+    descriptors = pathlib.Path("/proc/self/fd")
+    before = len([*descriptors.iterdir()]) if descriptors.is_dir() else 0
+    for _ in range(5):
+        with pytest.raises(ValueError, match=f"{tmp_path} is a directory; give a regular file"):
+            disk.read_bytes(tmp_path)
+    assert not before or len([*descriptors.iterdir()]) <= before
+
+
+def test_a_pipe_for_weights_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "p.safetensors")
+    assert weights.resizing_of(tmp_path / "p.safetensors") is None

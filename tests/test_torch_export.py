@@ -268,3 +268,11 @@ def test_the_command_writes_what_runs_without_this_package(tmp_path, capsys):
     logits = np.load(tmp_path / "out" / "logits.npy")
     ours = np.asarray(model(images).logits)
     np.testing.assert_allclose(logits, ours, atol=1e-5 * np.abs(ours).max())
+
+
+def test_a_network_that_has_no_form_in_torch_is_refused_in_words(tmp_path):
+    swin = models.swin_transformer(
+        jax.random.key(0), depths=(1, 1), width=4, heads=(1, 2), windows=2, image_size=16
+    )
+    with pytest.raises(ValueError, match=r"no PyTorch form of this Swin.*--stablehlo"):
+        weights.export_torch(swin, tmp_path / "out")

@@ -12,7 +12,7 @@ import tiny
 
 from robust_ssl import models, weights
 from robust_ssl.models import JPEG, Quantize, Smooth
-from robust_ssl.weights import native
+from robust_ssl.weights import cards, native
 from robust_ssl.weights.classifiers import CARD_FILE, HEAD_FILE
 
 
@@ -279,3 +279,27 @@ def test_a_member_that_is_missing_or_damaged(tmp_path):
     file.write_bytes(content)
     with pytest.raises(FileNotFoundError, match="members/2"):
         weights.load_classifier(tmp_path)
+
+
+def test_what_is_left_of_an_interruption_is_no_classifier(tmp_path, monkeypatch):
+    weights.save_classifier(small("linear"), tmp_path)
+    replace = cards.replace_file
+
+    def full(file, content):
+        if file.name == "head.safetensors":
+            raise OSError(28, "No space left on device")
+        replace(file, content)
+
+    monkeypatch.setattr(cards, "replace_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.save_classifier(small("mlp"), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        weights.load_classifier(tmp_path)
+
+
+def test_what_is_refused_leaves_what_was_there(tmp_path):
+    net = small("linear")
+    weights.save_classifier(net, tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        weights.save_classifier(net, tmp_path, {"accuracy": float("nan")})
+    assert_bit_equal(weights.load_classifier(tmp_path), net)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from robust_ssl import models
+from robust_ssl import models, provenance
 from robust_ssl.models import vit
 from robust_ssl.types import Encoder
 from robust_ssl.weights import cards
@@ -334,3 +334,52 @@ def test_an_edit_of_ones_own_is_accepted_by_name_and_a_card_of_before_is_noted(t
     file.write_text(json.dumps({n: v for n, v in record.items() if n != "sha256"}))
     weights.load_encoder(tmp_path)
     assert "has no checksum of itself" in caplog.text
+
+
+def test_a_card_with_numbers_for_keys_is_read_again(tmp_path):
+    encoder = tiny_net(jax.random.key(1))
+    shares = {epoch: epoch / 20 for epoch in (2, 10)}
+    weights.save_encoder(encoder, tmp_path, {"accuracy": shares}, builder=tiny_net)
+    assert_bit_equal(load(tmp_path), encoder)
+    told = weights.encoder_card(tmp_path)["card"]["accuracy"]
+    assert told == {"2": 0.1, "10": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (models.convnext, {"depths": [10**9, 1]}),
+        (models.vision_transformer, {"depth": 10**9}),
+        (models.vision_transformer, {"mlp_width": 10**12}),
+        (models.resnet18, {"image_size": 50_000}),
+        (models.resnet18, {"width": 10**9}),
+    ],
+)
+def test_a_network_that_no_file_can_hold_is_refused_before_it_is_built(make, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"the card: {name} is .*at most .* is built"):
+        weights.build_skeleton(make, options, "the card")
+
+
+def test_numbers_that_numpy_lacks_are_named(tmp_path):
+    encoder = models.resnet18(jax.random.key(0), width=4, image_size=8)
+    weights.save_encoder(encoder, tmp_path)
+    arrays = load_file(tmp_path / "encoder.safetensors")
+    header = {
+        name: {"dtype": "BF16", "shape": list(a.shape), "data_offsets": [0, 0]}
+        for name, a in arrays.items()
+    }
+    start = 0
+    for name, a in arrays.items():
+        header[name]["data_offsets"] = [start, start := start + 2 * a.size]
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(start)
+    (tmp_path / "encoder.safetensors").write_bytes(content)
+    card = json.loads((tmp_path / "encoder.json").read_text())
+    card["weights"] = cards.describe_file("encoder.safetensors", content)
+    card.pop("sha256")
+    (tmp_path / "encoder.json").write_bytes(cards.encode(card))
+    with pytest.raises(ValueError, match="numbers of type 'BF16'; it must be F32"):
+        weights.load_encoder(tmp_path)
+    (check,) = (c for c in provenance.examine(tmp_path) if c.number == 5)
+    assert check.outcome == "fail" and "BF16" in check.said

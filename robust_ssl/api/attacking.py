@@ -62,10 +62,14 @@ class Perturbation:
         Raises:
           ValueError: If the images are of another size or range, with the line that converts them.
         """
+        batch = self._batch_of(images)
+        attacked = np.asarray(_apply(self.value, jnp.asarray(inputs.pixels_of(batch)), key))
+        return attacked if batch is images else attacked[0]
+
+    def _batch_of(self, images: Any) -> Any:
+        """Returns the images themselves, or a batch of the one image that is given."""
         single = getattr(images, "ndim", 4) == 3 and np.shape(images) == self.value.delta.shape
-        pixels = inputs.pixels_of(np.asarray(images)[None] if single else images)
-        attacked = np.asarray(_apply(self.value, jnp.asarray(pixels), key))
-        return attacked[0] if single else attacked
+        return np.asarray(images)[None] if single else images
 
     def numpy(self) -> np.ndarray:
         """Returns what is added to every image (of a patch its canvas), float32 ``[H, W, 3]``."""
@@ -116,7 +120,7 @@ class Perturbation:
           A matplotlib figure; ``.savefig(path)`` writes it.
         """
         gray = np.full((1, *self.value.delta.shape), 0.5, np.float32)
-        pixels = gray if images is None else inputs.pixels_of(images[:8])
+        pixels = gray if images is None else inputs.pixels_of(self._batch_of(images)[:8])
         return report.draw_examples(pixels, self.apply(pixels))
 
 
@@ -174,6 +178,13 @@ def attack(
       Perturbation('universal_pgd', 32x32 pixels, budget 10/255)
     """
     fitted = universal_attack(attack, options)
+    if not callable(threat):
+        raise ValueError(
+            f"threat= makes a threat of the budget, as threats.Linf does; {threat!r} is one: "
+            f"threat=threats.{type(threat).__name__}, epsilon=..."
+        )
+    if not np.isscalar(epsilon) and np.ndim(epsilon):
+        raise ValueError(f"epsilon= is one budget, got {epsilon!r}; call attack once for each")
     resizing = inputs.resizing_of(encoder)
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)
@@ -198,6 +209,12 @@ def attack(
     return Perturbation(result.member(0), result.curve[:, 0], time.perf_counter() - begun)
 
 
+def refuse_class(attack: Any) -> None:
+    """Raises ValueError for an attack's class in place of a value of it."""
+    if isinstance(attack, type):
+        raise ValueError(f"{attack.__name__} is a class; make one: {attack.__name__}(...)")
+
+
 def universal_attack(named: Any, options: Mapping[str, Any]) -> Any:
     """Returns a universal attack by name, or the given one.
 
@@ -205,6 +222,7 @@ def universal_attack(named: Any, options: Mapping[str, Any]) -> Any:
       ValueError: If there is none of this name, or it attacks each image by itself.
     """
     if not isinstance(named, str):
+        refuse_class(named)
         if options:
             raise ValueError(f"{sorted(options)} are options of an attack by name; set them in it")
         if not hasattr(named, "init") or not hasattr(named, "step"):

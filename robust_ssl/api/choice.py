@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from robust_ssl import threats
-from robust_ssl.api.attacking import Perturbation
+from robust_ssl.api.attacking import Perturbation, refuse_class
 from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, autoattack
 from robust_ssl.build import Function, near
@@ -26,8 +27,8 @@ def named(given: Any) -> dict[str, Any]:
         for attack in [given] if alone else given:
             name = _name_of(attack)
             # Two of one name are two attacks.
-            number = sum(other.partition(" (")[0] == name for other in by_name)
-            by_name[f"{name} ({number + 1})" if number else name] = attack
+            others = (f"{name} ({number})" for number in itertools.count(2))
+            by_name[next(n for n in itertools.chain([name], others) if n not in by_name)] = attack
     if not by_name:
         raise ValueError('name at least one attack; see robust_ssl.list("attacks")')
     return {name: _value(attack) for name, attack in by_name.items()}
@@ -77,6 +78,9 @@ def grouped(
 def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
     """Returns an attack by name under a threat; AutoAttack is a mapping of several."""
     if not isinstance(attack, str):
+        refuse_class(attack)
+        if attack is None:
+            raise ValueError('None is no attack; see robust_ssl.list("attacks")')
         if hasattr(attack, "init") and hasattr(attack, "step"):
             raise ValueError(
                 f"{type(attack).__name__} is yet to be fitted: measure(..., "

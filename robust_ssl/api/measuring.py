@@ -7,7 +7,7 @@ import functools
 import html
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from robust_ssl import data, disk, evaluation, models, report, threats
 from robust_ssl.api import choice, inputs
+from robust_ssl.attacks import FABT
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
 from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sample
@@ -256,16 +257,22 @@ class _Scorer:
         results, done = {}, []
         for name, value in members:
             bar.update(doing=name)
-            ensemble = isinstance(value, Mapping)
-            run: Callable = evaluation.score_in_turn if ensemble else evaluation.score
-            attacks = value if ensemble else {name: value}
-            results[name] = run(self.classifier, self.batches(), attacks, **self.shared)[
-                evaluation.WORST
-            ]
+            results[name] = self._worst(name, value)
             done.append(Member(name, None, value, 0.0, self._gradients(value)))
             bar.update(bar.sent + 1, doing=name)
         worst = evaluation.worst_case(results.values())
         return Scored(group, tuple(done), {**results, evaluation.WORST: worst})
+
+    def _worst(self, name: str, value: Any) -> evaluation.PerImage:
+        """Scores an attack, or those of an ensemble in turn."""
+        if not isinstance(value, Mapping | FABT):
+            scored = evaluation.score(self.classifier, self.batches(), {name: value}, **self.shared)
+            return scored[evaluation.WORST]
+        # FAB stops just past the boundary, and rounding may push it back: as AutoAttack's own code.
+        attacks = value if isinstance(value, Mapping) else {name: [value]}
+        options = {"batch_size": self.at_once, "eight_bit": False, **self.shared}
+        scored = evaluation.score_in_turn(self.classifier, self.batches(), attacks, **options)
+        return scored[evaluation.WORST]
 
     def _gradients(self, value: Any) -> int:
         """Input gradients over all images, at most: AutoAttack leaves out what has fallen."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from robust_ssl import data
 from robust_ssl.api import inputs
-from robust_ssl.build import near
+from robust_ssl.build import Function, near
 from robust_ssl.experiment import Context, Plan, Recipe, linking
 from robust_ssl.experiment.sections import Training
 from robust_ssl.experiment.suites import InnerAttack
@@ -112,8 +112,12 @@ def secure(
         raise ValueError(f"only a robust_ssl.Encoder can be trained, got {type(encoder).__name__}")
     refuse_bridge(encoder, "trained")
     examples = inputs.examples_of(images, labels, encoder.image_size, "train", resizing)
-    left = len(examples) - round(len(examples) * validation)
-    common = {"epochs": epochs, "batch_size": max(1, min(batch_size, left)), "head": head}
+    if batch_size < 1 or epochs < 1:
+        raise ValueError(f"need at least one epoch and one image, got {epochs} and {batch_size}")
+    left, devices = len(examples) - round(len(examples) * validation), len(parallel.devices)
+    if left < devices:
+        raise ValueError(f"{left} images are left to train on, fewer than the {devices} devices")
+    common = {"epochs": epochs, "batch_size": min(batch_size, left - left % devices), "head": head}
     name, recipes = _recipes(recipe, options, common, epsilon)
     if not examples.class_names:
         raise ValueError("labels are needed to train a head: secure(encoder, images, labels)")
@@ -140,6 +144,11 @@ def _recipes(
     """Returns the recipe's name, and it with all that it is made from."""
     if isinstance(recipe, Mapping):
         name, value = "mine", {**recipe, **options}
+    elif not isinstance(recipe, str):
+        raise ValueError(
+            f"a recipe is a name, 'module:function' or a mapping of entries, got {recipe!r}; "
+            "what a function returns is a mapping: recipe=my_recipe()"
+        )
     else:
         name, value = recipe.rpartition(":")[2], {"function": _function(recipe), **options}
     whole, missing = {}, {name: value}
@@ -169,6 +178,10 @@ def _entries(
 ) -> dict[str, Any]:
     """Returns all entries of a recipe, its attack at the one budget."""
     where = f"recipe {name}"
+    if "function" in value and "epsilon" not in value:
+        function = Function.read({"function": value["function"]}, where)
+        if function.takes("epsilon"):  # what it makes of its budget, as a step, goes with it
+            value = {**value, "epsilon": epsilon}
     entries = linking.entries_of(value, common, where)
     if entries.get("attack"):
         entries["attack"] = {**entries["attack"], "epsilon": epsilon}

@@ -16,7 +16,7 @@ from jax import lax
 
 from robust_ssl import objectives, struct
 from robust_ssl.attacks.perturbation import GRAY, random_delta, share_at_budget
-from robust_ssl.attacks.universal import UniversalPGD, UniversalPGDState
+from robust_ssl.attacks.universal import UniversalPGD, UniversalPGDState, usual_length
 from robust_ssl.objectives import layers
 from robust_ssl.types import Objective
 
@@ -32,7 +32,10 @@ class _Ascent:
 
     def step(self, state, threat, batch):
         """Moves the perturbation once; returns the new state and the objective before it."""
-        return self._pgd(self.step_size).step(state, threat, batch)
+        length = self.step_size
+        if length is None:
+            length = usual_length(threat, 2e-4)  # PAP's released settings
+        return self._pgd(length).step(state, threat, batch)
 
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``."""
@@ -50,7 +53,7 @@ class L4ABase(_Ascent):
     them; with a hundred, a `step_size` of 2e-3 is meant.
 
     Attributes:
-      step_size: Length of a step, pixel units.
+      step_size: Length of a step, pixel units; None is `usual_length` of 2e-4.
       layer: What is lifted.
 
     Example:
@@ -64,7 +67,7 @@ class L4ABase(_Ascent):
       lifting attack, L4A-base).
     """
 
-    step_size: jax.Array | float = 2e-4  # PAP's released settings
+    step_size: jax.Array | float | None = None
     layer: int | str = struct.field(pytree_node=False, default=0)
     name: str = struct.field(pytree_node=False, default="l4a_base")
 
@@ -81,7 +84,7 @@ class L4AFuse(_Ascent):
     """L4A that lifts the next block as well: `L4ABase` with a second layer (L4A-fuse).
 
     Attributes:
-      step_size: Length of a step, pixel units.
+      step_size: Length of a step, pixel units; None is `usual_length` of 2e-4.
       layer: The first of the two blocks.
       weight: Of the second one.
 
@@ -90,7 +93,7 @@ class L4AFuse(_Ascent):
       {'layer': 0, 'weight': 1.0}
     """
 
-    step_size: jax.Array | float = 2e-4  # PAP's released settings
+    step_size: jax.Array | float | None = None
     layer: int | str = struct.field(pytree_node=False, default=0)
     weight: float = struct.field(pytree_node=False, default=1.0)  # PAP
     name: str = struct.field(pytree_node=False, default="l4a_fuse")

@@ -58,8 +58,9 @@ class UniversalPerturbation:
         """
         del model, label
         if image.shape != self.delta.shape:
+            called = f" {self.name!r}" if self.name else ""
             raise ValueError(
-                f"the perturbation {self.name!r} has size {self.delta.shape}, but the image has "
+                f"the perturbation{called} has size {self.delta.shape}, but the image has "
                 f"size {image.shape}; resize it with .resized({image.shape[:2]})"
             )
         return apply_delta(self.delta, image, self.threat, key)

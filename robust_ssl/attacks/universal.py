@@ -64,6 +64,21 @@ class UniversalAttack(Protocol):
         """Returns the perturbation, ``[H, W, 3]``, inside the budget."""
 
 
+def usual_length(threat: Threat, pixels: float) -> jax.Array | float:
+    """Returns the step of a universal attack where none is given.
+
+    `pixels`, by which every pixel moves.  Under `L2` that would be the length of the whole move,
+    and no number of steps would go far; there it is the share of the budget that `pixels` is of
+    10/255.
+
+    Example:
+      >>> usual_length(threats.Linf(8 / 255), 2e-3), round(usual_length(threats.L2(3.0), 2e-3), 3)
+      (0.002, 0.153)
+    """
+    inner = threat.threat if isinstance(threat, threats.Band) else threat
+    return inner.epsilon * (pixels * 255 / 10) if isinstance(inner, threats.L2) else pixels
+
+
 @struct.dataclass
 class UniversalPGDState:
     """State of `UniversalPGD`: the perturbation and the running direction, ``[H, W, 3]`` each."""
@@ -77,7 +92,7 @@ class UniversalPGD:
     """Momentum sign ascent on an objective averaged over the batch, from a random start.
 
     Attributes:
-      step_size: Length of a step, pixel units.
+      step_size: Length of a step, pixel units; None is `usual_length` of 2e-3.
       momentum: Share of the last direction that is kept, in [0, 1).
       objective: What is maximized.
 
@@ -86,7 +101,7 @@ class UniversalPGD:
       Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, Algorithm 1 (the step).
     """
 
-    step_size: jax.Array | float = 2e-3  # UAP-PGD's first rate
+    step_size: jax.Array | float | None = None
     momentum: jax.Array | float = 0.9
     objective: Objective = struct.field(pytree_node=False, default=objectives.feature_l2)
     name: str = struct.field(pytree_node=False, default="universal_pgd")
@@ -101,7 +116,10 @@ class UniversalPGD:
         value, gradient = batch.value_and_grad(self.objective, state.delta)
         scale = jnp.mean(jnp.abs(gradient))
         velocity = self.momentum * state.velocity + gradient / jnp.where(scale > 0, scale, 1.0)
-        moved = state.delta + self.step_size * batch.steepest(velocity)
+        length = self.step_size
+        if length is None:
+            length = usual_length(threat, 2e-3)  # UAP-PGD's first rate
+        moved = state.delta + length * batch.steepest(velocity)
         return UniversalPGDState(delta=batch.project(moved), velocity=velocity), value
 
     def delta(self, state, threat) -> jax.Array:

@@ -11,7 +11,7 @@ import datetime
 import importlib.resources
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from robust_ssl.audit import lines
@@ -30,6 +30,7 @@ AMOUNTS = {  # each with the largest value it may have
     "inference_price_per_1000": 1e9,
 }
 _POINTS = ("low", "likely", "high")
+Gates = Mapping[str, Callable[[Entry], float | str]]  # what reads a limit of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +160,12 @@ def template(language: str) -> str:
     return (folder / f"answers.{language}.yaml").read_text(encoding="utf-8")
 
 
-def read(path: str | os.PathLike | None, gates: Collection[str], items: Collection[str]) -> Answers:
+def read(path: str | os.PathLike | None, gates: Gates, items: Collection[str]) -> Answers:
     """Reads ``answers.yaml``.
 
     Args:
       path: The file; None where there is none.
-      gates: The ids that limits and waivers may name.
+      gates: What reads a limit, by the ids that limits and waivers may name.
       items: The ids that ticks may name.
 
     Raises:
@@ -175,11 +176,11 @@ def read(path: str | os.PathLike | None, gates: Collection[str], items: Collecti
     return parse(lines.read(path), gates, items)
 
 
-def parse(entry: Entry, gates: Collection[str], items: Collection[str]) -> Answers:
+def parse(entry: Entry, gates: Gates, items: Collection[str]) -> Answers:
     """Reads the entries of an ``answers.yaml``; see `read`.
 
     Example:
-      >>> parse(lines.parse("business: {decisions_per_yaer: 5}", "answers.yaml"), [], [])
+      >>> parse(lines.parse("business: {decisions_per_yaer: 5}", "answers.yaml"), {}, [])
       Traceback (most recent call last):
       ...
       robust_ssl.audit.lines.EntryError: answers.yaml, line 1: unknown entry 'decisions_per_yaer'...
@@ -243,15 +244,11 @@ def _triangle(entry: Entry, high: float) -> Triangle:
     return Triangle(*numbers)
 
 
-def _limits(section: Entry | None, gates: Collection[str]) -> dict[str, Limit]:
+def _limits(section: Entry | None, gates: Gates) -> dict[str, Limit]:
     limits = {}
     for gate, entry in section.mapping(gates).items() if section else ():
         entry.mapping(("limit", "reason"))
-        limit = entry.get("limit")
-        try:
-            value: float | str = limit.number()
-        except lines.EntryError:
-            value = limit.text()
+        value = gates[gate](entry.get("limit"))
         limits[gate] = Limit(value, entry.get("reason").text(), entry.line)
     return limits
 

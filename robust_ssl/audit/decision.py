@@ -35,8 +35,9 @@ def rules(policy_file: str | os.PathLike | None, answers_path: str | os.PathLike
       EntryError: Naming file and line of what is wrong.
     """
     limits, items = policy.read(policy_file), checklists.read()
-    ids = [gate.id for gate in limits], [item.id for item in items]
-    return limits, items, answers_file.read(answers_path, *ids)
+    readers = {gate.id: gate.read_limit for gate in limits}
+    ids = [item.id for item in items]
+    return limits, items, answers_file.read(answers_path, readers, ids)
 
 
 def decide(
@@ -70,7 +71,8 @@ def decide(
         "risk": assess(whole["measured"], answers),
     }
     document_ = {**whole, "decided": decided}
-    held = [gate for gate in limits if stage in gate.limits]
+    # A limit of the company's own stands, even where the policy has none at this stage.
+    held = [gate for gate in limits if stage in gate.limits or gate.id in answers.limits]
     if not held:
         raise settings.SettingsError(
             f"{limits[0].where.split(',')[0]}: no gate has a limit for the stage {stage!r}, so "

@@ -148,11 +148,6 @@ def judge(
     """
     own: Limit | None = answers.limits.get(gate.id)
     limit = own.value if own else gate.limit_at(stage)
-    if own and isinstance(own.value, str) != (gate.comparison == "is"):
-        raise settings.SettingsError(
-            f"{answers.file}, line {own.line}: the limit of {gate.id} must be "
-            f"{'a word' if gate.comparison == 'is' else 'a number'}, got {own.value!r}"
-        )
     figure = resolve(document, gate.measure, gate.where)
     doubted = untrusted(document, gate.measure)
     held = holds(figure, gate.comparison, limit, gate.where)

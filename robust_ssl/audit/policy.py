@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from robust_ssl.audit.lines import Entry
 
 COMPARISONS = ("at_least", "at_most", "is")
 UNITS = ("share", "points", "factor", "count", "money", "word")
+_RANGES = {"share": (0, 1), "points": (-1, 1), "factor": (0, math.inf), "count": (0, math.inf)}
 _ENTRIES = ("id", "measure", "comparison", "limit", "unit", "title", "reason")
 
 
@@ -40,6 +42,15 @@ class Gate:
     title: Mapping[str, str]
     reason: Mapping[str, str]
     where: str
+
+    def read_limit(self, entry: Entry) -> float | str:
+        """Reads a limit of this gate, the policy's or somebody's own.
+
+        Raises:
+          EntryError: If it is no number where one is needed, or none that the unit can have: of
+            20 % the share is 0.2, and a gate at 20 would be open for good.
+        """
+        return _limit(entry, self.comparison, self.unit)
 
     def limit_at(self, stage: str) -> float | str:
         """Returns the limit at a stage that has one."""
@@ -80,27 +91,34 @@ def _gate(entry: Entry) -> Gate:
         raise measure.error(
             f"is {measure.text()!r}; a JSON pointer begins with /measured/ or /decided/risk"
         )
+    unit = entries["unit"].one_of(UNITS) if "unit" in entries else "count"
     return Gate(
         id=name,
         measure=measure.text(),
         comparison=comparison,
-        limits=_limits(entry.get("limit"), comparison),
-        unit=entries["unit"].one_of(UNITS) if "unit" in entries else "count",
+        limits=_limits(entry.get("limit"), comparison, unit),
+        unit=unit,
         title=texts(entry.get("title")),
         reason=texts(entry.get("reason")),
         where=f"{entry.file}, line {entry.line}, gate {name}",
     )
 
 
-def _limits(entry: Entry, comparison: str) -> dict[str, Any]:
+def _limits(entry: Entry, comparison: str, unit: str) -> dict[str, Any]:
     """Reads one limit for all stages, or one for each."""
-
-    def value(limit: Entry) -> float | str:
-        return limit.text() if comparison == "is" else limit.number()
-
     if isinstance(entry.value, dict):
-        return {s: value(limit) for s, limit in entry.mapping(STAGES).items() if limit.value}
-    return dict.fromkeys(STAGES, value(entry))
+        stages = entry.mapping(STAGES)
+        return {stage: _limit(entry.get(stage), comparison, unit) for stage in stages}
+    return dict.fromkeys(STAGES, _limit(entry, comparison, unit))
+
+
+def _limit(entry: Entry, comparison: str, unit: str) -> float | str:
+    if comparison == "is":
+        return entry.text()
+    number, (low, high) = entry.number(), _RANGES.get(unit, (-math.inf, math.inf))
+    if unit == "points" and abs(number) > high:
+        raise entry.error(f"is {entry.text()}; three points are written 0.03")
+    return entry.number(low, high)
 
 
 def texts(entry: Entry) -> dict[str, str]:

@@ -75,9 +75,10 @@ def from_nnx(
     images = {"normalization": normalization, "mean": mean, "std": std}
     classes = {"num_classes": num_classes, "class_names": class_names}
     traits = Traits.read(image_size, images, classes, name or type(module).__name__)
-    graph, state = nnx.split(module)
+    # Random keys, which dropout carries, are no weights, and no file and no sum can hold them.
+    graph, random, state = nnx.split(module, nnx.RngState, ...)
 
     def call(variables, images):
-        return nnx.merge(graph, variables["params"])(images)
+        return nnx.merge(graph, random, variables["params"])(images)
 
     return over_jax(call, {"params": state}, output, traits, kind)

@@ -143,10 +143,10 @@ class Runner:
         """Keeps what goes into the head and comes out of the tapped submodules."""
 
         def keep(name):
-            return lambda _, inputs, value: seen.setdefault(name, []).append(value)
+            return lambda _, inputs, value: seen.setdefault(name, []).append(_copy(value))
 
         def keep_input(_, inputs):
-            seen.setdefault("head", []).append(inputs[0] if inputs else None)
+            seen.setdefault("head", []).append(_copy(inputs[0]) if inputs else None)
 
         handles = [
             self.module.get_submodule(part).register_forward_hook(keep(f"tap {tap}"))
@@ -213,6 +213,11 @@ def _place(module: Any, kind: str) -> tuple[Any, Any]:
         )
     floats = [t.dtype for _, t in weights if t.is_floating_point()]
     return torch.device(next(iter(devices), "cpu")), floats[0] if floats else torch.float32
+
+
+def _copy(value: Any) -> Any:
+    """Returns what a part that comes later cannot change: many activations work in place."""
+    return value.clone() if _is_tensor(value) else value
 
 
 def _is_tensor(value: Any) -> bool:

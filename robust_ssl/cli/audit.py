@@ -9,6 +9,7 @@ import argparse
 import pathlib
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from robust_ssl import settings, stopping, words
@@ -117,11 +118,19 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _decide(workdir: pathlib.Path, stage: str | None, given: files.Given, rules: Any) -> int:
     whole = document.read_workdir(workdir)
-    stage = stage or (whole["decided"] or {"stage": STAGES[0]})["stage"]
-    decided = decision.decide(whole, stage, *rules)
+    decided = decision.decide(whole, stage or _decided_stage(whole), *rules)
     files.keep(workdir, given)
     pages.write(workdir, decided)
     return _say(workdir)
+
+
+def _last_stage(workdir: pathlib.Path) -> str:
+    file = workdir.expanduser() / document.NAME
+    return _decided_stage(document.read(file)) if file.is_file() else STAGES[0]
+
+
+def _decided_stage(whole: Mapping[str, Any]) -> str:
+    return (whole["decided"] or {"stage": STAGES[0]})["stage"]
 
 
 def _say(workdir: pathlib.Path) -> int:
@@ -158,9 +167,11 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> Any:
         config.downstream.source = _source(arguments.data)
     if arguments.classifier:
         config.classifiers.secured.path = arguments.classifier
-    for name in ("answers", "policy", "lock", "stage"):
+    for name in ("answers", "policy", "lock"):
         if getattr(arguments, name):
             config.audit[name] = getattr(arguments, name)
+    if arguments.stage or not any(o.startswith("--config.audit.stage=") for o in overrides):
+        config.audit.stage = arguments.stage or _last_stage(pathlib.Path(arguments.workdir))
     config.audit.command = _typed(arguments, overrides)
     return config
 

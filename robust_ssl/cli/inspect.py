@@ -110,7 +110,7 @@ def _make(arguments: argparse.Namespace) -> int:
         raise ValueError("--make-baseline needs --data: images with labels of the task")
     import numpy as np
 
-    from robust_ssl import data, inspection, models, weights
+    from robust_ssl import data, inspection, weights
     from robust_ssl.api.names import BUILTIN
     from robust_ssl.attacks import UniversalPerturbation
 
@@ -119,18 +119,14 @@ def _make(arguments: argparse.Namespace) -> int:
     source = BUILTIN.get(arguments.data, arguments.data)
     if pathlib.Path(source).is_dir():
         source = pathlib.Path(source)
-    examples = data.load(source, split=arguments.split, image_size=size, limit=512)
+    options = {"image_size": size, "resizing": classifier.encoder.resizing}
+    examples = data.load(source, split=arguments.split, limit=512, **options)
     if examples.labels is None:
         raise ValueError(f"{arguments.data} has no labels, and accuracy is a part of a baseline")
     stored = []
     for path in map(pathlib.Path, arguments.perturbation):
         stored.append(UniversalPerturbation.load(path).resized(size).replace(name=path.stem))
-    labels = examples.labels
-    if classifier.class_names and not data.is_numbered(examples.class_names):
-        # By name: another folder may have the classes in another order.
-        models.in_order_of(classifier, examples.class_names)
-        places = [list(classifier.class_names).index(name) for name in examples.class_names]
-        labels = np.asarray(places)[labels]
+    labels = inspection.in_order_of_logits(classifier, examples.labels, examples.class_names)
     batch = examples.read(np.arange(len(examples)))["images"]
     made = inspection.baseline(
         arguments.model,
@@ -157,7 +153,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{arguments.model} is no directory of a saved classifier")
     images, note = None, ""
     if arguments.images:
-        images, note = _pictures(pathlib.Path(arguments.images), baseline.record["image_size"])
+        images, note = _pictures(pathlib.Path(arguments.images), baseline)
     result = inspection.inspect(
         arguments.model,
         baseline,
@@ -177,8 +173,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return _EXIT[result.verdict]
 
 
-def _pictures(folder: pathlib.Path, size: int) -> tuple[Any, str]:
-    """Returns new pictures at a size, uint8 ``[n, size, size, 3]``, and what could not be read."""
+def _pictures(folder: pathlib.Path, baseline: Any) -> tuple[Any, str]:
+    """Returns new pictures, uint8 ``[n, size, size, 3]``, and what could not be read of them."""
     import numpy as np
 
     from robust_ssl.data import pictures
@@ -186,11 +182,12 @@ def _pictures(folder: pathlib.Path, size: int) -> tuple[Any, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder} is no folder")
     files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in pictures.SUFFIXES]
+    size = baseline.record["image_size"]
     order = np.random.default_rng(len(files)).permutation(len(files))[:_MOST]
     images, broken = [], []
     for place in sorted(order):
         try:
-            images.append(pictures.decode(files[place], size, str(files[place])))
+            images.append(pictures.decode(files[place], size, str(files[place]), baseline.resizing))
         except (ValueError, OSError):
             broken.append(files[place].name)  # one bad picture is no reason to inspect nothing
     stacked = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)

@@ -187,7 +187,10 @@ def carve(
         )
     validation = np.sort(free[:count])
     train = np.setdiff1d(np.arange(len(examples)), validation)
-    return examples.take(train), dataclasses.replace(examples.take(validation), split="validation")
+    counted = {"split": "validation"}
+    if hasattr(examples, "trained_on"):
+        counted["trained_on"] = False
+    return examples.take(train), dataclasses.replace(examples.take(validation), **counted)
 
 
 def check_image_size(examples: Split, image_size: int) -> None:

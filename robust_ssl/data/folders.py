@@ -100,10 +100,11 @@ def _layout(folder: pathlib.Path, split: str) -> _Layout:
     splits = [name for name in inside if _is_split(name, split) and _class_names(folder / name)]
     chosen = _choose(split, splits)
     if chosen is None and splits:
+        other = [name for name in inside if name not in splits and _class_names(folder / name)]
+        example = f" (--config.downstream.{split}_split={other[0]})" if other else ""
         raise ValueError(
             f"data folder {str(folder)!r} has no split {split!r}; it has {inside}; say which one "
-            "with split=, in a config with train_split and test_split "
-            f"(--config.downstream.test_split={splits[-1]})"
+            f"with split=, in a config with train_split and test_split{example}"
         )
     if chosen is None:
         return _without_splits(folder, split)

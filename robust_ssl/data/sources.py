@@ -100,7 +100,8 @@ def load(
     if options and not callable(source):
         raise TypeError(f"options {sorted(options)} are for functions, and {source!r} is none")
     if callable(source):
-        examples = _from_function(source, split, seed, image_size, options)
+        value, name = _called(source, split, seed, image_size, options)
+        examples, resizing = _of_one_size(value, split, name, image_size, resizing)
     elif is_folder(source):
         examples = folders.open_split(pathlib.Path(source).expanduser(), split, image_size)
     elif isinstance(source, str) and source.startswith(hub.PREFIX):
@@ -108,10 +109,7 @@ def load(
     elif isinstance(source, str):
         examples = tfds_source.open_split(source, split, image_size, data_dir)
     else:
-        of_one_size = _one_size(source, image_size, resizing)
-        if of_one_size is not source and resizing is not None:  # done, and not to be done again
-            resizing = dataclasses.replace(resizing, sized="keep")
-        examples = _from_values(of_one_size, split, "arrays")
+        examples, resizing = _of_one_size(source, split, "arrays", image_size, resizing)
     if isinstance(examples, StreamedExamples):
         examples = dataclasses.replace(
             examples,
@@ -159,6 +157,14 @@ def _fit(examples, image_size, resizing, limit, seed, memory_limit) -> Examples 
     if dark and dark not in examples.notes:
         examples = dataclasses.replace(examples, notes=(*examples.notes, dark))
     return examples
+
+
+def _of_one_size(value: Any, split: str, name: str, image_size: int | None, resizing: Any):
+    """Returns the examples of what was given or returned, and the resizing that is left to do."""
+    of_one_size = _one_size(value, image_size, resizing)
+    if of_one_size is not value and resizing is not None:  # done, and not to be done again
+        resizing = dataclasses.replace(resizing, sized="keep")
+    return _from_values(of_one_size, split, name), resizing
 
 
 def _one_size(source: Any, image_size: int | None, resizing: Resizing | None) -> Any:
@@ -212,7 +218,8 @@ def _names_function(source: str) -> bool:
     return bool(colon) and function.isidentifier() and is_module
 
 
-def _from_function(function, split, seed, image_size, options) -> Examples | StreamedExamples:
+def _called(function, split, seed, image_size, options) -> tuple[Any, str]:
+    """Returns what a data function returns, and its name."""
     inner = getattr(function, "func", function)  # of a partial, which says some of it itself
     name = getattr(inner, "__name__", type(inner).__name__)
     said, parameters = getattr(function, "keywords", {}), inspect.signature(function).parameters
@@ -229,4 +236,4 @@ def _from_function(function, split, seed, image_size, options) -> Examples | Str
             f"data function {name!r} cannot be called with split and {sorted(arguments)}: {error}; "
             f"its parameters are {list(parameters)}"
         ) from error
-    return _from_values(function(split, **arguments), split, name)
+    return function(split, **arguments), name

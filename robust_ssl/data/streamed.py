@@ -44,8 +44,9 @@ class StreamedExamples(Split):
         of a split share them.  See `robust_ssl.data.duplicates`.
       workers: How many processes read and decode training batches; 0 are threads of this one.
       skip_unreadable: Whether pictures that cannot be decoded are left out and counted.  In a batch
-        of the training split the one before it takes its place; in a batch of another split, and
-        by default, it is an error.
+        to train on the one before it takes its place; in another batch, and by default, it is an
+        error.
+      trained_on: Whether it is to train on; None asks the split's name, which begins with "train".
       unreadable: Rows of such pictures, with what was wrong; all parts of a split share them.
       resizing: How pictures get their size; None is as `robust_ssl.data.load` says.
 
@@ -71,6 +72,7 @@ class StreamedExamples(Split):
     skip_unreadable: bool = False
     unreadable: dict[int, str] = dataclasses.field(default_factory=dict, repr=False)
     resizing: Resizing | None = None
+    trained_on: bool | None = None
 
     def __post_init__(self):
         if len(self.rows) == 0:
@@ -154,7 +156,8 @@ class StreamedExamples(Split):
         Those before a place are read where they are not among `places`: the fill is the same,
         whatever part of a batch a process reads.
         """
-        if self.split != "train":
+        named = self.split.startswith("train")
+        if not (named if self.trained_on is None else self.trained_on):
             raise ValueError(
                 f"{self._first_unreadable}; no other can take its place where figures are counted, "
                 "and the set is too large to read beforehand: remove the file"
@@ -233,15 +236,16 @@ class StreamedExamples(Split):
         return Examples(images[:count], known, self.class_names, self.name, self.split, notes)
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of names, shapes, rows and the first 64 images, 64 hex digits.
+        """Returns the SHA-256 of names, shapes, rows, labels and the first 64 images, in hex.
 
-        Reading everything would take as long as an epoch, so a change in a later picture goes
-        unseen.
+        Reading everything would take as long as an epoch, so a change in the pixels of a later
+        picture goes unseen, and one of its label where labels are read with the pictures.
         """
         head = self.read(np.arange(min(64, len(self))))
         # The same pixels in another order, or of other rows, are other data.
         rows = np.asarray(self.rows, np.int64).tobytes()
-        return sha256(header(self), rows, *(head[key].tobytes() for key in sorted(head)))
+        known = b"" if self.labels is None else np.asarray(self.labels, np.int32).tobytes()
+        return sha256(header(self), rows, known, *(head[key].tobytes() for key in sorted(head)))
 
 
 def pixel_digest(image: np.ndarray) -> int:

@@ -163,9 +163,10 @@ def _right(
         "public": outcomes[outcome_name(Group(name, "public", *suite))],
         "adaptive": outcomes[outcome_name(Group(name, "hardened", *suite))],
     }
-    for budget in context.plan.scoring.per_image.scored[:1]:
-        kind = threat_name(budget.threat)
-        group = Group(name, "hardened", "per_image", kind, budget.epsilon)
+    budgets = [b for b in context.plan.scoring.per_image.scored if threat_name(b.threat) == "Linf"]
+    if budgets:
+        widest = max(budget.epsilon for budget in budgets)
+        group = Group(name, "hardened", "per_image", "Linf", widest)
         right["per_image"] = outcomes[outcome_name(group)]
     return right
 
@@ -200,7 +201,7 @@ def _estimate(entry: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def _rows(entries: Sequence[Mapping[str, Any]], names: Names) -> list[dict[str, Any]]:
-    """Returns every attack on the two models, as the table of the page has them."""
+    """Returns every attack on the two models."""
     roles = {name: role for role, name in names.items() if name}
     return [
         {

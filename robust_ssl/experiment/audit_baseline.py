@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import pathlib
 from typing import Any
 
 import jax
@@ -12,6 +14,8 @@ from robust_ssl import evaluation, inspection
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.context import Context
+from robust_ssl.experiment.sections import SavedClassifier
+from robust_ssl.inspection import baselines
 from robust_ssl.types import Classifier
 
 FOLDER = "baseline"
@@ -23,35 +27,51 @@ def write_baseline(context: Context, model: Classifier) -> dict[str, Any] | None
     """Writes a baseline into the working directory, unless it is there.
 
     Returns:
-      Where the classifier and the baseline lie, from the working directory; None where there is no
-      inspection, or the classifier has no directory that could be inspected.
+      Where the classifier and the baseline lie, from the working directory, and the code that it
+      needs; None where there is none, or the classifier has no directory that could be inspected.
     """
     folder, recipe = context.workdir / FOLDER, context.plan.recipes.get(context.plan.audit.secured)
     if recipe is not None and not recipe.is_trained:
         return None
-    place = context.plan.audit.secured
+    saved = SavedClassifier()
     if recipe is not None:
         place = train.directory(recipe, context.plan.training.seeds[0])
         source: Any = context.workdir / place
     else:
+        place = context.plan.audit.secured
         saved = context.plan.classifiers[place]
-        place, source = saved.path or place, saved.path or model
-    if not folder.is_dir() and jax.process_index() == 0 and not _write(context, source, folder):
+        source = model
+        if saved.path:
+            source = pathlib.Path(saved.path).expanduser()
+            place = os.path.relpath(source, context.workdir)
+    done = (folder / baselines.CARD).is_file() or jax.process_index() > 0
+    if not (done or _write(context, source, saved, folder)):
         return None
-    return {"model": place, "baseline": FOLDER}
+    if recipe is None and not saved.path:
+        return None  # `inspection.inspect` takes the value, the command does not
+    return {"model": place, "baseline": FOLDER, "own": saved.own}
 
 
-def _write(context: Context, source: Any, folder: Any) -> bool:
+def _write(context: Context, source: Any, saved: SavedClassifier, folder: Any) -> bool:
     count = min(IMAGES, len(context.test))
-    batch = context.test.read(np.arange(count))
+    examples = context.test.subset(count, context.plan.seed)
+    batch = examples.read(np.arange(count))
     noise = {name for name, member in context.plan.suite.attacks.items() if member.is_noise}
     public = at_main_budget(context, attack(context))
     fitted = [one.perturbation for one in public if one.attack not in noise]
     images = np.asarray(evaluation.to_pixels(batch["images"]))
     try:
-        inspection.baseline(source, images, context.test_labels[:count], fitted, folder)
+        labels = _labels(batch["labels"], saved, context.test.class_names)
+        inspection.baseline(source, images, labels, fitted, folder, **saved.own)
     except (ValueError, OSError) as error:
         # Hours of measurement must not end for want of a baseline, which can be made later.
         _log.warning("%s: no baseline for inspections was made: %s", folder, error)
         return False
     return True
+
+
+def _labels(labels: np.ndarray, saved: SavedClassifier, names: Any) -> np.ndarray:
+    """Returns labels in the order of the logits: a classifier from elsewhere has its own."""
+    if not saved.path:
+        return labels
+    return inspection.in_order_of_logits(saved.load(), labels, names)

@@ -34,17 +34,17 @@ class Audit:
     command: str = ""
 
     def check_names(self, recipes: Collection[str], classifiers: Collection[str]) -> None:
-        """Raises ValueError unless both are there, are scored, and differ."""
+        """Raises ValueError unless both are there and differ; recipes are those that are scored."""
         if self.usual not in recipes:
             raise ValueError(
-                f"config.audit.usual is {self.usual!r}, which is not in config.recipes"
-                f"{near(self.usual, recipes)}"
+                f"config.audit.usual is {self.usual!r}, which is not in config.recipes, or is "
+                f"not scored{near(self.usual, recipes)}"
             )
         known = [*recipes, *classifiers]
         if self.secured not in known:
             raise ValueError(
                 f"config.audit.secured is {self.secured!r}, which is in neither config.recipes nor "
-                f"config.classifiers{near(self.secured, known)}"
+                f"config.classifiers, or is not scored{near(self.secured, known)}"
             )
         if self.usual == self.secured:
             raise ValueError(

@@ -252,7 +252,10 @@ class Context:
             named = source.function.bound  # its options may have the names of ours
         name = source.train_split if split == "train" else source.test_split
         limit, seed = source.limit(split), self.plan.seed
-        return data.load(named, split=name, limit=limit, seed=seed, **options)
+        read = data.load(named, split=name, limit=limit, seed=seed, **options)
+        if isinstance(read, data.StreamedExamples):  # whatever the split is called
+            read = dataclasses.replace(read, trained_on=split == "train")
+        return read
 
 
 def without_labels(examples):

@@ -33,12 +33,15 @@ def _extractor(parallel: Parallel):
 def features_of(
     encoder: Encoder, examples, parallel: Parallel, batch_size: int = 500
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a whole split's features in evaluation mode, ``[n, dim]``, and labels ``[n]``."""
+    """Returns a whole split's features in evaluation mode, ``[n, dim]``, and labels ``[n]``.
+
+    Without labels none are returned, ``[0]``.
+    """
     extract = _extractor(parallel)
     features, labels = [], []
     for batch in data.epoch_batches(examples, batch_size):
         features.append(extract(encoder, {"images": batch["images"]}))
-        labels.append(batch["labels"])
+        labels.append(batch.get("labels", np.zeros(0, np.int32)))
     return np.concatenate(features), np.concatenate(labels)
 
 

@@ -235,7 +235,7 @@ def _check_names_in_sections(planned: Plan) -> None:
     if planned.sweep is not None:
         _check_sweep(planned)
     if planned.audit is not None:
-        planned.audit.check_names(planned.recipes, planned.classifiers)
+        planned.audit.check_names([r.name for r in planned.scored], planned.classifiers)
     if "analyze" in planned.stages or planned.analyze != Analyze():
         _check_transfer(planned)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from robust_ssl import data, optimizers, pretraining, provenance, weights
@@ -48,12 +49,20 @@ def check(context: Context) -> None:
     settings = context.plan.pretrain
     encoder = settings.encoder(jax.random.key(context.plan.seed))
     train_set, test_set = _splits(context, encoder)
+    method = settings.method()
+    needed = _labelled(train_set, test_set) or getattr(method, "needs_labels", False)
     for examples in (train_set, test_set):
         data.check_image_size(examples, encoder.image_size)
-        data.check_classes(examples, train_set.num_classes)  # the probes need labels
+        if needed:
+            data.check_classes(examples, train_set.num_classes)
     tx = build_optimizer(settings, data.steps_per_epoch(len(train_set), settings.batch_size))
     context.parallel.check_batch(settings.batch_size)
-    _trace(settings, encoder, settings.method(), tx, train_set)
+    _trace(settings, encoder, method, tx, train_set)
+
+
+def _labelled(train_set, test_set) -> bool:
+    """Whether accuracies can be measured; without labels the features alone are looked at."""
+    return bool(train_set.class_names and test_set.class_names)
 
 
 def _splits(context: Context, encoder: Encoder | None = None) -> list[Any]:
@@ -113,7 +122,8 @@ def pretrain(context: Context) -> StageDirectory:
     Every few epochs the log gets the accuracies of k-NN and of a linear probe on a part of the
     images and, to show collapse, `feature_std` and `effective_rank` (with a warning below
     `COLLAPSED`); at the end both accuracies on all images.  Labels are used for this monitoring
-    only (and by a method that needs them), and the test split's are in no decision.
+    only (and by a method that needs them), and the test split's are in no decision.  Without labels
+    there are no accuracies.
 
     Returns:
       The stage's directory; ``encoder/`` in it is what `robust_ssl.load_encoder` takes.
@@ -134,7 +144,7 @@ def pretrain(context: Context) -> StageDirectory:
             trained = _in_float32(trained)
         results = _probe(trained, train_set, test_set, context.parallel)
         random = _probe(encoder, train_set, test_set, context.parallel, linear=False)
-        results["random_knn_accuracy"] = random["knn_accuracy"]
+        results |= {f"random_{name}": value for name, value in random.items()}
         _log.info("pretrain: %s", ", ".join(f"{k} {v:.4f}" for k, v in results.items()))
         weights.save_encoder(
             trained,
@@ -240,13 +250,13 @@ def _monitor(
     trained = pretraining.trained_encoder(encoder, jax.device_get(variables))
     bank, queries = (s.subset(min(monitor.images, len(s))) for s in (train_set, test_set))
     fitted, scored = (features_of(trained, part, parallel) for part in (bank, queries))
-    features = jnp.asarray(scored[0])
-    results = {
-        "knn_accuracy": pretraining.knn_accuracy(*fitted, *scored),
-        "linear_accuracy": pretraining.linear_accuracy(*fitted, *scored),
-        "feature_std": float(pretraining.feature_std(features)),
-        "effective_rank": float(pretraining.effective_rank(features)),
-    }
+    results = _spread(scored[0])
+    if _labelled(train_set, test_set):
+        results = {
+            "knn_accuracy": pretraining.knn_accuracy(*fitted, *scored),
+            "linear_accuracy": pretraining.linear_accuracy(*fitted, *scored),
+            **results,
+        }
     _log.info("epoch %d: %s", epoch, {name: round(v, 4) for name, v in results.items()})
     if not results["feature_std"] >= COLLAPSED:  # NaN too
         _log.warning(
@@ -260,8 +270,19 @@ def _monitor(
 def _probe(
     encoder: Encoder, train_set, test_set, parallel: Parallel, *, linear: bool = True
 ) -> dict[str, float]:
+    if not _labelled(train_set, test_set):
+        return _spread(features_of(encoder, test_set, parallel)[0])
     fitted, scored = (features_of(encoder, part, parallel) for part in (train_set, test_set))
     results = {"knn_accuracy": pretraining.knn_accuracy(*fitted, *scored)}
     if linear:
         results["linear_accuracy"] = pretraining.linear_accuracy(*fitted, *scored)
     return results
+
+
+def _spread(features: np.ndarray) -> dict[str, float]:
+    """Returns what tells collapse, without labels."""
+    features = jnp.asarray(features)
+    return {
+        "feature_std": float(pretraining.feature_std(features)),
+        "effective_rank": float(pretraining.effective_rank(features)),
+    }

@@ -61,7 +61,8 @@ def scaled(attack: AttackT, share: jax.Array | float) -> AttackT:
     """Returns an attack with a share of its budget, in steps that are as much shorter.
 
     Every field `epsilon` and `step_size` is multiplied, the threat's among them.  A step that is
-    not said (None) stays what the attack makes of its budget.
+    not said (None) stays the attack's own: of `PGD` under Linf 2/255, under L2 a part of the
+    budget.
 
     Example:
       >>> from robust_ssl import attacks, threats

@@ -96,6 +96,12 @@ def layer_sensitivity(
         curves[path] = [*losses, measure(ascent, batch)[1]]
     # One transfer at the end: the devices do not wait for the host between layers.
     curves, base = jax.device_get((curves, base))
+    broken = [path for path, losses in curves.items() if not np.isfinite([*losses, base]).all()]
+    if broken:  # 0 would call them the least sensitive
+        raise ValueError(
+            f"the loss is not finite at {', '.join(broken[:3])}; look at the attacked images, the "
+            "labels (0 to classes - 1) and the weights"
+        )
     # The best point of the ascent: a step may overshoot, and the unmoved kernel is in the ball.
     return {path: max(0.0, float(max(losses) - base)) for path, losses in curves.items()}
 

@@ -4,7 +4,12 @@
 compares it with now, in minutes on a CPU, and `record` writes that down beside the ones before.
 """
 
-from robust_ssl.inspection.baselines import Baseline, baseline, read_baseline
+from robust_ssl.inspection.baselines import (
+    Baseline,
+    baseline,
+    in_order_of_logits,
+    read_baseline,
+)
 from robust_ssl.inspection.drift import energy_test
 from robust_ssl.inspection.findings import NAMES
 from robust_ssl.inspection.inspecting import Inspection, inspect
@@ -17,6 +22,7 @@ __all__ = [
     "as_junit",
     "baseline",
     "energy_test",
+    "in_order_of_logits",
     "inspect",
     "read_baseline",
     "read_history",

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl import data, disk, provenance, threats, weights
+from robust_ssl import data, disk, models, provenance, threats, weights
 from robust_ssl.attacks import UniversalPerturbation
+from robust_ssl.data.resizing import Resizing
 from robust_ssl.inspection import measuring
 from robust_ssl.types import Classifier
-from robust_ssl.weights import cards
+from robust_ssl.weights import cards, transforms
 from robust_ssl.workdir import versions
 
 SCHEMA = 1
@@ -53,6 +54,12 @@ class Baseline:
     correct: Mapping[str, np.ndarray]
     perturbations: Mapping[str, UniversalPerturbation]
     lock: Mapping[str, Any] | None
+
+    @property
+    def resizing(self) -> Resizing | None:
+        """How the classifier's pictures got their size, where it says so."""
+        told = self.record.get("resizing")
+        return transforms.resizing(told, self.record["image_size"]) if told else None
 
     @property
     def fits(self) -> list[np.ndarray]:
@@ -121,14 +128,39 @@ def baseline(
     return read_baseline(folder)
 
 
+def in_order_of_logits(
+    classifier: Classifier, labels: np.ndarray, class_names: Sequence[str]
+) -> np.ndarray:
+    """Returns labels of classes in the order of a classifier's logits, int ``[n]``.
+
+    Another data set may have the same classes in another order.  Where one of the two has no names
+    but numbers, they are taken as they are.
+
+    Args:
+      classifier: The classifier.
+      labels: Places in `class_names`, int ``[n]``.
+      class_names: Of the data set.
+
+    Raises:
+      ValueError: If its logits stand for other classes.
+    """
+    mine = classifier.class_names
+    if not mine or data.is_numbered(mine) or data.is_numbered(class_names):
+        return labels
+    models.in_order_of(classifier, class_names)
+    return np.asarray([mine.index(name) for name in class_names])[labels]
+
+
 def _described(classifier: Classifier) -> dict[str, Any]:
+    resizing, size = classifier.encoder.resizing, classifier.encoder.image_size
     return {
+        **({} if resizing is None else {"resizing": transforms.described(resizing, size)}),
         "schema": SCHEMA,
         "kind": "robust_ssl inspection baseline",
         "versions": versions(),
         "classes": classifier.num_classes,
         "class_names": list(classifier.class_names),
-        "image_size": classifier.encoder.image_size,
+        "image_size": size,
         "device": measuring.device(),
     }
 
@@ -156,7 +188,8 @@ def _drawn(images: Any, labels: Any, classifier: Classifier, limit: int, seed: i
     if examples.image_shape[:2] != (size, size):
         raise ValueError(f"images are {examples.image_shape}, the classifier takes {size} pixels")
     most = max(1, min(limit, _MOST_BYTES // int(np.prod(examples.image_shape))))
-    return examples if len(examples) <= most else examples.subset(most, seed)
+    # In random order: a folder's come class by class, and some checks look at the first of them.
+    return examples.take(np.random.default_rng(seed).permutation(len(examples))[:most])
 
 
 def _named(perturbations: Any, shape: tuple[int, ...]) -> dict[str, UniversalPerturbation]:

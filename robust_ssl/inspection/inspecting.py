@@ -158,8 +158,12 @@ def _some(images: np.ndarray | None, baseline: Baseline, seed: int) -> np.ndarra
             f"new images must be uint8 of {baseline.images.shape[1:]}, got {images.dtype} of "
             f"{images.shape[1:]}"
         )
-    rows = np.random.default_rng(seed).permutation(len(images))[:_MOST_NEW]
-    return images[np.sort(rows)]
+    return _some_of(images, seed)
+
+
+def _some_of(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Returns at most `_MOST_NEW`, drawn at random: pictures of a folder come class by class."""
+    return rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:_MOST_NEW])]
 
 
 def _measured(
@@ -182,7 +186,7 @@ def _measured(
         ),
         findings.replay(dict(baseline.correct), now),
         _new_fit(classifier, baseline, seed),
-        findings.shift(baseline.features[:_MOST_NEW], features, note),
+        findings.shift(_some_of(baseline.features, record["seed"]), features, note),
         findings.latency(
             record["figures"]["milliseconds"],
             measuring.milliseconds(classifier, images),

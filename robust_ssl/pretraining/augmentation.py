@@ -319,7 +319,7 @@ def crop_and_flip(
         raise ValueError(f"smallest is a share of the area in (0, 1], got {smallest}")
     image = random_resized_crop(key, image, scale=(smallest, 1.0))
     if flip:
-        mirrored = jax.random.bernoulli(jax.random.fold_in(key, 1))
+        mirrored = jax.random.bernoulli(jax.random.fold_in(key, 4))  # the crop has taken 0 to 3
         image = jnp.where(mirrored, image[:, ::-1], image)
     return jnp.clip(image, 0, 1)  # interpolation rounds
 

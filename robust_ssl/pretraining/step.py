@@ -143,6 +143,8 @@ def make_step(
         progress = state.step / total_steps
         epoch_starts = state.step % steps_per_epoch == 0
         variables = _at_epoch_start(method, state.variables, step_key, epoch_starts)
+        # What an epoch begins with is of no batch, and stays where this batch's update is skipped.
+        state = state.replace(variables=variables)
         gradients, variables, metrics = _accumulated(
             gradients_of, variables, batch, step_key, progress, accumulate
         )

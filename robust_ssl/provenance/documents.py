@@ -17,9 +17,14 @@ _MOST = 2**20  # bytes of a page that is read for what it says
 # How the usual licenses begin, and what they are called at spdx.org.
 _LICENSES = (
     (r"Apache License\s+Version 2\.0", "Apache-2.0"),
-    (r"MIT License|Permission is hereby granted, free of charge", "MIT"),
+    (
+        r"MIT License|granted, free of charge, to any\s+person\s+obtaining",
+        "MIT",
+    ),
     (r"BSD 3-Clause|Neither the name", "BSD-3-Clause"),
-    (r"Attribution-NonCommercial", "CC-BY-NC-4.0"),
+    (r"Attribution-NonCommercial\s+4\.0", "CC-BY-NC-4.0"),
+    (r"Attribution-NonCommercial-ShareAlike\s+4\.0", "CC-BY-NC-SA-4.0"),
+    (r"Attribution-NonCommercial-NoDerivatives\s+4\.0", "CC-BY-NC-ND-4.0"),
     (r"GNU GENERAL PUBLIC LICENSE", "GPL"),
 )
 

@@ -97,6 +97,8 @@ def _arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
         return load(disk.read_bytes(file))
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{file} has numbers of type {error}; it must be F32") from error
 
 
 def _misfits(arrays: Mapping[str, np.ndarray], variables: Any) -> list[str]:

@@ -58,7 +58,7 @@ class Source:
         """The name for statements and tables."""
         if self.address is not None:
             return self.address.name
-        place = pathlib.PurePath(self.given)
+        place = self.path.resolve() if self.path.is_dir() else pathlib.PurePath(self.given)
         return place.name if self.path.is_dir() else place.stem
 
 

@@ -169,13 +169,16 @@ def universal_trades() -> Entries:
     }
 
 
-def warm_fgsm() -> Entries:
+def warm_fgsm(epsilon: float = 8 / 255) -> Entries:
     """Returns one-step adversarial fine-tuning from a head that fits.
+
+    Args:
+      epsilon: Budget, pixel units.
 
     Ratios of 0.5 and 0.7 were tried on training images that no comparison has; 0.6 was taken
     between them, untried.
     """
-    return _warm(fgsm())
+    return _warm(fgsm(epsilon))
 
 
 def warm_pgd() -> Entries:

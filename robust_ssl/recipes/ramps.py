@@ -70,27 +70,29 @@ def ramp_nfgsm(epsilon: float = 8 / 255) -> Entries:
     return {**ramp_fgsm(epsilon), "attack": {"function": f"{ATTACKS}NFGSM", "epsilon": epsilon}}
 
 
-def ramp_ema(decay: float = 0.95) -> Entries:
+def ramp_ema(decay: float = 0.95, epsilon: float = 8 / 255) -> Entries:
     """Returns `ramp_fgsm` of which the average of the last updates' weights is kept.
 
     Args:
       decay: Of the average, by update; after 60 updates 5 % of the start are left at 0.95.
+      epsilon: The whole budget, pixel units.
     """
-    return {**ramp_fgsm(), "ema": decay}
+    return {**ramp_fgsm(epsilon), "ema": decay}
 
 
-def ramp_teacher(weight: float = 1.0) -> Entries:
+def ramp_teacher(weight: float = 1.0, epsilon: float = 8 / 255) -> Entries:
     """Returns `ramp_fgsm` that is pulled to the logits which `full` has for the clean image.
 
     Args:
       weight: Of the pull.
+      epsilon: The whole budget, pixel units.
 
     References:
       Cui et al., "Learnable Boundary Guided Adversarial Training", ICCV 2021.
     """
     pull = {"function": f"{LOSSES}teacher_distance", "weight": weight}
     return {
-        **ramp_fgsm(),
+        **ramp_fgsm(epsilon),
         "losses": {**ON_ADVERSARIAL["losses"], "teacher_distance": pull},
         "teacher": "full",
     }

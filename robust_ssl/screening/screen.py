@@ -20,7 +20,8 @@ class Screened(NamedTuple):
 
     Attributes:
       suspicious: Bool ``[n]``.
-      score: How surprising the image would be among clean ones, nats, float ``[n]``.
+      score: How surprising the image would be among clean ones to the detector that is surprised
+        the most, nats, float ``[n]``.
       reason: The detector that is surprised the most, by image; "nothing" where none is.
     """
 

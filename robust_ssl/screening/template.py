@@ -45,7 +45,7 @@ class Template:
         del key, model
         responses = jnp.einsum("kyxc,yxc->k", self.filters, image) - self.offsets
         known = jnp.max(jnp.where(self.active > 0, responses, -jnp.inf), initial=-jnp.inf)
-        return jnp.where(jnp.isfinite(known), known, 0.0)
+        return jnp.where(jnp.isneginf(known), 0.0, known)  # NaN stays: it is suspicious
 
     def without(self, name: str) -> Template:
         """Returns the detector that does not know an attack."""

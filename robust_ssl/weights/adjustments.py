@@ -68,7 +68,8 @@ def in_channels(
     Raises:
       ValueError: If the order is not known.
     """
-    told = normalization.channels(configs)
+    # What is exported here takes red first, whatever stands beside it of the model it came from.
+    told = None if normalization.own_record(configs) else normalization.channels(configs)
     if channels not in (None, *CHANNELS):
         raise ValueError(f"channels={channels!r}: there are {', '.join(CHANNELS)}")
     notes = []

@@ -41,7 +41,8 @@ def encode(record: Mapping[str, Any]) -> bytes:
     Raises:
       ValueError: If the record is not JSON; NaN and infinity are not, and other readers choke.
     """
-    # Python writes NaN as a bare word by default, which is no JSON.
+    # Python writes NaN as a bare word by default, which is no JSON.  Keys are texts once read.
+    record = json.loads(json.dumps(record, allow_nan=False))
     sealed = {**record, "sha256": _sum(record)}
     return (json.dumps(sealed, indent=2, allow_nan=False) + "\n").encode()
 
@@ -190,6 +191,8 @@ def read_variables(folder, description: Mapping[str, Any], name: str, like: Any)
         arrays = load(content)
     except SafetensorError as error:
         raise ValueError(f"{where} is not a safetensors file: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{where} has numbers of type {error}; it must be F32") from error
     # A right sum proves that the file is the card's, not that both fit the network.
     check_arrays(arrays, flatten(like), where)
     # Not `jnp.asarray`, which compiles a program for each shape.

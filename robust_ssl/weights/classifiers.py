@@ -86,11 +86,14 @@ def save_classifier(
         "weights": cards.describe_file(HEAD_FILE, weights),
         "card": dict(card or {}),
     }
-    text = cards.encode(record)  # may fail, so before anything is written
-    native.save_encoder(classifier.encoder, directory, card, builder=builder, options=options)
+    # All that may fail comes before anything is written.
+    encoder = native.files_of(classifier.encoder, card, builder=builder, options=options)
+    files = {**encoder, HEAD_FILE: weights, CARD_FILE: cards.encode(record)}
     directory = pathlib.Path(directory)
-    cards.replace_file(directory / HEAD_FILE, weights)
-    cards.replace_file(directory / CARD_FILE, text)
+    # Away first and back last: an interruption leaves no classifier, never one of two halves.
+    (directory / CARD_FILE).unlink(missing_ok=True)
+    for name, content in files.items():
+        cards.replace_file(directory / name, content)
     return directory
 
 

@@ -128,10 +128,12 @@ def export_stablehlo(
     count = batch if batch is not None else export.symbolic_shape("batch")[0]
     images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
     exported = export.export(jax.jit(apply), platforms=PLATFORMS)(images)
-    beside = names_and_transform(model)
-    if beside:
-        _write(f"{os.fspath(file)}.json", cards.encode(beside))
-    return _write(file, bytes(exported.serialize()))
+    about = pathlib.Path(f"{os.fspath(file)}.json")
+    about.unlink(missing_ok=True)  # of another model that was here
+    written = _write(file, bytes(exported.serialize()))
+    if beside := names_and_transform(model):
+        _write(about, cards.encode(beside))
+    return written
 
 
 def names_and_transform(model: Encoder | Classifier) -> dict[str, Any]:

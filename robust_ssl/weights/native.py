@@ -44,7 +44,8 @@ _BUILDERS = {
 }
 _SKELETONS: dict[Any, Encoder] = {}
 _MOST_SKELETONS = 32
-_DEEPEST = 512  # layers; a card that asks for a billion would have them built for ever
+# The most that is built of what a card asks for: a billion layers would be built for ever.
+_MOST = {"depth": 512, "depths": 512, "image_size": 4096, "width": 2**14, "mlp_width": 2**17}
 RESNETS: dict[Any, str] = {blocks: name for name, blocks in resnet.VARIANTS.items()}
 # Image size, dtype and device axis stand elsewhere in an encoder, or are no choice of the network.
 _OPTIONS = {
@@ -92,6 +93,20 @@ def save_encoder(
       ...     load_encoder(folder).name
       'resnet18'
     """
+    directory = pathlib.Path(directory)
+    for name, content in files_of(encoder, card, builder=builder, options=options).items():
+        cards.replace_file(directory / name, content)
+    return directory
+
+
+def files_of(
+    encoder: Encoder,
+    card: Mapping[str, Any] | None = None,
+    *,
+    builder: Callable[..., Encoder] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Returns what `save_encoder` writes, by name, in order, and refuses what it refuses."""
     from safetensors.numpy import save
 
     refuse_bridge(encoder, "saved")
@@ -127,12 +142,8 @@ def save_encoder(
         "weights": cards.describe_file(WEIGHTS_FILE, weights),
         "card": dict(card or {}),
     }
-    text = cards.encode(record)  # may fail, so before anything is written
-    directory = pathlib.Path(directory)
     # Weights first: after an interruption the old card does not fit them, and loading says so.
-    cards.replace_file(directory / WEIGHTS_FILE, weights)
-    cards.replace_file(directory / CARD_FILE, text)
-    return directory
+    return {WEIGHTS_FILE: weights, CARD_FILE: cards.encode(record)}
 
 
 def transform_entry(encoder: Encoder) -> dict[str, Any]:
@@ -182,9 +193,7 @@ def load_encoder(
     folder = _locate(name_or_path)
     record = _read_card(folder)
     # A name from the caller is resolved and imported; one from the card never is.
-    where, depth = f"{folder}/{CARD_FILE}", record["options"].get("depth")
-    if builder is None and isinstance(depth, int) and depth > _DEEPEST:
-        raise ValueError(f"{where} asks for {depth} layers; at most {_DEEPEST} are built")
+    where = f"{folder}/{CARD_FILE}"
     builder = allowed_builder(record["builder"], folder) if builder is None else resolve(builder)
     skeleton = build_skeleton(builder, record["options"], where)
     preprocess = cards.read_preprocess(record, where, preprocess) or skeleton.preprocess
@@ -266,6 +275,8 @@ def build_skeleton(
     builder: Callable[..., Encoder], options: Mapping[str, Any], where: str
 ) -> Encoder:
     """The encoder with shapes in place of weights: nothing is computed, whatever the options."""
+    if builder in _BUILDERS.values():
+        _check_claims(options, where)
     try:
         # Bound first: a card with a wrong option is told apart from a builder that fails.
         inspect.signature(builder).bind(None, **options)
@@ -281,6 +292,15 @@ def build_skeleton(
         return _SKELETONS[key]
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: cannot build the network from {options}: {error}") from error
+
+
+def _check_claims(options: Mapping[str, Any], where: str) -> None:
+    for name, most in _MOST.items():
+        said = options.get(name)
+        parts = said if isinstance(said, list | tuple) else [said]
+        total = sum(part for part in parts if isinstance(part, int))
+        if total > most:
+            raise ValueError(f"{where}: {name} is {said}; at most {most} is built")
 
 
 def builder_of(encoder: Encoder) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from robust_ssl import disk
 from robust_ssl.models.clip_resnet import CLIP_MEAN, CLIP_STD
 from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
 from robust_ssl.weights import transforms
@@ -197,9 +198,9 @@ def header_of(file: pathlib.Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
     try:
-        with safetensors.safe_open(file, "numpy") as opened:
+        with disk.open_regular(file), safetensors.safe_open(file, "numpy") as opened:
             metadata = opened.metadata()
-    except (safetensors.SafetensorError, OSError):  # reading the weights says so best
+    except (safetensors.SafetensorError, OSError, ValueError):  # reading the weights says so best
         return {}
     return {"__metadata__": metadata} if metadata else {}
 

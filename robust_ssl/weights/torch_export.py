@@ -156,6 +156,11 @@ def _encoder_tensors(encoder: Encoder) -> dict[str, np.ndarray]:
             f"the encoder computes in {jnp.dtype(encoder.module.dtype).name}, and its PyTorch form "
             "in float32; load it without dtype, or export --stablehlo"
         )
+    if kind not in _LAYOUTS or getattr(encoder.module, "rotary_reference", None) is not None:
+        raise ValueError(
+            f"there is no PyTorch form of this {kind}, but of a ResNet, a ViT (not EVA-02's) and a "
+            "ConvNeXt of robust_ssl.models; export --stablehlo"
+        )
     (layout,) = (layout for layout in LAYOUTS if layout.name == _LAYOUTS[kind])
     return mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
 

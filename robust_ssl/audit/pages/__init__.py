@@ -13,6 +13,7 @@ import importlib.resources
 import importlib.util
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ def check_installed() -> None:
 def _environment() -> Any:
     import jinja2
 
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("robust_ssl.audit", "pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -48,6 +49,8 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["quoted"] = shlex.quote
+    return environment
 
 
 def html(whole: Mapping[str, Any], language: str) -> str:
