@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 import audit_cases as cases
+import jax
+import numpy as np
 import pytest
 import tiny_recipes
 from tiny_recipes import FROZEN, go, snapshot
 
-from robust_ssl import experiment, settings
+from robust_ssl import experiment, inspection, models, settings, weights
 from robust_ssl.audit import document, pages
 from robust_ssl.cli import main
+from robust_ssl.experiment import audit_baseline, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
 PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
@@ -139,15 +142,55 @@ def test_the_shipped_config_takes_a_classifier_from_elsewhere():
     assert list(loaded.recipes) == ["baseline"]
 
 
-def test_what_is_typed_of_an_encoder_stays_beside_its_path():
+def test_what_is_typed_of_an_encoder_stays_beside_its_path(tmp_path):
     """A file of somebody's weights does not say how its images were normalized."""
     from robust_ssl.cli import audit
 
     typed = ["--config.encoder.normalization=imagenet", "--config.encoder.image_size=224"]
-    names = ("data", "classifier", "answers", "policy", "lock", "stage", "workdir")
-    given = argparse.Namespace(encoder="ours.pth", **dict.fromkeys(names))
+    names = ("data", "classifier", "answers", "policy", "lock", "stage")
+    options = {**dict.fromkeys(names), "workdir": str(tmp_path)}
+    given = argparse.Namespace(encoder="ours.pth", **options)
     encoder = settings.to_json(audit._config(given, typed))["encoder"]
     assert encoder == {"path": "ours.pth", "normalization": "imagenet", "image_size": 224}
+
+
+def test_an_audit_without_a_stage_is_of_the_last_one(tmp_path, monkeypatch):
+    from robust_ssl.cli import audit
+
+    names = ("encoder", "data", "classifier", "answers", "policy", "lock", "stage")
+    given = argparse.Namespace(**dict.fromkeys(names), workdir=str(tmp_path))
+
+    def stage(*typed):
+        return audit._config(given, [f"--config.audit.stage={word}" for word in typed]).audit.stage
+
+    assert stage() == "pilot"
+    (tmp_path / "audit.json").write_text("{}")
+    decided = {"decided": {"stage": "full"}}
+    monkeypatch.setattr(audit.document, "read", lambda file: decided)
+    assert (stage(), stage("staged")) == ("full", "staged")
+    given.stage = "pilot"
+    assert stage() == "pilot"
+
+
+def test_a_recipe_that_is_not_scored_cannot_be_decided_on():
+    for role, name in (("usual", "baseline"), ("secured", "full")):
+        changed = config()
+        changed.recipes[name] = {**dict(changed.recipes[name]), "scored": False}
+        with pytest.raises(experiment.UsageError, match=f"audit.{role} is '{name}'.*not scored"):
+            experiment.plan(changed)
+
+
+def test_a_baseline_has_the_labels_of_its_classifiers_own_order(tmp_path):
+    encoder = models.resnet18(jax.random.key(0), width=4, image_size=8)
+    names = tuple("dcba")
+    net = models.classifier(jax.random.key(0), encoder, 4, head="linear", class_names=names)
+    weights.save_classifier(net, tmp_path / "elsewhere net")
+    saved = sections.SavedClassifier.read(str(tmp_path / "elsewhere net"), "classifiers.theirs")
+    labels = np.array([0, 1, 2, 3])
+    found = audit_baseline._labels(labels, saved, ("a", "b", "c", "d"))
+    assert found.tolist() == [3, 2, 1, 0]
+    ours = sections.SavedClassifier()
+    assert audit_baseline._labels(labels, ours, ("a", "b", "c", "d")).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
@@ -166,6 +209,9 @@ def test_the_stage_measures_once_and_decides_again(tmp_path):
     assert loss["value"] == pytest.approx(row["baseline"]["clean"] - row["full"]["clean"])
     assert sum(band["share"] for band in measured["bands"]) == pytest.approx(1)
     assert len(measured["examples"]) == 2 and measured["cost"]["same_network"]
+    kept = inspection.read_baseline(tmp_path / measured["inspection"]["baseline"])
+    assert kept.record["figures"]["accuracy"] == measured["clean"]["secured"]["value"]
+    assert (tmp_path / measured["inspection"]["model"]).is_dir()
     # Nothing was examined, so nothing is trusted.
     gates = {gate["id"]: gate["outcome"] for gate in whole["decided"]["gates"]}
     assert gates["robust-accuracy"] == "not decidable"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from robust_ssl import evaluation, inspection
+from robust_ssl.build import name_of
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.context import Context
@@ -33,26 +35,30 @@ def write_baseline(context: Context, model: Classifier) -> dict[str, Any] | None
     folder, recipe = context.workdir / FOLDER, context.plan.recipes.get(context.plan.audit.secured)
     if recipe is not None and not recipe.is_trained:
         return None
-    saved = SavedClassifier()
+    saved, code = SavedClassifier(), {}
     if recipe is not None:
         place = train.directory(recipe, context.plan.training.seeds[0])
         source: Any = context.workdir / place
+        code = train.own_code(context, recipe)
     else:
         place = context.plan.audit.secured
         saved = context.plan.classifiers[place]
         source = model
         if saved.path:
-            source = pathlib.Path(saved.path).expanduser()
+            source, code = pathlib.Path(saved.path).expanduser(), saved.own
             place = os.path.relpath(source, context.workdir)
     done = (folder / baselines.CARD).is_file() or jax.process_index() > 0
-    if not (done or _write(context, source, saved, folder)):
+    if not (done or _write(context, source, saved, folder, code)):
         return None
     if recipe is None and not saved.path:
         return None  # `inspection.inspect` takes the value, the command does not
-    return {"model": place, "baseline": FOLDER, "own": saved.own}
+    named = {n: one if isinstance(one, str) else name_of(one) for n, one in code.items()}
+    return {"model": place, "baseline": FOLDER, "own": named}
 
 
-def _write(context: Context, source: Any, saved: SavedClassifier, folder: Any) -> bool:
+def _write(
+    context: Context, source: Any, saved: SavedClassifier, folder: Any, code: Mapping[str, Any]
+) -> bool:
     count = min(IMAGES, len(context.test))
     examples = context.test.subset(count, context.plan.seed)
     batch = examples.read(np.arange(count))
@@ -62,7 +68,7 @@ def _write(context: Context, source: Any, saved: SavedClassifier, folder: Any) -
     images = np.asarray(evaluation.to_pixels(batch["images"]))
     try:
         labels = _labels(batch["labels"], saved, context.test.class_names)
-        inspection.baseline(source, images, labels, fitted, folder, **saved.own)
+        inspection.baseline(source, images, labels, fitted, folder, **code)
     except (ValueError, OSError) as error:
         # Hours of measurement must not end for want of a baseline, which can be made later.
         _log.warning("%s: no baseline for inspections was made: %s", folder, error)

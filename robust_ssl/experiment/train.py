@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -124,12 +124,18 @@ def load_trained(context: Context, recipe: Recipe, seed: int) -> Classifier:
 
 def load_saved(context: Context, recipe: Recipe, folder: Any) -> Classifier:
     """Returns a classifier of a recipe from disk, with what only the recipe knows."""
+    return weights.load_classifier(folder, **own_code(context, recipe))
+
+
+def own_code(context: Context, recipe: Recipe) -> dict[str, Callable[..., Any]]:
+    """Returns what `weights.load_classifier` has to be told of a recipe's classifier."""
     builder, _ = saving.builder_of(context, recipe)
     lineage = recipe.lineage()
     head = lineage[-1].head.bound if isinstance(lineage[-1].head, Function) else None
     steps = [other.preprocess for other in lineage if other.preprocess]
     preprocess = steps[0].function if steps else None
-    return weights.load_classifier(folder, builder=builder, head=head, preprocess=preprocess)
+    code = {"builder": builder, "head": head, "preprocess": preprocess}
+    return {name: function for name, function in code.items() if function is not None}
 
 
 # --- Training -----------------------------------------------------------------------------------
