@@ -42,6 +42,8 @@ FREE_TEXTS = re.compile(
     r"|config\.classifiers\.[^.]+\.path|config\.compare\.claims\[0\]\.of"
 )
 # None says: no limit, no such part, or as the rest of the run.
+# What has a name of its own is left out by None; others may then miss it.
+NAMED = re.compile(r"config\.(recipes|classifiers)\.[^.]+|.*\.(attacks|losses|detectors)\.[^.]+")
 NONE_MEANS = re.compile(
     r".*\.(image_size|resizing|train_limit|test_limit|data_dir|memory_limit|num_classes|start|encoder"
     r"|preprocess|select|adv_ratio|attack|augment|patience|best|tolerance|threat|layer"
@@ -273,7 +275,7 @@ def is_valid_otherwise(where, value, other):
     """Whether an entry has other kinds of values, or what is tried is right by chance."""
     last = where.rpartition(".")[2]
     if other is None:
-        return NONE_MEANS.fullmatch(where) is not None
+        return (NONE_MEANS.fullmatch(where) or NAMED.fullmatch(where)) is not None
     if re.fullmatch(r"layer|layers(\[\d+\])?", last) and isinstance(other, str | int):
         return not isinstance(other, bool)  # a layer has a place, and also a name
     if last == "decay" and value == "cosine":
