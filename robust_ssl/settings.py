@@ -198,7 +198,8 @@ def find_config(name: str) -> str:
         raise SettingsError(f"there is no config file {name}; the shipped one is called {stem}")
     folder = os.path.dirname(name) or "."
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    files = [os.path.join(folder, other) for other in names if other.endswith(".py")]
+    found = [os.path.join(folder, other) for other in names if other.endswith(".py")]
+    files = [file for file in found if os.path.isfile(file)]
     raise SettingsError(f"there is no config file {name}{near(name, files)}")
 
 
@@ -216,9 +217,10 @@ def _get_config(name: str, arguments: tuple[str, ...]) -> Any:
         return module.get_config(*arguments)
     except SettingsError as error:
         raise SettingsError(f"{name}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # no config ends the command by itself
         frames = traceback.extract_tb(error.__traceback__)
-        places = [frame.lineno for frame in frames if frame.filename == file]
+        whole = os.path.abspath(file)
+        places = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == whole]
         where = f"{name}, line {places[-1]}" if places else name
         raise SettingsError(f"{where}: {type(error).__name__}: {error}") from error
 

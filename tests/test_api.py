@@ -292,6 +292,11 @@ CALLS = {
         lambda net: robust_ssl.measure(net, IMAGES.astype(np.float32), LABELS),
         "divide by 255",
     ),
+    "a misspelt built-in set": (
+        lambda _: robust_ssl.attack(tiny.encoder(), "photo_crop"),
+        "did you mean 'photo_crops'",
+    ),
+    "an empty name": (lambda _: robust_ssl.attack(tiny.encoder(), ""), "images is empty"),
     "an attack's class": (
         lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, attack=attacks.UniversalPGD),
         r"UniversalPGD is a class; make one: UniversalPGD\(",

@@ -77,6 +77,51 @@ def test_an_unknown_name_is_told_with_near_ones(seen, tmp_path, name, message):
         settings.load_config(name)
 
 
+@pytest.mark.parametrize("name", ["raises.py", "./raises.py", "{}/raises.py"])
+def test_a_config_that_raises_is_told_with_its_line(seen, tmp_path, name):
+    (tmp_path / "raises.py").write_text("def get_config():\n    raise ValueError('boo')\n")
+    with pytest.raises(settings.SettingsError, match=r"raises\.py, line 2: ValueError: boo"):
+        settings.load_config(name.format(tmp_path))
+
+
+def test_a_config_does_not_end_the_command_by_itself(seen, tmp_path):
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(settings.SettingsError, match=r"exits\.py, line 2: SystemExit"):
+        settings.load_config("exits.py")
+
+
+def test_a_folder_is_no_config_to_be_advised(seen, tmp_path):
+    (tmp_path / "configs.py").mkdir()
+    with pytest.raises(settings.SettingsError, match=r"no config file \./configs\.py$"):
+        settings.load_config("./configs.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--coordinator=here", "--num-processes=1", "--process-id=0"], "write HOST:PORT"),
+        (["--coordinator=here:x", "--num-processes=1", "--process-id=0"], "write HOST:PORT"),
+        (["--coordinator=here:1", "--num-processes=2", "--process-id=2"], "count from 0 to"),
+        (["--coordinator=here:1", "--num-processes=0", "--process-id=0"], "count from 0 to"),
+    ],
+)
+def test_a_place_among_processes_that_cannot_be_is_refused(seen, capsys, words, message):
+    assert main.main(["run", "quickstart", "--workdir=x", *words]) == 2
+    assert message in capsys.readouterr().err and not seen
+
+
+def test_a_cluster_that_is_none_is_named(monkeypatch):
+    import jax
+
+    def initialize(*place):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    given = types.SimpleNamespace(coordinator=None, num_processes=None, process_id=None)
+    with pytest.raises(settings.SettingsError, match="not recognized: give --coordinator"):
+        run._start_jax(given, True)
+
+
 # --- Settings -------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ import types
 import pytest
 
 import robust_ssl
-from robust_ssl import report
+from robust_ssl import experiment, report, settings
+from robust_ssl.build import text_of
 from robust_ssl.cli import flags, listing, main
 from robust_ssl.report import trackers
 from robust_ssl.report.metrics import read_metrics
@@ -128,6 +129,22 @@ def test_check_refuses_what_a_run_refuses(config, capsys):
     assert main.main(["check", config, "recipes.gen_af.epoch=3", "--devices=1"]) == 2
     assert "did you mean 'epochs'" in capsys.readouterr().err
     assert main.main(["check", config, "--devices=99"]) == 2
+
+
+def test_check_refuses_attacks_of_other_settings_as_a_run_does(config, tmp_path, capsys):
+    planned = experiment.plan(settings.load_config(config))
+    suite = text_of({"suite": planned.suite, "curve": True})
+    with open_stage(tmp_path / "w", "attack", suite, {}, seed=planned.seed) as stage:
+        stage.finish({})
+    options = ["check", config, "--devices=2", f"--workdir={tmp_path / 'w'}"]
+    assert main.main(options) == 0
+    capsys.readouterr()
+    for changed, said in (("seed=9", "seed: 0 -> 9"), ("suite.num_steps=99", "num_steps")):
+        assert main.main([*options, changed]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main.main(["check", config, "--devices=2", f"--workdir={tmp_path / 'file'}"]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
 
 
 # --- show -----------------------------------------------------------------------------------------

@@ -297,12 +297,19 @@ def test_the_worst_case_is_taken_where_there_is_one():
     ]
 
 
-def printed(document):
+def printed(document, width=80):
     import rich.console
 
     out = io.StringIO()
-    report.print_summary(document, rich.console.Console(file=out, width=80))
+    report.print_summary(document, rich.console.Console(file=out, width=width))
     return out.getvalue()
+
+
+def test_a_narrow_terminal_cuts_no_figure():
+    text = printed(a_document(three(), comparison=a_comparison()), width=40)
+    assert max(map(len, text.splitlines())) <= 40
+    for line in ("recipe: baseline (frozen encoder)", "  clean: 100.0 % 93-100", "  cost: 9.8x"):
+        assert line in text.splitlines()
 
 
 def test_the_terminal_table_fits_eighty_columns():

@@ -383,3 +383,9 @@ def test_numbers_that_numpy_lacks_are_named(tmp_path):
         weights.load_encoder(tmp_path)
     (check,) = (c for c in provenance.examine(tmp_path) if c.number == 5)
     assert check.outcome == "fail" and "BF16" in check.said
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_what_is_no_name_of_an_encoder_is_said_so(name):
+    with pytest.raises(ValueError, match=f"a shipped name .* or a directory, got {name!r}"):
+        weights.load_encoder(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import pathlib
 from typing import Any
@@ -89,7 +90,12 @@ def examples_of(
     if isinstance(images, (str, pathlib.Path)):
         if labels is not None:
             raise ValueError(f"{str(images)!r} has its own labels; leave out `labels`")
+        if not str(images):
+            raise ValueError('the name of the images is empty; see robust_ssl.list("data")')
         named = BUILTIN.get(str(images), images)
+        close = difflib.get_close_matches(str(images), BUILTIN, n=1, cutoff=0.8)
+        if named is images and close and not data.is_folder(images):
+            raise ValueError(f"no images {images!r}; did you mean {close[0]!r}?")
         examples = data.load(named, split=split, image_size=image_size, resizing=resizing)
     elif isinstance(images, (data.Examples, data.StreamedExamples)):
         examples = images

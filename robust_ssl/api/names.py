@@ -89,7 +89,7 @@ def list_names(kind: str) -> Names:
       True
     """
     if kind not in KINDS:
-        raise ValueError(f"no kind {kind!r}{near(kind, KINDS)}; there are {', '.join(KINDS)}")
+        raise ValueError(f"no kind {kind!r}{near(str(kind), KINDS)}")
     return Names(_PURPOSES[kind]())
 
 

@@ -110,7 +110,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         given = files.chosen(workdir, arguments.answers, arguments.policy)
         rules = decision.rules(given.policy, given.answers)
     except OSError as error:
-        raise settings.SettingsError(f"cannot be read: {error}") from error
+        said = f"{error.filename} cannot be read: {error.strerror}"
+        raise settings.SettingsError(
+            f"{said}; `robust-ssl audit init > answers.yaml` begins one"
+        ) from error
     if arguments.action == "decide":
         return _decide(workdir, arguments.stage, given, rules)
     return _run(arguments, overrides, workdir)

@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     planned = experiment.plan(config)
     with tempfile.TemporaryDirectory() as nowhere:
         workdir = pathlib.Path(arguments.workdir or nowhere)
+        if workdir.exists() and not workdir.is_dir():
+            raise settings.SettingsError(f"--workdir={workdir} is a file; name a folder")
         context = experiment.Context(planned, workdir, layout, progress.Progress())
         experiment.check(context)
         words.say("\n\n".join(_parts(context, arguments.memory)), sys.stdout, margin="")

@@ -253,6 +253,10 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{' and '.join(places)} name one place")
     from robust_ssl import weights
 
+    # Of a finished recipe it is the classifier's, as elsewhere.
+    trained = pathlib.Path(arguments.encoder) / "classifier"
+    if (trained / "encoder.json").is_file():
+        arguments.encoder = str(trained)
     # Exported from our own format only, where normalization and image size are known.
     if weights.is_foreign(arguments.encoder):
         raise ValueError(

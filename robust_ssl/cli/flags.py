@@ -53,6 +53,14 @@ def add_debug(command: argparse.ArgumentParser) -> None:
 _OWN = ("builder", "preprocess", "head")
 
 
+def fraction(text: str) -> float:
+    """Reads a number or a fraction; for argparse, which keeps no other error's words."""
+    try:
+        return settings.parse_fraction(text)
+    except settings.SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_own(command: argparse.ArgumentParser) -> None:
     """Adds the flags that name code of somebody's own."""
     own = command.add_argument_group("code of your own", "needed where a card names it")

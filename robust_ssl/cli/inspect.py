@@ -15,6 +15,7 @@ from robust_ssl.cli.flags import (
     add_command,
     add_debug,
     add_own,
+    fraction,
     own_of,
 )
 
@@ -71,7 +72,7 @@ def add_parser(commands: Any) -> None:
     )
     making.add_argument(
         "--epsilon",
-        type=settings.parse_fraction,
+        type=fraction,
         metavar="X",
         help="budget of the short fits, 8/255 (default: that of the perturbations)",
     )

@@ -188,10 +188,25 @@ def check_cluster(arguments: argparse.Namespace) -> bool:
         raise settings.SettingsError(
             "--coordinator, --num-processes and --process-id belong together: give all three"
         )
+    if some:
+        _check_place(*given)
     several = some or arguments.distributed
     if several and arguments.devices is not None:
         raise settings.SettingsError("--devices is for one process; several use all they have")
     return several
+
+
+def _check_place(coordinator: str, processes: int, process: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise settings.SettingsError(
+            f"--coordinator={coordinator}: write HOST:PORT, the same for every process"
+        )
+    if processes < 1 or not 0 <= process < processes:
+        raise settings.SettingsError(
+            f"--process-id={process} of --num-processes={processes}: processes count from 0 to "
+            "one less than their number"
+        )
 
 
 def _start_jax(arguments: argparse.Namespace, several: bool) -> None:
@@ -199,9 +214,14 @@ def _start_jax(arguments: argparse.Namespace, several: bool) -> None:
     import jax
 
     if several:  # first of all: it must come before anything asks for devices
-        jax.distributed.initialize(
-            arguments.coordinator, arguments.num_processes, arguments.process_id
-        )
+        place = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+        try:
+            jax.distributed.initialize(*place)
+        except ValueError as error:
+            raise settings.SettingsError(
+                "this cluster was not recognized: give --coordinator, --num-processes and "
+                f"--process-id ({error})"
+            ) from error
     from robust_ssl import xla
 
     xla.use_every_core()

@@ -16,14 +16,23 @@ import numpy as np
 
 from robust_ssl import attacks, data, threats
 from robust_ssl.attacks.perturbation import check_fits_gray
-from robust_ssl.build import inside
+from robust_ssl.build import inside, text_of
 from robust_ssl.evaluation import to_pixels
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.suites import Suite, SuiteAttack
 from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier, Encoder, Model
-from robust_ssl.workdir import StageDirectory, WorkdirError, fingerprint, load_arrays, save_arrays
+from robust_ssl.workdir import (
+    StageDirectory,
+    WorkdirError,
+    check_unchanged,
+    fingerprint,
+    json_ready,
+    load_arrays,
+    read_manifest,
+    save_arrays,
+)
 
 _pixels = jax.jit(to_pixels)  # one program for all fits
 
@@ -51,8 +60,16 @@ class Fitted(NamedTuple):
 
 
 def check(context: Context) -> None:
-    """Raises ValueError unless every attack can be fitted on the surrogate images."""
-    _check(context, context.plan.suite, context.surrogate, "config.suite", "the surrogate set")
+    """Raises ValueError unless every attack can be fitted on the surrogate images.
+
+    Raises:
+      ConfigChangedError: If the workdir has attacks of another suite or seed.
+    """
+    suite, path = context.plan.suite, context.workdir / "attack"
+    _check(context, suite, context.surrogate, "config.suite", "the surrogate set")
+    if (path / "manifest.json").exists():
+        now = {"config": text_of({"suite": suite, "curve": True}), "seed": context.plan.seed}
+        check_unchanged(path, read_manifest(path), json_ready(now))
 
 
 def check_with_labels(context: Context) -> None:

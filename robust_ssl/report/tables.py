@@ -228,13 +228,25 @@ def headline_caption(document: Document) -> str:
     return " ".join(filter(None, parts))
 
 
+_NARROW = 70  # columns of a terminal that the table does not fit
+
+
 def print_headline(document: Document, console: Any) -> None:
-    """Prints the first table to a ``rich.console.Console``, 80 columns wide."""
+    """Prints the first table to a ``rich.console.Console``, 80 columns wide.
+
+    On a narrow one each recipe has lines of its own: a figure that is cut is another figure.
+    """
     import rich.box
     import rich.table
     import rich.text
 
     rows = headline_cells(document)
+    if console.width < _NARROW:
+        for row in rows:
+            lines = [f"{heading}: {' '.join(map(words.line, row[heading]))}" for heading in row]
+            text = words.encodable("\n  ".join(lines), console.encoding)
+            console.print(rich.text.Text(f"{text}\n"))
+        return
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in rows[0]:
         is_text = heading in ("recipe", "verdict")

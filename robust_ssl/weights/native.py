@@ -234,6 +234,11 @@ def list_encoders() -> list[str]:
 def _locate(name_or_path):
     """A directory of the zoo (a `Traversable`, which may lie in a zip) or of the file system."""
     names = list_encoders()
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
+        raise ValueError(
+            'an encoder is a shipped name (robust_ssl.list("encoders")) or a directory, got '
+            f"{name_or_path!r}"
+        )
     if isinstance(name_or_path, str) and name_or_path in names:
         return resources.files("robust_ssl.zoo").joinpath(name_or_path)
     path = pathlib.Path(name_or_path)
