@@ -385,7 +385,7 @@ def test_absurd_numbers_beside_the_weights_are_problems(tmp_path):
     tensors = tensors_of(encoder, "huggingface-dinov3")
     known = {"patch_size": 16, "num_attention_heads": 2}
     for config, message in (
-        ({"image_size": 10**9}, "at most 512 patches"),
+        ({"image_size": 10**9}, "at most 4096 is built"),
         ({"image_size": [16, 32]}, "no square"),
         ({"image_size": "x"}, "x"),
         ({"rope_theta": "x"}, "rope_theta|float"),
