@@ -40,6 +40,9 @@ def build_optimizer(settings: Pretrain, steps_per_epoch: int) -> optax.GradientT
     )
 
 
+Labelled = tuple[np.ndarray, np.ndarray]  # features and labels, as `features_of` returns them
+
+
 def check(context: Context) -> None:
     """Reads the images and traces a step.
 
@@ -249,14 +252,10 @@ def _monitor(
         return {}
     trained = pretraining.trained_encoder(encoder, jax.device_get(variables))
     bank, queries = (s.subset(min(monitor.images, len(s))) for s in (train_set, test_set))
-    fitted, scored = (features_of(trained, part, parallel) for part in (bank, queries))
+    scored = features_of(trained, queries, parallel)
     results = _spread(scored[0])
     if _labelled(train_set, test_set):
-        results = {
-            "knn_accuracy": pretraining.knn_accuracy(*fitted, *scored),
-            "linear_accuracy": pretraining.linear_accuracy(*fitted, *scored),
-            **results,
-        }
+        results = _accuracies(features_of(trained, bank, parallel), scored) | results
     _log.info("epoch %d: %s", epoch, {name: round(v, 4) for name, v in results.items()})
     if not results["feature_std"] >= COLLAPSED:  # NaN too
         _log.warning(
@@ -270,9 +269,14 @@ def _monitor(
 def _probe(
     encoder: Encoder, train_set, test_set, parallel: Parallel, *, linear: bool = True
 ) -> dict[str, float]:
+    scored = features_of(encoder, test_set, parallel)
     if not _labelled(train_set, test_set):
-        return _spread(features_of(encoder, test_set, parallel)[0])
-    fitted, scored = (features_of(encoder, part, parallel) for part in (train_set, test_set))
+        return _spread(scored[0])
+    return _accuracies(features_of(encoder, train_set, parallel), scored, linear=linear)
+
+
+def _accuracies(fitted: Labelled, scored: Labelled, *, linear: bool = True) -> dict[str, float]:
+    """Returns the accuracies on features of one split by those of another."""
     results = {"knn_accuracy": pretraining.knn_accuracy(*fitted, *scored)}
     if linear:
         results["linear_accuracy"] = pretraining.linear_accuracy(*fitted, *scored)
