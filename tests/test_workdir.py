@@ -189,7 +189,18 @@ def test_a_digit_in_the_log_is_said(tmp_path, caplog):
     file.write_text(file.read_text().replace("1.0", "2.0"))
     with open_stage(tmp_path, "s", {"epochs": 1}, {"data": "a"}, 0) as stage:
         assert stage.restore_latest(STATE)[0] == 1
-    assert "metrics.jsonl is not what was logged before step 1" in caplog.text
+    assert "metrics.jsonl is lost, or not what was logged before step 1" in caplog.text
+
+
+@pytest.mark.parametrize("remains", [None, ""])
+def test_a_lost_log_of_a_running_stage_is_said(remains, tmp_path, caplog):
+    file = begun(tmp_path).path / "metrics.jsonl"
+    file.unlink()
+    if remains is not None:
+        file.write_text(remains)
+    with open_stage(tmp_path, "s", {"epochs": 1}, {"data": "a"}, 0) as stage:
+        assert stage.restore_latest(STATE)[0] == 1
+    assert "metrics.jsonl is lost, or not what was logged before step 1" in caplog.text
 
 
 def test_a_changed_log_of_a_finished_stage_is_said(tmp_path, caplog):

@@ -247,10 +247,10 @@ class StageDirectory:
                 for number, reason in damaged.items():
                     self._move(number, "damaged", f"is damaged ({_brief(reason)})")
                 self.keep_metrics_before(step)
-                if record["log"] and self._log_sum() not in ("", record["log"]):
+                if record["log"] and not jax.process_index() and self._log_sum() != record["log"]:
                     _log.warning(
-                        "%s is not what was logged before step %d: its numbers may be wrong, the "
-                        "state is not",
+                        "%s is lost, or not what was logged before step %d: its numbers may be "
+                        "wrong, the state is not",
                         *(self.path / "metrics.jsonl", step),
                     )
                 return step, tree
