@@ -120,7 +120,7 @@ class Page(html.parser.HTMLParser):
         quiet = attrs.get("class") == "tick" or "data-value" in attrs
         value = attrs.get("value" if tag == "data" else "data-value")
         self.values += [] if value is None else [float(json.loads(value))]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "wbr"):
             self.inside.append((tag, quiet or tag in self.QUIET))
 
     def handle_startendtag(self, tag, attrs):
@@ -221,6 +221,16 @@ def test_a_detector_that_is_defeated_is_shown_as_defeated():
     for language in answers.LANGUAGES:
         text = pages.html(DECIDED["waived"], language)
         assert catalog.messages(language)["screening.defeated"] in text
+
+
+def test_what_the_curve_leaves_out_is_said():
+    others = catalog.messages("en")["budget.others"]
+    assert others in pages.html(DECIDED["good"], "en")
+    assert others not in pages.html(DECIDED["failed recipe"], "en")
+    pair = cases.MEASURED["attacked"]
+    alone = {**pair, "secured": {**pair["secured"], "adaptive": None}}
+    decided = decide(cases.sealed(attacked=alone), "pilot", cases.answers_text())
+    assert others not in pages.html(decided, "en")
 
 
 def test_amber_is_what_is_not_decidable():
