@@ -10,7 +10,7 @@ import tiny
 
 import robust_ssl
 from robust_ssl import attacks, data, experiment, models, progress, threats
-from robust_ssl.api import choice, measuring, securing
+from robust_ssl.api import choice, securing
 from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, universal
 from robust_ssl.experiment.train import load_trained
@@ -413,19 +413,3 @@ def test_an_attack_under_l2_goes_as_far_as_its_budget():
     attack = attacks.L4ABase()
     assert attack.step_size is None
     assert universal.usual_length(threats.Band(threats.L2(2.0), high=0.1), 2e-4) < 0.02
-
-
-def test_fab_is_scored_as_it_leaves_its_images(classifier, monkeypatch):
-    images, labels = tiny.images("test", n=8)
-    seen = []
-    score = measuring.evaluation.score_in_turn
-
-    def watched(*args, **options):
-        seen.append((options["eight_bit"], options["batch_size"], sorted(args[2])))
-        return score(*args, **options)
-
-    monkeypatch.setattr(measuring.evaluation, "score_in_turn", watched)
-    fab = attacks.FABT(threats.Linf(8 / 255), num_steps=2)
-    options = {"batch_size": 4, "examine": False, **QUIET}
-    robust_ssl.measure(classifier, images, labels, attacks={"near": fab}, **options)
-    assert seen == [(False, 4, ["near"])]

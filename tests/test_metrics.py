@@ -1,6 +1,7 @@
 """Laws of the counts, the intervals and the scoring of attacked images."""
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import pytest
 import tiny
 
 from robust_ssl import evaluation, struct, threats
-from robust_ssl.attacks import APGD, PGD, UniversalPerturbation
+from robust_ssl.attacks import APGD, FABT, PGD, UniversalPerturbation
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
 from robust_ssl.parallel import KINDS, Parallel
 from robust_ssl.types import Classifier, Encoder
@@ -28,16 +29,24 @@ class FirstPixel(nn.Module):
         return -jnp.square(distance), {"pixel": x[:, 0, 0, :]}
 
 
+class AtATenth(nn.Module):
+    """As `FirstPixel`, with the boundary of a class a tenth of a level above it."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return FirstPixel()(jnp.ceil(x * 255 - 0.1) / 255)
+
+
 class Identity(nn.Module):
     @nn.compact
     def __call__(self, features, *, train=False):
         return features
 
 
-def first_pixel_classifier():
+def first_pixel_classifier(module=None):
     encoder = Encoder(
         variables={},
-        module=FirstPixel(),
+        module=module or FirstPixel(),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         image_size=2,
@@ -55,6 +64,13 @@ class Shift:
 
     def __call__(self, key, model, image, label=None):
         return image + jnp.where(label == self.victim, self.levels, 0.0) / 255
+
+
+@struct.dataclass
+class Unrounded(Shift):
+    """The same, whose images are classified as they are."""
+
+    eight_bit: ClassVar[bool] = False
 
 
 @struct.dataclass
@@ -215,6 +231,22 @@ def test_quantize_rounds_by_at_most_half_a_level_and_keeps_whole_levels():
     # 8-bit image, epsilon of whole levels: rounding stays inside the ball.
     moved = evaluation.quantize(levels + 8 / 255) - levels
     assert float(jnp.max(jnp.abs(moved))) <= 8 / 255 + 1e-6
+
+
+def test_an_attack_may_say_that_its_images_are_not_rounded(two):
+    model = first_pixel_classifier(AtATenth())
+    labels = np.zeros(4, np.int64)
+    shift = (jnp.float32(0.3), jnp.int32(0))
+    found = score(
+        model,
+        batches_of(labels, labels, 4),
+        {"rounded": Shift(*shift), "as they are": Unrounded(*shift)},
+        key=jax.random.key(0),
+        parallel=two,
+    )
+    left = {name: counts.counts.robust_accuracy for name, counts in found.items()}
+    assert left == {"rounded": 1.0, "as they are": 0.0, evaluation.WORST: 0.0}
+    assert not FABT.eight_bit
 
 
 def test_a_model_of_given_logits_scores_two_of_sixteen(two):

@@ -15,7 +15,6 @@ import numpy as np
 
 from robust_ssl import data, disk, evaluation, models, report, threats
 from robust_ssl.api import choice, inputs
-from robust_ssl.attacks import FABT
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
 from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sample
@@ -265,13 +264,12 @@ class _Scorer:
 
     def _worst(self, name: str, value: Any) -> evaluation.PerImage:
         """Scores an attack, or those of an ensemble in turn."""
-        if not isinstance(value, Mapping | FABT):
+        if not isinstance(value, Mapping):
             scored = evaluation.score(self.classifier, self.batches(), {name: value}, **self.shared)
             return scored[evaluation.WORST]
-        # FAB stops just past the boundary, and rounding may push it back: as AutoAttack's own code.
-        attacks = value if isinstance(value, Mapping) else {name: [value]}
+        # As AutoAttack's own code: FAB stops just past the boundary, and rounding may push it back.
         options = {"batch_size": self.at_once, "eight_bit": False, **self.shared}
-        scored = evaluation.score_in_turn(self.classifier, self.batches(), attacks, **options)
+        scored = evaluation.score_in_turn(self.classifier, self.batches(), value, **options)
         return scored[evaluation.WORST]
 
     def _gradients(self, value: Any) -> int:

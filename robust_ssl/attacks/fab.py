@@ -7,7 +7,7 @@ step goes to the nearest point of that plane inside [0, 1].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,12 @@ class FABT(Tries):
     starts apart), so one run answers for all budgets.  A randomized model
     (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
 
-    What it finds lies just past the boundary: rounding to 8 bits may push it back.  Score it with
-    ``eight_bit=False`` (`robust_ssl.evaluation.score_in_turn`), as AutoAttack's own code does.
+    What it finds lies just past the boundary: rounding to 8 bits may push it back.  So
+    `robust_ssl.evaluation.score` leaves its images as they are, as AutoAttack's own code does;
+    `robust_ssl.evaluation.score_in_turn` is told so.
 
     Attributes:
+      eight_bit: Whether its images are rounded before they are classified: False.
       threat: `threats.Linf` or `threats.L2`.
       num_steps: Steps of each try, at least 1; a step costs one gradient and one forward pass.
       restarts: Tries, at least 1; the first starts at the image, the others at random at half
@@ -150,6 +152,7 @@ class FABT(Tries):
       Attack", ICML 2020, Algorithm 1; for the targeted form Section 5 of the paper of `APGD`.
     """
 
+    eight_bit: ClassVar[bool] = False
     threat: Any
     num_steps: int = struct.field(pytree_node=False, default=100)  # the paper's settings
     restarts: int = struct.field(pytree_node=False, default=1)

@@ -96,7 +96,8 @@ def _attacked_answers(constants, batch: Mapping[str, jax.Array]):
     )
     # Asked here, since a NaN pixel gives no answer, which would count as a success of the attack.
     finite = jnp.isfinite(adversarial).all(axis=(1, 2, 3))
-    answered = answers(key, model, quantize(adversarial), batch["indices"])
+    scored = quantize(adversarial) if getattr(attack, "eight_bit", True) else adversarial
+    answered = answers(key, model, scored, batch["indices"])
     return answered, finite, _excess_of(attack, adversarial, batch["images"])
 
 
@@ -255,7 +256,8 @@ def score(
 ) -> dict[str, PerImage]:
     """Attacks every image of a split with every attack, and counts what happens.
 
-    Adversarial images are clipped and rounded to 8 bits (`quantize`) before they are classified.
+    Adversarial images are clipped and rounded to 8 bits (`quantize`) before they are classified,
+    unless their attack has an attribute `eight_bit` that is False (`robust_ssl.attacks.FABT`).
     Attacks of one structure (the same class and static choices, another epsilon or perturbation)
     share one compiled function.
 
