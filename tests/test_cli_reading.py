@@ -131,17 +131,55 @@ def test_check_refuses_what_a_run_refuses(config, capsys):
     assert main.main(["check", config, "--devices=99"]) == 2
 
 
-def test_check_refuses_attacks_of_other_settings_as_a_run_does(config, tmp_path, capsys):
+def made_of(planned, stage):
+    """What a run tells a stage."""
+    compare = planned.compare
+    timing = ("reference", "memory", "rounds", "steps_per_round")
+    return {
+        "attack": {"suite": planned.suite, "curve": True},
+        "score": {"scoring": planned.scoring},
+        "cost": {name: getattr(compare, name) for name in timing},
+        "cost-seed1": {name: getattr(compare, name) for name in timing},
+        "compare": compare,
+        "analyze": planned.analyze,
+        "screen": {"screening": planned.screening, "per_image": planned.scoring.per_image},
+    }[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "seed", "changed", "said"),
+    [
+        ("attack", 0, "suite.num_steps=99", "num_steps"),
+        ("score", 0, "scoring.batch_size=8", "scoring.batch_size: 16 -> 8"),
+        ("cost", 7, "compare.rounds=9", "rounds"),
+        ("cost-seed1", 1, "compare.rounds=9", "rounds"),
+        ("compare", 0, "compare.rounds=9", "rounds"),
+        ("analyze", 0, "analyze.images=8", "images"),
+        ("screen", 0, "screening.batch_size=8", "batch_size"),
+    ],
+)
+def test_check_refuses_stages_of_other_settings_as_a_run_does(
+    stage, seed, changed, said, config, tmp_path, capsys
+):
+    with open(config, "a") as file:
+        stages = ("attack", "train", "score", "compare", "analyze", "screen")
+        file.write(f"\ndef get_config():\n    c = tiny.config(*{stages})\n")
+        file.write("    c.analyze, c.screening = {}, {}\n    return c\n")
     planned = experiment.plan(settings.load_config(config))
-    suite = text_of({"suite": planned.suite, "curve": True})
-    with open_stage(tmp_path / "w", "attack", suite, {}, seed=planned.seed) as stage:
-        stage.finish({})
+    told = text_of(made_of(planned, stage))
+    with open_stage(tmp_path / "w", stage, told, {}, seed=seed) as directory:
+        directory.finish({})
     options = ["check", config, "--devices=2", f"--workdir={tmp_path / 'w'}"]
     assert main.main(options) == 0
     capsys.readouterr()
-    for changed, said in (("seed=9", "seed: 0 -> 9"), ("suite.num_steps=99", "num_steps")):
-        assert main.main([*options, changed]) == 2
-        assert said in capsys.readouterr().err
+    assert main.main([*options, changed]) == 2
+    assert said in capsys.readouterr().err
+    if not stage.startswith("cost"):
+        assert main.main([*options, "seed=9"]) == 2
+        assert "seed: 0 -> 9" in capsys.readouterr().err
+
+
+def test_check_refuses_a_file_for_a_workdir(config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main.main(["check", config, "--devices=2", f"--workdir={tmp_path / 'file'}"]) == 2
     assert "is a file; name a folder" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import numpy as np
 
 from robust_ssl import attacks, data, threats
 from robust_ssl.attacks.perturbation import check_fits_gray
-from robust_ssl.build import inside, text_of
+from robust_ssl.build import inside
 from robust_ssl.evaluation import to_pixels
 from robust_ssl.experiment.context import Context, model_inputs
 from robust_ssl.experiment.suites import Suite, SuiteAttack
@@ -26,11 +26,8 @@ from robust_ssl.types import Classifier, Encoder, Model
 from robust_ssl.workdir import (
     StageDirectory,
     WorkdirError,
-    check_unchanged,
     fingerprint,
-    json_ready,
     load_arrays,
-    read_manifest,
     save_arrays,
 )
 
@@ -65,11 +62,9 @@ def check(context: Context) -> None:
     Raises:
       ConfigChangedError: If the workdir has attacks of another suite or seed.
     """
-    suite, path = context.plan.suite, context.workdir / "attack"
+    suite = context.plan.suite
     _check(context, suite, context.surrogate, "config.suite", "the surrogate set")
-    if (path / "manifest.json").exists():
-        now = {"config": text_of({"suite": suite, "curve": True}), "seed": context.plan.seed}
-        check_unchanged(path, read_manifest(path), json_ready(now))
+    context.check_unchanged("attack", _settings(suite, curve=True))
 
 
 def check_with_labels(context: Context) -> None:
@@ -118,8 +113,11 @@ def attack(
         **model_inputs("encoder", encoder),
         "surrogate": context.surrogate.fingerprint(),
     }
-    settings = {"suite": suite, "curve": curve}
-    return _stage(context, name, encoder, settings, inputs, wanted)
+    return _stage(context, name, encoder, _settings(suite, curve=curve), inputs, wanted)
+
+
+def _settings(suite: Suite, *, curve: bool) -> dict[str, Any]:
+    return {"suite": suite, "curve": curve}
 
 
 def attack_with_labels(context: Context, name: str, classifier: Classifier) -> StageDirectory:

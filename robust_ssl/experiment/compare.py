@@ -20,6 +20,13 @@ from robust_ssl.report import comparison
 from robust_ssl.workdir import StageDirectory, json_ready
 
 Right = Mapping[str, np.ndarray]  # which test images were right, by share
+_CLAIMS = ("claims",)  # may come and go: nothing that is measured depends on one
+
+
+def check(context: Context) -> None:
+    """Raises ConfigChangedError if the workdir has a comparison, or costs, made otherwise."""
+    context.check_unchanged("compare", context.plan.compare, _CLAIMS)
+    costs.check(context)
 
 
 def compare(context: Context) -> StageDirectory:
@@ -34,7 +41,7 @@ def compare(context: Context) -> StageDirectory:
     right = outcomes_of(context, scored, pairs)
     inputs = {train.model_name(*pair): "scored" for pair in pairs}
     inputs |= dict.fromkeys(trained.failed, "failed")
-    how = {"collects": True, "places": ("claims",)}
+    how = {"collects": True, "places": _CLAIMS}
     with context.open("compare", context.plan.compare, inputs, **how) as stage:
         rows = [_row(context, scored, right[pair], *pair, measured[pair[0]]) for pair in pairs]
         rows.sort(key=lambda row: -row["robust_worst"])

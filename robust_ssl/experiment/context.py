@@ -24,7 +24,9 @@ from robust_ssl.workdir import (
     StageDirectory,
     WorkdirError,
     check_left,
+    check_unchanged,
     fingerprint,
+    json_ready,
     open_stage,
     read_manifest,
 )
@@ -81,6 +83,25 @@ class Context:
         inputs = {**inputs, **code_inputs(settings)}
         how = {"collects": collects, "places": places, "redo": redo, "made": made}
         return open_stage(self.workdir, name, text, inputs, seed, **how)
+
+    def check_unchanged(self, name: str, settings: Any, places: Sequence[str] = ()) -> None:
+        """Compares what a stage will be told with what the directory of that name was made with.
+
+        Args:
+          name: The stage's name.
+          settings: As for `open`.
+          places: As for `open`.
+
+        Raises:
+          ConfigChangedError: If they differ, with what.  Nothing is made of what is there.
+        """
+        path = self.workdir / name
+        if (path / "manifest.json").exists():
+            manifest = read_manifest(path)
+            now = {"config": text_of(settings), "inputs": code_inputs(settings)}
+            if not name.startswith("cost"):  # that has the seed of what it measures
+                now["seed"] = self.plan.seed
+            check_unchanged(path, manifest, json_ready(now), collects=True, places=places)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what was made under a key before in this run, also by a replaced copy of it."""

@@ -17,6 +17,17 @@ OWN = ("seconds_per_step", "seconds_per_image", "gradients_per_epoch", "peak_byt
 _LONG_EPOCH = 10**6  # updates: none that is timed leaves the phase of a ramp that it began in
 
 
+def check(context: Context) -> None:
+    """Raises ConfigChangedError if the workdir has costs that were measured otherwise."""
+    for path in sorted(context.workdir.glob("cost*")):
+        context.check_unchanged(path.name, _timing(context))
+
+
+def _timing(context: Context) -> dict[str, Any]:
+    names = ("reference", "memory", "rounds", "steps_per_round")
+    return {name: getattr(context.plan.compare, name) for name in names}
+
+
 def measure(
     context: Context, recipes: Sequence[Recipe], seed: int, stage: str = "cost"
 ) -> dict[str, Any]:
@@ -39,14 +50,12 @@ def measure(
       (gradient evaluations per image, over the reference's epochs), and the numbers `OWN`, None
       where nothing was trained.
     """
-    settings = context.plan.compare
-    reference = context.plan.recipes[settings.reference]
+    reference = context.plan.recipes[context.plan.compare.reference]
     chains = {recipe: recipe.chain() for recipe in dict.fromkeys(recipes)}
     everything = list(dict.fromkeys(other for chain in chains.values() for other in chain))
     stages = {recipe: train.train_recipe(context, recipe, seed) for recipe in everything}
     inputs = {recipe.name: stage.fingerprint for recipe, stage in stages.items()}
-    timing = {n: getattr(settings, n) for n in ("reference", "memory", "rounds", "steps_per_round")}
-    with context.open(stage, timing, inputs, seed, collects=True) as directory:
+    with context.open(stage, _timing(context), inputs, seed, collects=True) as directory:
         if not directory.done:
             results = {recipe: stage.results for recipe, stage in stages.items()}
             trained = [recipe for recipe in everything if results[recipe]["epochs"]]

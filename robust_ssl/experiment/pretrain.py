@@ -50,6 +50,7 @@ def check(context: Context) -> None:
       ValueError: With what is wrong and what to do.
     """
     settings = context.plan.pretrain
+    context.check_unchanged("pretrain", settings)
     encoder = settings.encoder(jax.random.key(context.plan.seed))
     train_set, test_set = _splits(context, encoder)
     method = settings.method()

@@ -136,8 +136,10 @@ def check(context: Context) -> None:
 
     Raises:
       ValueError: With what is wrong and what to do.
+      ConfigChangedError: If the workdir has figures that were scored otherwise.
     """
     scoring = context.plan.scoring
+    context.check_unchanged("score", {"scoring": scoring}, _ATTACKERS)
     check_with_labels(context)
     if scoring.half_twin:
         check_half(context)

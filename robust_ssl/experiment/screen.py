@@ -48,6 +48,7 @@ def check(context: Context) -> None:
       ValueError: With the detector's entry in the config.
     """
     settings = context.plan.screening
+    context.check_unchanged("screen", _told(context))
     context.parallel.check_batch(settings.batch_size)
     name, _ = _names(context)
     recipe = context.plan.recipes.get(name)
@@ -67,6 +68,10 @@ def check(context: Context) -> None:
 
 def _score(key: jax.Array, detector: Any, model: Classifier, image: jax.Array) -> jax.Array:
     return detector.score(key, model, image)
+
+
+def _told(context: Context) -> dict[str, Any]:
+    return {"screening": context.plan.screening, "per_image": context.plan.scoring.per_image}
 
 
 def screen(context: Context) -> StageDirectory:
@@ -92,8 +97,7 @@ def screen(context: Context) -> StageDirectory:
         "surrogate": context.surrogate.fingerprint(),
         "train": context.downstream[0].fingerprint(),
     }
-    told = {"screening": settings, "per_image": context.plan.scoring.per_image}
-    with context.open("screen", told, inputs, redo=True, made="screened") as stage:
+    with context.open("screen", _told(context), inputs, redo=True, made="screened") as stage:
         file, page = context.workdir / FILE, context.workdir / PAGE
         if stage.done:
             return stage

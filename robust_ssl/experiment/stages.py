@@ -19,6 +19,7 @@ from robust_ssl.experiment.attack import attack
 from robust_ssl.experiment.attack import check as check_attack
 from robust_ssl.experiment.audit import audit
 from robust_ssl.experiment.audit import check as check_audit
+from robust_ssl.experiment.compare import check as check_compare
 from robust_ssl.experiment.compare import compare
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.plan import Plan, UsageError, plan
@@ -181,6 +182,10 @@ def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
         yield check_train
     if stages & {"score", "compare"}:
         yield check_score
+    if "compare" in stages:
+        yield check_compare
+    if "analyze" in stages:
+        yield lambda run: run.check_unchanged("analyze", run.plan.analyze)
     if "screen" in stages:
         yield check_screen
     if "sweep" in stages:
