@@ -303,3 +303,9 @@ def test_what_is_refused_leaves_what_was_there(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         weights.save_classifier(net, tmp_path, {"accuracy": float("nan")})
     assert_bit_equal(weights.load_classifier(tmp_path), net)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, net.head_variables)
+    with pytest.raises(ValueError, match="finite"):
+        weights.save_classifier(
+            models.confidence_ensemble([net, net.replace(head_variables=broken)]), tmp_path
+        )
+    assert_bit_equal(weights.load_classifier(tmp_path), net)

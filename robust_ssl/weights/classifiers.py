@@ -24,6 +24,7 @@ from robust_ssl.weights import cards, native, transforms
 HEAD_FILE = "head.safetensors"
 CARD_FILE = "classifier.json"
 
+_MEMBERS = "members"
 _FUSION = "confidence"  # what the card of an ensemble has for a head
 
 
@@ -66,6 +67,20 @@ def save_classifier(
       ...     load_classifier(folder).num_classes
       3
     """
+    directory = pathlib.Path(directory)
+    # All that may fail comes before anything is written.
+    files = _files_of(classifier, card, builder=builder, options=options)
+    # Cards go first and come last: an interruption leaves no classifier, never one of two halves.
+    left_over = {HEAD_FILE, native.CARD_FILE, native.WEIGHTS_FILE} - files.keys()
+    for name in left_over | {name for name in files if name.endswith(CARD_FILE)}:
+        (directory / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        cards.replace_file(directory / name, content)
+    return directory
+
+
+def _files_of(classifier: Classifier, card, **how: Any) -> dict[str, bytes]:
+    """Returns what `save_classifier` writes, by name, in order, and refuses what it refuses."""
     from safetensors.numpy import save
 
     refuse_bridge(classifier, "saved")
@@ -74,7 +89,7 @@ def save_classifier(
         ordered = [names[place] for place in range(classifier.num_classes)]
         classifier = heads.in_order_of(classifier, ordered)
     if ensembles.ensemble_members(classifier):
-        return _save_ensemble(classifier, pathlib.Path(directory), card, builder, options)
+        return _files_of_ensemble(classifier, card, **how)
     arrays = cards.to_arrays(classifier.head_variables)
     cards.check_arrays(arrays, arrays, "the head to save")
     weights = save(arrays)
@@ -86,15 +101,8 @@ def save_classifier(
         "weights": cards.describe_file(HEAD_FILE, weights),
         "card": dict(card or {}),
     }
-    # All that may fail comes before anything is written.
-    encoder = native.files_of(classifier.encoder, card, builder=builder, options=options)
-    files = {**encoder, HEAD_FILE: weights, CARD_FILE: cards.encode(record)}
-    directory = pathlib.Path(directory)
-    # Away first and back last: an interruption leaves no classifier, never one of two halves.
-    (directory / CARD_FILE).unlink(missing_ok=True)
-    for name, content in files.items():
-        cards.replace_file(directory / name, content)
-    return directory
+    encoder = native.files_of(classifier.encoder, card, **how)
+    return {**encoder, HEAD_FILE: weights, CARD_FILE: cards.encode(record)}
 
 
 def _names(classifier: Classifier) -> dict[str, list[str]]:
@@ -147,7 +155,7 @@ def load_classifier(
     return Classifier(encoder, variables, module, record["num_classes"], names)
 
 
-def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) -> pathlib.Path:
+def _files_of_ensemble(classifier: Classifier, card, **how: Any) -> dict[str, bytes]:
     encoder, temperature = classifier.encoder, classifier.head.temperature
     members = ensembles.ensemble_members(classifier)
     rebuilt = ensembles.confidence_ensemble(members, temperature=temperature)
@@ -173,22 +181,19 @@ def _save_ensemble(classifier, directory: pathlib.Path, card, builder, options) 
         **native.transform_entry(encoder),
         "card": dict(card or {}),
     }
-    text = cards.encode(record)
-    # The card goes first and comes last: an interruption shows as a classifier that is not there.
-    for name in (CARD_FILE, HEAD_FILE, native.CARD_FILE, native.WEIGHTS_FILE):
-        (directory / name).unlink(missing_ok=True)
-    for index, member in enumerate(members):
-        folder = directory / "members" / str(index)
-        save_classifier(member, folder, card, builder=builder, options=options)
-    cards.replace_file(directory / CARD_FILE, text)
-    return directory
+    files = {
+        f"{_MEMBERS}/{index}/{name}": content
+        for index, member in enumerate(members)
+        for name, content in _files_of(member, card, **how).items()
+    }
+    return {**files, CARD_FILE: cards.encode(record)}
 
 
 def _load_ensemble(
     folder: pathlib.Path, record: Mapping[str, Any], head, builder, preprocess
 ) -> Classifier:
     load = functools.partial(load_classifier, head=head, builder=builder, preprocess=preprocess)
-    members = [load(folder / "members" / str(index)) for index in range(record["members"])]
+    members = [load(folder / _MEMBERS / str(index)) for index in range(record["members"])]
     where = folder / CARD_FILE
     try:
         ensemble = ensembles.confidence_ensemble(members, temperature=record["temperature"])
