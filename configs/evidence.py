@@ -263,9 +263,12 @@ def _stress(config: ConfigDict, recipes: list[str]) -> None:
     if "baseline" not in recipes:
         config.recipes.baseline = {"function": f"{common.RECIPES}baseline", "scored": False}
     config.suite.epsilon = 12 / 255
+    patch = {"function": f"{common.ATTACKS}AdvEncoderPAT", "width": 32, **PATCH}
     config.suite.attacks = {
         "universal_pgd": f"{common.ATTACKS}UniversalPGD",
-        "patch": {"function": f"{common.ATTACKS}AdvEncoderPAT", "width": 32, **PATCH},
+        "patch": patch,
+        # The checks want a patch at both kinds of place.
+        "patch_random": {**patch, "threat": {"function": PATCH["threat"], "location": "random"}},
     }
     config.scoring.update(twin=False, half_twin=False)
     config.scoring.labelled.epsilon = config.suite.epsilon

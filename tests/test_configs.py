@@ -108,6 +108,8 @@ def test_an_attempt_to_break_a_recipe_is_one_argument():
     stressed = planned("evidence.py:stress=yes,recipes=ramp_fgsm,seeds=0")
     assert stressed.stages == ("attack", "train", "score")
     assert [recipe.name for recipe in stressed.scored] == ["ramp_fgsm"]
+    placed = [a.make_threat(a.budgets[0]) for a in stressed.suite.attacks.values()]
+    assert [getattr(threat, "location", None) for threat in placed] == ["fixed", "random", None]
     per_image, labelled = stressed.scoring.per_image, stressed.scoring.labelled
     tried = {
         (name, type(budget.threat).__name__, round(255 * budget.epsilon, 2))
