@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib.util
 import inspect
@@ -28,7 +27,7 @@ _QUOTED_OR_FRACTION = re.compile(
     rf"({_QUOTED})|(?<![\w./]){_NUMBER}/{_NUMBER}(?![\w./])", re.IGNORECASE
 )
 _MOST_CONFIG = 2**24  # bytes of a config file
-_FUNCTION = re.compile(r"[\w./-]+:[A-Za-z_]\w*")
+FUNCTION = re.compile(r"[\w./-]+:[A-Za-z_]\w*")
 
 
 class SettingsError(ValueError):
@@ -144,7 +143,8 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
         file defines ``get_config()`` or ``get_config(text)``, and gets what follows the colon.
       overrides: ``--config.KEY=VALUE`` texts, with the meaning of `ml_collections.config_flags`:
         a value that is there keeps its type, and fractions may be written as such.  A key that is
-        not there is added: `experiment.plan` refuses what means nothing.
+        not there is added: `experiment.plan` refuses what means nothing.  A single loss or rate of
+        a recipe leaves the others that its function gives.
 
     Returns:
       The config, locked.
@@ -160,10 +160,10 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
         raise SettingsError(
             f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict"
         )
+    from robust_ssl import overrides as given
+
     config = _unshared(config)
-    overrides = expand_fractions(overrides)
-    typed = [argument for argument in overrides if not _set_untyped(config, argument)]
-    _set_typed(config, typed)
+    given.apply(config, expand_fractions(overrides))
     return config.lock()
 
 
@@ -232,86 +232,6 @@ def _run_file(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
-    """Sets what config_flags cannot: what is new, is or becomes None, or is a list; else False."""
-    from ml_collections.config_flags import config_path
-
-    match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument, re.DOTALL)
-    if match is None:
-        raise SettingsError(f"cannot read {argument!r}: write --config.KEY=VALUE")
-    key, text = match.groups()
-    if _add(config, key, _literal(text), config_path):
-        return True
-    kind, value = config_path.get_type(key, config), _literal(text)
-    if kind not in (type(None), list) and value is not None:
-        return False
-    if kind is list and value is not None:
-        value = list(value) if isinstance(value, list | tuple) else [value]
-    config_path.set_value(key, config, value)
-    return True
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
-        return text
-
-
-def _add(config: config_dict.ConfigDict, key: str, value: Any, config_path: Any) -> bool:
-    """Adds an entry, and the sections it lies in, unless it is there.
-
-    A function's bare name that gets an option becomes ``{"function": name}`` first.
-    """
-    try:
-        *parents, last = config_path.split(key)
-    except ValueError as error:
-        raise SettingsError(f"--config.{key}: cannot read this name ({error})") from None
-    node, walked = config, "config"
-    for field in parents:
-        if isinstance(node, config_dict.ConfigDict):
-            if field not in node or node[field] is None:
-                node[field] = config_dict.ConfigDict()
-            elif isinstance(node[field], str) and _FUNCTION.fullmatch(node[field]):
-                name = node[field]
-                del node[field]
-                node[field] = config_dict.ConfigDict({"function": name})
-        try:
-            node = node[field]
-        except (TypeError, KeyError, IndexError):
-            raise SettingsError(
-                f"--config.{key}: {walked} is {node!r} and has no {field!r}"
-            ) from None
-        walked += f".{field}"
-    if not isinstance(node, config_dict.ConfigDict):
-        _check_place(node, last, key, walked)
-        return False
-    if last in node:
-        return False
-    node[last] = value
-    return True
-
-
-def _check_place(node: Any, last: Any, key: str, walked: str) -> None:
-    try:
-        node[last]
-    except (TypeError, KeyError, IndexError):
-        raise SettingsError(f"--config.{key}: {walked} is {node!r} and has no {last!r}") from None
-
-
-def _set_typed(config: config_dict.ConfigDict, overrides: list[str]) -> None:
-    from absl import flags
-    from ml_collections import config_flags
-
-    argv = ["robust-ssl", *overrides]
-    parsed = flags.FlagValues()  # our own: the global flags belong to whoever imports us
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=argv)
-        parsed(argv)
-    except (flags.Error, TypeError, ValueError, KeyError) as error:
-        raise SettingsError(str(error).replace("flag --", "--")) from error
 
 
 def near(name: Any, known: Iterable[Any]) -> str:
@@ -385,7 +305,7 @@ def _describe(value: Any, name: str, lines: list[str]) -> None:
     else:
         lines.append(f"{name} = {json.dumps(value)}")
         names = value if isinstance(value, list) else [value]
-        functions = [n for n in names if isinstance(n, str) and _FUNCTION.fullmatch(n)]
+        functions = [n for n in names if isinstance(n, str) and FUNCTION.fullmatch(n)]
         lines.extend(f"    {_first_line(function)}" for function in functions)
 
 

@@ -4,12 +4,13 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 import robust_ssl
-from robust_ssl import attacks, data, experiment, models, progress, threats
+from robust_ssl import attacks, data, experiment, models, progress, struct, threats
 from robust_ssl.api import choice, securing
 from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, universal
@@ -378,6 +379,105 @@ def test_a_recipes_step_goes_with_its_budget(name):
         attack = securing._recipes(name, {}, common, epsilon)[1][name].build_attack(None)
         assert attack.step_size == pytest.approx(1.25 * epsilon)
         assert attack.threat.epsilon == pytest.approx(epsilon)
+
+
+CE = {"losses": {"a": "robust_ssl.losses:adversarial_cross_entropy"}}
+OWN_PGD = {"function": "robust_ssl.attacks:PGD"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "epsilon", "threat"),
+    [
+        ("pgd_at", {}, None, threats.Linf(8 / 255)),
+        ("pgd_at", {}, 4 / 255, threats.Linf(4 / 255)),
+        ("gen_af_released_stage1", {}, None, threats.Linf(0.03)),  # as published
+        ("pgd_at", {"attack": {**OWN_PGD, "epsilon": 0.1}}, None, threats.Linf(0.1)),
+        ({**CE, "attack": {**OWN_PGD, "epsilon": 0.1}}, {}, None, threats.Linf(0.1)),
+        ({**CE, "attack": {**OWN_PGD, "epsilon": 0.1}}, {}, 0.1, threats.Linf(0.1)),
+        ({**CE, "attack": "robust_ssl.attacks:PGD"}, {}, None, threats.Linf(8 / 255)),
+        ({**CE, "attack": "robust_ssl.attacks:PGD"}, {}, 0.1, threats.Linf(0.1)),
+        (
+            {**CE, "attack": {**OWN_PGD, "epsilon": 0.5, "threat": "robust_ssl.threats:L2"}},
+            {},
+            None,
+            threats.L2(0.5),
+        ),
+        (
+            {**CE, "attack": {**OWN_PGD, "epsilon": 0.1, "threat": "robust_ssl.threats:Patch"}},
+            {},
+            None,
+            threats.Patch(0.1),
+        ),
+    ],
+)
+def test_a_budget_is_the_one_that_was_given(recipe, options, epsilon, threat):
+    common = {"epochs": 1, "batch_size": 8, "head": "linear"}
+    name, made = securing._recipes(recipe, options, common, epsilon)
+    found = made[name].build_attack(None).threat
+    assert type(found) is type(threat)
+    leaves = [jax.tree.leaves(each) for each in (found, threat)]
+    np.testing.assert_allclose(*leaves)
+
+
+def test_two_budgets_or_none_under_a_threat_of_ones_own_are_refused():
+    own = {**CE, "attack": {**OWN_PGD, "epsilon": 0.1}}
+    common = {"epochs": 1, "batch_size": 8, "head": "linear"}
+    with pytest.raises(ValueError, match=r"epsilon=0\.1, and secure\(epsilon=0\.2\) another"):
+        securing._recipes(own, {}, common, 0.2)
+    silent = {**CE, "attack": {**OWN_PGD, "threat": "robust_ssl.threats:L2"}}
+    with pytest.raises(ValueError, match='needs an "epsilon"'):
+        securing._recipes(silent, {}, common, None)
+
+
+@struct.dataclass
+class Cheat:
+    """Leaves its budget."""
+
+    threat: threats.Linf
+
+    def __call__(self, key, model, image, label=None):
+        return jnp.clip(image + 0.5, 0.0, 1.0)
+
+
+def test_an_attack_that_leaves_its_budget_is_no_believable_figure(classifier):
+    images, labels = tiny.images("test", n=16)
+    given = {
+        "cheat": Cheat(threats.Linf(4 / 255)),
+        "pgd": attacks.PGD(threats.Linf(8 / 255), num_steps=2),
+    }
+    result = robust_ssl.measure(classifier, images, labels, attacks=given, batch_size=8, **QUIET)
+    kept = {check.name: check for check in result.verdict.checks}["budget_kept"]
+    assert kept.status == "failed" and kept.value > 0.1
+    assert "NOT BELIEVABLE" in str(result).upper()
+
+
+@struct.dataclass
+class Radius:
+    """A threat whose budget has another name."""
+
+    radius: float = 0.1
+
+    def project(self, candidate, image):
+        return jnp.clip(candidate, image - self.radius, image + self.radius)
+
+    def sample(self, key, image):
+        return image
+
+    def steepest(self, gradient):
+        return jnp.sign(gradient)
+
+
+def test_a_budget_that_nobody_knows_is_not_printed_as_zero(classifier):
+    images, labels = tiny.images("test", n=8)
+    given = {
+        str(radius): attacks.PGD(Radius(radius), num_steps=1, step_size=0.1)
+        for radius in (0.1, 0.2)
+    }
+    result = robust_ssl.measure(
+        classifier, images, labels, attacks=given, examine=False, batch_size=8, **QUIET
+    )
+    assert len(result.groups) == 2  # nobody knows whether their budgets are equal
+    assert "unknown (Radius)" in str(result) and "0/255" not in str(result)
 
 
 def test_a_batch_divides_over_the_devices_unless_it_was_given():

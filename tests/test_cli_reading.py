@@ -179,10 +179,21 @@ def test_check_refuses_stages_of_other_settings_as_a_run_does(
         assert "seed: 0 -> 9" in capsys.readouterr().err
 
 
-def test_check_refuses_a_file_for_a_workdir(config, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("file", "it is a file"), ("file/x", "file is a file"), ("", "--workdir is empty")],
+)
+def test_check_and_run_refuse_a_place_where_nothing_can_be(place, said, config, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main.main(["check", config, "--devices=2", f"--workdir={tmp_path / 'file'}"]) == 2
-    assert "is a file; name a folder" in capsys.readouterr().err
+    workdir = f"--workdir={tmp_path / place if place else ''}"
+    for command in ("check", "run"):
+        assert main.main([command, config, "--devices=2", workdir]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_check_says_that_a_workdir_is_new(config, tmp_path, capsys):
+    assert main.main(["check", config, "--devices=2", f"--workdir={tmp_path / 'typo'}"]) == 0
+    assert capsys.readouterr().out.endswith(f"written; nothing is in {tmp_path / 'typo'} yet\n")
 
 
 # --- show -----------------------------------------------------------------------------------------

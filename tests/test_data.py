@@ -186,6 +186,8 @@ def test_carve_errors():
         data.carve(toy(12), count=10)
     with pytest.raises(ValueError, match="between 1 and"):
         data.carve(toy(12), 0.01)
+    with pytest.raises(ValueError, match="one image of each class, 1 in all"):
+        data.carve(toy(1), 0.5)
     with pytest.raises(ValueError, match=r"fraction must lie in \(0, 1\), got 1.5"):
         data.carve(toy(12), 1.5)
     with pytest.raises(ValueError, match="test split"):

@@ -136,7 +136,7 @@ def test_export_from_the_command_line_with_the_weights_of_a_classifier(tmp_path,
     builder, options = ENCODERS["own heads"]
     encoder = random_encoder(builder, **options)
     place = str(weights.save_encoder(encoder, tmp_path / "public"))
-    public, secured, program = (str(tmp_path / name) for name in ("a", "b", "c"))
+    public = str(tmp_path / "a")
     assert main.main(["encoder", "export", place, f"--out={public}"]) == 0
     np.testing.assert_array_equal(
         load_file(public)["norm.weight"], encoder.variables["params"]["norm"]["scale"]
@@ -145,6 +145,7 @@ def test_export_from_the_command_line_with_the_weights_of_a_classifier(tmp_path,
         model = models.classifier(jax.random.key(1), encoder, 3, head=head)
         model = model.with_variables(jax.tree.map(lambda x: x * 0.9, model.variables))
         folder = tmp_path / head
+        secured, program = str(tmp_path / f"{head}.safetensors"), str(tmp_path / f"{head}.hlo")
         flags = [place, f"--classifier={folder}", f"--out={secured}", f"--stablehlo={program}"]
         assert main.main(["encoder", "export", *flags]) == 2
         assert "no classifier in" in capsys.readouterr().err
@@ -158,8 +159,27 @@ def test_export_from_the_command_line_with_the_weights_of_a_classifier(tmp_path,
         run = weights.load_stablehlo(program)
         np.testing.assert_allclose(run(images), model(images).logits, rtol=1e-3, atol=1e-4)
     other = str(weights.save_encoder(random_encoder(models.vit_tiny, depth=1), tmp_path / "other"))
-    assert main.main(["encoder", "export", other, *flags[1:]]) == 2
+    assert main.main(["encoder", "export", other, flags[1], f"--out={tmp_path}/new"]) == 2
     assert "was not fine-tuned from this encoder" in capsys.readouterr().err
+
+
+def test_an_export_replaces_nothing(tmp_path, capsys):
+    builder, options = ENCODERS["own heads"]
+    place = weights.save_encoder(random_encoder(builder, **options), tmp_path / "mine")
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    for flag, said in (
+        (f"--out={place}/encoder.safetensors", "is there already"),
+        (f"--out={place}/other.safetensors", "lies among an encoder's own files"),
+        (f"--out={tmp_path}/notes", "is there already"),
+        (f"--stablehlo={tmp_path}/full", "is a folder; name a file in it"),
+        (f"--torch={tmp_path}/full", "is there already"),
+    ):
+        assert main.main(["encoder", "export", str(place), flag]) == main.USAGE
+        assert said in capsys.readouterr().err
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_layouts_used_for_export_exist():

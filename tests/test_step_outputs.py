@@ -55,6 +55,10 @@ def test_a_loss_sees_the_taps_of_clean_attacked_and_pretrained_images():
     assert set(metrics) == {*seen, "loss", "gradient_norm", "skipped"}  # nobody looked at logits
 
 
+CLEAN = {"clean": (losses.clean_cross_entropy, 1.0)}
+ATTACKED = {"attacked": (losses.adversarial_cross_entropy, 1.0)}
+
+
 @struct.dataclass
 class Darker:
     def __call__(self, key, model, image, label=None):
@@ -75,10 +79,40 @@ def test_what_a_recipe_does_not_give_a_loss_is_named_with_its_entry():
         make_step(tapped(), optax.sgd(0.1), losses={"near": (near, 1.0)}, key=KEY)
     notes = " ".join(caught.value.__notes__)
     assert "inputs.pretrained is None here" in notes and "compare_with_pretrained=True" in notes
+    assert "inputs.adversarial" not in notes and "inputs.teacher" not in notes
 
 
-CLEAN = {"clean": (losses.clean_cross_entropy, 1.0)}
-ATTACKED = {"attacked": (losses.adversarial_cross_entropy, 1.0)}
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"losses": {"mine": (lambda inputs: inputs.labels, 1.0)}}, "must return floats.*int32"),
+        (
+            {"losses": {"mine": (lambda inputs: inputs.labels == 1, 1.0)}},
+            "must return floats.*bool",
+        ),
+        ({"losses": {"mine": (losses.clean_cross_entropy, float("nan"))}}, "must be a number"),
+        ({"ema": 1.5}, r"ema, the decay of an average, must be in \[0, 1\), got 1.5"),
+    ],
+)
+def test_what_cannot_train_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        make_step(tapped(), optax.sgd(0.1), **{"losses": CLEAN, "key": KEY, **options})
+
+
+def test_an_average_that_the_state_does_not_keep_is_asked_for():
+    net, tx = tapped(), optax.sgd(0.1)
+    step = make_step(net, tx, losses=CLEAN, key=KEY, ema=0.9)
+    with pytest.raises(ValueError, match=r"init_state\(\.\.\., average=True\)"):
+        jax.eval_shape(step, init_state(net, tx), batches(1)[0])
+
+
+def test_a_compiled_loss_reads_what_it_looks_at():
+    compiled = {"clean": (jax.jit(losses.clean_cross_entropy), 1.0)}
+    step = make_step(tapped(), optax.sgd(0.1), losses=compiled, key=KEY, attack=Darker())
+    assert step.passes == 1
+    twice = {"clean": (jax.jit(jax.jit(losses.adversarial_cross_entropy)), 1.0)}
+    step = make_step(tapped(), optax.sgd(0.1), losses=twice, key=KEY, attack=Darker())
+    assert step.passes == 1
 
 
 def operations(of_losses, **arguments):

@@ -12,6 +12,7 @@ from robust_ssl import experiment, load_encoder
 from robust_ssl.cli import zoo
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
+from robust_ssl.workdir import WorkdirError
 
 
 def named(name, **changes):
@@ -52,6 +53,14 @@ def test_a_config_leaves_all_one_needs_to_trust_and_remake_it(built):
         assert words in page
     for name in ("knn_accuracy", "random_knn_accuracy", "linear_accuracy"):
         assert f"| {100 * card['card'][name]:.1f} |" in page
+
+
+def test_what_nobody_can_build_is_wrong_usage(tmp_path):
+    with pytest.raises(experiment.UsageError, match=r"broken: .*larger than the set"):
+        build([named("broken", batch_size=1000)], tmp_path / "zoo")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match=r"cannot write to .*file"):
+        build([named("one")], tmp_path / "file")
 
 
 def test_a_config_that_fails_does_not_stop_the_others(built):

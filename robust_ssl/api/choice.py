@@ -68,9 +68,11 @@ def grouped(
         else:
             universal = isinstance(value, UniversalPerturbation)
             threat = getattr(value, "threat", None)
-            budget = getattr(threat, "epsilon", getattr(threat, "area", 0.0))
+            # NaN equals nothing: what nobody knows the budgets of is never taken together.
+            budget = float(getattr(threat, "epsilon", getattr(threat, "area", "nan")))
             family, against = ("universal", "public") if universal else ("per_image", "hardened")
-            group = Group(MODEL, against, family, threat_name(threat), float(budget))
+            kind = "unknown" if threat is None else threat_name(threat)
+            group = Group(MODEL, against, family, kind, budget)
         groups.setdefault(group, []).append((name, value))
     return groups
 

@@ -18,6 +18,7 @@ from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
 from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sample
+from robust_ssl.experiment.examined import largest_excess
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
@@ -286,6 +287,7 @@ class _Scorer:
         Where no attack was per image, the examination's own PGD is looked at, at the budget of the
         perturbations.
         """
+        scored = list(scored)
         linf = [s for s in scored if s.group.threat == "Linf" and s.group.epsilon > 0]
         if not linf:
             reason = "Nothing was scored under Linf, which is what is examined."
@@ -304,6 +306,7 @@ class _Scorer:
             batch,
             figure,
             rows,
+            excess=largest_excess(scored),
             threat=threats.Linf(epsilon),
             num_steps=steps,
             num_queries=queries,

@@ -62,7 +62,7 @@ def secure(
     *,
     recipe: Any = "gen_af",
     head: Any = "mlp",
-    epsilon: float = 8 / 255,
+    epsilon: float | None = None,
     epochs: int = 8,
     batch_size: int = 64,
     validation: float = 0.1,
@@ -84,7 +84,8 @@ def secure(
       recipe: A name of ``robust_ssl.list("recipes")``, ``"module:function"``, or a mapping of
         entries of `experiment.Recipe`.
       head: ``"mlp"``, ``"linear"``, or the name of a function of the number of classes.
-      epsilon: Budget of every attack of training and validation, pixel units.
+      epsilon: Budget of every attack of training and validation, pixel units.  None is what the
+        recipe says, 8/255 for those of the package, and 8/255 for validation.
       epochs: Passes over the images, of each recipe on the way.
       batch_size: Images of an update.
       validation: Share of the images by which epochs are chosen.
@@ -97,7 +98,8 @@ def secure(
       The classifier: call it on pixels in [0, 1], save it with `robust_ssl.save_classifier`.
 
     Raises:
-      ValueError: If there is no such recipe, an option is wrong, or images do not fit the encoder.
+      ValueError: If there is no such recipe, an option is wrong, entries of your own give another
+        budget than `epsilon`, or images do not fit the encoder.
       FloatingPointError: If training had no finite update.
 
     Example:
@@ -124,7 +126,7 @@ def secure(
     parts = data.carve(examples, validation, seed=seed)
     for each in recipes.values():
         linking.check_against(each, encoder, f"recipe {each.name}")
-    attack = InnerAttack.read(pgd(epsilon), "validation")
+    attack = InnerAttack.read(pgd(_usual(epsilon)), "validation")
     plan = Plan(stages=("train",), seed=seed, recipes=recipes, training=Training(validation=attack))
     with tempfile.TemporaryDirectory(prefix="robust_ssl-") as folder:
         run = _Given(
@@ -139,7 +141,7 @@ def secure(
 
 
 def _recipes(
-    recipe: Any, options: Mapping[str, Any], common: Mapping[str, Any], epsilon: float
+    recipe: Any, options: Mapping[str, Any], common: Mapping[str, Any], epsilon: float | None
 ) -> tuple[str, dict[str, Recipe]]:
     """Returns the recipe's name, and it with all that it is made from."""
     if isinstance(recipe, Mapping):
@@ -174,15 +176,35 @@ def _function(name: str) -> str:
 
 
 def _entries(
-    value: Mapping[str, Any], common: Mapping[str, Any], epsilon: float, name: str
+    value: Mapping[str, Any], common: Mapping[str, Any], epsilon: float | None, name: str
 ) -> dict[str, Any]:
-    """Returns all entries of a recipe, its attack at the one budget."""
+    """Returns all entries of a recipe, its attack at the one budget, or at its own."""
     where = f"recipe {name}"
-    if "function" in value and "epsilon" not in value:
+    own = [*_epsilons(value), *_epsilons(value.get("attack"))]
+    if epsilon is not None and any(said != epsilon for said in own):
+        raise ValueError(
+            f"{where} gives its attack epsilon={own[0]:.4g}, and secure(epsilon={epsilon:.4g}) "
+            "another; leave one of them out"
+        )
+    if epsilon is not None and "function" in value and "epsilon" not in value:
         function = Function.read({"function": value["function"]}, where)
         if function.takes("epsilon"):  # what it makes of its budget, as a step, goes with it
             value = {**value, "epsilon": epsilon}
     entries = linking.entries_of(value, common, where)
-    if entries.get("attack"):
-        entries["attack"] = {**entries["attack"], "epsilon": epsilon}
+    attack = entries.get("attack")
+    if isinstance(attack, str):
+        attack = {"function": attack}
+    if isinstance(attack, Mapping):
+        # Units are those of Linf: under another threat somebody has to say what is meant.
+        silent = epsilon is None and ("epsilon" in attack or "threat" in attack)
+        entries["attack"] = attack if silent else {**attack, "epsilon": _usual(epsilon)}
     return entries
+
+
+def _epsilons(entries: Any) -> list[float]:
+    found = entries.get("epsilon") if isinstance(entries, Mapping) else None
+    return [found] if isinstance(found, int | float) else []
+
+
+def _usual(epsilon: float | None) -> float:
+    return 8 / 255 if epsilon is None else epsilon

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -183,7 +184,8 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _read_number(kind: type, limits: Range, value: Any, where: str) -> Any:
-    number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    whole = numbers.Integral if kind is int else numbers.Real  # NumPy's scalars are such
+    number = isinstance(value, whole) and not isinstance(value, bool)
     if not number or value not in limits:
         words = limits.describe("whole number" if kind is int else "number")
         raise ValueError(f"{where} must be {words}, got {value!r}")

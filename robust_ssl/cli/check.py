@@ -58,16 +58,18 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return DONE
     layout = running.devices(arguments.devices)
     from robust_ssl import experiment, progress
+    from robust_ssl.workdir import check_place, workdir_path
 
     planned = experiment.plan(config)
     with tempfile.TemporaryDirectory() as nowhere:
-        workdir = pathlib.Path(arguments.workdir or nowhere)
-        if workdir.exists() and not workdir.is_dir():
-            raise settings.SettingsError(f"--workdir={workdir} is a file; name a folder")
+        given = arguments.workdir
+        workdir = pathlib.Path(nowhere) if given is None else workdir_path(given)
+        check_place(workdir)
         context = experiment.Context(planned, workdir, layout, progress.Progress())
         experiment.check(context)
         words.say("\n\n".join(_parts(context, arguments.memory)), sys.stdout, margin="")
-    print("\nnothing was found wrong, and nothing was written")
+        new = "" if workdir.exists() else f"; nothing is in {workdir} yet"
+    print(f"\nnothing was found wrong, and nothing was written{new}")
     return DONE
 
 

@@ -251,6 +251,8 @@ def _export(arguments: argparse.Namespace) -> int:
     # One would replace the other without a word.
     if len({pathlib.Path(place).absolute() for place in places.values()}) < len(places):
         raise ValueError(f"{' and '.join(places)} name one place")
+    for flag, place in places.items():
+        _check_free(flag, pathlib.Path(place))
     from robust_ssl import weights
 
     # Of a finished recipe it is the classifier's, as elsewhere.
@@ -278,6 +280,16 @@ def _export(arguments: argparse.Namespace) -> int:
     for place in places.values():
         provenance.write_beside(place, made_from=origins)
     return DONE
+
+
+def _check_free(flag: str, place: pathlib.Path) -> None:
+    """Raises ValueError if something is there: it may be what is exported, or a run's work."""
+    if place.is_dir() and flag != "--torch":
+        raise ValueError(f"{flag}={place} is a folder; name a file in it")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ValueError(f"{flag}={place} is there already; remove it, or name another place")
+    if any((place.parent / card).exists() for card in _CARDS):
+        raise ValueError(f"{flag}={place} lies among an encoder's own files; name another folder")
 
 
 def _export_whole(arguments: argparse.Namespace, model: Any) -> None:
@@ -315,6 +327,7 @@ def _lock(arguments: argparse.Namespace) -> int:
     return provenance.lock(arguments, _named(arguments))
 
 
+_CARDS = ("encoder.json", "classifier.json", "manifest.json")  # beside them nothing is exported
 _TARGETS = ("out", "torch", "onnx", "stablehlo")
 _ACTIONS = {
     "inspect": _inspect,

@@ -15,7 +15,7 @@ from robust_ssl import disk, experiment, provenance, settings, weights, words
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
-from robust_ssl.workdir import read_metrics
+from robust_ssl.workdir import make_directory, read_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +58,14 @@ def build(
       What went wrong, by encoder name; the others have been made.
 
     Raises:
-      UsageError: If two configs make encoders of the same name, or one names none.
+      UsageError: If two configs make encoders of the same name, one names none, or none of them can
+        be used.
+      WorkdirError: If `out` cannot be made or written.
       Stopped: If a stop was asked for; call again to go on.
     """
-    out = pathlib.Path(out)
     named = _by_name(configs)
-    failures = {}
+    out = make_directory(out)
+    failures, unusable = {}, []
     for name, config in named.items():
         work = out / "runs" / name
         try:
@@ -76,8 +78,11 @@ def build(
         except Exception as error:  # the others do not depend on it
             _log.error("zoo: %s failed: %s", name, error)
             failures[name] = f"{type(error).__name__}: {error}"
+            unusable += [f"{name}: {error}"] if isinstance(error, experiment.UsageError) else []
         if jax.process_index() == 0:
             disk.replace(out / "README.md", table(out))
+    if unusable and len(unusable) == len(named):
+        raise experiment.UsageError("\n".join(unusable))
     return failures
 
 

@@ -180,6 +180,11 @@ def carve(
     if examples.labels is not None:  # the last of each class in this order stays
         reserved = backwards[np.unique(examples.labels[backwards], return_index=True)[1]]
     free = order[~np.isin(order, reserved)]
+    if not len(free):
+        raise ValueError(
+            f"{examples.where} has one image of each class, {len(examples)} in all, and none is "
+            "left to validate on; bring more"
+        )
     if not 1 <= count <= len(free):
         raise ValueError(
             f"cannot carve {count} validation images out of the {len(examples)} of "

@@ -15,7 +15,13 @@ import numpy as np
 from robust_ssl import data, disk, evaluation, threats
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment.context import Context, identity
-from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
+from robust_ssl.experiment.examined import (
+    budget_of,
+    largest_excess,
+    sees_labels,
+    sees_model,
+    subject_of,
+)
 from robust_ssl.experiment.groups import Group, Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
@@ -61,7 +67,7 @@ def examine(
     if everywhere(stored is not None):
         return stored
     if stop_requested():
-        raise Stopped(f"{scorer.stage.path.name} stopped; run it again to go on")
+        raise Stopped(f"{scorer.stage.path.name} stopped, and what was scored is kept")
     begun = time.perf_counter()
     examined, verdict = _per_image(scorer, model, scored)
     verdict += _universal(scorer, model, scored)
@@ -136,6 +142,7 @@ def _per_image(
         batch,
         subject.figure,
         np.searchsorted(subject.rows, chosen),
+        excess=largest_excess(scored),  # whatever its budget: each has a row in the tables
         threat=subject.threat,
         key=stage_key(context.plan.seed, "examine"),
         num_steps=steps,
@@ -162,7 +169,6 @@ def of_sample(
     options: dict[str, Any] = {"batch_size": min(_MOST_AT_ONCE, at_once)}
     if figure is not None:
         options |= {"reported": figure.robust_correct[places], "counts": figure.counts}
-        options["excess"] = figure.excess
     try:
         return checks.examine(model, batch["images"], batch["labels"], **options, **how)
     except ValueError as error:  # hours of scoring are not lost for it

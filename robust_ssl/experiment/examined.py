@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,12 @@ def sees_labels(scored: Scored) -> bool:
     """
     attacks = [getattr(member.value, "attack", member.value) for member in scored.members]
     return not all(getattr(attack, "label_free", False) for attack in attacks)
+
+
+def largest_excess(scored: Iterable[Scored]) -> float:
+    """Returns how far any attack left its own budget (`PerImage.excess`); NaN where none says."""
+    known = (s.worst.excess for s in scored if not math.isnan(s.worst.excess))
+    return max(known, default=math.nan)
 
 
 def budget_of(scored: Scored) -> tuple[str, float]:

@@ -126,7 +126,7 @@ class Scorer:
         results = _kept(file, self.origin)
         if results is None:
             if stop_requested():
-                raise Stopped(f"{self.stage.path.name} stopped; run it again to go on")
+                raise Stopped(f"{self.stage.path.name} stopped, and what was scored is kept")
             results = dict(compute())
             if jax.process_index() == 0:
                 _keep(file, results, self.origin)

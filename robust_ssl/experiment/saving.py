@@ -49,8 +49,8 @@ def _origin(context: Context, recipe: Recipe) -> list[provenance.Source]:
     """Returns the public encoder that a recipe began with, where it lies on disk."""
     source = recipe.public_encoder() or context.plan.encoder
     path = context.workdir / "pretrain" / "encoder" if source.is_pretrained else source.path
-    if path is None:
-        return []
+    if path is None or (source.is_pretrained and not path.exists()):
+        return []  # `secure` has its encoder from a caller
     moving = source.options.get("allow_moving")
     try:
         return [provenance.open_source(path, allow_moving=moving)]

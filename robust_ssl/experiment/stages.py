@@ -39,6 +39,7 @@ from robust_ssl.workdir import (
     StageDirectory,
     WorkdirError,
     check_layout,
+    check_place,
     hold,
     make_directory,
     workdir_path,
@@ -99,6 +100,7 @@ def run(
         early = everywhere(context.workdir.is_dir() and os.access(context.workdir, os.W_OK))
         if early:
             held.enter_context(hold(context.workdir))
+        check_place(context.workdir)
         check_layout(context.workdir)
         check(context)
         if not early:

@@ -13,6 +13,19 @@ AVERAGE = "average"  # where the variables of a training state keep it
 AVERAGED = ("params", "batch_stats")
 
 
+def check_decay(decay: float | None) -> None:
+    """Raises ValueError unless a decay is in [0, 1), or None."""
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(f"ema, the decay of an average, must be in [0, 1), got {decay}")
+
+
+def average_in(variables: Variables) -> dict[str, Variables]:
+    """Returns the average that a training state keeps; ValueError where it keeps none."""
+    if AVERAGE not in variables:
+        raise ValueError("ema needs an average in the state: init_state(..., average=True)")
+    return variables[AVERAGE]
+
+
 def first_average(variables: Variables) -> dict[str, Variables]:
     """Returns the average before the first update: the variables, in arrays of their own."""
     return {name: jax.tree.map(jnp.array, variables[name]) for name in _averaged(variables)}

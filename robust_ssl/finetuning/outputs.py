@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Mapping, Set
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from robust_ssl.parallel import gather
 from robust_ssl.types import Classifier, Encoder, Loss, LossInputs, Outputs, Variables
 
 BATCH_STATISTICS = ("clean", "adversarial", "both", "frozen", "twins")
+_MAY_BE_ABSENT = ("adversarial", "pretrained", "teacher")  # among what a loss gets
 _BATCH = 8  # images of the batch of shapes on which losses are traced
 
 
@@ -121,9 +124,11 @@ def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
         # The note names the loss: the trace alone shows a line of somebody's function.
         error.add_note(f"this happened in the loss {name!r}")
         if "NoneType" in str(error):
-            for other in ("adversarial", "pretrained", "teacher"):
-                if getattr(inputs, other) is None:
-                    error.add_note(f"inputs.{other} is None here{advice(other)}")
+            absent = [n for n in _MAY_BE_ABSENT if getattr(inputs, n) is None]
+            # Which of them it was, the name of an attribute in the failing line says.
+            named = [n for n in absent if f".{n}" in _failing_line(error)]
+            for other in named or absent:
+                error.add_note(f"inputs.{other} is None here{advice(other)}")
         raise
     shape = getattr(values, "shape", None)
     if shape != inputs.labels.shape:
@@ -131,7 +136,18 @@ def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
             f"the loss {name!r} must return one value per image, [batch] = "
             f"{inputs.labels.shape}, but returned shape {shape}; do not take the mean in it"
         )
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(
+            f"the loss {name!r} must return floats, which have a gradient, but returned "
+            f"{values.dtype}"
+        )
     return values
+
+
+def _failing_line(error: Exception) -> str:
+    """Returns the text of the line that an error comes from, empty where it is not known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line or "") if frames else ""
 
 
 def outputs_read(
@@ -163,12 +179,22 @@ def outputs_read(
     # A loss reads what is an operand of its traced program, or its result.
     for name, loss in losses.items():
         program = jax.make_jaxpr(functools.partial(loss_per_image, name, loss))(inputs).jaxpr
-        used = {id(v) for equation in program.eqns for v in equation.invars}
-        used |= {id(v) for v in program.outvars}
-        for (output, *rest), variable in zip(paths, program.invars, strict=True):
-            if rest and id(variable) in used:
+        for (output, *rest), is_used in zip(paths, _used(program), strict=True):
+            if rest and is_used:
                 read[output.name].add(_output_name(rest))
     return read
+
+
+def _used(program: Any) -> list[bool]:
+    """Returns which arguments of a traced program it looks at, in programs that it calls too."""
+    used = {id(v) for v in program.outvars}
+    for equation in program.eqns:
+        inner = equation.params.get("jaxpr")
+        inner = getattr(inner, "jaxpr", inner)  # one that has its constants is a pair
+        alike = inner is not None and len(inner.invars) == len(equation.invars)
+        looked_at = _used(inner) if alike else [True] * len(equation.invars)
+        used |= {id(v) for v, is_used in zip(equation.invars, looked_at, strict=True) if is_used}
+    return [id(variable) in used for variable in program.invars]
 
 
 def _output_name(path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from robust_ssl import struct
 from robust_ssl.build import resolve
 from robust_ssl.finetuning import parts
 from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image
-from robust_ssl.finetuning.averaging import AVERAGE, first_average, follow
+from robust_ssl.finetuning.averaging import AVERAGE, average_in, check_decay, first_average, follow
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.images import Batch, attacked_images, clean_images, step_keys
 from robust_ssl.finetuning.lora import merged
@@ -270,14 +271,13 @@ def make_step(
     if attack is None and batch_statistics in ("adversarial", "both"):
         raise ValueError(f"batch_statistics={batch_statistics!r} needs an attack, got None")
     if budget is not None and not has_budget(attack):
-        raise ValueError(
-            "a budget schedule scales the epsilon of an attack, and this one has none: "
-            f"{type(attack).__name__}"
-        )
+        kind = type(attack).__name__
+        raise ValueError(f"a budget schedule scales an attack's epsilon, and {kind} has none")
     if batch_statistics == "twins" and "encoder" not in template.variables.get("batch_stats", {}):
         raise ValueError(
             'batch_statistics="twins" is about batch norm, and this encoder has none; take "clean"'
         )
+    check_decay(ema)
     parts.check(template, accumulate, batch_statistics)
     losses, weights = _functions_and_weights(losses)
     # As NumPy: constants must not sit on one device or in one process.
@@ -296,9 +296,8 @@ def make_step(
         template, tx, losses, read, batch_statistics, frozen, augment, axis_name, accumulate
     )
     passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
-    settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher)
-    if ema is not None:
-        settings = settings.replace(ema=np.float32(ema))
+    decay = None if ema is None else np.float32(ema)
+    settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher, decay)
     return Step(Computation(functools.partial(_update, plan)), settings, passes)
 
 
@@ -308,6 +307,8 @@ def _functions_and_weights(losses: Mapping[str, tuple[Loss | str, float]]):
         functions[name] = resolve(loss)
         # As a float: with 6 among the weights of a sweep the program of 6.5 would be another one.
         weights[name] = float(weight)
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"the weight of the loss {name!r} must be a number, got {weight}")
     return functions, weights
 
 
@@ -386,7 +387,7 @@ def _update(
         moved = attack.update(deltas["deltas"], uphill["deltas"], keys.renewal, state.step)
         variables[COLLECTION] = {"deltas": moved}
     if settings.ema is not None:
-        variables[AVERAGE] = follow(state.variables[AVERAGE], variables, settings.ema)
+        variables[AVERAGE] = follow(average_in(state.variables), variables, settings.ema)
     return take_if_finite(state, variables, opt_state, metrics)
 
 

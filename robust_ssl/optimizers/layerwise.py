@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -120,7 +121,7 @@ def layer_rates(params: Mapping[str, Any], rules: Mapping[str, Rate]) -> dict[st
     """
     for pattern, rate in rules.items():
         # True is an int in Python, and no learning rate.
-        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
         if rate != FREEZE and not (number and math.isfinite(rate) and rate >= 0):
             raise ValueError(
                 f"the rate of {pattern!r} must be a learning rate of at least 0 or {FREEZE!r}, "

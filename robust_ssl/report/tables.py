@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -83,14 +84,15 @@ def budget(epsilon: float, threat: str = "Linf") -> str:
     Example:
       >>> budget(8 / 255), budget(0.5, "L2"), budget(0.03, "Patch")
       ('8/255', '0.5 (L2)', '3 % of the area')
-      >>> budget(8 / 255, "Linf, 0-0.125 cycles/pixel")
-      '8/255 (0-0.125 cycles/pixel)'
+      >>> budget(8 / 255, "Linf, 0-0.125 cycles/pixel"), budget(math.nan, "Mine")
+      ('8/255 (0-0.125 cycles/pixel)', 'unknown (Mine)')
     """
     kind, _, band = threat.partition(", ")
     if kind == "Patch":
         return f"{round(100 * epsilon, 2):g} % of the area"
-    words = ", ".join(word for word in (kind, band) if word not in ("Linf", ""))
+    words = ", ".join(word for word in (kind, band) if word not in ("Linf", "unknown", ""))
     text = f"{epsilon:g}" if kind == "L2" else f"{round(epsilon * 255, 2):g}/255"
+    text = "unknown" if math.isnan(epsilon) else text
     return f"{text} ({words})" if words else text
 
 

@@ -49,6 +49,26 @@ def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
         raise WorkdirError(f"--workdir {text!r}: {error}; write the whole path") from error
 
 
+def check_place(path: pathlib.Path) -> None:
+    """Raises WorkdirError where no working directory can be, without making one.
+
+    Raises:
+      WorkdirError: If the path, or the nearest above it that is there, is no directory or may not
+        be written.
+    """
+    try:
+        place = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        reason = "is a file" if not place.is_dir() else "may not be written"
+        if place.is_dir() and os.access(place, os.W_OK):
+            return
+    except OSError as error:  # a folder that may not be looked into
+        place, reason = path, error.strerror or str(error)
+    raise WorkdirError(
+        f"cannot write to {path}: {'it' if place == path.absolute() else place} {reason}; "
+        "give --workdir a directory that you may write to"
+    )
+
+
 def _is_text(text: str) -> bool:
     try:
         text.encode()

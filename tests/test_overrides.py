@@ -1,0 +1,83 @@
+"""What is typed over a config sets what it names, and loses nothing beside it."""
+
+import pytest
+from ml_collections import config_dict
+
+from robust_ssl import overrides
+from robust_ssl.experiment import plan
+from robust_ssl.settings import SettingsError, load_config
+
+RECIPES = {
+    "baseline": "robust_ssl.recipes:baseline",
+    "full": "robust_ssl.recipes:full",
+    "trades": {"function": "robust_ssl.recipes:trades", "epochs": 3},
+}
+
+
+def typed(*texts, recipes=RECIPES):
+    config = config_dict.ConfigDict({"seed": 0, "downstream": {"name": "a"}, "recipes": recipes})
+    overrides.apply(config, [f"--config.{text}" for text in texts])
+    return config
+
+
+def losses(config, recipe):
+    return {name: entry["weight"] for name, entry in config.recipes[recipe].losses.items()}
+
+
+def test_one_weight_leaves_the_other_losses_of_the_recipes_function():
+    config = typed("recipes.trades.losses.trades_kl.weight=3")
+    assert losses(config, "trades") == {"clean_cross_entropy": 1.0, "trades_kl": 3.0}
+    assert config.recipes.trades.epochs == 3
+
+
+def test_a_new_loss_comes_to_the_others():
+    mine = "recipes.full.losses.mine={'function': 'robust_ssl.losses:trades_kl', 'weight': 2.0}"
+    assert losses(typed(mine), "full") == {"clean_cross_entropy": 1.0, "mine": 2.0}
+    whole = "recipes.full.losses={'mine': {'function': 'robust_ssl.losses:trades_kl'}}"
+    assert [*typed(whole).recipes.full.losses] == ["mine"]  # all of it was typed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rates"),
+    [
+        ("encoder/**", {"encoder/**": 1e-4, "head/**": 5e-3}),
+        ("encoder/stem/**", {"encoder/**": 1e-3, "encoder/stem/**": 1e-4, "head/**": 5e-3}),
+        ("**", {"**": 1e-4}),  # nothing is left of what it covers
+    ],
+)
+def test_one_rate_leaves_those_that_it_does_not_cover(pattern, rates):
+    config = typed(f"recipes.full.rates['{pattern}']=1e-4")
+    assert config.recipes.full.rates.to_dict() == rates
+
+
+def test_what_a_config_has_is_not_asked_of_a_function():
+    recipes = {"full": {"function": "robust_ssl.recipes:full", "losses": {"mine": {"weight": 1.0}}}}
+    config = typed("recipes.full.losses.mine.weight=2", recipes=recipes)
+    assert losses(config, "full") == {"mine": 2.0}
+    config = typed("recipes.other.losses.mine=robust_ssl.losses:trades_kl")
+    assert config.recipes.other.losses.to_dict() == {"mine": "robust_ssl.losses:trades_kl"}
+
+
+def test_the_example_of_the_guide_is_a_plan():
+    config = load_config("compare", ["--config.recipes.full.rates['encoder/**']=1e-4"])
+    assert plan(config).recipes["full"].rates == {"encoder/**": 1e-4, "head/**": 5e-3}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("recipes['a.b']={'start': 'baseline'}", r"recipes\['a.b'\].*dots"),
+        ("recipes.mine={'start': 'baseline'", "cannot read .* as a mapping or a list .*closed"),
+        ("downstream=digits", "is a section and not one value, got 'digits'"),
+        ("scoring.budgets[0]=0.1", "config.scoring has no list 'budgets'; give all of it"),
+        ("seed.x=1", "config.seed is 0 and has no 'x'"),
+    ],
+)
+def test_what_cannot_be_set_is_said(text, said):
+    with pytest.raises(SettingsError, match=said):
+        typed(text)
+
+
+def test_mappings_may_be_json():
+    config = typed('recipes.mine={"function": "a:b", "keep_best": true}')
+    assert config.recipes.mine.to_dict() == {"function": "a:b", "keep_best": True}
