@@ -53,6 +53,14 @@ WRONG = {
     "checklist:\n  fallback: {done: perhaps, by: K, date: 2026-01-01}": "line 2: .*true or false",
     "checklist:\n  fallback: {done: true, by: '', date: 2026-01-01}": "line 2: .*by is empty",
     "checklist:\n  fallbak: {done: true}": "line 2: unknown entry 'fallbak'.*did you mean fallback",
+    "checklist:\n  fallback: {done: true, by: ' ', date: 2026-01-01}": "line 2: .*by is empty",
+    "checklist:\n  fallback: {done: true, by: '--', date: 2026-01-01}": "line 2: .*by is empty",
+    "waivers:\n- {gate: clean-loss, name: ' ', date: 2026-11-01, reason: r, until: 2027-01-01}": (
+        "line 2: .*name is empty"
+    ),
+    "waivers:\n- {gate: clean-loss, name: K, date: 2026-W52-1, reason: r, until: 2027-01-01}": (
+        "line 2: .*write a date as 2027-03-31"
+    ),
     "waivers: {gate: x}": "line 1: waivers must be a list",
     "waivers:\n- {gate: clean-los, name: K}": r"line 2: .*'clean-los'; did you mean clean-loss\?",
     "waivers:\n- {gate: clean-loss, name: K, date: 1.2.2026, reason: r, until: 2027-01-01}": (
@@ -166,6 +174,31 @@ def test_at_a_turning_point_the_net_is_zero():
     assert bars[0]["amount"] == "attacked_share" and bars[1]["at_low"] == bars[1]["at_high"]
 
 
+@pytest.mark.parametrize(("share", "shown"), [(0.4962, 0.49), (0.99625, 0.99), (1.0, 1.0)])
+def test_a_probability_is_rounded_downwards(share, shown, monkeypatch):
+    # The net of so many draws is above 0: a gate at 0.5 must not open for less than half.
+    count = round(share * risk.DRAWS)
+    figures = {name: np.zeros(risk.DRAWS) for name in ("loss_before", "loss_after", "gain")}
+    figures |= {name: np.zeros(risk.DRAWS) for name in ("investment", "running")}
+    figures["net"] = np.where(np.arange(risk.DRAWS) < count, 1.0, -1.0)
+    plain = risk.yearly
+
+    def yearly(values, rates):
+        many = any(np.ndim(value) for value in values.values())
+        return figures if many else plain(values, rates)
+
+    monkeypatch.setattr(risk, "yearly", yearly)
+    assert risk.assess(triangles(), RATES)["probability_worth_it"] == shown
+
+
+def test_where_nothing_is_at_stake_nothing_pays_and_nothing_turns():
+    nothing = dict.fromkeys(AMOUNTS, Triangle(0.0, 0.0, 0.0))
+    found = risk.assess(nothing, RATES)
+    assert not found["worth_it"] and found["probability_worth_it"] == 0
+    assert found["break_even_share"] is None and found["payback_months"] is None
+    assert found["turns"] == []
+
+
 def test_a_defense_that_helps_nothing_never_pays():
     same = risk.Rates((0.5, 99), (0.5, 99), (0.9, 99), (0.9, 99), 1.0)
     found = risk.assess(triangles(), same)
@@ -208,6 +241,7 @@ def test_nobody_can_answer_for_a_figure_that_is_not_trusted():
     waiver = "{gate: robust-accuracy, name: K, date: 2026-11-01, reason: r, until: 2027-01-01}"
     decided = decide(cases.untrusted(), text=f"waivers:\n- {waiver}")
     assert outcomes(decided)["robust-accuracy"] == "not decidable"
+    assert [one["gate"] for one in decided["expired"]] == ["robust-accuracy"]  # it did nothing
 
 
 def test_every_figure_but_named_sections_needs_trust():
@@ -268,6 +302,9 @@ def test_a_limit_of_the_companys_own_takes_the_policys_place():
         ("attack-success", "20", "must be at most 1; a share of 20 % is written 0.2"),
         ("clean-loss", "3", "three points are written 0.03"),
         ("no-leakage", "-1", "must not be negative"),
+        ("attack-success", "1", "which every figure keeps; to let it open, write a waiver"),
+        ("robust-accuracy", "0", "which every figure keeps"),
+        ("enough-images", "0", "which every figure keeps"),
     ],
 )
 def test_a_limit_that_means_nothing_is_refused_before_anything_is_measured(gate, limit, message):
@@ -278,6 +315,36 @@ def test_a_limit_that_means_nothing_is_refused_before_anything_is_measured(gate,
     text = f"gates: [{{id: a, {options}, title: t, reason: r, limit: {{pilot: '{limit}'}}}}]"
     with pytest.raises(lines.EntryError):
         policy.parse(lines.parse(text, "policy.yaml"))
+
+
+@pytest.mark.parametrize("word", ["fail", "passd", "absent"])
+def test_another_word_than_the_policys_is_no_limit(word):
+    with pytest.raises(lines.EntryError, match=f"is '{word}'; this gate asks for 'pass'.*waiver"):
+        read(f"limits: {{safe-format: {{limit: {word}, reason: r}}}}")
+    assert read("limits: {safe-format: {limit: pass, reason: r}}").limits["safe-format"]
+
+
+@pytest.mark.parametrize(
+    ("figure", "limit", "held"),
+    [(True, "true", True), (False, "true", False), (360, "360.0", True), (360, "many", False)],
+)
+def test_words_truths_and_numbers_are_what_they_are(figure, limit, held):
+    assert gates.holds(figure, "is", limit, "x") is held
+
+
+def test_yes_and_no_are_truths_as_the_page_writes_them():
+    gate = GATE % ("/measured/trust/secured/trusted", "is", "yes")
+    decided = decide(cases.sealed(), limits=policy.parse(lines.parse(gate, "policy.yaml")))
+    assert outcomes(decided) == {"a": "passed"}
+
+
+def test_a_limit_that_is_looser_than_the_policys_is_said():
+    text = "limits: {robust-accuracy: {limit: %s, reason: r}}"
+    [policys] = [gate.limit_at("pilot") for gate in POLICY if gate.id == "robust-accuracy"]
+    for limit, loosened in ((0.1, policys), (0.99, None), (policys, None)):
+        decided = decide(cases.sealed(), text=text % limit)
+        [gate] = [g for g in decided["gates"] if g["id"] == "robust-accuracy"]
+        assert gate["policy_limit"] == loosened
 
 
 def test_a_limit_of_the_companys_own_stands_where_the_policy_has_none_yet():
@@ -335,6 +402,11 @@ def test_evidence_ticks_an_item_and_no_word_does_against_it():
     assert states["fallback"] == "person" and states["data-split"] == "not done"
     assert states["usual-compared"] == "evidence" and states["license-read"] == "not done"
     assert "logs-kept" not in states
+    early = datetime.date(2026, 11, 1)  # before it was said
+    states = {
+        i["id"]: i["state"] for i in decide(cases.sealed(), text=said, date=early)["checklist"]
+    }
+    assert states["fallback"] == "not done"
 
 
 def test_a_spreadsheet_opens_the_checklist():

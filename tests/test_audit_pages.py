@@ -14,7 +14,7 @@ import pytest
 
 from robust_ssl import settings
 from robust_ssl.audit import answers, checklists, decision, document, pages, policy
-from robust_ssl.audit.pages import catalog, numbers
+from robust_ssl.audit.pages import catalog, drawing, numbers
 from robust_ssl.evaluation.checks.table import CHECKS
 from robust_ssl.experiment.audit_screening import screening_of
 
@@ -233,6 +233,47 @@ def test_what_the_curve_leaves_out_is_said():
     assert others not in pages.html(decided, "en")
 
 
+def test_what_rests_on_the_usual_classifier_alone_is_marked_too():
+    verdicts = {"usual": cases.verdict(False), "secured": cases.verdict()}
+    text = pages.html(decide(cases.sealed(trust=verdicts), "staged", cases.answers_text()), "en")
+    messages = catalog.messages("en")
+    for key in ("risk.doubted", "four.money.doubted", "figures.doubted.usual"):
+        assert messages[key] in text, key
+    assert messages["figures.doubted"] not in text
+
+
+def test_a_figure_of_the_trade_off_that_is_not_trusted_is_marked():
+    points = [{**point, "trusted": False} for point in cases.MEASURED["trade_off"]]
+    svg = str(_figures().trade_off(points))
+    assert svg.count("not believable") == len(points)
+    assert "not believable" not in str(_figures().trade_off(cases.MEASURED["trade_off"]))
+
+
+def _figures():
+    return drawing.Figures(catalog.Catalog.read("en"), numbers.Numbers("en"))
+
+
+def test_what_one_answer_reaches_stands_beside_the_accuracy():
+    share = {"value": 0.95, "low": 0.93, "high": 0.97, "n": 1000}
+    data = {**cases.MEASURED["data"], "largest_class": share}
+    text = pages.html(decide(cases.sealed(data=data), "pilot", cases.answers_text()), "en")
+    assert re.search(r">95.0 %</data> by always saying the most frequent class", text)
+
+
+def test_a_limit_is_shown_as_it_was_typed():
+    shown = numbers.Numbers("en", "JPY").limit
+    plain = lambda value, unit: re.sub("<[^>]*>", "", str(shown(value, unit)))  # noqa: E731
+    minus = numbers.MINUS
+    assert plain(0.95707, "share") == "95.707 %" and plain(0.9, "share") == "90.0 %"
+    assert (
+        plain(-0.0111, "points") == f"{minus}1.11 points" and plain(0.03, "points") == "3.0 points"
+    )
+    assert plain(1234.5, "count") == "1,234.5" and plain(1000.0, "count") == "1,000"
+    text = "limits: {robust-accuracy: {limit: 0.1234, reason: r}}"
+    page = pages.html(decide(cases.sealed(), "pilot", text), "en")
+    assert "Looser than the policy" in page and "12.34 %" in page
+
+
 def test_amber_is_what_is_not_decidable():
     for language in answers.LANGUAGES:
         text = pages.html(DECIDED["untrusted"], language)
@@ -266,6 +307,8 @@ def test_money_is_said_as_people_say_it():
     assert numbers.money(-1.2e9, "JPY", "en") == f"{minus}JPY 1.2 billion"
     assert numbers.money(3400.0, "CHF", "ja") == "3,400 CHF"
     assert numbers.money(0.0, "EUR", "en") == "EUR 0"
+    assert numbers.money(1.4e29, "JPY", "en") == "JPY 140,000,000,000,000,000 trillion"
+    assert numbers.money(9.2e-6, "EUR", "en") == "EUR 0.0000092"
     assert numbers.plain(-0.000012) == f"{minus}0.000012"
 
 

@@ -255,7 +255,7 @@ def test_arrays_that_were_changed_or_lie_elsewhere_are_refused(place):
     folder, outside = place / "baseline", {"../../etc/hostname": "0" * 64}
     with open(folder / "baseline.npz", "ab") as arrays:
         arrays.write(b"x")
-    with pytest.raises(ValueError, match="make the baseline again"):
+    with pytest.raises(ValueError, match="bring it back from a copy"):
         inspection.read_baseline(folder)
     recard(folder, "baseline.json", lambda card: card.update(files=outside))
     with pytest.raises(ValueError, match="outside its folder"):
@@ -344,6 +344,15 @@ def test_labels_come_in_the_order_of_the_logits():
     assert numbered.tolist() == labels.tolist()
     with pytest.raises(ValueError, match="which are not"):
         inspection.in_order_of_logits(named, labels, ("a", "b", "c", "e"))
+
+
+@pytest.mark.parametrize(("unreadable", "outcome"), [(0, "pass"), (5, "pass"), (200, "absent")])
+def test_pictures_that_cannot_be_read_are_no_evidence(unreadable, outcome):
+    rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    found = findings.shift(rows[:100], rows[100:], "; broken.png first", unreadable)
+    assert found.outcome == outcome and found.evidence["unreadable"] == unreadable
+    if outcome == "absent":
+        assert "100 of 300 new images can be read, too few to tell; broken.png first" in found.said
 
 
 def test_pictures_that_come_class_by_class_are_no_shift(approved, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import importlib.resources
 import io
 from collections.abc import Mapping, Sequence
@@ -63,18 +64,24 @@ def _evidence(entry: Entry) -> tuple[str, str, float | str]:
 
 
 def judge(
-    items: Sequence[Item], document: Mapping[str, Any], stage: str, answers: Answers
+    items: Sequence[Item],
+    document: Mapping[str, Any],
+    stage: str,
+    answers: Answers,
+    date: datetime.date,
 ) -> list[dict[str, Any]]:
     """Returns the items of a stage, each with how it is ticked.
 
     Evidence comes before what a person says: where it speaks against an item, nobody's word ticks
-    it.
+    it.  What somebody says from a later day on does not count yet.
     """
     asked = [item for item in items if STAGES.index(item.stage) <= STAGES.index(stage)]
-    return [_state(item, document, answers) for item in asked]
+    return [_state(item, document, answers, date) for item in asked]
 
 
-def _state(item: Item, document: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
+def _state(
+    item: Item, document: Mapping[str, Any], answers: Answers, date: datetime.date
+) -> dict[str, Any]:
     held = None
     if item.evidence:
         pointer, comparison, limit = item.evidence
@@ -82,7 +89,7 @@ def _state(item: Item, document: Mapping[str, Any], answers: Answers) -> dict[st
         figure = gates.resolve(document, pointer, where)
         held = gates.holds(figure, comparison, limit, where)
     tick = answers.ticks.get(item.id)
-    said = tick is not None and tick.done and held is None
+    said = tick is not None and tick.done and held is None and tick.date <= date
     state = BY_EVIDENCE if held else BY_PERSON if said else NOT_DONE
     return {
         "id": item.id,

@@ -13,18 +13,6 @@ from robust_ssl.audit import checklists, document, frameworks, gates, policy, ri
 from robust_ssl.audit.answers import AMOUNTS, STAGES, Answers
 
 
-def today() -> datetime.date:
-    """Returns the date on which a decision is made.
-
-    ``SOURCE_DATE_EPOCH``, seconds since 1970, stands for now where a page must be the same again
-    on another day.
-    """
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    if epoch and epoch.isdigit():
-        return datetime.datetime.fromtimestamp(int(epoch), datetime.UTC).date()
-    return datetime.date.today()
-
-
 def rules(policy_file: str | os.PathLike | None, answers_path: str | os.PathLike | None):
     """Reads what a decision goes by, before anything is measured.
 
@@ -63,7 +51,7 @@ def decide(
     """
     if stage not in STAGES:
         raise ValueError(f"there is no stage {stage!r}; there are {', '.join(STAGES)}")
-    date = date or today()
+    date = date or datetime.date.today()
     decided: dict[str, Any] = {
         "date": str(date),
         "stage": stage,
@@ -84,8 +72,12 @@ def decide(
         outcome.replace(" ", "_"): sum(g["outcome"] == outcome for g in decided["gates"])
         for outcome in (gates.PASSED, gates.FAILED, gates.NOT_DECIDABLE, gates.WAIVED)
     }
-    decided["expired"] = [waiver.as_json() for waiver in answers.waivers if not waiver.counts(date)]
-    decided["checklist"] = checklists.judge(items, document_, stage, answers)
+    # Nobody answers for a figure that is not trusted: that a waiver did nothing has to be said too.
+    vain = {g["id"] for g in decided["gates"] if g["untrusted"] and not g["waiver"]}
+    decided["expired"] = [
+        w.as_json() for w in answers.waivers if not w.counts(date) or w.gate in vain
+    ]
+    decided["checklist"] = checklists.judge(items, document_, stage, answers, date)
     done = sum(item["state"] != checklists.NOT_DONE for item in decided["checklist"])
     decided["checklist_done"] = done
     decided["checklist_items"] = len(decided["checklist"])

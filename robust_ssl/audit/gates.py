@@ -105,12 +105,21 @@ def holds(figure: Any, comparison: str, limit: float | str, where: str) -> bool 
             f"{where}: there is no single figure there{settings.near('', _names(value))}"
         )
     if comparison == "is":
-        return str(value).lower() == str(limit).lower()
+        return _same(value, limit)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MissingFigureError(
             f"{where}: {comparison} is for numbers, and its figure is {str(value)[:60]!r}"
         )
     return value >= limit if comparison == "at_least" else value <= limit
+
+
+def _same(value: Any, limit: float | str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).lower() == str(limit).lower()
+    try:
+        return value == float(limit)
+    except ValueError:
+        return False
 
 
 def untrusted(document: Mapping[str, Any], pointer: str) -> list[str]:
@@ -164,6 +173,7 @@ def judge(
         "unit": gate.unit,
         "comparison": gate.comparison,
         "limit": limit,
+        "policy_limit": _loosened(gate, limit, stage),
         "figure": _shown(figure),
         "compared": safe_end(figure, gate.comparison),
         "own_reason": own.reason if own else None,
@@ -171,6 +181,15 @@ def judge(
         "reason": dict(gate.reason),
         "waiver": waiver.as_json() if waiver else None,
     }
+
+
+def _loosened(gate: Gate, limit: float | str, stage: str) -> float | str | None:
+    """Returns the policy's limit where the company's own lets more pass; else None."""
+    policys = gate.limits.get(stage)
+    if policys is None or gate.comparison == "is":
+        return None
+    looser = limit < policys if gate.comparison == "at_least" else limit > policys
+    return policys if looser else None
 
 
 def _shown(figure: Any) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from robust_ssl import disk, settings
 
 MOST_BYTES = 2**20
 MOST_NESTED = 16
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _TRUE, _FALSE = ("true", "yes"), ("false", "no")
 
 
@@ -85,7 +87,9 @@ class Entry:
         entries = self.mapping()
         if name not in entries:
             raise self.error(f"lacks {name!r}; add `{name}:` with its value")
-        if entries[name].value in (None, ""):
+        value = entries[name].value
+        # Spaces and dashes are nobody's name.
+        if value is None or (isinstance(value, str) and not any(map(str.isalnum, value))):
             raise entries[name].error("is empty; fill it in")
         return entries[name]
 
@@ -121,6 +125,8 @@ class Entry:
     def date(self) -> datetime.date:
         """Returns the date, written as 2027-03-31."""
         try:
+            if not _DATE.fullmatch(self.text()):  # Python reads weeks too
+                raise ValueError
             return datetime.date.fromisoformat(self.text())
         except ValueError:
             raise self.error(f"is {self.text()!r}; write a date as 2027-03-31") from None

@@ -16,6 +16,8 @@ from robust_ssl.audit.lines import Entry
 COMPARISONS = ("at_least", "at_most", "is")
 UNITS = ("share", "points", "factor", "count", "money", "word")
 _RANGES = {"share": (0, 1), "points": (-1, 1), "factor": (0, math.inf), "count": (0, math.inf)}
+_TRUTHS = {"yes": "true", "no": "false"}  # as the page writes them
+_WAIVE = "; to let it open, write a waiver, which has a name and an end"
 _ENTRIES = ("id", "measure", "comparison", "limit", "unit", "title", "reason")
 
 
@@ -48,9 +50,14 @@ class Gate:
 
         Raises:
           EntryError: If it is no number where one is needed, or none that the unit can have: of
-            20 % the share is 0.2, and a gate at 20 would be open for good.
+            20 % the share is 0.2, and a gate at 20 would be open for good; or if it is a word that
+            the policy does not ask for here.
         """
-        return _limit(entry, self.comparison, self.unit)
+        limit, asked = _limit(entry, self.comparison, self.unit), {*self.limits.values()}
+        if self.comparison == "is" and limit not in asked:
+            words = " or ".join(sorted(repr(word) for word in asked))
+            raise entry.error(f"is {limit!r}; this gate asks for {words}{_WAIVE}")
+        return limit
 
     def limit_at(self, stage: str) -> float | str:
         """Returns the limit at a stage that has one."""
@@ -114,10 +121,12 @@ def _limits(entry: Entry, comparison: str, unit: str) -> dict[str, Any]:
 
 def _limit(entry: Entry, comparison: str, unit: str) -> float | str:
     if comparison == "is":
-        return entry.text()
+        return _TRUTHS.get(entry.text().lower(), entry.text())
     number, (low, high) = entry.number(), _RANGES.get(unit, (-math.inf, math.inf))
     if unit == "points" and abs(number) > high:
         raise entry.error(f"is {entry.text()}; three points are written 0.03")
+    if number == {"at_least": low, "at_most": high}[comparison]:
+        raise entry.error(f"is {entry.text()}, which every figure keeps{_WAIVE}")
     return entry.number(low, high)
 
 

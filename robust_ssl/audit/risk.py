@@ -148,7 +148,8 @@ def assess(amounts: Mapping[str, Triangle], rates: Rates, seed: int = SEED) -> d
         **quantiles,
         "net_likely": round_to_two(net),
         "worth_it": net > 0,
-        "probability_worth_it": float(round(np.mean(year["net"] > 0), 2)),
+        # Downwards: a gate is held against it.
+        "probability_worth_it": int(np.sum(year["net"] > 0)) * 100 // DRAWS / 100,
         "break_even_share": _rounded(break_even_share(likely, rates)),
         "payback_months": _rounded(payback_months(yearly(likely, rates))),
         "tornado": tornado(amounts, rates),
@@ -166,7 +167,7 @@ def break_even_share(values: Values, rates: Rates) -> float | None:
 
     0 where it pays without any attack; None where no share makes it pay.
     """
-    if yearly({**values, "attacked_share": 0.0}, rates)["net"] >= 0:
+    if yearly({**values, "attacked_share": 0.0}, rates)["net"] > 0:
         return 0.0
     share = _root(values, "attacked_share", rates)
     return share if share is not None and 0 <= share <= 1 else None
@@ -180,7 +181,7 @@ def payback_months(year: Values) -> float | None:
       3.0
     """
     saved = year["gain"] - year["running"]
-    if year["investment"] <= 0 and saved >= 0:
+    if year["investment"] <= 0 and saved > 0:
         return 0.0
     return 12 * year["investment"] / saved if saved > 0 else None
 
@@ -208,8 +209,8 @@ def turning_points(amounts: Mapping[str, Triangle], rates: Rates) -> list[dict[s
     points = []
     for name, triangle in amounts.items():
         value = _root(likely, name, rates)
-        if value is None or not 0 <= value <= AMOUNTS[name]:
-            continue
+        if value is None or not 0 < value <= AMOUNTS[name]:
+            continue  # below 0 nothing can be
         points.append(
             {
                 "amount": name,

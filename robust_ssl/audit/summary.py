@@ -19,6 +19,10 @@ def lines(workdir: str | os.PathLike) -> list[str]:
     counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in decided["counts"].items())
     shown = [f"{decided['stage']}: {decided['outcome'].upper()} ({counts})"]
     shown += [_gate(gate) for gate in decided["gates"] if gate["outcome"] != gates.PASSED]
+    for gate in decided["gates"]:
+        if (policys := gate.get("policy_limit")) is not None:
+            own = _limit(gate["limit"])
+            shown.append(f"  own limit: {gate['id']} {own}, in the policy {_limit(policys)}")
     if decided["risk"] is None:
         missing = ", ".join(decided["answers"]["missing"])
         shown.append(f"  money: not computed; answers.yaml lacks {missing or 'nothing'}")
@@ -27,9 +31,14 @@ def lines(workdir: str | os.PathLike) -> list[str]:
 
 def _gate(gate: Mapping[str, Any]) -> str:
     reason = f" ({gate['why']}{': ' if gate['untrusted'] else ''}{', '.join(gate['untrusted'])})"
-    why = reason if gate["why"] else f": {_number(gate['compared'])} against {gate['limit']}"
+    against = f": {_number(gate['compared'])} against {_limit(gate['limit'])}"
+    why = reason if gate["why"] else against
     until = f", until {gate['waiver']['until']}" if gate["waiver"] else ""
     return f"  {gate['outcome']}: {gate['id']}{why}{until}"
+
+
+def _limit(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, int | float) else str(value)
 
 
 def _number(value: Any) -> str:

@@ -152,15 +152,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
     baseline = inspection.read_baseline(arguments.baseline)
     if not pathlib.Path(arguments.model).is_dir():
         raise FileNotFoundError(f"{arguments.model} is no directory of a saved classifier")
-    images, note = None, ""
+    images, broken = None, []
     if arguments.images:
-        images, note = _pictures(pathlib.Path(arguments.images), baseline)
+        images, broken = _pictures(pathlib.Path(arguments.images), baseline)
+    note = f"; {len(broken)} cannot be read, {broken[0]} first" if broken else ""
     result = inspection.inspect(
         arguments.model,
         baseline,
         images,
         seed=arguments.seed,
         note=note,
+        unreadable=len(broken),
         **own_of(arguments),
     )
     words.say(provenance.show(result.checks), sys.stdout, margin="")
@@ -174,8 +176,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return _EXIT[result.verdict]
 
 
-def _pictures(folder: pathlib.Path, baseline: Any) -> tuple[Any, str]:
-    """Returns new pictures, uint8 ``[n, size, size, 3]``, and what could not be read of them."""
+def _pictures(folder: pathlib.Path, baseline: Any) -> tuple[Any, list[str]]:
+    """Returns new pictures, uint8 ``[n, size, size, 3]``, and names of those that are broken."""
     import numpy as np
 
     from robust_ssl.data import pictures
@@ -192,5 +194,4 @@ def _pictures(folder: pathlib.Path, baseline: Any) -> tuple[Any, str]:
         except (ValueError, OSError):
             broken.append(files[place].name)  # one bad picture is no reason to inspect nothing
     stacked = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-    note = f"; {len(broken)} cannot be read, {broken[0]} first" if broken else ""
-    return stacked, note
+    return stacked, broken

@@ -282,7 +282,7 @@ def read_baseline(folder: str | os.PathLike, threat: Any = None) -> Baseline:
     record = cards.read_sealed(folder / CARD, "baseline", SCHEMA, "baseline")
     for name, sum_ in record["files"].items():
         if hashlib.sha256(_content(folder, name)).hexdigest() != sum_:
-            raise ValueError(f"{folder / name} is not what was written; make the baseline again")
+            raise ValueError(f"{folder / name} is not what was written; bring it back from a copy")
     with disk.open_regular(folder / ARRAYS) as file:
         arrays = disk.read_npz(file, 2**30)
     names = {"images", "labels", "logits", "features"}

@@ -22,6 +22,7 @@ _LITTLE = 0.05  # of accuracy: what a short fit takes more than those of before,
 _TIE = 1e-3  # of the largest logit: two classes that close may change places on other hardware
 _LOGITS = 1e-2  # of the largest logit: more than other hardware moves them
 _SLOWER = 5.0  # times; a machine with other work to do is not a changed model
+_MOST_UNREADABLE = 0.1  # of the new images
 LEAST = 20  # new images; fewer tell no shift from chance
 
 
@@ -131,20 +132,25 @@ def new_fit(then: list[np.ndarray], now: np.ndarray, seed: int) -> Check:
     return of("new_fit", "fail" if lost - half > allowed else "pass", said, **evidence)
 
 
-def shift(then: np.ndarray, now: np.ndarray | None, note: str = "") -> Check:
+def shift(then: np.ndarray, now: np.ndarray | None, note: str = "", unreadable: int = 0) -> Check:
     """Compares the features of new images, ``[m, dim]``, with those of the baseline, ``[n, dim]``.
 
-    `now` is None where no images were given; `note` says what of them could not be read.
+    `now` is None where no images were given; `note` says what of them could not be read, and
+    `unreadable` how many: where it is more than a tenth, the others say nothing of them.
     """
     if now is None:
         return of("drift", "absent", "no new images are given: --images DIR")
     if len(now) < LEAST:
         said = f"{len(now)} new images tell nothing; give {LEAST} or more{note}"
         return of("drift", "absent", said, images=len(now))
+    if unreadable > _MOST_UNREADABLE * (len(now) + unreadable):
+        total = len(now) + unreadable
+        said = f"{len(now)} of {total} new images can be read, too few to tell{note}"
+        return of("drift", "absent", said, images=len(now), unreadable=unreadable)
     if not np.isfinite(now).all():
         return of("drift", "fail", f"features of new images are not finite{note}", images=len(now))
     distance, p = drift.energy_test(then, now)
-    evidence = {"distance": distance, "p": p, "images": len(now)}
+    evidence = {"distance": distance, "p": p, "images": len(now), "unreadable": unreadable}
     if p < _P_DRIFT:
         said = f"{len(now)} new images are unlike those of the baseline (p {p:.2g}){note}"
         return of("drift", "fail", said, **evidence)

@@ -53,6 +53,7 @@ def inspect(
     *,
     seed: int | None = None,
     note: str = "",
+    unreadable: int = 0,
     **options: Any,
 ) -> Inspection:
     """Compares a classifier with its baseline; writes nothing.
@@ -68,6 +69,7 @@ def inspect(
         at; None skips the check of drift, and an empty array leaves it without evidence.
       seed: Of the new fit and of what is drawn; None takes one from the time.
       note: What else is to be said of the new images.
+      unreadable: How many of them could not be read; above a tenth there is no evidence of drift.
       **options: As `load_classifier` takes them of a classifier with code of its own.
 
     Returns:
@@ -91,7 +93,8 @@ def inspect(
         figures: dict[str, float | None] = {}
     else:
         _check_fits(classifier, baseline)
-        measured = _measured(classifier, baseline, _some(images, baseline, seed), seed, note)
+        new = _some(images, baseline, seed)
+        measured = _measured(classifier, baseline, new, seed, note, unreadable)
         checks |= {check.name: check for check in measured}
         figures = _figures(checks)
     ordered = tuple(checks[name] for name in findings.NAMES)
@@ -167,7 +170,12 @@ def _some_of(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _measured(
-    classifier: Classifier, baseline: Baseline, new: np.ndarray | None, seed: int, note: str
+    classifier: Classifier,
+    baseline: Baseline,
+    new: np.ndarray | None,
+    seed: int,
+    note: str,
+    unreadable: int,
 ) -> list[Check]:
     images, labels, record = baseline.images, baseline.labels, baseline.record
     _, logits = measuring.outputs(classifier, images)
@@ -186,7 +194,7 @@ def _measured(
         ),
         findings.replay(dict(baseline.correct), now),
         _new_fit(classifier, baseline, seed),
-        findings.shift(_some_of(baseline.features, record["seed"]), features, note),
+        findings.shift(_some_of(baseline.features, record["seed"]), features, note, unreadable),
         findings.latency(
             record["figures"]["milliseconds"],
             measuring.milliseconds(classifier, images),

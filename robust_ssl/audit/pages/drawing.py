@@ -20,6 +20,7 @@ from robust_ssl.audit.pages.numbers import Numbers, money, percent, plain
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 104, 14, 44
 COLORS = {"usual": "#b34700", "secured": "#0060a0"}
+DOUBT = "#7a4a00"
 INK, QUIET, GRID = "#222222", "#666666", "#dddddd"
 ROLES = ("usual", "secured")
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -88,7 +89,8 @@ class Figures:
             parts.append(
                 _text(place(power), HEIGHT - BOTTOM + 15, f"{10.0**power:g}{TIMES}", "middle")
             )
-        labels = _apart({p["recipe"]: y(p["robust"]) for p in shown}, 27)
+        doubted = any(not point["trusted"] for point in shown)
+        labels = _apart({p["recipe"]: y(p["robust"]) for p in shown}, 40 if doubted else 27)
         for point, cost in zip(shown, costs, strict=True):
             role = "secured" if point["chosen"] else "usual"
             at = (place(cost), y(point["robust"]))
@@ -101,6 +103,9 @@ class Figures:
                 _text(at[0] + 13, label + 2, _short(point["recipe"]), fill=COLORS[role]),
                 _text(at[0] + 13, label + 15, factor, value=point["cost_factor"]),
             ]
+            if not point["trusted"]:
+                said = self.text.plain("doubted")
+                parts.append(_text(at[0] + 13, label + 28, said, fill=DOUBT, weight="bold"))
         parts += self._axes("figure.cost", "figure.attacked")
         return self._svg("figure.trade_off", parts)
 

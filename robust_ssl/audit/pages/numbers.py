@@ -80,6 +80,20 @@ class Numbers:
         """Returns an amount of money in words: ``JPY 1.2 million``, ``120万円``."""
         return self._data(value, money(value, self.currency, self.language))
 
+    def limit(self, value: Any, unit: str) -> Any:
+        """Returns a limit as `of_unit` does, with all figures that somebody typed."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return str(value)
+        sign = MINUS if value < 0 else ""
+        words = {"share": " %", "points": _POINTS[self.language]}
+        if unit in words:
+            whole = round(abs(100 * value), 10)
+            number = f"{whole:.1f}" if round(whole, 1) == whole else _digits(whole)
+            return self._data(value, f"{sign}{number}{words[unit]}")
+        return (
+            self.money(value) if unit == "money" else self._data(value, sign + _digits(abs(value)))
+        )
+
     def of_unit(self, value: Any, unit: str) -> Any:
         """Returns a number in a unit of the policy; a word or a truth is shown as it is."""
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -98,6 +112,13 @@ def plain(value: float) -> str:
     rounded = decimal.Decimal(f"{value:.2g}")
     text = format(rounded, "f")
     return text.replace("-", MINUS)
+
+
+def _digits(value: float) -> str:
+    """Returns up to ten significant figures, thousands set apart, never a power of ten."""
+    rounded = decimal.Decimal(f"{value:.10g}")
+    text = format(rounded, ",f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def percent(share: float) -> str:
@@ -121,7 +142,7 @@ def money(value: float, currency: str, language: str) -> str:
     """
     sign = MINUS if value < 0 else ""
     size, unit = next((pair for pair in _LARGE[language] if abs(value) >= pair[0]), (1.0, ""))
-    number = f"{abs(value) / size:,.10g}"
+    number = _digits(abs(value) / size)
     if language == "ja":
         return f"{sign}{number}{unit}{_CURRENCIES_JA.get(currency, ' ' + currency)}"
     return f"{sign}{currency} {number}{unit}"
