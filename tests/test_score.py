@@ -553,3 +553,14 @@ def test_a_targeted_attack_takes_a_surrogate_image_and_any_threat():
         assert built["pgd"].threat == built["tdaa"].threat == threat
         image = built["tdaa"].target_image
         assert image.shape == (8, 8, 3) and 0 <= float(image.min()) <= float(image.max()) <= 1
+
+
+def test_a_stop_waits_for_one_batch_of_a_part(monkeypatch):
+    asked = iter([False, False, True])
+    monkeypatch.setattr(groups, "stop_requested", lambda: next(asked))
+    stage = types.SimpleNamespace(path=pathlib.Path("runs/score"))
+    scorer, passed = groups.Scorer(None, stage, 4), []
+    with pytest.raises(Stopped, match="^score stopped, and what was scored is kept$"):
+        for batch in scorer._until_stopped(iter(range(9))):
+            passed.append(batch)
+    assert passed == [0, 1]

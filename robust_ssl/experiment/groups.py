@@ -125,8 +125,7 @@ class Scorer:
         file = self.stage.path / "groups" / f"{name}.npz"
         results = _kept(file, self.origin)
         if results is None:
-            if stop_requested():
-                raise Stopped(f"{self.stage.path.name} stopped, and what was scored is kept")
+            self._check_stop()
             results = dict(compute())
             if jax.process_index() == 0:
                 _keep(file, results, self.origin)
@@ -143,13 +142,24 @@ class Scorer:
     ) -> dict[str, PerImage]:
         test = self.context.test
         size = self.at_once(len(test if rows is None else rows))
+        batches = data.epoch_batches(test, size) if rows is None else _batches(test, rows, size)
         return evaluation.score(
             model,
-            data.epoch_batches(test, size) if rows is None else _batches(test, rows, size),
+            self._until_stopped(batches),
             chosen,
             key=stage_key(self.context.plan.seed, "score"),
             parallel=self.context.parallel,
         )
+
+    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields batches; a stop waits for one of them, not for all attacks on all images."""
+        for batch in batches:
+            self._check_stop()
+            yield batch
+
+    def _check_stop(self) -> None:
+        if stop_requested():
+            raise Stopped(f"{self.stage.path.name} stopped, and what was scored is kept")
 
 
 def _batches(test: Any, rows: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
