@@ -560,7 +560,7 @@ def test_a_stop_waits_for_one_batch_of_a_part(monkeypatch):
     monkeypatch.setattr(groups, "stop_requested", lambda: next(asked))
     stage = types.SimpleNamespace(path=pathlib.Path("runs/score"))
     scorer, passed = groups.Scorer(None, stage, 4), []
-    with pytest.raises(Stopped, match="^score stopped, and what was scored is kept$"):
+    with pytest.raises(Stopped, match=r"^score stopped, and what was scored is kept$"):
         for batch in scorer._until_stopped(iter(range(9))):
             passed.append(batch)
     assert passed == [0, 1]
