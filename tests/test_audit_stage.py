@@ -46,7 +46,7 @@ def test_a_decision_is_an_exit_code(measured, capsys):
     assert code == 0 and out.startswith("full: PASSED")
     document.write(measured / "audit.json", cases.sealed(provenance=cases.provenance((1,))))
     code, out, _ = command(capsys, "decide", measured, PILOT)
-    assert code == 1 and "  failed: no-provenance-failure: 1 against 0.0" in out
+    assert code == 1 and "  failed: no-provenance-failure: 1 against 0" in out
     document.write(measured / "audit.json", cases.untrusted())
     code, out, _ = command(capsys, "decide", measured, PILOT)
     assert code == 3 and "not decidable: robust-accuracy (untrusted: secured)" in out

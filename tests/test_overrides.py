@@ -3,9 +3,8 @@
 import pytest
 from ml_collections import config_dict
 
-from robust_ssl import overrides
-from robust_ssl.experiment import plan
-from robust_ssl.settings import SettingsError, load_config
+from robust_ssl.experiment import linking, plan
+from robust_ssl.settings import SettingsError, load_config, overrides
 
 RECIPES = {
     "baseline": "robust_ssl.recipes:baseline",
@@ -20,8 +19,12 @@ def typed(*texts, recipes=RECIPES):
     return config
 
 
+def entries(config, recipe):
+    return linking.entries_of(config.recipes[recipe].to_dict(), {}, recipe)
+
+
 def losses(config, recipe):
-    return {name: entry["weight"] for name, entry in config.recipes[recipe].losses.items()}
+    return {name: entry["weight"] for name, entry in entries(config, recipe)["losses"].items()}
 
 
 def test_one_weight_leaves_the_other_losses_of_the_recipes_function():
@@ -34,7 +37,12 @@ def test_a_new_loss_comes_to_the_others():
     mine = "recipes.full.losses.mine={'function': 'robust_ssl.losses:trades_kl', 'weight': 2.0}"
     assert losses(typed(mine), "full") == {"clean_cross_entropy": 1.0, "mine": 2.0}
     whole = "recipes.full.losses={'mine': {'function': 'robust_ssl.losses:trades_kl'}}"
-    assert [*typed(whole).recipes.full.losses] == ["mine"]  # all of it was typed
+    assert [*entries(typed(whole), "full")["losses"]] == ["mine"]  # all of it was typed
+    both = (
+        "recipes.full.losses.mine=robust_ssl.losses:trades_kl",
+        "recipes.full.losses.mine.weight=3",
+    )
+    assert losses(typed(*both), "full") == {"clean_cross_entropy": 1.0, "mine": 3}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,7 @@ def test_a_new_loss_comes_to_the_others():
 )
 def test_one_rate_leaves_those_that_it_does_not_cover(pattern, rates):
     config = typed(f"recipes.full.rates['{pattern}']=1e-4")
-    assert config.recipes.full.rates.to_dict() == rates
+    assert entries(config, "full")["rates"] == rates
 
 
 def test_what_a_config_has_is_not_asked_of_a_function():

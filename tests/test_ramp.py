@@ -136,7 +136,7 @@ def test_the_perturbations_of_an_adversary_grow_with_their_budget():
 
 def test_an_attack_without_an_epsilon_has_no_schedule():
     patch = attacks.PGD(threats.Patch(0.1))
-    with pytest.raises(ValueError, match="scales the epsilon of an attack, and this one has none"):
+    with pytest.raises(ValueError, match=r"scales an attack's epsilon, and .* has none"):
         make_step(net(), optax.sgd(0.1), key=KEY, losses=ADVERSARIAL, attack=patch,
                   budget=BudgetSchedule(1, 2))  # fmt: skip
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from robust_ssl.build import (
 from robust_ssl.experiment import features
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
 from robust_ssl.models.bridge import refuse_bridge
+from robust_ssl.settings.overrides import MAY_HAVE_OTHERS, OTHERS
 from robust_ssl.types import Encoder
 
 ENTRIES = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "text"))
@@ -64,6 +66,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     given = {"function": value} if isinstance(value, str) else value
     if not isinstance(given, Mapping):
         raise ValueError(f"{where} must be a mapping or a function's name, got {value!r}")
+    given = _with_others(given, common, where)
     if "function" in given:
         given = _from_function(given, common, where)
     check_known(given, (*ENTRIES, "function"), where)
@@ -124,6 +127,34 @@ def check_each(entries: Mapping[str, Any], where: str) -> None:
             _read_head(entry, place)
         elif name not in ("start", "teacher", "members"):
             read(hints[name], entry, place)
+
+
+def _with_others(
+    given: Mapping[str, Any], common: Mapping[str, Any], where: str
+) -> Mapping[str, Any]:
+    """Fills in what a recipe has besides a loss or a rate that was given with `OTHERS`."""
+    for name in MAY_HAVE_OTHERS:
+        entry = given.get(name)
+        if isinstance(entry, Mapping) and entry.get(OTHERS):
+            rest = {n: value for n, value in given.items() if n != name}
+            made = entries_of(rest, common, where).get(name)
+            own = {n: value for n, value in entry.items() if n != OTHERS}
+            beside = dict(made) if isinstance(made, Mapping) else {}
+            if name == "rates":  # of patterns the later one counts, and they have no order here
+                beside = {p: r for p, r in beside.items() if not _covers(own, p)}
+            given = {**given, name: beside | {n: _merged(beside, n, v) for n, v in own.items()}}
+    return given
+
+
+def _covers(patterns: Iterable[str], other: str) -> bool:
+    return any(other != pattern and fnmatch.fnmatchcase(other, pattern) for pattern in patterns)
+
+
+def _merged(beside: Mapping[str, Any], name: str, value: Any) -> Any:
+    """Returns a loss of which only the weight was given as the one that is there, with it."""
+    before = beside.get(name)
+    options = isinstance(value, Mapping) and "function" not in value
+    return {**before, **value} if options and isinstance(before, Mapping) else value
 
 
 def _from_function(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from robust_ssl.settings import FUNCTION, SettingsError, to_json
+from robust_ssl.settings import FUNCTION, SettingsError
 
-_MADE_BY_FUNCTION = ("losses", "rates")  # of a recipe: mappings that its function may fill
+MAY_HAVE_OTHERS = ("losses", "rates")  # of a recipe: mappings that its function fills
+OTHERS = "+"  # the name in such a mapping that says: and what the function gives besides
 
 
 def apply(config: config_dict.ConfigDict, overrides: Sequence[str]) -> None:
@@ -93,8 +93,7 @@ def _add(config: config_dict.ConfigDict, key: str, value: Any, config_path: Any)
                     raise SettingsError(
                         f"--config.{key}: {walked} has no list {field!r}; give all of it"
                     )
-                made = _made(config, parents[: place + 1], last)
-                node[field] = config_dict.ConfigDict(made)
+                node[field] = config_dict.ConfigDict(_section(node, parents[: place + 1]))
             elif isinstance(node[field], str) and FUNCTION.fullmatch(node[field]):
                 name = node[field]
                 del node[field]
@@ -115,27 +114,10 @@ def _add(config: config_dict.ConfigDict, key: str, value: Any, config_path: Any)
     return True
 
 
-def _made(config: config_dict.ConfigDict, path: Sequence[Any], typed: Any) -> dict[str, Any]:
-    """Returns what a recipe's function gives at a path that the config does not have.
-
-    Else one loss that is typed would be the only one.  Of rates those stay that the typed pattern
-    does not cover.
-    """
-    if len(path) != 3 or path[0] != "recipes" or path[2] not in _MADE_BY_FUNCTION:
-        return {}
-    from robust_ssl.experiment import linking
-
-    recipe, common = to_json(config.recipes[path[1]]), to_json(config.get("common") or {})
-    if "function" not in recipe:
-        return {}
-    try:
-        made = linking.entries_of(recipe, common, f"config.recipes.{path[1]}").get(path[2])
-    except (ValueError, TypeError):  # said where the whole config is read
-        return {}
-    if not isinstance(made, Mapping):
-        return {}
-    covered = set(fnmatch.filter(made, str(typed))) - {typed} if path[2] == "rates" else set()
-    return {name: entry for name, entry in made.items() if name not in covered}
+def _section(node: Mapping[str, Any], path: Sequence[Any]) -> dict[str, Any]:
+    """Returns a new section: of losses or rates of a recipe's function the other ones stay."""
+    of_recipe = len(path) == 3 and path[0] == "recipes" and "function" in node
+    return {OTHERS: True} if of_recipe and path[2] in MAY_HAVE_OTHERS else {}
 
 
 def _check_place(node: Any, last: Any, key: str, walked: str) -> None:

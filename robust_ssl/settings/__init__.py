@@ -160,7 +160,7 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
         raise SettingsError(
             f"get_config in {path} returned a {type(config).__name__}, not a ConfigDict"
         )
-    from robust_ssl import overrides as given
+    from robust_ssl.settings import overrides as given
 
     config = _unshared(config)
     given.apply(config, expand_fractions(overrides))
