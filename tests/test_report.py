@@ -331,8 +331,8 @@ def test_sentences_say_what_the_numbers_say():
     assert sentences.answer(a_document(entries)) == [
         "Attacks crafted on the public encoder (10/255) cut the accuracy of baseline from 80.0 % "
         "to 20.0 %.",
-        "The most robust, gen_af, keeps 66.0 % under the attacks of both suites, where baseline "
-        "keeps 20.0 %.",
+        "The most robust, gen_af, keeps 66.0 % under the attacks of the stronger suite, where "
+        "baseline keeps 20.0 %.",
         "gen_af keeps the clean accuracy within overlapping 95 % intervals (80.0 % to 80.0 %).",
         "No figure under attack was examined.",
     ]

@@ -29,7 +29,9 @@ def answer(document: Document, summary: Summary | None = None) -> list[str]:
     others = [line for line in lines if line != base and line.verdict != NOT_BELIEVABLE]
     sentences = [_effect(document, line.name) for line in ([base] if base else lines[:2])]
     if others:
-        suites = "both suites" if len(suite_cases(document)) > 1 else "the suite"
+        # Image by image over both only a comparison knows; it is below either of them.
+        both = "both suites" if document["comparison"] else "the stronger suite"
+        suites = both if len(suite_cases(document)) > 1 else "the suite"
         sentences.append(_most_robust(others[0], base, suites, summary or {}))
         if base:
             sentences.append(_price(others[0], base, document, summary or {}))
