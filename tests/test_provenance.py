@@ -471,3 +471,10 @@ def test_a_license_is_called_what_it_is_or_where_it_stands(tmp_path, text, licen
     weights.save_encoder(encoder, tmp_path)
     found = documents.documents(provenance.open_source(tmp_path))["license"]
     assert found.startswith(license)
+
+
+def test_a_lock_that_is_not_there_is_named_with_its_way_out(tmp_path, capsys):
+    assert main.main(["encoder", "verify", f"{tmp_path}/none.json"]) == main.USAGE
+    assert f"there is no lock {tmp_path}/none.json; make one: robust-ssl encoder lock SOURCE" in (
+        capsys.readouterr().err
+    )

@@ -53,5 +53,7 @@ def read_lock(path: str | os.PathLike) -> dict[str, Any]:
       ValueError: If it is no lock, of a newer version, or not what was written.
       FileNotFoundError: If it is not there.
     """
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"there is no lock {path}; make one: robust-ssl encoder lock SOURCE")
     record = cards.read_sealed(path, "encoder.lock", SCHEMA, "lock of an encoder")
     return {name: entry for name, entry in record.items() if name != "sha256"}

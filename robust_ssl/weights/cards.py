@@ -215,8 +215,10 @@ def replace_file(file: pathlib.Path, content: bytes) -> None:
     try:
         disk.replace(file, content)
     except OSError as error:  # a full disk names no file
-        reason = error.strerror or error
-        raise OSError(error.errno, f"cannot write {file}: {reason}; make room") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = "; make room" if full else "; name another place"
+        reason = f"{error.strerror or error}{way_out}"
+        raise OSError(error.errno, f"cannot write {file}: {reason}") from error
     if file.read_bytes() != content:  # by its name, as whoever comes later does
         raise OSError(errno.EIO, f"{file} is not what was just written there")
 
