@@ -54,6 +54,7 @@ def read_lock(path: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: If it is not there.
     """
     if not pathlib.Path(path).exists():
-        raise FileNotFoundError(f"there is no lock {path}; make one: robust-ssl encoder lock SOURCE")
+        way_out = "make one: robust-ssl encoder lock SOURCE"
+        raise FileNotFoundError(f"there is no lock {path}; {way_out}")
     record = cards.read_sealed(path, "encoder.lock", SCHEMA, "lock of an encoder")
     return {name: entry for name, entry in record.items() if name != "sha256"}
