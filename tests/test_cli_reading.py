@@ -191,6 +191,15 @@ def test_check_and_run_refuse_a_place_where_nothing_can_be(place, said, config, 
         assert said in capsys.readouterr().err
 
 
+def test_check_and_run_refuse_a_workdir_of_before(config, tmp_path, capsys):
+    (tmp_path / "w" / "stage1").mkdir(parents=True)
+    manifest = {"schema": 1, "stage": "stage1", "status": "done"}
+    (tmp_path / "w" / "stage1" / "manifest.json").write_text(json.dumps(manifest))
+    for command in ("check", "run"):
+        assert main.main([command, config, "--devices=2", f"--workdir={tmp_path / 'w'}"]) == 2
+        assert "robust_ssl 0.1" in capsys.readouterr().err
+
+
 def test_check_says_that_a_workdir_is_new(config, tmp_path, capsys):
     assert main.main(["check", config, "--devices=2", f"--workdir={tmp_path / 'typo'}"]) == 0
     assert capsys.readouterr().out.endswith(f"written; nothing is in {tmp_path / 'typo'} yet\n")

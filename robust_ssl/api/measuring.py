@@ -18,7 +18,6 @@ from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
 from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sample
-from robust_ssl.experiment.examined import largest_excess
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
@@ -306,7 +305,7 @@ class _Scorer:
             batch,
             figure,
             rows,
-            excess=largest_excess(scored),
+            excess=evaluation.largest_excess(s.worst for s in scored),
             threat=threats.Linf(epsilon),
             num_steps=steps,
             num_queries=queries,

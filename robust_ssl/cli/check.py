@@ -58,13 +58,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return DONE
     layout = running.devices(arguments.devices)
     from robust_ssl import experiment, progress
-    from robust_ssl.workdir import check_place, workdir_path
+    from robust_ssl.workdir import workdir_path
 
     planned = experiment.plan(config)
     with tempfile.TemporaryDirectory() as nowhere:
         given = arguments.workdir
         workdir = pathlib.Path(nowhere) if given is None else workdir_path(given)
-        check_place(workdir)
         context = experiment.Context(planned, workdir, layout, progress.Progress())
         experiment.check(context)
         words.say("\n\n".join(_parts(context, arguments.memory)), sys.stdout, margin="")

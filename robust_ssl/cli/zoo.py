@@ -65,7 +65,7 @@ def build(
     """
     named = _by_name(configs)
     out = make_directory(out)
-    failures, unusable = {}, []
+    errors: dict[str, Exception] = {}
     for name, config in named.items():
         work = out / "runs" / name
         try:
@@ -77,13 +77,13 @@ def build(
             raise
         except Exception as error:  # the others do not depend on it
             _log.error("zoo: %s failed: %s", name, error)
-            failures[name] = f"{type(error).__name__}: {error}"
-            unusable += [f"{name}: {error}"] if isinstance(error, experiment.UsageError) else []
+            errors[name] = error
         if jax.process_index() == 0:
             disk.replace(out / "README.md", table(out))
-    if unusable and len(unusable) == len(named):
-        raise experiment.UsageError("\n".join(unusable))
-    return failures
+    unusable = [isinstance(errors.get(name), experiment.UsageError) for name in named]
+    if named and all(unusable):
+        raise experiment.UsageError("\n".join(f"{n}: {error}" for n, error in errors.items()))
+    return {name: f"{type(error).__name__}: {error}" for name, error in errors.items()}
 
 
 def table(out: str | os.PathLike) -> str:

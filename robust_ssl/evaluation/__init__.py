@@ -7,6 +7,7 @@ from robust_ssl.evaluation.counts import (
     PerImage,
     balanced_accuracy,
     difference,
+    largest_excess,
     wilson_interval,
     worst_case,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "clean_correct",
     "difference",
     "gathered",
+    "largest_excess",
     "per_layer_stability",
     "predictions",
     "quantize",

@@ -195,8 +195,13 @@ def worst_case(results: Iterable[PerImage]) -> PerImage:
         robust_correct=np.logical_and.reduce([r.robust_correct for r in results]),
         flipped=np.logical_or.reduce([r.flipped for r in results]),
         seconds=sum(r.seconds for r in results),
-        excess=max((r.excess for r in results if not math.isnan(r.excess)), default=math.nan),
+        excess=largest_excess(results),
     )
+
+
+def largest_excess(results: Iterable[PerImage]) -> float:
+    """Returns how far any of the attacks left its own budget; NaN where none says."""
+    return max((r.excess for r in results if not math.isnan(r.excess)), default=math.nan)
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

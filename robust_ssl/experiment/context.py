@@ -84,13 +84,16 @@ class Context:
         how = {"collects": collects, "places": places, "redo": redo, "made": made}
         return open_stage(self.workdir, name, text, inputs, seed, **how)
 
-    def check_unchanged(self, name: str, settings: Any, places: Sequence[str] = ()) -> None:
+    def check_unchanged(
+        self, name: str, settings: Any, places: Sequence[str] = (), *, any_seed: bool = False
+    ) -> None:
         """Compares what a stage will be told with what the directory of that name was made with.
 
         Args:
           name: The stage's name.
           settings: As for `open`.
           places: As for `open`.
+          any_seed: Whether it may have another seed than the run's.
 
         Raises:
           ConfigChangedError: If they differ, with what.  Nothing is made of what is there.
@@ -99,8 +102,7 @@ class Context:
         if (path / "manifest.json").exists():
             manifest = read_manifest(path)
             now = {"config": text_of(settings), "inputs": code_inputs(settings)}
-            if not name.startswith("cost"):  # that has the seed of what it measures
-                now["seed"] = self.plan.seed
+            now |= {} if any_seed else {"seed": self.plan.seed}
             check_unchanged(path, manifest, json_ready(now), collects=True, places=places)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

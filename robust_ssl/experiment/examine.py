@@ -15,17 +15,10 @@ import numpy as np
 from robust_ssl import data, disk, evaluation, threats
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment.context import Context, identity
-from robust_ssl.experiment.examined import (
-    budget_of,
-    largest_excess,
-    sees_labels,
-    sees_model,
-    subject_of,
-)
+from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
 from robust_ssl.experiment.groups import Group, Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
-from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import digest, write_atomically
 
@@ -66,8 +59,7 @@ def examine(
     # Asked of every process: one that examines alone would wait for the others forever.
     if everywhere(stored is not None):
         return stored
-    if stop_requested():
-        raise Stopped(f"{scorer.stage.path.name} stopped, and what was scored is kept")
+    scorer.check_stop()
     begun = time.perf_counter()
     examined, verdict = _per_image(scorer, model, scored)
     verdict += _universal(scorer, model, scored)
@@ -142,7 +134,8 @@ def _per_image(
         batch,
         subject.figure,
         np.searchsorted(subject.rows, chosen),
-        excess=largest_excess(scored),  # whatever its budget: each has a row in the tables
+        # Whatever its budget: each has a row in the tables.
+        excess=evaluation.largest_excess(s.worst for s in scored),
         threat=subject.threat,
         key=stage_key(context.plan.seed, "examine"),
         num_steps=steps,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,12 +69,6 @@ def sees_labels(scored: Scored) -> bool:
     """
     attacks = [getattr(member.value, "attack", member.value) for member in scored.members]
     return not all(getattr(attack, "label_free", False) for attack in attacks)
-
-
-def largest_excess(scored: Iterable[Scored]) -> float:
-    """Returns how far any attack left its own budget (`PerImage.excess`); NaN where none says."""
-    known = (s.worst.excess for s in scored if not math.isnan(s.worst.excess))
-    return max(known, default=math.nan)
 
 
 def budget_of(scored: Scored) -> tuple[str, float]:

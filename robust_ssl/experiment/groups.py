@@ -125,7 +125,7 @@ class Scorer:
         file = self.stage.path / "groups" / f"{name}.npz"
         results = _kept(file, self.origin)
         if results is None:
-            self._check_stop()
+            self.check_stop()
             results = dict(compute())
             if jax.process_index() == 0:
                 _keep(file, results, self.origin)
@@ -154,10 +154,11 @@ class Scorer:
     def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields batches; a stop waits for one of them, not for all attacks on all images."""
         for batch in batches:
-            self._check_stop()
+            self.check_stop()
             yield batch
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
+        """Raises Stopped if a stop was asked for."""
         if stop_requested():
             raise Stopped(f"{self.stage.path.name} stopped, and what was scored is kept")
 

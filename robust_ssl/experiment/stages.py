@@ -100,8 +100,6 @@ def run(
         early = everywhere(context.workdir.is_dir() and os.access(context.workdir, os.W_OK))
         if early:
             held.enter_context(hold(context.workdir))
-        check_place(context.workdir)
-        check_layout(context.workdir)
         check(context)
         if not early:
             held.enter_context(hold(make_directory(workdir)))
@@ -154,7 +152,11 @@ def check(context: Context) -> None:
 
     Raises:
       UsageError: With what is wrong, where in the config, and what to do.
+      ConfigChangedError: If the workdir holds the work of another config.
+      WorkdirError: If the workdir cannot be one, or cannot be written.
     """
+    check_place(context.workdir)
+    check_layout(context.workdir)
     try:
         for examine in _checks(context):
             examine(context)

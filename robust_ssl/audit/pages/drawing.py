@@ -20,7 +20,7 @@ from robust_ssl.audit.pages.numbers import Numbers, money, percent, plain
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 104, 14, 44
 COLORS = {"usual": "#b34700", "secured": "#0060a0"}
-DOUBT = "#7a4a00"
+DOUBT = "#7a4b00"  # what is open, in style.css
 INK, QUIET, GRID = "#222222", "#666666", "#dddddd"
 ROLES = ("usual", "secured")
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"

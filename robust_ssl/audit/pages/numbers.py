@@ -90,9 +90,9 @@ class Numbers:
             whole = round(abs(100 * value), 10)
             number = f"{whole:.1f}" if round(whole, 1) == whole else _digits(whole)
             return self._data(value, f"{sign}{number}{words[unit]}")
-        return (
-            self.money(value) if unit == "money" else self._data(value, sign + _digits(abs(value)))
-        )
+        if unit == "money":
+            return self.money(value)
+        return self._data(value, sign + _digits(abs(value)))
 
     def of_unit(self, value: Any, unit: str) -> Any:
         """Returns a number in a unit of the policy; a word or a truth is shown as it is."""
