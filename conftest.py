@@ -30,6 +30,7 @@ LONG = (
 
 set_flags()  # as the command line does; with two workers on two cores eight devices share them
 jax.config.update("jax_num_cpu_devices", 4)
+jax.devices()  # at once: a test that is first to call the command line would have one for each core
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update(
     "jax_compilation_cache_dir",
