@@ -366,3 +366,18 @@ def test_the_quickstart_has_two_sizes():
     assert all(small.recipes[name].epochs < 8 for name in full.recipes)
     with pytest.raises(ValueError, match="small or full"):
         settings.load_config("quickstart:size=huge")
+
+
+def test_the_sixth_round_is_with_the_published_head_alone():
+    announced = "evidence.py:head=mlp,round=6,tune="
+    swept = [planned(announced + recipe) for recipe in ("gen_af_unguarded", "ramp_from_start")]
+    assert [[values for _, values in each.sweep.grid] for each in swept] == [
+        [[5e-4, 1e-3, 2e-3, 4e-3]]
+    ] * 2
+    assert [each.sweep.grid[0][0] for each in swept] == [
+        "start.rates.encoder/**",
+        "rates.encoder/**",
+    ]
+    assert all(each.recipes["ramp_from_start"].head == "mlp" for each in swept)
+    with pytest.raises(settings.SettingsError, match="round 6 has values for head=mlp"):
+        load("evidence.py:round=6")
