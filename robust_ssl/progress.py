@@ -59,6 +59,10 @@ class Progress:
 
     mode: str | None = None
 
+    def __post_init__(self):
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"progress must be one of {MODES}, got {self.mode!r}")
+
     @contextlib.contextmanager
     def stage(
         self, name: str, total_steps: int, images_per_step: int = 0, start_step: int = 0

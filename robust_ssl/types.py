@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl import struct
+from robust_ssl.pixels import check_channels
 
 Variables = Mapping[str, Any]  # {"params": tree, "batch_stats": tree, ...}
 
@@ -51,13 +52,11 @@ class Outputs(struct.Value):
 
 def _with_batch_axis(images: jax.Array, apply: Callable[[jax.Array], Outputs]) -> Outputs:
     """Calls `apply` on a batch; one image ``[H, W, 3]`` travels as a batch of one."""
+    check_channels(images.shape)  # before it has a batch axis, which the advice would count
     if images.ndim == 4:
         return apply(images)
     if images.ndim != 3:
-        raise ValueError(
-            f"images must be [batch, height, width, 3] or [height, width, 3], got shape "
-            f"{images.shape}"
-        )
+        raise ValueError(f"images must be [batch, H, W, 3] or [H, W, 3], got shape {images.shape}")
     return jax.tree.map(lambda leaf: leaf[0], apply(images[None]))
 
 
@@ -127,8 +126,10 @@ class Encoder(struct.Value):
 
         Raises:
           TypeError: If the images are integers, which are not in [0, 1].
-          ValueError: If `preprocess` returns another shape.
+          ValueError: If images have other than three channels, last; if `preprocess` returns
+            another shape.
         """
+        check_channels(images.shape)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
                 f"an encoder takes float pixels in [0, 1], got {images.dtype}; divide 8-bit "

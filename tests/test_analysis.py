@@ -13,6 +13,7 @@ from robust_ssl.evaluation.analysis import (
     FourierMap,
     energy_by_band,
     filtered,
+    filtering,
     filtering_curves,
     fourier_sensitivity,
     harm_by_band,
@@ -261,12 +262,15 @@ def test_bands_of_a_map_are_means_and_empty_ones_do_not_count():
         most_harmful_band(mapped, (0.1, 0.2))
 
 
-@pytest.mark.parametrize("wrong", [{"norm": 0.0}, {"stride": 0}, {"chunk": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"norm": 0.0}, {"norm": np.nan}, {"norm": np.inf}, {"stride": 0}, {"chunk": 0}]
+)
 def test_an_impossible_map_is_refused(wrong):
     with pytest.raises(ValueError, match="positive"):
         fourier_sensitivity(Pixels(), np.zeros((1, 4, 4, 3)), key=KEY, **wrong)
-    with pytest.raises(ValueError, match="1 images and 2 labels"):
-        fourier_sensitivity(Pixels(), np.zeros((1, 4, 4, 3)), np.zeros(2, int), key=KEY)
+    for labels in (np.zeros(2, int), np.zeros((1, 1), int), np.zeros((1, 10), int), np.zeros(1)):
+        with pytest.raises(ValueError, match=r"labels must be integers \[1\], one for each image"):
+            fourier_sensitivity(Pixels(), np.zeros((1, 4, 4, 3)), labels, key=KEY)
 
 
 # --- Filters ------------------------------------------------------------------------------------
@@ -276,6 +280,18 @@ def perturbation(size=8, threat=None, seed=0):
     threat = threat or threats.Linf(jnp.float32(0.1))
     delta = jnp.asarray(np.sign(random((size, size, 3), seed)) / 10, jnp.float32)
     return UniversalPerturbation(delta, threat)
+
+
+def test_a_filtered_perturbation_is_applied_as_it_was_filtered():
+    """A high-pass overshoots the budget: cut off there, low frequencies would be back."""
+    whole = perturbation(32)
+    rest = filtering._inside_budget(filtered(whole, "high_pass", 0.125))
+    assert float(jnp.abs(filtered(whole, "high_pass", 0.125).delta).max()) > 0.11
+    gray = jnp.full((1, 32, 32, 3), 0.5)
+    applied = whole.replace(delta=rest.apply(gray)[0] - 0.5)
+    low, all_of_it = (filtered(applied, "low_pass", 0.125).delta, applied.delta)
+    assert float(jnp.sum(low**2)) < 1e-6 * float(jnp.sum(all_of_it**2))
+    np.testing.assert_allclose(jnp.abs(rest.delta).max(), 0.1, rtol=1e-5)
 
 
 def test_low_and_high_pass_are_two_halves_of_the_whole():

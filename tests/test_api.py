@@ -245,6 +245,7 @@ def test_every_attack_on_single_images_is_listed():
 # --- what people guess first --------------------------------------------------------------------
 
 IMAGES, LABELS = tiny.images("test", n=4)
+LINF, PGD_L2 = threats.Linf(0.1), attacks.PGD(threats.L2(0.5), num_steps=1)
 CALLS = {
     "budget in a universal attack": (
         lambda _: attacks.UniversalPGD(epsilon=8 / 255),
@@ -327,6 +328,58 @@ CALLS = {
     "no image in an update": (
         lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, batch_size=0),
         "need at least one epoch and one image, got 8 and 0",
+    ),
+    "several budgets of what is measured": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, epsilon=[1 / 255, 2 / 255]),
+        "one budget, got .*call measure once for each",
+    ),
+    "a budget as text": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, epsilon="8/255"),
+        "epsilon= is a number, for example 8/255, got '8/255'",
+    ),
+    "a switch for a budget": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, epsilon=True),
+        "epsilon= is a number",
+    ),
+    "half a step": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, num_steps=2.5),
+        "num_steps= is a whole number of at least 1, got 2.5",
+    ),
+    "half an image": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, batch_size=2.5),
+        "batch_size= is a whole number",
+    ),
+    "a threat's name": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat="robust_ssl.threats:L2"),
+        "threat= is a class and no name",
+    ),
+    "a number for an attack": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=3),
+        "3 attacks no image",
+    ),
+    "a threat for an attack": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=threats.Linf(0.1)),
+        "attacks no image",
+    ),
+    "an ensemble without a name": (
+        lambda net: robust_ssl.measure(
+            net, IMAGES, LABELS, attacks=attacks.autoattack.standard(threats.L2(0.5), 4)
+        ),
+        'give them a name: attacks={"autoattack": ...}',
+    ),
+    "an ensemble of two budgets": (
+        lambda net: robust_ssl.measure(
+            net, IMAGES, LABELS, attacks={"two": {"a": [PGD_L2], "b": [attacks.FGSM(LINF)]}}
+        ),
+        "its attacks have several budgets",
+    ),
+    "a function of logits": (
+        lambda net: robust_ssl.measure(lambda x: net(x).logits, IMAGES, LABELS),
+        "must return robust_ssl.Outputs with logits",
+    ),
+    "another way to report": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, progress="silent"),
+        "progress must be one of .*'quiet'.*got 'silent'",
     ),
     "an encoder's class": (lambda _: robust_ssl.attack(robust_ssl.Encoder, IMAGES), "shipped name"),
     "a kind that is not there": (lambda _: robust_ssl.list("attack"), "did you mean 'attacks'"),
@@ -480,6 +533,29 @@ def test_a_budget_that_nobody_knows_is_not_printed_as_zero(classifier):
     assert "unknown (Radius)" in str(result) and "0/255" not in str(result)
 
 
+def test_attacks_in_turn_have_the_threat_that_they_are_of(classifier):
+    images, labels = tiny.images("test", n=8)
+    given = {"ensemble": {"pgd": [PGD_L2], "again": PGD_L2}}
+    result = robust_ssl.measure(
+        classifier, images, labels, attacks=given, examine=False, batch_size=8, **QUIET
+    )
+    [group] = result.groups
+    assert (group.group.threat, group.group.epsilon) == ("L2", 0.5)
+
+
+def test_a_function_and_an_attack_without_a_threat_can_be_measured(classifier):
+    images, labels = tiny.images("test", n=8)
+    darker = jax.tree_util.Partial(lambda key, model, image, label: image / 2)
+    options = {"attacks": {"mine": darker}, "examine": False, "batch_size": 8, **QUIET}
+    plain, value = (
+        robust_ssl.measure(net, images, labels, **options)
+        for net in (lambda x: classifier(x), classifier)
+    )
+    [entry] = json.loads(plain.to_json())["results"]
+    assert entry["epsilon"] is None and entry["threat"] == "unknown"
+    assert plain.robust_accuracy == value.robust_accuracy
+
+
 def test_a_batch_divides_over_the_devices_unless_it_was_given():
     images, labels = tiny.images(n=25)
     encoder = tiny.encoder()
@@ -496,6 +572,10 @@ def test_attacks_of_one_name_are_all_measured(perturbation):
     assert [*choice.named(given)] == [
         *("uap (strong)", "uap (strong) (2)", "uap", "uap (2)", "uap (strong) (3)"),
     ]
+
+
+def test_examples_are_drawn(perturbation):
+    assert perturbation.plot(data.from_arrays(*tiny.images("test", n=9))).axes
 
 
 def test_one_image_is_drawn(perturbation):

@@ -227,6 +227,18 @@ def test_another_config_is_refused_with_the_difference_and_nothing_changes(tmp_p
     )
 
 
+def test_another_order_of_rates_is_another_config_where_it_means_something(tmp_path):
+    rates = {"encoder/**": 0.1, "**/bias": "freeze", "head/**": 0.2}
+    open_stage(tmp_path, "stage1", {"rates": rates}, {}, seed=0).wait()
+    same = {"encoder/**": 0.1, "**/bias": "freeze"}  # no path is in both parts
+    apart = {"head/**": 0.2} | {"encoder/**": 0.1}
+    open_stage(tmp_path, "apart", {"rates": apart}, {}, seed=0).wait()
+    open_stage(tmp_path, "apart", {"rates": dict(sorted(apart.items()))}, {}, seed=0).wait()
+    for other in ({"head/**": 0.2} | same, dict(sorted(rates.items()))):
+        with pytest.raises(ConfigChangedError, match=r"config\.rates, in this order: "):
+            open_stage(tmp_path, "stage1", {"rates": other}, {}, seed=0)
+
+
 def test_metrics_have_no_nan_no_half_line_and_no_step_twice(stage):
     for step in range(4):
         stage.log(step, loss=jnp.float32(step), norm=float("inf"))

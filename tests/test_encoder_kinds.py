@@ -423,6 +423,15 @@ def test_every_convnext_comes_back(layout, second):
         np.testing.assert_array_equal(back[path], leaf)
 
 
+def test_timms_clip_convnext_has_another_epsilon_by_its_name():
+    encoder = random_encoder(models.convnext, **CONVNEXT, layer_scale=True, response_norm=False)
+    tensors = tensors_of(encoder, "timm-convnext")
+    for name, epsilon in (("convnext_xxlarge", 1e-5), ("convnext_base", 1e-6)):
+        told = {"config.json": {"pretrained_cfg": {}, "architecture": name}}
+        options = LAYOUTS["timm-convnext"].network(tensors, told)[1]
+        assert (options["norm_epsilon"], options.get("inner_epsilon", 1e-6)) == (epsilon, epsilon)
+
+
 def test_clips_resnet_comes_back_and_what_is_missing_is_named(tmp_path):
     options = {"depths": (1, 1, 1, 1), "width": 2, "heads": 2, "dim": 5, "image_size": 32}
     encoder = random_encoder(models.clip_resnet, **options)

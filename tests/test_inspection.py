@@ -384,3 +384,13 @@ def test_new_pictures_get_their_size_as_the_classifiers_own(tmp_path):
     want = data.pictures.resize(wide, SIZE, squash)
     assert np.array_equal(read, want)
     assert not np.array_equal(read, data.pictures.resize(wide, SIZE))
+
+
+def test_one_perturbation_needs_no_list_and_no_image_is_no_canary(tmp_path):
+    images, labels = tiny.images("test", n=24, size=SIZE, classes=CLASSES)
+    one = UniversalPerturbation(jnp.zeros((SIZE, SIZE, 3)), threats.Linf(0.1), "one")
+    made = inspection.baseline(network(), images, labels, one, tmp_path / "baseline")
+    assert [*made.perturbations] == ["one"]
+    for wrong in ({"canaries": 0}, {"limit": -1}):
+        with pytest.raises(ValueError, match="must be at least 1 image"):
+            inspection.baseline(network(), images, labels, one, tmp_path / "other", **wrong)

@@ -1,5 +1,6 @@
 """Recipes from text: what each says, and which are refused, by their entry, before any step."""
 
+import numpy as np
 import pytest
 import tiny_recipes
 from tiny_recipes import (
@@ -16,6 +17,9 @@ from tiny_recipes import (
 from robust_ssl import experiment
 from robust_ssl.experiment.recipe import Recipe
 
+MIXED = {"attack": PGD, "adv_ratio": 0.5}
+SMOOTHED = {"function": f"{LOSSES}adversarial_cross_entropy", "smoothing": 0.2}
+PGD_AT_OF_THE_PACKAGE = "robust_ssl.recipes:pgd_at"
 LAYERS = {"function": "robust_ssl.recipes:gen_af", "start": None, "images": 8}
 
 
@@ -83,6 +87,33 @@ def test_adv_ratio_gives_two_losses_their_weights():
     assert list(recipes["all"].losses) == ["adversarial_cross_entropy"]
 
 
+def test_adv_ratio_decides_weights_and_nothing_else():
+    smooth = {"clean_cross_entropy": {"smoothing": 0.1}, "adversarial_cross_entropy": SMOOTHED}
+    stage1 = {"function": "robust_ssl.recipes:gen_af_stage1", "start": None}
+    recipes = planned(
+        {
+            "both": {"attack": PGD, "losses": smooth, "adv_ratio": 0.25},
+            "beside": {**stage1, "losses": {"+": True, **smooth}},
+            "adversarial": {"attack": PGD, "losses": smooth, "adv_ratio": 1.0},
+        }
+    ).recipes
+    expected = {"clean_cross_entropy": 0.1, "adversarial_cross_entropy": 0.2}
+    for name, weights in (("both", (0.75, 0.25)), ("beside", (0.3, 0.7))):
+        losses = [recipes[name].losses[loss] for loss in expected]
+        assert [each.loss.keywords["smoothing"] for each in losses] == [*expected.values()]
+        np.testing.assert_allclose([each.weight for each in losses], weights)
+    assert [*recipes["adversarial"].losses] == ["adversarial_cross_entropy"]
+    again = planned({name: dict(recipe.text) for name, recipe in recipes.items()}).recipes
+    assert {name: recipe.text for name, recipe in again.items()} == {
+        name: recipe.text for name, recipe in recipes.items()
+    }
+    # A recipe's own function may weigh them: the ratio comes from outside and decides.
+    pgd_at = planned({"mine": {"function": PGD_AT_OF_THE_PACKAGE, "adv_ratio": 0.5}}).recipes[
+        "mine"
+    ]
+    assert {n: w for n, (_, w) in pgd_at.weighted_losses.items()} == dict.fromkeys(expected, 0.5)
+
+
 def test_patience_of_all_is_not_for_a_recipe_without_a_best_epoch():
     recipes = planned({"a": {}, "b": {"best": "last"}}, common={"patience": 3}).recipes
     assert (recipes["a"].patience, recipes["b"].patience) == (3, None)
@@ -108,6 +139,10 @@ def without(entries, name):
         ({"losses": {"mine": f"{LOSSES}clean_cross_entropi"}}, "clean_cross_entropy"),
         ({"losses": {"mine": "clean"}}, "losses.mine.*names no function"),
         ({"losses": {}}, "losses is empty"),
+        ({**MIXED, "losses": {"clean_cross_entropy": {"weight": 2.0}}}, "weight is what adv_ratio"),
+        ({**MIXED, "losses": {"clean_cross_entropy": "no:where"}}, "give yours another name"),
+        ({**MIXED, "losses": {"clean_cross_entropy": 2.0}}, "a function's name or a mapping"),
+        ({**MIXED, "losses": {"clean_cross_entropy": {"smoothin": 0.1}}}, "smoothing"),
         ({"losses": ON_ADVERSARIAL["losses"]}, "adversarial"),
         ({"batch_statistics": "adversarial"}, "needs an attack"),
         ({"batch_statistics": "none"}, "batch_statistics must be one of"),
@@ -200,3 +235,11 @@ def test_a_wrong_training_is_refused_before_the_first_step(tmp_path, change, mes
 def test_a_recipe_that_cannot_be_a_directorys_name_is_refused(tmp_path):
     with pytest.raises(experiment.UsageError, match=r"config.recipes: 'a/b' cannot be a name"):
         go(tiny_recipes.config({"a/b": FROZEN}), tmp_path)
+
+
+def test_a_seed_is_one_of_jaxs_keys():
+    """Of 2**32 the keys are those of 0, so both would be one seed."""
+    for sections in ({"seed": 2**32}, {"training": {"seeds": (0, 2**32)}}):
+        with pytest.raises(experiment.UsageError, match="seed"):
+            planned({"a": {}}, **sections)
+    assert planned({"a": {}}, seed=2**32 - 1).seed == 2**32 - 1

@@ -138,6 +138,24 @@ def test_a_ramp_of_one_step_has_the_alarm_too(tmp_path, monkeypatch, caplog):
     assert next(measured, None) is None
 
 
+@pytest.mark.parametrize(("best", "epochs"), [("robust", 4), ("clean", 4)])
+def test_what_was_never_attacked_is_no_best_epoch_and_costs_no_patience(
+    best, epochs, tmp_path, monkeypatch
+):
+    """Clean epochs are better by both accuracies, and a growing budget lowers them."""
+    measured = iter([(0.5, 0.5), (0.4, 0.4)])
+
+    def falling(*args):
+        clean, pgd = next(measured)
+        return {"validation_clean_accuracy": clean, "validation_robust_accuracy": pgd}
+
+    monkeypatch.setattr(fitting, "validate", falling)
+    config = tiny_recipes.config({"ramp": {**RAMP, "best": best, "patience": 1}})
+    results = go(config, tmp_path)["train"]["trained"]["ramp-seed0"]
+    assert (results["epochs"], results["best_epoch"], results["clean_epochs"]) == (epochs, 3, 2)
+    assert next(measured, None) is None
+
+
 @pytest.mark.slow
 def test_the_alarm_changes_no_weight_and_several_steps_have_none(tmp_path, monkeypatch):
     weights, both = [], {"ramp": RAMP, "several": {**RAMP, "attack": PGD, "epochs": 2}}

@@ -4,7 +4,8 @@ import pytest
 from ml_collections import config_dict
 
 from robust_ssl.experiment import linking, plan
-from robust_ssl.settings import SettingsError, load_config, overrides
+from robust_ssl.optimizers import FREEZE, layer_rates
+from robust_ssl.settings import SettingsError, load_config, overrides, to_json
 
 RECIPES = {
     "baseline": "robust_ssl.recipes:baseline",
@@ -58,6 +59,20 @@ def test_one_rate_leaves_those_that_it_does_not_cover(pattern, rates):
     assert entries(config, "full")["rates"] == rates
 
 
+def test_of_rates_the_last_one_counts_in_the_order_in_which_they_were_written():
+    rates = {"encoder/**": 1e-3, "head/**": 5e-3, "**/bias": "freeze"}
+    given = config_dict.ConfigDict({"recipes": {"mine": {"rates": rates}}})
+    assert [*to_json(given)["recipes"]["mine"]["rates"]] == [*rates]
+    config = load_config("quickstart", [f"--config.recipes.mine={ {'rates': rates} }"])
+    mine = plan(config).recipes["mine"]
+    assert [*mine.rates] == [*rates]
+    params = {part: {"layer": {"kernel": 0, "bias": 0}} for part in ("encoder", "head")}
+    assert layer_rates(params, mine.rates)["encoder/layer/kernel"] == 1e-3
+    assert layer_rates(params, mine.rates)["encoder/layer/bias"] == FREEZE
+    typed = [f"--config.recipes.gen_af_stage1.rates['{name}']={rates[name]}" for name in rates]
+    assert [*plan(load_config("quickstart", typed)).recipes["gen_af_stage1"].rates] == [*rates]
+
+
 def test_what_a_config_has_is_not_asked_of_a_function():
     recipes = {"full": {"function": "robust_ssl.recipes:full", "losses": {"mine": {"weight": 1.0}}}}
     config = typed("recipes.full.losses.mine.weight=2", recipes=recipes)
@@ -78,6 +93,7 @@ def test_the_example_of_the_guide_is_a_plan():
         ("recipes.mine={'start': 'baseline'", "cannot read .* as a mapping or a list .*closed"),
         ("downstream=digits", "is a section and not one value, got 'digits'"),
         ("scoring.budgets[0]=0.1", "config.scoring has no list 'budgets'; give all of it"),
+        ("recipes.mine={[]: 1}", "cannot read .* as a mapping or a list .*unhashable"),
         ("seed.x=1", "config.seed is 0 and has no 'x'"),
     ],
 )

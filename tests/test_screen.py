@@ -97,8 +97,8 @@ def test_what_is_loaded_screens_as_what_was_saved(saved):
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (np.zeros((8, 8, 3), np.uint8), r"must be \[n, height, width, 3\]"),
-        (np.zeros((0, 8, 8, 3), np.uint8), r"must be \[n, height, width, 3\]"),
+        (np.zeros((8, 8, 3), np.uint8), r"must be \[n, H, W, 3\]"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "there are no images"),
         (np.full((1, 8, 8, 3), 128), "must be uint8, or float pixels"),
         (np.full((1, 8, 8, 3), 128.0), "must be uint8, or float pixels"),
     ],

@@ -209,6 +209,17 @@ def test_a_surprise_keeps_the_order_and_goes_on_beyond_all_clean_scores():
     assert surprise(np.median(clean)) == pytest.approx(np.log(2), abs=1e-2)
 
 
+def test_a_score_that_many_clean_images_share_surprises_as_little_as_its_share():
+    constant = screening.Surprise.fit(np.zeros(100))
+    assert float(constant(0.0)) == 0.0 and float(constant(1.0)) > 100
+    mostly = screening.Surprise.fit(np.r_[np.zeros(97), 0.5, 0.6, 0.7])
+    assert float(mostly(0.0)) == 0.0 and float(mostly(0.4)) >= np.log(20)
+    half = screening.Surprise.fit(np.r_[np.zeros(50), np.linspace(1.0, 2.0, 50)])
+    nats = [float(half(score)) for score in (-1.0, 0.0, 1.0, 1.5, 2.0)]
+    assert nats == sorted(nats) and nats[:2] == [0.0, 0.0]
+    np.testing.assert_allclose(nats[2:4], [np.log(2), np.log(4)], atol=0.1)
+
+
 def test_a_detector_without_spread_has_a_finite_surprise():
     surprise = screening.Surprise.fit(np.zeros(10))
     assert surprise(0.0) == pytest.approx(0.0, abs=3.0)

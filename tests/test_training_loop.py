@@ -108,6 +108,13 @@ def test_it_stops_when_nothing_improves(scores, patience, last, best, loop_on_de
     assert float(found.score) == np.float32(scores[best - 1])
 
 
+@pytest.mark.parametrize(("patience_from", "last"), [(0, 2), (2.5, 4), (5, 6), (99, 8)])
+def test_some_epochs_cost_no_patience(patience_from, last, tmp_path):
+    falling = [0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0]
+    state, best, _ = go(tmp_path, scores=falling, patience=1, patience_from=patience_from)
+    assert (int(state.step), int(best.epoch)) == (STEPS * last, 1)
+
+
 @pytest.mark.parametrize("score", [0.7, 0.8, 1 / 3])
 def test_of_equal_epochs_the_later_is_kept_whatever_the_rounding(score, tmp_path):
     assert int(go(tmp_path, scores=[score] * 2, epochs=2)[1].epoch) == 2

@@ -25,6 +25,8 @@ DINOV3 = {
 }  # fmt: skip
 NINE = {"image_size": 12, "patch_size": 4}
 DINOV2 = {"layer_scale": True, "registers": 3, "activation": "swiglu"}
+PERCEPTION = {"pre_norm": True, "pooling": "attention", "norm_epsilon": 1e-5}
+SIGLIP_GAP = {"pretrained_cfg": {}, "architecture": "vit_base_patch32_siglip_gap_256"}
 
 
 def config(**more):
@@ -164,6 +166,9 @@ REFUSED = [
     ("timm-vit", CLIP, HEADS, {}, "name --activation quick_gelu"),
     ("timm-vit", {}, HEADS, {"pos_embed": (1, 12, 24)}, r"\(1, 12, 24\), which is not positions"),
     ("timm-vit", {}, HEADS, {"patch_embed.proj.weight": (4, 4, 3, 24)}, "axes transposed"),
+    ("timm-vit", PERCEPTION, HEADS, {}, "a Perception Encoder, whose rotary positions"),
+    ("timm-vit", {}, {**HEADS, "path": "pe_core_base.pth"}, {}, "rotary positions besides"),
+    ("timm-vit", {}, {**HEADS, "config.json": SIGLIP_GAP}, {}, "--activation gelu_tanh"),
     ("huggingface-vit", {}, {}, {}, "no config.json.*how many attention heads"),
     ("huggingface-vit", {}, config(model_type="deit"), {}, "model_type is 'deit'"),
     ("huggingface-vit", {}, config(qkv_bias=False), {}, "qkv_bias is False"),

@@ -120,7 +120,7 @@ class Perturbation:
           A matplotlib figure; ``.savefig(path)`` writes it.
         """
         gray = np.full((1, *self.value.delta.shape), 0.5, np.float32)
-        pixels = gray if images is None else inputs.pixels_of(self._batch_of(images)[:8])
+        pixels = gray if images is None else inputs.pixels_of(self._batch_of(images))[:8]
         return report.draw_examples(pixels, self.apply(pixels))
 
 
@@ -178,18 +178,19 @@ def attack(
       Perturbation('universal_pgd', 32x32 pixels, budget 10/255)
     """
     fitted = universal_attack(attack, options)
+    if isinstance(threat, str):
+        raise ValueError(f"threat= is a class and no name: threat=threats.Linf; got {threat!r}")
     if not callable(threat):
         raise ValueError(
             f"threat= makes a threat of the budget, as threats.Linf does; {threat!r} is one: "
             f"threat=threats.{type(threat).__name__}, epsilon=..."
         )
-    if not np.isscalar(epsilon) and np.ndim(epsilon):
-        raise ValueError(f"epsilon= is one budget, got {epsilon!r}; call attack once for each")
+    epsilon = inputs.one_budget(epsilon, "call attack once for each")
+    num_steps = inputs.count(num_steps, "num_steps")
+    batch_size = inputs.count(batch_size, "batch_size")
     resizing = inputs.resizing_of(encoder)
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)
-    if num_steps < 1 or batch_size < 1:
-        raise ValueError(f"need at least one step and one image, got {num_steps} and {batch_size}")
     batch_size = min(batch_size, len(surrogate) - len(surrogate) % len(parallel.devices))
     keys, epsilons = attacks.members(seeds=(seed,), epsilons=(epsilon,))
     begun = time.perf_counter()

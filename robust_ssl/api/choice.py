@@ -20,6 +20,11 @@ MODEL = "classifier"  # of the one model, among entries
 def named(given: Any) -> dict[str, Any]:
     """Returns attacks by what they are called."""
     if isinstance(given, Mapping):
+        if given and all(isinstance(some, (list, tuple)) for some in given.values()):
+            raise ValueError(
+                "these are attacks that are run in turn; give them a name: "
+                'attacks={"autoattack": ...}'
+            )
         by_name = dict(given)
     else:
         alone = isinstance(given, str) or not isinstance(given, Iterable)
@@ -64,7 +69,8 @@ def grouped(
     with_budget = {n: _built(a, linf, num_classes) for n, a in named.items()}
     for name, value in with_budget.items():
         if isinstance(value, Mapping):
-            group = Group(MODEL, "hardened", AUTOATTACK, "Linf", epsilon)
+            threat = _threat_of(name, value)
+            group = Group(MODEL, "hardened", AUTOATTACK, threat_name(threat), float(threat.epsilon))
         else:
             universal = isinstance(value, UniversalPerturbation)
             threat = getattr(value, "threat", None)
@@ -75,6 +81,21 @@ def grouped(
             group = Group(MODEL, against, family, kind, budget)
         groups.setdefault(group, []).append((name, value))
     return groups
+
+
+def _threat_of(name: str, ensemble: Mapping[str, Any]) -> Any:
+    """Returns the threat of attacks that are run in turn, as `autoattack.standard` gives them."""
+    members = [attack for some in ensemble.values() for attack in some]
+    found = [getattr(attack, "threat", None) for attack in members]
+    if not found or any(not hasattr(threat, "epsilon") for threat in found):
+        raise ValueError(f"attacks[{name!r}] is run in turn: each of its attacks needs a threat")
+    budgets = {(threat_name(threat), float(threat.epsilon)) for threat in found}
+    if len(budgets) > 1:
+        raise ValueError(
+            f"attacks[{name!r}] is run in turn, and its attacks have several budgets: "
+            f"{sorted(budgets)}; give those of each budget a name"
+        )
+    return found[0]
 
 
 def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
@@ -88,6 +109,15 @@ def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
                 f"{type(attack).__name__} is yet to be fitted: measure(..., "
                 "attacks=robust_ssl.attack(encoder, surrogate_images, attack=...))"
             )
+        if isinstance(attack, Mapping):
+            alone = (
+                some if isinstance(some, (list, tuple)) else [some] for some in attack.values()
+            )
+            attack = dict(zip(attack, alone, strict=True))
+        each = itertools.chain(*attack.values()) if isinstance(attack, Mapping) else [attack]
+        for one in each:
+            if not callable(one):
+                raise ValueError(f'{one!r} attacks no image; see robust_ssl.list("attacks")')
         return attack
     if attack == AUTOATTACK:
         return autoattack.standard(linf, num_classes)

@@ -11,6 +11,7 @@ import numpy as np
 
 from robust_ssl import data, weights
 from robust_ssl.api.names import BUILTIN
+from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.models.bridge import Bridge
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder
@@ -57,7 +58,35 @@ def classifier_of(classifier: Any) -> Any:
             f"the classifier must be a robust_ssl.Classifier, or the directory of a saved one, got "
             f"{classifier!r}"
         )
-    return classifier
+    return as_value(classifier)
+
+
+def one_budget(epsilon: Any, otherwise: str) -> float:
+    """Returns a budget as a number.
+
+    Args:
+      epsilon: The budget.
+      otherwise: What to do with several.
+
+    Raises:
+      ValueError: If it is several, or no number.
+    """
+    if np.ndim(epsilon):
+        raise ValueError(f"epsilon= is one budget, got {epsilon!r}; {otherwise}")
+    if isinstance(epsilon, (bool, np.bool_)) or np.asarray(epsilon).dtype.kind not in "iuf":
+        raise ValueError(f"epsilon= is a number, for example 8/255, got {epsilon!r}")
+    return float(epsilon)
+
+
+def count(value: Any, name: str) -> int:
+    """Returns a whole number of at least 1.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    if isinstance(value, (bool, np.bool_)) or np.asarray(value).dtype.kind not in "iu" or value < 1:
+        raise ValueError(f"{name}= is a whole number of at least 1, got {value!r}")
+    return int(value)
 
 
 def resizing_of(encoder: Any) -> data.Resizing | None:

@@ -21,6 +21,7 @@ from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sampl
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
+from robust_ssl.types import Classifier
 
 
 class Row(NamedTuple):
@@ -181,15 +182,18 @@ def measure(
       >>> result.clean_accuracy == 1 / 3, result.robust_accuracy <= 1 / 3
       (True, True)
     """
+    batch_size = inputs.count(batch_size, "batch_size")
     classifier, parallel = inputs.classifier_of(classifier), inputs.devices_of(parallel)
     resizing = inputs.resizing_of(classifier)
     examples = inputs.examples_of(images, labels, inputs.size_of(classifier), "test", resizing)
     if not examples.class_names:
         raise ValueError("labels are needed to count right answers: measure(net, images, labels)")
     classifier = _in_order(classifier, examples)
+    _check_answers(classifier, examples)
     num_classes = _classes(classifier, examples)
     named = choice.named(attacks)
     epsilon = choice.largest_budget(named) if epsilon is None else epsilon
+    epsilon = inputs.one_budget(epsilon, "call measure once for each")
     groups = choice.grouped(named, epsilon, num_classes)
     scorer = _Scorer(classifier, examples, batch_size, jax.random.key(seed), parallel)
     parts = sum(len(members) for members in groups.values())
@@ -199,6 +203,19 @@ def measure(
         verdict = scorer.examine(scored) if examine else Verdict(())
         bar.update(parts + examine)
     return Result(scored, verdict)
+
+
+def _check_answers(classifier: Any, examples: Any) -> None:
+    if isinstance(classifier, Classifier):
+        return
+    one = jax.ShapeDtypeStruct((1, *examples.image_shape), np.float32)
+    answer = jax.eval_shape(classifier, one)
+    if getattr(answer, "logits", None) is None:
+        raise ValueError(
+            "the classifier must return robust_ssl.Outputs with logits [n, classes], got "
+            f"{type(answer).__name__}; of a function of yours: lambda images: "
+            "Outputs(features=f(images), logits=f(images))"
+        )
 
 
 def _in_order(classifier: Any, examples: Any) -> Any:

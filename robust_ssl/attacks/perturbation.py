@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from robust_ssl import disk, struct, threats
+from robust_ssl.pixels import check_images
 from robust_ssl.types import Model, Threat
 
 GRAY = 0.5  # the image around which a perturbation without an image is drawn and projected
@@ -66,7 +68,14 @@ class UniversalPerturbation:
         return apply_delta(self.delta, image, self.threat, key)
 
     def apply(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns the adversarial images ``[batch, H, W, 3]``; image i gets ``fold_in(key, i)``."""
+        """Returns the adversarial images ``[batch, H, W, 3]``; image i gets ``fold_in(key, i)``.
+
+        Raises:
+          ValueError: If images are neither uint8 nor float pixels in [0, 1], or of another size.
+        """
+        check_images(images)
+        if images.dtype == jnp.uint8:
+            images = jnp.asarray(images, jnp.float32) / 255
         if key is None:
             return jax.vmap(lambda image: self(None, None, image))(images)
         keys = _image_keys(key, images.shape[0], None)
@@ -80,7 +89,8 @@ class UniversalPerturbation:
         Raises:
           ValueError: If the threat makes no sense at that size, as a patch below one pixel.
         """
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = (size, size) if np.ndim(size) == 0 else tuple(size)
+        size = tuple(map(operator.index, size))
         threats.check(self.threat, (*size, 3))
         return self.replace(delta=resize_delta(self.delta, size, self.threat))
 

@@ -71,6 +71,22 @@ OPTIONS: dict[str, Any] = {
     "fine_step_size": Annotated[float, Range(0, 1, above=True)],
     "rank": Count,
     "num_queries": Count,
+    "key_temperature": Positive,
+    "first_teacher_temperature": Positive,
+    "center_momentum": Share,
+    "local_crops": Natural,
+    "local_size": Count,
+    "whitening_size": Annotated[int, Range(2)],
+    "group_size": Count,
+    "sinkhorn_steps": Count,
+    "kmeans_steps": Count,
+    "num_clusterings": Count,
+    "invariance": NotNegative,
+    "variance": NotNegative,
+    "covariance": NotNegative,
+    "redundancy": NotNegative,
+    "queue_start": NotNegative,
+    "warmup": NotNegative,
 }
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 _LISTS = (tuple, list, Sequence)

@@ -20,6 +20,7 @@ from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.attacks.perturbation import UniversalPerturbation
 from robust_ssl.evaluation.counts import PerImage, worst_case
+from robust_ssl.pixels import check_images
 from robust_ssl.types import Attack, Classifier
 
 WORST = "worst"  # the name of the worst case per image over all attacks
@@ -153,6 +154,7 @@ def padded(batches: Iterable[Mapping[str, np.ndarray]]):
                 "a batch must be images [n, H, W, 3] and integer labels [n], got "
                 f"{images.shape} and {labels.dtype} {labels.shape}"
             )
+        check_images(images)
         n = len(images)
         indices = np.asarray(batch.get("indices", np.arange(start, start + n)))
         size = max(size, n)

@@ -234,16 +234,16 @@ def _selection(
     steps_per_epoch: int,
 ) -> dict[str, Any]:
     """How `train` finds the best epoch; where the last one is taken, what rings of one step."""
-    best, first = recipe.best or ("clean" if attack is None else "robust"), 0
-    if best == "last":
-        if not alarm.takes_one_step(attack):
-            return {}
-        first = clean_epochs(recipe, steps_per_epoch, recipe.epochs)
+    best = recipe.best or ("clean" if attack is None else "robust")
+    if best == "last" and not alarm.takes_one_step(attack):
+        return {}
+    # The last epoch is looked at in any case.
+    first = min(clean_epochs(recipe, steps_per_epoch, recipe.epochs), recipe.epochs - 1)
     template = features.on_features(classifier) if recipe.cache_features else classifier
     images = alarm.looked_at(recipe, validation)
 
     def at_epoch_end(epoch: int, variables: Variables) -> dict[str, float]:
-        if epoch <= first:  # nothing has been attacked yet
+        if epoch <= first:  # nothing has been attacked yet, so it is no best epoch either
             return {}
         scores = validate(context, template, attack, variables, images)
         if "validation_one_step_accuracy" in scores:
@@ -257,6 +257,8 @@ def _selection(
         "at_epoch_end": at_epoch_end,
         "score": f"validation_{best}_accuracy",
         "patience": recipe.patience,
+        # A budget that grows lowers accuracy, which is no reason to stop.
+        "patience_from": _whole_budget(recipe, steps_per_epoch),
     }
 
 
@@ -290,6 +292,13 @@ def clean_epochs(recipe: Recipe, steps_per_epoch: int, epochs: int) -> float:
         return 0
     first = int(recipe.budget(recipe.epochs * steps_per_epoch).first)
     return min(first / steps_per_epoch, epochs)
+
+
+def _whole_budget(recipe: Recipe, steps_per_epoch: int) -> float:
+    """Returns the epoch from which on a recipe's attack has its whole budget."""
+    if recipe.ramp is None:
+        return 0
+    return int(recipe.budget(recipe.epochs * steps_per_epoch).full) / steps_per_epoch
 
 
 def gradients(

@@ -212,7 +212,7 @@ class Scored(NamedTuple):
         return entries
 
     def _entry(self, attack, seed, label, seconds, gradients, verdict) -> dict[str, Any]:
-        per_image = self.results[label]
+        per_image, epsilon = self.results[label], self.group.epsilon
         return {
             "model": self.group.model,
             "attack": attack,
@@ -220,7 +220,7 @@ class Scored(NamedTuple):
             "family": self.group.family,
             "threat": self.group.threat,
             "crafted_against": self.group.crafted_against,
-            "epsilon": float(self.group.epsilon),
+            "epsilon": float(epsilon) if np.isfinite(epsilon) else None,
             **per_image.counts.as_dict(),
             "verdict": verdict,
             "seconds": round(seconds + per_image.seconds, 3),

@@ -66,6 +66,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
     given = {"function": value} if isinstance(value, str) else value
     if not isinstance(given, Mapping):
         raise ValueError(f"{where} must be a mapping or a function's name, got {value!r}")
+    own = given.get("losses")
     given = _with_others(given, common, where)
     if "function" in given:
         given = _from_function(given, common, where)
@@ -92,6 +93,8 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
             text[field.name] = text_of(entries.get(field.name, default))
     text = {n: v for n, v in undecided(text).items() if n not in LATER or v != LATER[n]}
     if text.get("losses") and isinstance(text["losses"], Mapping):
+        if text["adv_ratio"] is not None:
+            _check_mixed(own, where)
         text["losses"] = _losses_text(text)
     return text
 
@@ -140,7 +143,7 @@ def _with_others(
             made = entries_of(rest, common, where).get(name)
             own = {n: value for n, value in entry.items() if n != OTHERS}
             beside = dict(made) if isinstance(made, Mapping) else {}
-            if name == "rates":  # of patterns the later one counts, and they have no order here
+            if name == "rates":  # of patterns the later one counts
                 beside = {p: r for p, r in beside.items() if not _covers(own, p)}
             given = {**given, name: beside | {n: _merged(beside, n, v) for n, v in own.items()}}
     return given
@@ -183,19 +186,44 @@ def _from_function(
 
 
 def _losses_text(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Each loss with its weight, for a sweep; without the two that `adv_ratio` decides."""
+    """Each loss with its weight, for a sweep; of the two that `adv_ratio` weighs, the options."""
     losses = {}
     for name, loss in text["losses"].items():
         if text["adv_ratio"] is None or name not in MIXED:
             bare = isinstance(loss, str)
             losses[name] = {"function": loss, "weight": 1.0} if bare else loss
+        elif isinstance(loss, Mapping):
+            options = {n: v for n, v in loss.items() if n not in ("function", "weight")}
+            if options:
+                losses[name] = {"function": f"{LOSSES}{name}", **options}
     return losses
 
 
-def _mixed(ratio: float) -> dict[str, Any]:
+def _check_mixed(losses: Any, where: str) -> None:
+    """Raises ValueError for a loss that `adv_ratio` weighs and that is given as another one."""
+    for name in MIXED if isinstance(losses, Mapping) else ():
+        loss, place = losses.get(name), f"{where}.losses.{name}"
+        entry = {"function": loss} if isinstance(loss, str) else loss
+        if entry is not None and not isinstance(entry, Mapping):
+            raise ValueError(f"{place} must be a function's name or a mapping, got {loss!r}")
+        if "weight" in (entry or ()):
+            raise ValueError(
+                f"{place}.weight is what adv_ratio decides: clean cross-entropy weighs 1 - "
+                "adv_ratio, adversarial adv_ratio; give that, or adv_ratio=None and both weights"
+            )
+        if (entry or {}).get("function", f"{LOSSES}{name}") != f"{LOSSES}{name}":
+            raise ValueError(
+                f"{place}: with adv_ratio it is {LOSSES}{name}; give yours another name, or "
+                "adv_ratio=None"
+            )
+
+
+def _mixed(ratio: float, own: Mapping[str, Any]) -> dict[str, Any]:
     """The losses that a ratio means; one of weight 0 would cost a pass for nothing."""
     weights = zip(MIXED, (1 - ratio, ratio), strict=True)
-    return {n: {"function": f"{LOSSES}{n}", "weight": weight} for n, weight in weights if weight}
+    mixed = {n: {"function": f"{LOSSES}{n}", "weight": weight} for n, weight in weights if weight}
+    mixed = {n: {**loss, **own.get(n, {})} for n, loss in mixed.items()}
+    return mixed | {n: loss for n, loss in own.items() if n not in MIXED}
 
 
 def link(entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Recipe]:
@@ -249,7 +277,7 @@ def _linked(name: str, entries: Mapping[str, Any], where: str, get: Any) -> Reci
     if values.get("adv_ratio") is not None:
         ratio = read(Share, values["adv_ratio"], f"{place}.adv_ratio")
         own = read(Mapping[str, Any], values["losses"], f"{place}.losses")
-        values["losses"] = {**_mixed(ratio), **own}
+        values["losses"] = _mixed(ratio, own)
     if "head" in values:
         linked["head"] = _read_head(values.pop("head"), f"{place}.head")
     return read_entries(Recipe, values, place, **linked)

@@ -64,6 +64,7 @@ def train(
     at_epoch_end: Callable[[int, Variables], Mapping[str, float]] | None = None,
     score: str | None = None,
     patience: int | None = None,
+    patience_from: float = 0,
     loop_on_device: bool | None = None,
 ) -> tuple[TrainState, Best | None]:
     """Trains from the stage's newest checkpoint to its end.
@@ -89,6 +90,7 @@ def train(
       patience: Stops after this many epochs whose score was not above all before; None never
         does.  What it needs is part of the checkpoint, so a resumed training stops at the same
         epoch.
+      patience_from: Epochs that cost no patience, such as those of an attack whose budget grows.
       loop_on_device: Whether the steps up to the next checkpoint or epoch's end are one compiled
         scan; None: on accelerators, where the data lie on the device.
 
@@ -115,7 +117,7 @@ def train(
     unwritten: list[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]] = []
     done = first
     with progress.stage(stage.path.name, total, batches.batch_size, first) as bar:
-        while done < total and not _lost_patience(kept, done, batches, patience):
+        while done < total and not _lost_patience(kept, done, batches, patience, patience_from):
             start, done = done, done + 1
             if looped:
                 done = _next_stop(start, every, batches.steps_per_epoch)
@@ -222,10 +224,14 @@ def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) 
     return kept
 
 
-def _lost_patience(kept: dict, done: int, batches: Batches, patience: int | None) -> bool:
+def _lost_patience(
+    kept: dict, done: int, batches: Batches, patience: int | None, patience_from: float
+) -> bool:
     """Whether training ends here; a function of what a checkpoint of this step holds."""
     epoch, steps = divmod(done, batches.steps_per_epoch)
-    return patience is not None and not steps and epoch - int(kept["improved"]) >= patience
+    if patience is None or steps:
+        return False
+    return epoch - max(int(kept["improved"]), patience_from) >= patience
 
 
 def _raise_if_stuck(

@@ -15,7 +15,7 @@ import jax
 
 from robust_ssl import threats
 from robust_ssl.build import (
-    Natural,
+    Seed,
     check_known,
     inside,
     near,
@@ -94,7 +94,7 @@ class Plan:
     """
 
     stages: tuple[str, ...] = ("attack", "train", "score", "compare")
-    seed: Natural = 0
+    seed: Seed = 0
     encoder: EncoderSource = EncoderSource()  # noqa: RUF009 (frozen)
     surrogate: Data | None = None
     downstream: Downstream | None = None

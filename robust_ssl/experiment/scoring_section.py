@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from robust_ssl import threats
-from robust_ssl.build import Count, Natural
+from robust_ssl.build import Count, Seed
 from robust_ssl.experiment.suites import Budget, PerImage, Suite, check_seeds
 
 
@@ -56,7 +56,7 @@ class Scoring:
         and its training images; entries as of ``config.suite``.  None leaves them out.
     """
 
-    seeds: tuple[Natural, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     batch_size: Count = 250
     adaptive: bool = True
     adaptive_curve: bool = False

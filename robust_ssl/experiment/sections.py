@@ -14,6 +14,7 @@ from robust_ssl.build import (
     NotNegative,
     Positive,
     Range,
+    Seed,
     Share,
     check_known,
     inside,
@@ -38,7 +39,7 @@ class Training:
       batch_size: Validation images at a time.
     """
 
-    seeds: tuple[Natural, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     validation: InnerAttack = dataclasses.field(
         default_factory=lambda: InnerAttack.read(pgd(), "config.training.validation")
     )

@@ -18,6 +18,7 @@ from robust_ssl.build import (
     Function,
     Natural,
     NotNegative,
+    Seed,
     Share,
     check_known,
     inside,
@@ -248,7 +249,7 @@ class Suite:
     attacks: Mapping[str, Any]
     epsilon: Share = 10 / 255
     curve: tuple[Share, ...] = ()
-    seeds: tuple[Natural, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     num_steps: Count = 4000
     batch_size: Count = 64
 

@@ -111,6 +111,9 @@ def baseline(
     """
     if (pathlib.Path(folder) / CARD).exists() and not replace:
         raise FileExistsError(f"there is a baseline in {folder}; remove it, or give another folder")
+    for name, value in (("canaries", canaries), ("limit", limit)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1 image, got {value}")
     classifier, lock = _locked(classifier, options)
     examples = _drawn(images, labels, classifier, limit, seed)
     named = _named(perturbations, examples.images.shape[1:])
@@ -193,6 +196,8 @@ def _drawn(images: Any, labels: Any, classifier: Classifier, limit: int, seed: i
 
 
 def _named(perturbations: Any, shape: tuple[int, ...]) -> dict[str, UniversalPerturbation]:
+    if isinstance(getattr(perturbations, "value", perturbations), UniversalPerturbation):
+        perturbations = [perturbations]
     pairs = (
         perturbations.items() if isinstance(perturbations, Mapping) else enumerate(perturbations)
     )

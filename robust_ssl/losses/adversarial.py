@@ -383,6 +383,8 @@ def _relative_drift(moved: jax.Array, anchor: jax.Array) -> jax.Array:
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     chex.assert_shape(labels, logits.shape[:1])
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
     log_probabilities = jax.nn.log_softmax(logits)
     error = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
     if smoothing == 0:

@@ -34,7 +34,8 @@ def teacher_kl(
       One divergence per image, at least 0, ``[batch]``.
 
     Raises:
-      ValueError: If there is no teacher, or there are no logits to pull.
+      ValueError: If there is no teacher, there are no logits to pull, or `temperature` is not above
+        0.
 
     Example:
       >>> from robust_ssl.types import Outputs
@@ -47,6 +48,8 @@ def teacher_kl(
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Goldblum et al.,
       "Adversarially Robust Distillation", AAAI 2020, Eq. 4, for the perturbed student.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
     teacher, student = _pair(inputs, of)
     target = jax.nn.log_softmax(teacher / temperature)
     reached = jax.nn.log_softmax(student / temperature)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from robust_ssl.models.products import attend, dot_general
 from robust_ssl.models.resnet import ConvNorm, Stage
+from robust_ssl.models.sizes import check_sizes, number_type
 from robust_ssl.types import Encoder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's release, clip.py
@@ -186,6 +187,7 @@ def clip_resnet(
         )
     if image_size < STRIDE or image_size % STRIDE:
         raise ValueError(f"image_size must be a multiple of {STRIDE} pixels, got {image_size}")
-    module = CLIPResNet(depths, width, heads, dim, jnp.dtype(dtype))
+    check_sizes(mean, std)
+    module = CLIPResNet(depths, width, heads, dim, number_type(dtype))
     variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
     return Encoder(variables, module, tuple(mean), tuple(std), image_size, dim, name)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from robust_ssl.models.products import dot_general, gelu, once
 from robust_ssl.models.resnet import IMAGENET_MEAN, IMAGENET_STD
+from robust_ssl.models.sizes import check_sizes, number_type
 from robust_ssl.types import Encoder
 
 _KERNEL = 7  # of the depthwise convolutions
@@ -248,12 +249,13 @@ def convnext(
     depths, widths = tuple(depths), tuple(widths)
     if not depths or len(depths) != len(widths) or min(*depths, *widths, patch_size) < 1:
         raise ValueError(f"depths {depths} and widths {widths} must be as many, and all positive")
+    check_sizes(mean, std, image_size=image_size)
     smallest = patch_size * 2 ** (len(depths) - 1)
     if image_size < smallest:
         raise ValueError(f"images of {image_size} pixels are too small; the least is {smallest}")
     module = ConvNeXt(
         depths, widths, patch_size, layer_scale, response_norm, norm_epsilon, inner_epsilon,
-        jnp.dtype(dtype),
+        number_type(dtype),
     )  # fmt: skip
     variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
     return Encoder(variables, module, tuple(mean), tuple(std), image_size, widths[-1], name)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl.models.convolution import conv_general_dilated
+from robust_ssl.models.sizes import check_sizes, number_type
 from robust_ssl.types import Encoder
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -221,7 +222,7 @@ def _builder(variant: str) -> Callable[..., Encoder]:
           An `Encoder` of ``EXPANSION * width`` features.
 
         Raises:
-          ValueError: If `stem` is not known.
+          ValueError: If `stem` or `dtype` is not known, or a size is not positive.
 
         Example:
           >>> shapes = jax.eval_shape(lambda key: VARIANT(key, width=1), jax.random.key(0))
@@ -233,8 +234,9 @@ def _builder(variant: str) -> Callable[..., Encoder]:
         """
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {sorted(STEMS)}, got {stem!r}")
+        check_sizes(mean, std, width=width, image_size=image_size)
         padding = STEMS[stem][3] if stem_padding is None else stem_padding
-        module = ResNet(block, depths, width, stem, padding, jnp.dtype(dtype))
+        module = ResNet(block, depths, width, stem, padding, number_type(dtype))
         # One program for the whole tree; unjitted, every operation would be compiled by itself.
         variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
         dim = width * expansion

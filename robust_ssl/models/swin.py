@@ -19,6 +19,7 @@ import numpy as np
 from robust_ssl.models.convnext import Downsample
 from robust_ssl.models.products import dot_general, once
 from robust_ssl.models.resnet import IMAGENET_MEAN, IMAGENET_STD
+from robust_ssl.models.sizes import check_sizes, number_type
 from robust_ssl.models.transformer import MLP, layer_norm
 from robust_ssl.types import Encoder
 
@@ -286,13 +287,14 @@ def swin_transformer(
       Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV
       2021.
     """
+    check_sizes(mean, std)
     depths, heads = tuple(depths), tuple(heads)
     sides = _sides(image_size, patch_size, len(depths))
     windows = tuple(min(windows, s) for s in sides) if isinstance(windows, int) else tuple(windows)
     _check(depths, width, heads, windows, sides)
     module = Swin(
         depths, width, heads, windows, patch_size, float(mlp_ratio), pad_first, norm_epsilon,
-        jnp.dtype(dtype),
+        number_type(dtype),
     )  # fmt: skip
     variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
     dim = width * 2 ** (len(depths) - 1)

@@ -60,7 +60,8 @@ class Embedding(nn.Module):
         if x.shape[1:] != (size, size, 3):
             raise ValueError(
                 f"this ViT has positions for images [{size}, {size}, 3], got {x.shape[1:]}; "
-                f"resize them, or build it with image_size={x.shape[1]}"
+                f"resize them, or build it with image_size={x.shape[1]}; small views of a "
+                "pre-training (local_crops) are for networks that take any size"
             )
         side = size // patch
         # Pixels in a convolution kernel's order, row, column, color; `mapping.patches` needs it.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
+from robust_ssl.models.sizes import check_sizes, number_type
 from robust_ssl.models.transformer import (
     ACTIVATIONS,
     AttentionPool,
@@ -218,13 +219,16 @@ def vision_transformer(
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023 (SigLIP); Simeoni et
       al., "DINOv3", 2025; Fang et al., "EVA-02", 2023.
     """
+    check_sizes(mean, std, width=width, depth=depth, image_size=image_size, patch_size=patch_size)
+    if registers < 0:
+        raise ValueError(f"registers must be at least 0, got {registers}")
     module = ViT(
         width=width, heads=heads, depth=depth, patch_size=patch_size, image_size=image_size,
         mlp_width=4 * width if mlp_width is None else mlp_width, pooling=pooling,
         class_token=class_token, norm_after_pooling=norm_after_pooling, registers=registers,
         pre_norm=pre_norm, patch_bias=patch_bias, layer_scale=layer_scale, activation=activation,
         norm_epsilon=norm_epsilon, rotary=rotary, rotary_reference=rotary_reference,
-        attention_norm=attention_norm, mlp_norm=mlp_norm, dtype=jnp.dtype(dtype),
+        attention_norm=attention_norm, mlp_norm=mlp_norm, dtype=number_type(dtype),
     )  # fmt: skip
     # Before any tracing, so that a wrong option is named instead of a shape deep inside.
     check(module)

@@ -27,13 +27,14 @@ def pretraining_optimizer(
       learning_rate: At the schedule's peak.
       total_steps: Where the cosine reaches zero.
       warmup_steps: How long the rate rises linearly from zero.
-      weight_decay: Of kernels only; biases and norms have none.
+      weight_decay: Of what has two axes or more, which are kernels, tokens and positions; biases
+        and norms have none.
       momentum: Of SGD and LARS.
       trust_coefficient: Of `lars`.
       clip: Of `lars`.
 
     Raises:
-      ValueError: If the name is not known.
+      ValueError: If the name is not known, or the warm-up is not shorter than the training.
 
     Example:
       >>> tx = pretraining_optimizer(
@@ -42,6 +43,8 @@ def pretraining_optimizer(
       >>> tx.init({"w": jnp.zeros(2)}) is not None
       True
     """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps must be below {total_steps} steps, got {warmup_steps}")
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
     decay = optax.add_decayed_weights(weight_decay, _is_kernel)
     if name == "sgd":
@@ -76,7 +79,7 @@ def lars(
 
     Args:
       schedule: Step to learning rate.
-      weight_decay: Of kernels only.
+      weight_decay: Of what has two axes or more.
       momentum: Applied after the scaling.
       trust_coefficient: How large a kernel's update may be against the kernel.
       clip: Whether a kernel never moves further than SGD would move it.

@@ -11,6 +11,7 @@ import numpy as np
 
 from robust_ssl import struct
 from robust_ssl.evaluation.metrics import compiled, to_pixels
+from robust_ssl.pixels import check_images
 from robust_ssl.types import Model, Outputs
 
 
@@ -58,9 +59,14 @@ class Known:
         Args:
           perturbations: `attacks.UniversalPerturbation` values by attack, any threat: a patch has a
             mean change like anything that is added.
-          images: Clean pixels, float ``[n, H, W, 3]``.
+          images: Clean, uint8 or pixels in [0, 1], ``[n, H, W, 3]``.
           public: As the attribute.
+
+        Raises:
+          ValueError: If images are of another kind.
         """
+        check_images(images)
+        images = to_pixels(images)
         changes, names = [], []
         for name, some in perturbations.items():
             for perturbation in some:
@@ -97,15 +103,17 @@ def scores(
       float64 ``[n]``.
 
     Raises:
-      ValueError: If a score is not finite, or there are no images.
+      ValueError: If a score is not finite, images are of another kind, or there are none.
     """
+    images = np.asarray(images)
+    check_images(images)
     if not len(images):
         raise ValueError("there are no images to screen")
     function, values = compiled(parallel, _scores), []
     constants = parallel.replicate((detector, key, model))
     batch_size = min(batch_size, len(images))
     for start in range(0, len(images), batch_size):
-        batch = np.asarray(images[start : start + batch_size])
+        batch = images[start : start + batch_size]
         missing = batch_size - len(batch)  # one shape, one compile
         padded = np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)])
         values.append(np.asarray(function(constants, {"images": padded}))[: len(batch)])

@@ -9,6 +9,7 @@ import numpy as np
 
 from robust_ssl.evaluation import to_pixels
 from robust_ssl.parallel import Parallel
+from robust_ssl.pixels import check_images
 from robust_ssl.screening.detector import Detector, Known, scores
 from robust_ssl.screening.disagreement import fit_disagreement
 from robust_ssl.screening.fusion import Calibrated, Fused, Surprise
@@ -52,8 +53,8 @@ def fit_screen(
       The screen, for `robust_ssl.save_screen`.
 
     Raises:
-      ValueError: If there are no images, or fewer than the rate of false alarms needs: one of a
-        hundred takes at least a hundred images.
+      ValueError: If images are of another kind, there are none, or fewer than the rate of false
+        alarms needs: one of a hundred takes at least a hundred images.
 
     Example:
       >>> images = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), np.uint8)
@@ -68,6 +69,7 @@ def fit_screen(
             f"one image; give at least {int(np.ceil(1 / max(false_alarms, 1e-6)))}, or more alarms"
         )
     parallel = Parallel.create() if parallel is None else parallel
+    check_images(images)
     pixels = to_pixels(images)
     known = Known.of({}, pixels) if known is None else known
     detectors = usual_detectors(known) if detectors is None else detectors

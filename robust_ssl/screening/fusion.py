@@ -22,7 +22,8 @@ class Surprise:
 
     .. math:: s \mapsto -\log(1 - F(s))
 
-    The clean distribution function F is interpolated between quantiles.  Above the 95th per cent it
+    The clean distribution function F is interpolated between quantiles; a score that no clean image
+    is below has no nats, however many images share it.  Above the 95th per cent it
     goes on as an exponential with the mean excess of the scores there, so that a score beyond all
     clean ones still counts, and has a gradient.
 
@@ -60,6 +61,9 @@ class Surprise:
         """Returns nats, at least 0, the shape of `score`."""
         nats = jnp.asarray(-np.log1p(-_LEVELS), jnp.float32)
         inside = jnp.interp(score, self.quantiles, nats)
+        # A score that many clean images share is as surprising as the least of its quantiles.
+        first = jnp.searchsorted(self.quantiles, score, side="left").clip(max=len(nats) - 1)
+        inside = jnp.where(self.quantiles[first] == score, nats[first], inside)
         beyond = jnp.maximum(score - self.quantiles[-1], 0.0) / self.excess
         return inside + beyond
 

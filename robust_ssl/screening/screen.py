@@ -10,6 +10,7 @@ import numpy as np
 
 from robust_ssl import struct
 from robust_ssl.evaluation import to_pixels
+from robust_ssl.pixels import check_images
 from robust_ssl.screening.fusion import Fused
 
 NOTHING = "nothing"
@@ -66,7 +67,10 @@ class Screen:
         Raises:
           ValueError: If the shape is another, or pixels are not in [0, 1].
         """
-        _check(images)
+        images = np.asarray(images)
+        check_images(images)
+        if not len(images):
+            raise ValueError("there are no images to screen")
         names = sorted(self.fused.members)  # as a compiled function orders them
         pixels = to_pixels(jnp.asarray(images))
         nats = np.asarray(_nats(self.fused, self.key, self.model, pixels))
@@ -77,17 +81,6 @@ class Screen:
         ]
         # NaN is not below any threshold: what cannot be judged is not let through.
         return Screened(~(score <= float(self.threshold)), score, reason)
-
-
-def _check(images: Any) -> None:
-    shape, kind = np.shape(images), np.asarray(images).dtype
-    if len(shape) != 4 or shape[-1] != 3 or not shape[0]:
-        raise ValueError(f"images must be [n, height, width, 3], got shape {shape}")
-    if kind != np.uint8 and (kind.kind != "f" or np.min(images) < 0 or np.max(images) > 1):
-        raise ValueError(
-            f"images must be uint8, or float pixels in [0, 1], got {kind} from "
-            f"{np.min(images):g} to {np.max(images):g}"
-        )
 
 
 @jax.jit

@@ -128,10 +128,16 @@ def _like(name: str, value: str, default: Any) -> Any:
 
 def _unshared(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     """Copies a config so that what a file uses in two places is not changed in both by one."""
-    copy = config_dict.ConfigDict()
-    for name, value in config.items(preserve_field_references=True):
+    copy, values = config_dict.ConfigDict(), dict(config.items(preserve_field_references=True))
+    for name in _as_written(config):
+        value = values[name]
         copy[name] = _unshared(value) if isinstance(value, config_dict.ConfigDict) else value
     return copy
+
+
+def _as_written(config: Mapping[str, Any] | config_dict.ConfigDict) -> list[str]:
+    """Returns the names of a section in the order in which they were given, not sorted."""
+    return list(getattr(config, "_fields", config))
 
 
 def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> config_dict.ConfigDict:
@@ -262,7 +268,9 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, config_dict.FieldReference):
         value = value.get()
     if isinstance(value, Mapping | config_dict.ConfigDict):
-        return {str(key): _plain(value[key], f"{name}.{key}") for key in value}
+        # Of rates that fit a parameter the last one counts.
+        names = _as_written(value) if name.endswith(".rates") else value
+        return {str(key): _plain(value[key], f"{name}.{key}") for key in names}
     if isinstance(value, list | tuple):
         return [_plain(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():

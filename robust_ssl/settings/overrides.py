@@ -64,7 +64,7 @@ def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
 def _literal(key: str, text: str) -> Any:
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         if not text.startswith(("{", "[")):
             return text
         try:

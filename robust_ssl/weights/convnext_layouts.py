@@ -189,8 +189,11 @@ def _network(names: _Names) -> Callable:
         config = configs.get("config.json") or {}
         model = mapping.timm_arguments(config, _TOLD)
         named = mapping.named_options(configs, "norm_epsilon")
-        if model.get("norm_eps") is not None:  # of all norms
-            named = {"inner_epsilon": model["norm_eps"], "norm_epsilon": model["norm_eps"], **named}
+        # Of all norms; timm's own CLIP tower has another one by its name alone.
+        xxlarge = "convnext_xxlarge" in str(config.get("architecture", ""))
+        epsilon = model.get("norm_eps", 1e-5 if xxlarge else None)
+        if epsilon is not None:
+            named = {"inner_epsilon": epsilon, "norm_epsilon": epsilon, **named}
         assumed = () if "pretrained_cfg" in config or "norm_epsilon" in named else (
             "a norm of the pooled features with 1e-06 under its root (--norm-epsilon), exact GELU",
         )  # fmt: skip

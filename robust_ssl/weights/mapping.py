@@ -161,7 +161,7 @@ _OTHER_PARTS = re.compile(
     r"|head|heads|classifiers?|classification_head|linear|linear_head|neck|decoder|decoder_\w+"
     r"|mask_token|masked_embed|mask_embed|dino_head|ibot_head|dino_loss|dino_loss_func|ibot_loss"
     r"|ibot_patch_loss|koleo_loss|criterion|loss|center|queue\w*|queue_ptr|memory|memory_bank"
-    r"|momentum_\w+|bn|whitening|online_classifier|logit_scale|logit_bias|student|ema)(\.|$)"
+    r"|momentum_\w+|bn|whitening|online_classifier|logit_scale|logit_bias|student|ema|n_averaged)(\.|$)"
 )
 
 

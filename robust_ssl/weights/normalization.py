@@ -274,6 +274,7 @@ def _size(size: Any) -> int:
 
 
 def _three(values: Any, name: str, positive: bool = False) -> Numbers:
+    values = values.tolist() if hasattr(values, "tolist") else values  # an array
     numbers = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
     if len(numbers) != 3 or not all(
         isinstance(x, int | float) and math.isfinite(x) and (x > 0 or not positive) for x in numbers

@@ -109,6 +109,12 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
         config = configs.get("config.json") or {}
         check_sizes(config, options)
         clip = "norm_pre.weight" in tensors  # timm's CLIP towers
+        pooled = "attn_pool.latent" in tensors  # its SigLIP towers
+        if clip and pooled and "robust_ssl" not in (configs.get("__metadata__") or {}):
+            raise ValueError(
+                "norm_pre beside attn_pool: a Perception Encoder, whose rotary positions leave no "
+                "trace in its file; it is not read"
+            )
         registers = tensors.get("register_tokens")
         options |= {
             "norm_after_pooling": "fc_norm.weight" in tensors,
@@ -124,7 +130,9 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
         if "heads" not in told:
             options["heads"] = _heads(options, gated, configs, heads)
         if "activation" not in told and not gated:
-            options["activation"] = _activation(clip, "attn_pool.latent" in tensors)
+            options["activation"] = _activation(
+                clip, pooled or variants.is_called(configs, "siglip")
+            )
         options |= ({"activation": "swiglu"} if gated else {}) | told
         source = "timm" if "pretrained_cfg" in config else writer
         assumed = _assumed(options, told, source)
@@ -200,8 +208,8 @@ def _has_six_heads(options: Mapping[str, Any], configs: Configs) -> bool:
 def _activation(clip: bool, pooled: bool) -> str:
     if pooled:
         raise ValueError(
-            "attn_pool: a SigLIP tower, and the file does not say which activation it has: name "
-            "--activation gelu_tanh (the release's) or gelu"
+            "a SigLIP tower (attn_pool, or by its name), and the file does not say which "
+            "activation it has: name --activation gelu_tanh (the release's) or gelu"
         )
     if clip:
         raise ValueError(

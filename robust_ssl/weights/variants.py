@@ -33,6 +33,10 @@ _OPTIONS = {
 _NAMED = "if it is a plain one all the same, name it: --variant plain"
 # timm's ViT that norms after each branch has the tensors of one that norms before it.
 _VIT_NAMES = re.compile(r"(?<![a-z])(rpn|res-?post-?norm)(?![a-z])", re.IGNORECASE)
+# What a Perception Encoder is called.
+_ROTARY_NAMES = re.compile(
+    r"(?<![a-z])(pe[-_](core|lang|spatial)|perception[-_ ]encoder)(?![a-z])", re.IGNORECASE
+)
 
 
 def assumed(configs: Mapping[str, Any], builder: str) -> tuple[str, ...]:
@@ -75,9 +79,15 @@ def check(configs: Mapping[str, Any]) -> None:
 
 
 def check_vit(configs: Mapping[str, Any]) -> None:
-    """Raises ValueError where a file's name or words speak of a ViT that norms elsewhere."""
+    """Raises ValueError where a file's name or words speak of a ViT that is another one."""
     if not _is_told(configs):
         _check_words(configs, _VIT_NAMES, "has a plain ViT's tensors and norms after its branches")
+        _check_words(configs, _ROTARY_NAMES, "has a ViT's tensors and rotary positions besides")
+
+
+def is_called(configs: Mapping[str, Any], word: str) -> bool:
+    """Whether a file's name, words or JSON speak of something."""
+    return any(word in text.lower() for _, text in _texts(configs))
 
 
 def _check_words(configs: Mapping[str, Any], words: re.Pattern, what: str) -> None:

@@ -230,9 +230,30 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, Mapping) or (prefix and not value):
         return {prefix: json.dumps(value)}
     leaves: dict[str, str] = {}  # as text, since 1 == True == 1.0 in Python
+    if any("*" in str(name) for name in value):
+        leaves[f"{prefix}, in this order"] = json.dumps(_order_of_patterns(value))
     for key, entry in value.items():
         leaves |= _dotted(entry, f"{prefix}.{key}" if prefix else key)
     return leaves
+
+
+def _order_of_patterns(patterns: Iterable[str]) -> list[str]:
+    """Returns patterns as far as their order means something: others are sorted.
+
+    Of two that may fit the same path the later one counts.  Such a pair begins alike, up to the
+    first wildcard of one of them.
+    """
+    rest, order = list(patterns), []
+
+    def may_meet(one: str, other: str) -> bool:
+        one, other = one.partition("*")[0], other.partition("*")[0]
+        return one.startswith(other) or other.startswith(one)
+
+    while rest:
+        free = [p for i, p in enumerate(rest) if not any(may_meet(p, q) for q in rest[:i])]
+        order.append(min(free))
+        rest.remove(order[-1])
+    return order
 
 
 def write_atomically(file: pathlib.Path, content: str | bytes) -> None:

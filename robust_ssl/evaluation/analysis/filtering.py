@@ -64,6 +64,14 @@ def filtered(
     return perturbation.replace(delta=rest)
 
 
+def _inside_budget(perturbation: UniversalPerturbation) -> UniversalPerturbation:
+    """Shrinks what a filter has made larger: cut off at the budget, frequencies would come back."""
+    threat = perturbation.threat
+    size = threat.norm(perturbation.delta)
+    share = jnp.minimum(1.0, threat.epsilon / jnp.maximum(size, 1e-30))
+    return perturbation.replace(delta=share * perturbation.delta)
+
+
 def filtering_curves(
     classifier: Model,
     batches: Iterable[Mapping[str, np.ndarray]],
@@ -76,7 +84,8 @@ def filtering_curves(
 ) -> dict[str, dict[float, Counts]]:
     """Counts what low-pass and high-pass filtered versions of a perturbation do to a classifier.
 
-    The batches are those of `robust_ssl.evaluation.score`, the cutoffs cycles per pixel.
+    The batches are those of `robust_ssl.evaluation.score`, the cutoffs cycles per pixel.  What a
+    filter leaves larger than the budget, as a high-pass does at edges, is made smaller as a whole.
 
     Returns:
       ``{"low_pass": {cutoff: Counts}, "high_pass": {cutoff: Counts}, "whole": {0.0: Counts}}``,
@@ -92,7 +101,7 @@ def filtering_curves(
     for name, cutoff in places:
         rest = perturbation
         if name != "whole":
-            rest = filtered(perturbation, name, cutoff, rescale=rescale)
+            rest = _inside_budget(filtered(perturbation, name, cutoff, rescale=rescale))
         attacks[f"{name} {cutoff}"] = rest
     # In one call: they have one structure, so one compiled function serves all cutoffs.
     results = score(as_value(classifier), batches, attacks, key=key, parallel=parallel)

@@ -17,6 +17,7 @@ from robust_ssl import frequencies
 from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.evaluation.metrics import compiled, predictions, to_pixels
 from robust_ssl.parallel import Parallel
+from robust_ssl.pixels import check_images
 from robust_ssl.types import Model
 
 # Bands of equal width up to the finest stripes, then the corner that only diagonals reach.
@@ -131,19 +132,25 @@ def fourier_sensitivity(
       The map, with frequency 0 in the middle.
 
     Raises:
-      ValueError: If `norm`, `stride` or `chunk` is not positive, or there are not as many labels
-        as images.
+      ValueError: If `norm`, `stride` or `chunk` is not positive, images are of another kind, or
+        labels are no integers, one for each.
 
     References:
       Yin et al., "A Fourier Perspective on Model Robustness in Computer Vision", NeurIPS 2019,
       Section 3.
     """
-    if norm <= 0 or stride < 1 or chunk < 1:
+    if not 0 < norm < np.inf or stride < 1 or chunk < 1:
         raise ValueError(
             f"norm, stride and chunk must be positive, got {norm}, {stride} and {chunk}"
         )
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"there are {len(images)} images and {len(labels)} labels")
+    check_images(images)
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"labels must be integers [{len(images)}], one for each image, got {labels.dtype} "
+                f"{labels.shape}"
+            )
     parallel = Parallel.create(num_devices=1) if parallel is None else parallel
     model = parallel.replicate(as_value(model))
     n, height, width = np.shape(images)[:3]
