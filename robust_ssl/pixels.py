@@ -51,8 +51,7 @@ def check_channels(shape: tuple[int, ...], what: str = "images") -> None:
         return
     way = ""
     if shape[-3:-2] == (3,):
-        axes = [*range(len(shape) - 3), *(len(shape) - place for place in (2, 1, 3))]
-        way = f"; colors come last: images.transpose({', '.join(map(str, axes))})"
+        way = "; colors come last: np.moveaxis(images, -3, -1)"
     elif shape[-1:] == (1,):
         way = "; of gray ones: images.repeat(3, axis=-1)"
     elif shape[-1:] == (4,):

@@ -150,7 +150,7 @@ def test_one_image_is_a_batch_of_one(encoder):
     assert alone.features.shape == (encoder.dim,)
     np.testing.assert_array_equal(alone.features, batch.features[0])
     assert all(alone.taps[name].shape == batch.taps[name].shape[1:] for name in batch.taps)
-    with pytest.raises(ValueError, match=r"must be \[batch, height, width, 3\].*\(8, 8\)"):
+    with pytest.raises(ValueError, match=r"must be \[batch, H, W, 3\].*\(8, 8\)"):
         run(encoder, IMAGES[0, :, :, 0])
 
 
@@ -283,7 +283,7 @@ def test_an_encoder_is_a_pytree_that_does_not_trace_again():
         (lambda key: models.resnet18(key, stem="stl"), "stem must be one of .*got 'stl'"),
         (lambda key: vit.vit_tiny(key, pooling="max"), "pooling must be one of .*got 'max'"),
         (lambda key: vit.vit_tiny(key, patch_size=5), "patches of 5 pixels do not tile .* 32"),
-        (lambda key: vit.vit_tiny(key, patch_size=0), "patches of 0 pixels"),
+        (lambda key: vit.vit_tiny(key, patch_size=0), "patch_size must be a whole number of at least 1, got 0"),
         (lambda key: built("vit")(jnp.zeros((1, 16, 16, 3))), r"positions for images \[8, 8, 3\]"),
         (lambda key: models.classifier(key, built("vit"), 1), "at least two classes, got 1"),
         (lambda key: models.classifier(key, built("vit"), 3, head="x"), "head must be one of"),

@@ -93,7 +93,7 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
             text[field.name] = text_of(entries.get(field.name, default))
     text = {n: v for n, v in undecided(text).items() if n not in LATER or v != LATER[n]}
     if text.get("losses") and isinstance(text["losses"], Mapping):
-        if text["adv_ratio"] is not None:
+        if read(Share | None, text["adv_ratio"], f"{where}.adv_ratio") is not None:
             _check_mixed(own, where)
         text["losses"] = _losses_text(text)
     return text
