@@ -411,17 +411,23 @@ def test_a_tracker_gets_the_table_when_it_changes(tracker, work, monkeypatch):
     _, sent, call = tracker
     call(work)
     shares = dict.fromkeys(trackers.SHARES, 0.5)
-    entry = {"model": "a-seed0", "attack": "pgd", "epsilon": 0.25, "seed": 0, **shares}
+    entry = {"model": "a-seed0", "attack": "worst", "epsilon": 0.25, "seed": 0, **shares}
+    entry |= {"family": "per_image", "threat": "Linf"}
     document = {
         "run": {"encoder": {"name": "e"}},
         "verdicts": {"a-seed0": {"verdict": "believable"}},
-        "results": [{**entry, "crafted_against": "own"}],
+        "results": [
+            {**entry, "crafted_against": "own"},
+            {**entry, "crafted_against": "own", "family": "autoattack"},
+            {**entry, "crafted_against": "own", "threat": "L2"},
+        ],
         "comparison": {"rows": [{"recipe": "a", "seed": 0, "clean": 1.0, "verdict": "believable"}]},
     }
     (work / "results.json").write_text(json.dumps(document))
     assert call(work) == 0
     numbers = _numbers(sent)["results", 0]
     assert {name.rpartition("/")[2] for name in numbers} == {*shares, "clean", "seed"}
+    assert sum(name.endswith("/robust_accuracy") for name in numbers) == 3  # each its own
     assert call(work) == 0 and not sent
     (work / "results.json").write_text("{")
     assert call(work) == 0 and not sent  # said, and everything else goes on

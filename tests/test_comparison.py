@@ -100,12 +100,12 @@ def test_tables_have_mean_deviation_and_mark():
         "hardened suite": "50.0 ± 35.4 %",
         "both suites": "50.0 ± 35.4 %",
         "AutoAttack": "n/a",
-        "cost": "1.00 ± 0.00x",
-        "gradients": "1.0 ± 0.0",
-        "gradients/epoch": "1.0 ± 0.0",
-        "ms/image": "2.50 ± 0.00",
+        "cost": "1.00x",
+        "gradients": "1.0",
+        "gradients/epoch": "1.0",
+        "ms/image": "2.50",
         "training": "1,234.6 ± 0.0 s",
-        "memory": "4 ± 1 MiB",
+        "memory": "4 MiB",
     }
     assert trades["clean"] == "75.0 %"
     assert trades["public suite"] == "50.0 % NOT BELIEVABLE"

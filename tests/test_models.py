@@ -283,7 +283,10 @@ def test_an_encoder_is_a_pytree_that_does_not_trace_again():
         (lambda key: models.resnet18(key, stem="stl"), "stem must be one of .*got 'stl'"),
         (lambda key: vit.vit_tiny(key, pooling="max"), "pooling must be one of .*got 'max'"),
         (lambda key: vit.vit_tiny(key, patch_size=5), "patches of 5 pixels do not tile .* 32"),
-        (lambda key: vit.vit_tiny(key, patch_size=0), "patch_size must be a whole number of at least 1, got 0"),
+        (
+            lambda key: vit.vit_tiny(key, patch_size=0),
+            "patch_size must be a whole number of at least 1, got 0",
+        ),
         (lambda key: built("vit")(jnp.zeros((1, 16, 16, 3))), r"positions for images \[8, 8, 3\]"),
         (lambda key: models.classifier(key, built("vit"), 1), "at least two classes, got 1"),
         (lambda key: models.classifier(key, built("vit"), 3, head="x"), "head must be one of"),

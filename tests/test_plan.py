@@ -356,6 +356,7 @@ def test_a_misspelt_word_is_refused_with_near_ones(config, texts, distinct):
 # --- What is wrong between entries --------------------------------------------------------------
 
 PGD = {"function": "robust_ssl.attacks:PGD", "epsilon": 8 / 255}
+CLAIM = {"more": "gen_af", "than": "baseline", "by": "clean"}
 CASES = {
     # Entries of an earlier version, and misspelt ones, by the names they have now.
     "an epoch": ({"recipes.baseline.epoch": 3}, ["'epoch' in config.recipes.baseline", "'epochs'"]),
@@ -442,6 +443,10 @@ CASES = {
     "best without an attack": (
         {"recipes.baseline.best": "robust"},
         ["config.recipes.baseline", "needs an attack"],
+    ),
+    "images that were seen of a part": (
+        {"downstream.test_limit": 300, "compare.claims": [{**CLAIM, "seen": 100}]},
+        ["config.compare.claims[0]", "seen=100", "leave test_limit out"],
     ),
     "patience without a judge": (
         {"recipes.baseline.best": "last", "recipes.baseline.patience": 2},

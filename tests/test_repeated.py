@@ -211,6 +211,18 @@ def test_announced_claims_are_judged_together_on_unseen_images():
     assert three.endswith("cannot be judged, it was not measured.")
 
 
+def test_one_seed_shows_nothing_of_others():
+    """Two equal recipes are apart by their seeds, and images alone would decide."""
+    by_seed = {("a", "clean"): {0: np.arange(500) < 400}, ("b", "clean"): {0: np.arange(500) < 300}}
+    (claim,) = announced.sentences(
+        [{"more": "a", "than": "b", "by": "clean"}],
+        by_seed,
+        {("clean", 0): np.ones(500, bool)},
+        claims.PLACES,
+    )
+    assert "holds for this one seed, which says nothing of others." in claim
+
+
 @pytest.mark.parametrize(
     ("claim", "message"),
     [

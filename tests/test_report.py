@@ -352,6 +352,19 @@ def test_sentences_say_what_the_numbers_say():
     paired = sentences.answer(a_document([entry(), entry("gen_af-seed0", robust=12)]), summary)
     assert paired[1].endswith("baseline keeps 20.0 %. The difference may be chance.")
     assert paired[2] == "gen_af does not measurably change the clean accuracy (80.0 % to 80.0 %)."
+    rows = [a_row("baseline", 0.2), a_row("gen_af", 0.5), a_row("full", 0.48)]
+    shares["robust_worst"], near = np.arange(50) < 10, np.arange(50) < 24
+    summary = summarize(
+        rows,
+        {
+            "baseline": shares,
+            "gen_af": {**shares, "robust_worst": np.arange(50) < 25},
+            "full": {**shares, "robust_worst": near},
+        },
+    )
+    three_of_them = [entry(), entry("gen_af-seed0", robust=25), entry("full-seed0", robust=24)]
+    best = sentences.answer(a_document(three_of_them), summary)[1]
+    assert best.endswith("Between it and full chance may decide.")
     worse = sentences.answer(a_document([entry(), entry("gen_af-seed0", robust=8)]))
     assert worse[1].startswith("Nothing is more robust than baseline: gen_af keeps 16.0 %")
     theirs = sentences.answer(a_document([entry("theirs")]))
@@ -400,6 +413,9 @@ def test_figures_leave_png_svg_and_their_numbers(tmp_path):
     models = [row["model"] for row in rows_of(png.with_suffix(".csv"))]
     assert models == ["baseline", "baseline", "theirs"]
 
+    for name in ("sensitivity-gen_af_0.2", "sensitivity-gen_af_0.5"):  # not endings of files
+        assert report.figure_sensitivity(tmp_path, {"stem": 0.1}, {"stem"}, name=name).stem == name
+        assert (tmp_path / f"{name}.csv").exists()
     png = report.figure_sensitivity(tmp_path, {"stem": 0.1, "head": 0.7}, {"stem"})
     assert_png(png)
     assert rows_of(png.with_suffix(".csv")) == [

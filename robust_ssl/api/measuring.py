@@ -17,7 +17,12 @@ from robust_ssl import data, disk, evaluation, models, report, threats
 from robust_ssl.api import choice, inputs
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.evaluation.checks import Verdict
-from robust_ssl.experiment.examine import PER_IMAGE_CHECKS, affordable, of_sample
+from robust_ssl.experiment.examine import (
+    PER_IMAGE_CHECKS,
+    affordable,
+    of_sample,
+    of_two_classes,
+)
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
@@ -315,6 +320,7 @@ class _Scorer:
         steps, queries, count = affordable(spent)
         order = np.random.default_rng(20).permutation(len(self.examples))
         rows = np.sort(order[:count])
+        rows = of_two_classes(rows, np.arange(len(order)), np.asarray(self.examples.labels))
         batch = self.examples.read(rows)
         figure = evaluation.worst_case(s.worst for s in figures) if figures else None
         return of_sample(

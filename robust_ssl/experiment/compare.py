@@ -215,7 +215,8 @@ def _judged(
         else:
             gains = report.gain_shares(claim, by_seed, unseen) if "reach" in claim else None
             entry["sentence"] = report.claims.judge(claim, summary, gains)
-            if gains is not None:
+            # Where the whole gain rests on what is not believable there are no shares of it.
+            if gains is not None and not report.claims.doubt(claim, summary):
                 entry["shares"] = report.share_rows(gains, summary)
         judged.append(entry)
     return judged

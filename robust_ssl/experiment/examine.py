@@ -128,6 +128,7 @@ def _per_image(
         return "nothing", checks.Verdict(checks.not_run(PER_IMAGE_CHECKS, reason))
     steps, queries, count = affordable(subject.spent)
     chosen = np.intersect1d(subject.rows, sample(context, count))
+    chosen = of_two_classes(chosen, subject.rows, context.test_labels)
     batch = context.test.read(chosen)
     verdict = of_sample(
         model,
@@ -144,6 +145,21 @@ def _per_image(
         at_once=scorer.at_once(len(context.test)),
     )
     return f"{subject.words}, {len(chosen)} images", verdict
+
+
+def of_two_classes(chosen: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns places of which one is of another class than the others, if any place is.
+
+    Few images of a set with one large class may all be of it, and then nothing can be examined.
+
+    Example:
+      >>> of_two_classes(np.array([0, 1]), np.arange(4), np.array([7, 7, 7, 8])).tolist()
+      [0, 3]
+    """
+    others = rows[labels[rows] != labels[chosen[0]]] if len(chosen) > 1 else rows[:0]
+    if not len(others) or len(np.unique(labels[chosen])) > 1:
+        return chosen
+    return np.sort(np.r_[chosen[:-1], others[0]])
 
 
 def of_sample(

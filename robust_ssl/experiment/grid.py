@@ -17,7 +17,9 @@ from robust_ssl.workdir import digest, json_ready
 
 _GRID = "config.sweep.grid"
 _LONGEST = 80  # characters of a point's name, by which its directory is called
-_WEIGHT = re.compile(r"((?:start\.)*)losses\.(?:clean|adversarial)_cross_entropy(?:\..*)?")
+_WEIGHT = re.compile(
+    r"((?:start\.)*)losses\.(?:clean|adversarial)_cross_entropy(?:\.(?:weight|function))?"
+)
 
 
 class Points(NamedTuple):

@@ -231,6 +231,12 @@ def _check_names_in_sections(planned: Plan) -> None:
     for number, claim in enumerate(planned.compare.claims if compared else ()):
         with inside(f"config.compare.claims[{number}]"):
             check_claim(claim, list(planned.recipes))
+            limit = planned.downstream and planned.downstream.test_limit
+            if claim.get("seen") and limit:
+                raise ValueError(
+                    f"seen={claim['seen']} leaves out images of the whole test split, of which "
+                    f"config.downstream.test_limit={limit} takes others; leave test_limit out"
+                )
     check_models(planned.screening, [*planned.recipes, *planned.classifiers])
     if planned.sweep is not None:
         _check_sweep(planned)

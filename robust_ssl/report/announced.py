@@ -61,8 +61,10 @@ def _sentence(claim, measured, places: Mapping[str, str], p: float, together: in
         return f"{subject}: cannot be judged, it was not measured."
     found, seeds, images = measured
     mean, low, high = (f"{100 * share:+.1f}" for share in found[:3])
-    verdict = "holds" if p <= LEVEL else "is not shown"
+    # Of one seed nothing is known of how far another one would be from it.
+    holds = "holds" if seeds > 1 else "holds for this one seed, which says nothing of others"
+    verdict = holds if p <= LEVEL else "is not shown"
     return (
         f"{subject}: {verdict}. Measured: {mean} points ({low} to {high}), "
-        f"p = {p:.2g} after Holm over {together}; seeds: {seeds}, images: {images}."
+        f"one-sided p = {p:.2g} after Holm over {together}; seeds: {seeds}, images: {images}."
     )

@@ -158,9 +158,8 @@ def _reach(claim: Claim, summary: Summary, gains: Gains | None) -> str:
         f"At least {claim['reach']:.0%} of {leader}'s gain over {base} {PLACES[by]}, "
         f"at a cost of at most {claim['within']:g}x"
     )
-    doubt = _doubt(summary, (base, leader), by)
-    if doubt:
-        return f"{goal}: {doubt}"
+    if reason := doubt(claim, summary):
+        return f"{goal}: {reason}"
     if gains is None:
         low, high = (summary[name][by].mean for name in (base, leader))
         gain = f"{percent(high) - percent(low):+.1f} points"
@@ -245,6 +244,11 @@ def mark(claim: Claim, summary: Summary) -> str:
     names = [claim[entry] for entry in ("more", "than") if claim[entry] in summary]
     marked = "" if claim["by"] == "clean" else _not_believable(summary, names)
     return f" {MARK}: {marked}." if marked else ""
+
+
+def doubt(claim: Claim, summary: Summary) -> str:
+    """Returns why a claim on a share of a gain cannot be judged; empty if it can."""
+    return _doubt(summary, (claim["over"], claim["of"]), claim.get("by", "robust_worst"))
 
 
 def _doubt(summary: Summary, names: Sequence[str], by: str) -> str:

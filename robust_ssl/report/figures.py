@@ -352,9 +352,9 @@ def save_figure(figure, directory: Folder, name: str, header: Sequence[str], row
     writer = csv.writer(numbers, lineterminator="\n")
     writer.writerows([words.csv_cell(cell) for cell in row] for row in (header, *rows))
     # The numbers first: they need no font and no renderer.
-    disk.replace(stem.with_suffix(".csv"), numbers.getvalue())
+    disk.replace(stem.with_name(f"{stem.name}.csv"), numbers.getvalue())
     # Without the library's version and the date, equal numbers are equal bytes.
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with disk.replacing(stem.with_suffix(suffix)) as file:
+        with disk.replacing(stem.with_name(stem.name + suffix)) as file:
             figure.savefig(file, format=suffix[1:], metadata=metadata)
-    return stem.with_suffix(".png")
+    return stem.with_name(f"{stem.name}.png")

@@ -33,8 +33,8 @@ CAPTIONS = {
         "stays level to the right."
     ),
     "pareto": (
-        "Clean against robust accuracy; the area of a mark is the cost, and no recipe lies above "
-        "or right of the blue steps."
+        "Clean against robust accuracy; the area of a mark is the cost, and no believable recipe "
+        "lies above or right of the blue steps."
     ),
     "sensitivity": (
         "How much the robust loss rises when one layer's weights are perturbed; the short bars, "

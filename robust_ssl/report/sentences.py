@@ -32,7 +32,7 @@ def answer(document: Document, summary: Summary | None = None) -> list[str]:
         # Image by image over both only a comparison knows; it is below either of them.
         both = "both suites" if document["comparison"] else "the stronger suite"
         suites = both if len(suite_cases(document)) > 1 else "the suite"
-        sentences.append(_most_robust(others[0], base, suites, summary or {}))
+        sentences.append(_most_robust(others, base, suites, summary or {}))
         if base:
             sentences.append(_price(others[0], base, document, summary or {}))
     return [*sentences, _belief(lines)]
@@ -46,7 +46,8 @@ def _effect(document: Document, name: str) -> str:
     if not entries:
         return f"{name} was not scored under the suite."
     attack = f"Attacks {SOURCES[group.crafted_against]} ({budget(group.epsilon, group.threat)})"
-    return f"{attack} {change(entries, name)}{_mark(entries[0]['verdict'])}."
+    worst = max((entry["verdict"] for entry in entries), key=VERDICTS.index)
+    return f"{attack} {change(entries, name)}{_mark(worst)}."
 
 
 def change(entries: Sequence[Entry], name: str) -> str:
@@ -66,7 +67,8 @@ def change(entries: Sequence[Entry], name: str) -> str:
     return f"cut the accuracy of {name} from {numbers}"
 
 
-def _most_robust(best: Line, base: Line | None, suites: str, summary: Summary) -> str:
+def _most_robust(others: Sequence[Line], base: Line | None, suites: str, summary: Summary) -> str:
+    best, *rest = others
     keeps = f"keeps {percent(best.attacked.mean)} % under the attacks of {suites}"
     if base is None:
         return f"The most robust, {best.name}, {keeps}."
@@ -76,7 +78,10 @@ def _most_robust(best: Line, base: Line | None, suites: str, summary: Summary) -
     chance = {"paired": " The difference may be chance."}
     chance |= {"overlap": " The two 95 % intervals overlap.", "": ""}
     chance = chance[_chance(best, base, "attacked", summary)]
-    return f"The most robust, {best.name}, {keeps}, where {held}.{chance}"
+    # Whose difference from the next one is within chance is named beside it.
+    near = [line.name for line in rest if _chance(best, line, "attacked", summary) == "paired"]
+    beside = f" Between it and {' or '.join(near)} chance may decide." if near else ""
+    return f"The most robust, {best.name}, {keeps}, where {held}.{chance}{beside}"
 
 
 def _price(best: Line, base: Line, document: Document, summary: Summary) -> str:

@@ -321,7 +321,9 @@ def _estimate(estimate: Estimate, name: str, seeds: int) -> str:
     column = COLUMNS[name]
     if estimate.mean is None:
         return "n/a"
-    values = [value for value in estimate[:2] if value is not None]
+    # What a step costs is measured once for a recipe: its deviation of zero would be no finding.
+    shown = estimate[:1] if name in COSTS and name != "training_seconds" else estimate[:2]
+    values = [value for value in shown if value is not None]
     text = " ± ".join(f"{column.scale * value:,.{column.decimals}f}" for value in values)
     part = f" ({estimate.n} of {seeds} seeds)" if estimate.n < seeds else ""
     return f"{text}{column.unit}{part}"
@@ -335,7 +337,9 @@ def legend(summary: Summary) -> str:
     if "autoattack" in shown:
         lines.append(f"- AutoAttack: {_images(summary, 'autoattack_images')}")
     if any(part["seeds"] > 1 for part in summary.values()):
-        lines.append("- Several seeds: mean ± sample standard deviation over them.")
+        lines.append(
+            "- Several seeds: mean ± sample standard deviation over them; costs were measured once."
+        )
     return "\n".join(lines)
 
 

@@ -282,7 +282,10 @@ def _table(document: Mapping[str, Any]) -> dict[str, Any]:
     """The shares of every model under every attack, and the verdicts."""
     metrics = {}
     for entry in document["results"]:
-        budget = f"{entry['epsilon']:.4g}, seed {entry['seed']}"
+        # A worst case has one name in every family, and under every threat.
+        budget = (
+            f"{entry['family']}, {entry['threat']} {entry['epsilon']:.4g}, seed {entry['seed']}"
+        )
         where = f"{entry['model']}/{entry['attack']}/{entry['crafted_against']}/{budget}"
         metrics |= {f"{where}/{share}": entry[share] for share in SHARES}
     for row in (document["comparison"] or {}).get("rows", ()):

@@ -99,3 +99,28 @@ def settle(checks: tuple[Check, ...], clean: np.ndarray, worst: np.ndarray) -> t
         return dataclasses.replace(check, status="not run", meaning=reason, advice="")
 
     return tuple(map(settled, checks))
+
+
+def nothing_left(checks: tuple[Check, ...], reported: np.ndarray) -> tuple[Check, ...]:
+    """Turns failures into notes where the figure is 0: a gradient that hides has hidden nothing.
+
+    Args:
+      checks: Outcomes.
+      reported: Correct under every attack of the evaluation, bool ``[n]``.
+
+    Example:
+      >>> masked = Check(name="gradient_not_zero", status="failed", meaning="It is zero.")
+      >>> nothing_left((masked,), np.zeros(9, bool))[0].status
+      'note'
+    """
+    if reported.any():
+        return checks
+    above = "The figure is 0 all the same, which no attack can lower. "
+    hides = names_of(("gradients", "path", "strength"))
+
+    def noted(check: Check) -> Check:
+        if check.status != "failed" or check.name not in hides:
+            return check
+        return dataclasses.replace(check, status="note", meaning=above + check.meaning)
+
+    return tuple(map(noted, checks))

@@ -12,7 +12,7 @@ import numpy as np
 from robust_ssl.attacks.square import Square
 from robust_ssl.evaluation.checks import bench, gradients, model, scoring, strength
 from robust_ssl.evaluation.checks.bench import Bench
-from robust_ssl.evaluation.checks.comparisons import settle
+from robust_ssl.evaluation.checks.comparisons import nothing_left, settle
 from robust_ssl.evaluation.checks.path import OBJECTIVES, Climb, full_range, with_budget
 from robust_ssl.evaluation.checks.result import Check, Verdict, not_run
 from robust_ssl.evaluation.counts import Counts
@@ -162,7 +162,7 @@ def examine(
 
     checks += _path_checks(trial, paths, chain, probed, reported, own)
     checks += _independent_checks(reported, clean, **independent)
-    checks = settle(checks, clean, worst)
+    checks = nothing_left(settle(checks, clean, worst), reported)
     attacked = [each for each in (main, independent["black_box"]) if each is not None]
     if adversarial is not None:
         attacked.append(trial.score(np.asarray(adversarial, np.float32)))
