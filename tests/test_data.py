@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -368,6 +369,20 @@ def test_tfds_streams_what_is_large(tfds_dir):
     large = data.load("tiny", data_dir=tfds_dir, memory_limit=10)
     assert isinstance(large, StreamedExamples) and large.image_shape == (6, 7, 3)
     assert large.in_memory().fingerprint() == data.load("tiny", data_dir=tfds_dir).fingerprint()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "info"])
+def test_a_prepared_set_that_is_damaged_is_named_with_the_way_out(tfds_dir, tmp_path, damage):
+    shutil.copytree(tfds_dir, tmp_path / "sets")
+    for shard in (tmp_path / "sets").rglob("*train*array_record*"):
+        if damage == "cut":
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        elif damage == "gone":
+            shard.unlink()
+    for info in (tmp_path / "sets").rglob("dataset_info.json") if damage == "info" else ():
+        info.write_text(info.read_text()[:40])
+    with pytest.raises(data.UnreadableError, match=r"'tiny' in .* is damaged .*prepare it anew"):
+        data.load("tiny", data_dir=tmp_path / "sets").read(np.arange(2))
 
 
 def test_a_platform_without_array_record_is_told_what_to_give(tfds_dir, monkeypatch):

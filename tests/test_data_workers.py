@@ -123,6 +123,36 @@ def test_where_figures_are_counted_none_takes_its_place(tmp_path):
         list(data.epoch_batches(streamed, 8))
 
 
+def test_the_broken_picture_that_is_named_is_the_one_of_this_batch(tmp_path):
+    """Training and validation share what was noted: a training picture was first, and is fine."""
+    folder = _folder(tmp_path, ["train"])
+    (folder / "train" / "b" / "5.png").write_bytes(b"no picture")
+    streamed = _streamed(folder, skip_unreadable=True)
+    training = dataclasses.replace(streamed.take(np.arange(8)), trained_on=True)
+    validation = dataclasses.replace(streamed.take(np.arange(8, 16)), trained_on=False)
+    training.read(np.arange(8))
+    with pytest.raises(data.UnreadableError, match=r"b/5\.png\).*remove the file"):
+        validation.read(np.arange(8))
+
+
+def test_another_file_of_a_large_folder_is_other_data(tmp_path):
+    folder = _folder(tmp_path)
+    before = _streamed(folder).fingerprint()
+    assert _streamed(folder).fingerprint() == before
+    last = folder / "train" / "b" / "7.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(last)  # of another length
+    assert _streamed(folder).fingerprint() != before
+    many = data.StreamedExamples(
+        lambda rows: [(np.full((4, 4, 3), row // 2, np.uint8), 0) for row in rows],
+        *(np.arange(200), None, ["a"]),
+    )
+    changed = dataclasses.replace(
+        many, records=lambda rows: [(np.full((4, 4, 3), row // 3, np.uint8), 0) for row in rows]
+    )
+    assert many.fingerprint() != changed.fingerprint()  # the first ones alone would be alike
+
+
 @pytest.mark.parametrize(("split", "trained_on"), [("fold1", True), ("train[:75%]", None)])
 def test_what_is_trained_on_is_no_matter_of_a_name(split, trained_on):
     pixels = np.zeros((8, 8, 3), np.uint8)

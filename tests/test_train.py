@@ -25,7 +25,9 @@ from tiny_recipes import (
 )
 
 from robust_ssl import models, weights
+from robust_ssl.data import UnreadableError
 from robust_ssl.experiment import costs, fitting, loop
+from robust_ssl.experiment import train as stage_train
 from robust_ssl.experiment.trace import is_made
 from robust_ssl.experiment.train import load_trained, train_recipe, untrained
 from robust_ssl.parallel import Parallel
@@ -358,6 +360,17 @@ def test_a_recipe_that_is_made_is_not_made_otherwise(tmp_path):
     go(tiny_recipes.config({"baseline": FROZEN}), tmp_path)
     with pytest.raises(ConfigChangedError, match=r"baseline-seed0 holds [^$]*decay: 0.96 -> 0.5"):
         go(tiny_recipes.config({"baseline": {**FROZEN, "decay": 0.5}}), tmp_path)
+
+
+def test_data_that_cannot_be_read_are_no_recipes_fault(tmp_path, monkeypatch):
+    def unreadable(*args):
+        raise UnreadableError("image 3 of 'a' (train) cannot be read as an image")
+
+    monkeypatch.setattr(stage_train, "train_recipe", unreadable)
+    with pytest.raises(UnreadableError, match="image 3"):
+        go(tiny_recipes.config({"full": {}}), tmp_path)
+    monkeypatch.undo()
+    assert go(tiny_recipes.config({"full": {}}), tmp_path)["train"]["failed"] == {}
 
 
 def test_a_recipe_that_never_moved_has_failed(tmp_path):

@@ -137,6 +137,7 @@ def _is_usage(error: Exception) -> bool:
     for module, names in (
         ("robust_ssl.experiment.plan", ("UsageError",)),
         ("robust_ssl.workdir", ("ConfigChangedError", "WorkdirError")),
+        ("robust_ssl.data.pictures", ("UnreadableError",)),
     ):
         loaded = sys.modules.get(module)
         if loaded and isinstance(error, tuple(getattr(loaded, name) for name in names)):

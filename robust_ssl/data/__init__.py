@@ -16,6 +16,7 @@ from robust_ssl.data.classes import (
 )
 from robust_ssl.data.duplicates import Shared, are_known, labels_of, shared
 from robust_ssl.data.examples import Examples, carve, check_image_size, from_arrays
+from robust_ssl.data.pictures import UnreadableError
 from robust_ssl.data.resizing import Resizing
 from robust_ssl.data.sources import is_folder, load
 from robust_ssl.data.streamed import StreamedExamples
@@ -26,6 +27,7 @@ __all__ = [
     "Resizing",
     "Shared",
     "StreamedExamples",
+    "UnreadableError",
     "are_known",
     "batch_indices",
     "carve",

@@ -99,6 +99,12 @@ def _layout(folder: pathlib.Path, split: str) -> _Layout:
     # A folder of a split's name that holds no class folders is none: see `_without_splits`.
     splits = [name for name in inside if _is_split(name, split) and _class_names(folder / name)]
     chosen = _choose(split, splits)
+    alike = [name for name in splits if chosen and name.lower() == chosen.lower()]
+    if len(alike) > 1:  # which of them is read would depend on the case that is asked for
+        raise ValueError(
+            f"data folder {str(folder)!r} has the split {split!r} more than once: "
+            f"{_listed(alike, '/')}; put their pictures together, or rename one"
+        )
     if chosen is None and splits:
         other = [name for name in inside if name not in splits and _class_names(folder / name)]
         example = f" (--config.downstream.{split}_split={other[0]})" if other else ""

@@ -34,6 +34,10 @@ _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _DEPTH = 258  # the TIFF tag: bits of each channel
 
 
+class UnreadableError(ValueError):
+    """Data that cannot be read where they are needed: whoever trains on them must not go on."""
+
+
 def decode(
     picture: bytes | pathlib.Path | np.ndarray,
     image_size: int | None,
@@ -53,7 +57,7 @@ def decode(
       resizing: How it gets its size; None is `FIT`.
 
     Raises:
-      ValueError: If the file is broken or no regular file, has another format than `FORMATS`,
+      UnreadableError: If the file is broken or no regular file, has another format than `FORMATS`,
         several frames, or more than 8 bits a channel.
     """
     from PIL import Image
@@ -70,11 +74,11 @@ def decode(
                 resizing.drafted(opened, image_size)
             pixels = None if refusal else _upright_rgb(opened)
     except Exception as error:  # what broken data and metadata make their readers raise
-        raise ValueError(
+        raise UnreadableError(
             f"{where} cannot be read as an image: {error}; replace or remove it"
         ) from error
     if refusal:
-        raise ValueError(f"{where} {refusal}")
+        raise UnreadableError(f"{where} {refusal}")
     return resize(pixels, image_size, resizing)
 
 

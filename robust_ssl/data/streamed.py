@@ -158,9 +158,11 @@ class StreamedExamples(Split):
         """
         named = self.split.startswith("train")
         if not (named if self.trained_on is None else self.trained_on):
-            raise ValueError(
-                f"{self._first_unreadable}; no other can take its place where figures are counted, "
-                "and the set is too large to read beforehand: remove the file"
+            # Validation and training images share what was noted: the one of this batch is meant.
+            row = next(rows[p] for p, image in zip(places, decoded, strict=True) if image is None)
+            raise pictures.UnreadableError(
+                f"{self.unreadable[int(row)]}; no other can take its place where figures are "
+                "counted, and the set is too large to read beforehand: remove the file"
             )
         known = dict(zip(places.tolist(), zip(records, decoded, strict=True), strict=True))
         fills = [self._readable_before(rows, place, known) for place in places.tolist()]
@@ -175,7 +177,7 @@ class StreamedExamples(Split):
                 known[other] = record, image
             if known[other][1] is not None:
                 return known[other]
-        raise ValueError(
+        raise pictures.UnreadableError(
             f"none of {len(rows)} pictures in a row of {self.where} can be read: "
             f"{self._first_unreadable}"
         )
@@ -236,16 +238,27 @@ class StreamedExamples(Split):
         return Examples(images[:count], known, self.class_names, self.name, self.split, notes)
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of names, shapes, rows, labels and the first 64 images, in hex.
+        """Returns the SHA-256 of names, shapes, rows, labels, files and 64 images, in hex.
 
-        Reading everything would take as long as an epoch, so a change in the pixels of a later
-        picture goes unseen, and one of its label where labels are read with the pictures.
+        Reading everything would take as long as an epoch.  Of files their names and lengths are
+        looked at, of images 64 from the whole set: a change of pixels elsewhere that keeps a file's
+        length goes unseen, and in a prepared set any, and one of its label.
         """
-        head = self.read(np.arange(min(64, len(self))))
+        head = self.read(np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64)))
         # The same pixels in another order, or of other rows, are other data.
         rows = np.asarray(self.rows, np.int64).tobytes()
         known = b"" if self.labels is None else np.asarray(self.labels, np.int32).tobytes()
-        return sha256(header(self), rows, known, *(head[key].tobytes() for key in sorted(head)))
+        return sha256(
+            header(self), rows, known, self._files(), *(head[key].tobytes() for key in sorted(head))
+        )
+
+    def _files(self) -> bytes:
+        """Returns the names and lengths of the files of a folder."""
+        first = [picture for picture, _ in self.records(self.rows[:1])]
+        if not first or not isinstance(first[0], pathlib.Path):
+            return b""
+        files = [file for file, _ in self.records(self.rows)]
+        return "\n".join(f"{file.name} {file.stat().st_size}" for file in files).encode()
 
 
 def pixel_digest(image: np.ndarray) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from robust_ssl.data.pictures import UnreadableError
 from robust_ssl.data.prepared import data_directory, find
 from robust_ssl.data.public.table import SETS, find_set
 from robust_ssl.data.streamed import StreamedExamples
@@ -35,7 +37,10 @@ def open_split(
     folder = find(name, data_dir) or _find_public(name, data_dir)
     if folder is None:
         raise _why_not_prepared(name, data_dir)
-    builder = tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # of JSON and protocol buffers that were cut off
+        raise _damaged(name, folder, data_dir, error) from error
     image_key, label_key = _feature_keys(builder.info.features, name)
     try:
         # Pillow decodes: TFDS would look for OpenCV, and its errors name no image.
@@ -51,24 +56,39 @@ def open_split(
             "array-record. There is none for Windows and for Macs before Apple's processors; "
             "there, give a folder of pictures or a function as the source"
         ) from error
+    except (RuntimeError, OSError) as error:  # of a shard that is gone or was cut off
+        raise _damaged(name, folder, data_dir, error) from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"data set {name!r} has no split {split!r}; its splits are "
             f"{sorted(builder.info.splits)} ({error})"
         ) from error
+    damaged = functools.partial(_damaged, name, folder, data_dir)
+    records = _reader(source, image_key, label_key, damaged)
     # TFDS's mark for an image without a label, as in STL-10's unlabelled split.
-    if label_key and len(source) and source[0][label_key] == -1:
+    if label_key and len(source) and records([0])[0][1] == -1:
         label_key = None
+        records = _reader(source, image_key, label_key, damaged)
     names = builder.info.features[label_key].names if label_key else ()
     base = name.partition(":")[0]
     rows = np.arange(len(source))
-    records = _reader(source, image_key, label_key)
     return StreamedExamples(records, rows, image_size, names, base, split)
 
 
-def _reader(source: Any, image_key: str, label_key: str | None) -> Callable:
+def _damaged(name: str, folder: pathlib.Path, data_dir: pathlib.Path, error: Exception):
+    """Returns the error for a prepared set whose files are not what was written."""
+    return UnreadableError(
+        f"data set {name!r} in {str(folder)!r} is damaged ({type(error).__name__}: {error}); "
+        f"prepare it anew:\n  {_command(name, data_dir)} --overwrite"
+    )
+
+
+def _reader(source: Any, image_key: str, label_key: str | None, damaged: Callable) -> Callable:
     def records(rows):
-        examples = source.__getitems__([int(row) for row in rows])
+        try:
+            examples = source.__getitems__([int(row) for row in rows])
+        except (RuntimeError, OSError) as error:  # array_record's own
+            raise damaged(error) from error
         return [(x[image_key], x[label_key] if label_key else None) for x in examples]
 
     return records

@@ -37,8 +37,22 @@ class Contents(NamedTuple):
 
 def folders(folder: pathlib.Path) -> list[str]:
     """Returns the names of the folders in a folder, in order, but for foreign ones."""
-    names = [e.name for e in os.scandir(folder) if e.is_dir() and not _is_foreign(e.name)]
+    names = [e.name for e in os.scandir(folder) if _is_folder(e) and not _is_foreign(e.name)]
     return sorted(names, key=natural)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _is_foreign(name: str) -> bool:
@@ -54,7 +68,7 @@ def walk(
     if place in above:  # a link to a folder above
         return
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir():
+        if _is_folder(entry):
             if not _is_foreign(entry.name):
                 yield from walk(pathlib.Path(entry.path), found, (*above, place))
             elif found is not None:
@@ -72,7 +86,7 @@ def _is_foreign_file(name: str) -> bool:
 
 def _is_picture(entry: os.DirEntry) -> bool:
     # Neither a pipe, which waits for ever, nor /dev/zero, which never ends, is a file.
-    if _is_foreign_file(entry.name) or not entry.is_file():
+    if _is_foreign_file(entry.name) or not _is_file(entry):
         return False
     suffix = os.path.splitext(entry.name)[1].lower()
     if suffix in pictures.SUFFIXES:
@@ -81,7 +95,7 @@ def _is_picture(entry: os.DirEntry) -> bool:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    if not entry.is_file():
+    if not _is_file(entry):
         return "no regular file"
     return os.path.splitext(entry.name)[1].lower() or "no suffix"
 
@@ -101,7 +115,7 @@ def contents(folder: pathlib.Path) -> Contents:
 def foreign(folder: pathlib.Path) -> collections.Counter[str]:
     """Returns the folders right in a folder that are no classes, each once."""
     entries = os.scandir(folder)
-    return collections.Counter(e.name for e in entries if e.is_dir() and _is_foreign(e.name))
+    return collections.Counter(e.name for e in entries if _is_folder(e) and _is_foreign(e.name))
 
 
 def stray(folder: pathlib.Path) -> list[str]:

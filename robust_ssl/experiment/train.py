@@ -15,6 +15,7 @@ from jax.errors import JaxRuntimeError
 
 from robust_ssl import finetuning, models, optimizers, weights
 from robust_ssl.build import Function
+from robust_ssl.data.pictures import UnreadableError
 from robust_ssl.experiment import fitting, saving, selection
 from robust_ssl.experiment.context import Context, code_inputs, model_inputs
 from robust_ssl.experiment.recipe import Recipe
@@ -321,8 +322,8 @@ def _try(context: Context, recipe: Recipe, seed: int, results: dict, failed: dic
             return
     try:
         results[model] = train_recipe(context, recipe, seed).results
-    except (ConfigChangedError, WorkdirError):
-        raise
+    except (ConfigChangedError, WorkdirError, UnreadableError):
+        raise  # none of these is the recipe's fault
     except (FloatingPointError, ValueError, TypeError, KeyError, JaxRuntimeError) as error:
         if jax.process_count() > 1 and not isinstance(error, FloatingPointError):
             raise  # another process may be gone, which says nothing of the recipe
