@@ -24,6 +24,7 @@ from flax import traverse_util
 from robust_ssl import disk, schemas
 from robust_ssl.build import resolve
 from robust_ssl.models import preprocessing
+from robust_ssl.types import Encoder
 
 _log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -231,6 +232,21 @@ def flatten(variables) -> dict[str, Any]:
 def to_arrays(variables) -> dict[str, np.ndarray]:
     """Returns the leaves of a tree by path, on the host."""
     return {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
+
+
+def check_encoder(model: Any) -> None:
+    """Raises ValueError for a whole classifier where an encoder is meant."""
+    if not isinstance(model, Encoder):
+        raise ValueError(
+            f"this takes an Encoder, got a {type(model).__name__}; of a classifier give "
+            "classifier.encoder, or save and export the whole: save_classifier, export_torch"
+        )
+
+
+def check_finite(variables: Any, name: str) -> None:
+    """Raises ValueError if a weight is NaN or infinite."""
+    if not all(np.isfinite(array).all() for array in to_arrays(variables).values()):
+        raise ValueError(f"the encoder {name!r} has NaN or infinite weights, and is not written")
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:

@@ -83,6 +83,11 @@ def _files_of(classifier: Classifier, card, **how: Any) -> dict[str, bytes]:
     """Returns what `save_classifier` writes, by name, in order, and refuses what it refuses."""
     from safetensors.numpy import save
 
+    if not isinstance(classifier, Classifier):
+        raise ValueError(
+            f"this takes a Classifier, got a {type(classifier).__name__}; an encoder alone is "
+            "written by save_encoder"
+        )
     refuse_bridge(classifier, "saved")
     if isinstance(classifier.head, heads.Reordered):  # as it was before it was turned
         names = dict(zip(classifier.head.order, classifier.class_names, strict=True))

@@ -53,6 +53,13 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
     from safetensors.numpy import save
 
     refuse_bridge(encoder, "exported")
+    if pathlib.Path(file).suffix.lower() in (".pth", ".pt", ".ckpt", ".bin"):
+        raise ValueError(
+            f"{file} would hold safetensors, which torch.load does not read: name it "
+            f"{pathlib.Path(file).stem}.safetensors"
+        )
+    cards.check_encoder(encoder)
+    cards.check_finite(encoder.variables, encoder.name)
     builder, options = native.builder_of(encoder)
     name = _layout_of(encoder)
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)

@@ -109,6 +109,7 @@ def files_of(
     """Returns what `save_encoder` writes, by name, in order, and refuses what it refuses."""
     from safetensors.numpy import save
 
+    cards.check_encoder(encoder)
     refuse_bridge(encoder, "saved")
     if builder is None:
         builder_name, options = builder_of(encoder.replace(preprocess=None))

@@ -145,7 +145,13 @@ def _files(model: Encoder | Classifier) -> tuple[bytes, bytes]:
         classes=model.num_classes if whole else encoder.dim,
         resizing=encoder.resizing,
     )
-    return text.encode(), save(tensors, {"format": "pt"})
+    # For whoever imports it again: the normalization is in the file, and no other is meant.
+    builder, options = native.builder_of(encoder)
+    layout = _LAYOUTS[type(encoder.module).__name__]
+    record = {"name": encoder.name, "builder": builder, "options": options, "layout": layout}
+    record |= native.transform_entry(encoder)
+    header = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
+    return text.encode(), save(tensors, header)
 
 
 def _encoder_tensors(encoder: Encoder) -> dict[str, np.ndarray]:

@@ -26,6 +26,11 @@ def picture(file):
     from PIL import Image
 
     with Image.open(file) as image:
+        raw = [args[0] if isinstance(args, tuple) else args for *_, args in image.tile]
+        deep = image.mode[0] in "IF" or any("16" in str(each) for each in raw)
+        if deep or getattr(image, "n_frames", 1) > 1:
+            what = "more than 8 bits a channel" if deep else "several frames"
+            raise ValueError(f"{file} has {what}; convert it to one 8-bit RGB picture")
         pixels = bytearray(resized(image).tobytes())
     pixels = torch.frombuffer(pixels, dtype=torch.uint8).view($size, $size, 3)
     return pixels.permute(2, 0, 1)[None] / 255
