@@ -31,6 +31,8 @@ def first_image_matters(inputs):
             lambda x: jnp.linalg.norm(x.clean.features - x.adversarial.features, axis=1),
             "gradient that is not finite at clean = adversarial, in .clean.features",
         ),
+        (lambda x: jnp.zeros(x.labels.shape), "a gradient of zero: nothing would follow it"),
+        (lambda x: jax.lax.stop_gradient(losses.clean_cross_entropy(x)), "a gradient of zero"),
         (first_image_matters, "first_image_matters does not follow a permutation"),
         (
             lambda x: x.clean.logits[:, 0] * (2.0 if isinstance(x.labels, jax.core.Tracer) else 1),

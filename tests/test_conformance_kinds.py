@@ -451,3 +451,30 @@ def _random_each_call(key, image):
 )
 def test_broken_augmentations_fail(augmentation, law):
     _fails("augmentation", augmentation, law)
+
+
+@struct.dataclass
+class Blind:
+    """A detector that no attack can follow."""
+
+    def score(self, key, model, image):
+        return jax.lax.stop_gradient(image.mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "law"),
+    [
+        ("objective", lambda x: (x.clean.features**2).mean(), "a gradient of zero"),
+        ("objective", lambda x: jnp.float32(0), "a gradient of zero"),
+        ("detector", Blind(), "an attack that adapts would see nothing"),
+        ("augmentation", lambda key, image: jnp.zeros_like(image), "one and the same of all"),
+        (
+            "augmentation",
+            lambda key, image: jax.random.uniform(key, image.shape),
+            "one and the same of all",
+        ),
+    ],
+)
+def test_what_does_nothing_is_named(kind, value, law):
+    with pytest.raises(AssertionError, match=law):
+        check(kind, value)

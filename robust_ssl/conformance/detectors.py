@@ -35,9 +35,10 @@ def check_detector(
     """Checks that a detector keeps the laws of detectors.
 
     Its score must be a finite float scalar, of black, white and gray images too, with a finite
-    gradient: an adaptive attack follows it.  The same key gives the same score, under `jax.jit` too
-    and whatever the neighbors in the batch.  It may not be the same for all images.  `without`, if
-    it is there, returns a detector of the same structure, so nothing compiles again.
+    gradient that is not zero everywhere: an adaptive attack follows it.  The same key gives the
+    same score, under `jax.jit` too and whatever the neighbors in the batch.  It may not be the same
+    for all images.  `without`, if it is there, returns a detector of the same structure, so nothing
+    compiles again.
 
     Args:
       detector: A fitted detector; a function ``fit(key, model, images, known)`` that makes one, or
@@ -76,9 +77,9 @@ def check_detector(
     laws.close(together(images), alone, ".score differs under jax.vmap", 1e-3)
     turned = together(images[::-1])[::-1]
     laws.close(turned, together(images), ".score depends on the neighbors in the batch")
-    laws.finite(
-        jax.jit(jax.vmap(jax.grad(score)))(images), ".score has a gradient that is not finite"
-    )
+    gradients = jax.jit(jax.vmap(jax.grad(score)))(images)
+    laws.finite(gradients, ".score has a gradient that is not finite")
+    laws.moves(gradients, ".score has a gradient of zero: an attack that adapts would see nothing")
     if hasattr(detector, "without"):
         same = jax.tree.structure(detector.without("x")) == jax.tree.structure(detector)
         laws.hold(same, ".without must keep the structure")

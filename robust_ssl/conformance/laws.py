@@ -146,6 +146,11 @@ class Laws:
             where = jax.tree_util.keystr(path)
             self.hold(jnp.isfinite(_numbers(leaf)).all(), f"{law}, in {where}" if where else law)
 
+    def moves(self, tree: Any, law: str) -> None:
+        """Asserts that some leaf has a number that is not zero."""
+        leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
+        self.hold(any(bool(jnp.any(_numbers(leaf) != 0)) for leaf in leaves), law)
+
     def close(self, actual: Any, desired: Any, law: str, tolerance: float = 1e-5) -> None:
         """Asserts that two trees are equal, up to rounding."""
         same = jax.tree.structure(actual) == jax.tree.structure(desired)

@@ -17,8 +17,8 @@ def check_loss(
     """Checks that a loss keeps the laws of training.
 
     It returns one finite float per image, ``[batch]``, with a finite gradient (at ordinary outputs,
-    where clean and adversarial agree, and at zero outputs), gives the same under `jax.jit`, and
-    follows its images when the batch is permuted.
+    where it is not zero, where clean and adversarial agree, and at zero outputs), gives the same
+    under `jax.jit`, and follows its images when the batch is permuted.
 
     Args:
       loss: ``LossInputs -> [batch]``, or ``"module:function"``.
@@ -53,7 +53,8 @@ def check_objective(
     """Checks that an attack objective keeps the laws of attacks.
 
     It returns one finite scalar, with a finite gradient for what the attacker moves (at ordinary
-    outputs, zero perturbation and zero outputs), the same under `jax.jit` and in any order.
+    outputs, where it is not zero unless the value itself follows the attacker, zero perturbation
+    and zero outputs), the same under `jax.jit` and in any order.
 
     Args:
       objective: ``AttackInputs -> scalar``, or ``"module:function"``; `functools.partial` sets its
@@ -115,6 +116,10 @@ def _check(function, inputs, equal, shape, what, seed, parts, put) -> None:
 
         gradients = jax.grad(mean, allow_int=True)(parts(example))
         laws.finite(gradients, f"has a gradient that is not finite at {case}")
+        # Elsewhere it may be at its best.  An objective may also be a rate, which a search follows.
+        changes = not shape and any(function(other) != values for other in equal.values())
+        if example is inputs and not changes:
+            laws.moves(gradients, "has a gradient of zero: nothing would follow it")
     values = np.asarray(function(inputs))
     laws.close(jax.jit(function)(inputs), values, "gives something else under jax.jit")
     order = np.random.default_rng(seed).permutation(len(inputs.clean.features))

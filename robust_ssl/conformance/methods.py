@@ -35,7 +35,8 @@ def check_augmentation(
 ) -> None:
     """Checks that an augmentation keeps the laws of images.
 
-    It returns finite pixels in [0, 1] of the same shape, the same for the same key, and in a batch
+    It returns finite pixels in [0, 1] of the same shape, the same for the same key, something else
+    for other images, and in a batch
     under `jax.jit` what it makes of each image by itself.
 
     Args:
@@ -58,6 +59,8 @@ def check_augmentation(
     laws.images(augmentation(keys[0], images[0]), images.shape[1:])
     alone = one_by_one(augmentation, keys, images)
     laws.images(alone, images.shape)
+    same_key = one_by_one(augmentation, jnp.repeat(keys[:1], batch), images)
+    laws.hold(bool(jnp.any(same_key != same_key[:1])), "makes one and the same of all images")
     again = one_by_one(augmentation, keys, images)
     laws.close(again, alone, "gives another image for the same key")
     together = jax.jit(jax.vmap(augmentation))(keys, images)
