@@ -86,7 +86,7 @@ def grouped(
 def _threat_of(name: str, ensemble: Mapping[str, Any]) -> Any:
     """Returns the threat of attacks that are run in turn, as `autoattack.standard` gives them."""
     members = [attack for some in ensemble.values() for attack in some]
-    found = [getattr(attack, "threat", None) for attack in members]
+    found: list[Any] = [getattr(attack, "threat", None) for attack in members]
     if not found or any(not hasattr(threat, "epsilon") for threat in found):
         raise ValueError(f"attacks[{name!r}] is run in turn: each of its attacks needs a threat")
     budgets = {(threat_name(threat), float(threat.epsilon)) for threat in found}
