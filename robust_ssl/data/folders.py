@@ -99,12 +99,6 @@ def _layout(folder: pathlib.Path, split: str) -> _Layout:
     # A folder of a split's name that holds no class folders is none: see `_without_splits`.
     splits = [name for name in inside if _is_split(name, split) and _class_names(folder / name)]
     chosen = _choose(split, splits)
-    alike = [name for name in splits if chosen and name.lower() == chosen.lower()]
-    if len(alike) > 1:  # which of them is read would depend on the case that is asked for
-        raise ValueError(
-            f"data folder {str(folder)!r} has the split {split!r} more than once: "
-            f"{_listed(alike, '/')}; put their pictures together, or rename one"
-        )
     if chosen is None and splits:
         other = [name for name in inside if name not in splits and _class_names(folder / name)]
         example = f" (--config.downstream.{split}_split={other[0]})" if other else ""
@@ -123,6 +117,9 @@ def _layout(folder: pathlib.Path, split: str) -> _Layout:
     _check_trained(folder, training or chosen, chosen, classes, names)
     if chosen.lower() != split.lower():
         notes = [f"the split {split!r} is read from {chosen}/", *notes]
+    # Of a split in two cases, or under two of its names, one is read.
+    again = [name for name in splits if name != chosen and _choose(split, [name]) is not None]
+    notes += _beside(folder, again, f"more than one split {split!r}") if again else []
     notes += _beside(folder, [name for name in inside if name not in splits])
     return _Layout(folder / chosen, classes, _ordered(names), tuple(notes))
 
@@ -316,12 +313,13 @@ def _foreign_notes(foreign: Mapping[str, int]) -> list[str]:
     return [f"left out, no classes: {_listed(names)}"] if names else []
 
 
-def _beside(folder: pathlib.Path, names: Iterable[str]) -> list[str]:
-    """Returns notes on what lies beside the splits."""
+def _beside(folder: pathlib.Path, names: Iterable[str], why: str = "no splits") -> list[str]:
+    """Returns notes on what lies beside the split that is read."""
     counts = {name: sum(1 for _ in tree.walk(folder / name)) for name in names}
     parts = [f"{name}/ ({count or 'no'} pictures)" for name, count in counts.items()]
-    parts += [f"{name}/" for name in sorted(tree.foreign(folder))]
-    return [f"left out, no splits: {_listed(parts)} in {folder.name}/"] if parts else []
+    if why == "no splits":
+        parts += [f"{name}/" for name in sorted(tree.foreign(folder))]
+    return [f"left out, {why}: {_listed(parts)} in {folder.name}/"] if parts else []
 
 
 def _counts(counter: Mapping[str, int]) -> str:
