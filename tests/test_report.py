@@ -326,6 +326,14 @@ def test_the_terminal_table_fits_eighty_columns():
     assert "cut the accuracy of baseline from 80.0 % to 20.0 %" in " ".join(text.split())
 
 
+def test_the_first_sentence_has_the_mark_of_any_seed():
+    believed = entry(verdict="believable")
+    doubted = entry("baseline-seed1", verdict="not believable")
+    for entries in ([believed, doubted], [doubted, believed]):
+        assert sentences.answer(a_document(entries))[0].endswith("20.0 % (NOT BELIEVABLE).")
+    assert "NOT BELIEVABLE" not in sentences.answer(a_document([believed]))[0]
+
+
 def test_sentences_say_what_the_numbers_say():
     entries = [*three(), entry("gen_af-seed0", "worst", "hardened", robust=33)]
     assert sentences.answer(a_document(entries)) == [

@@ -171,6 +171,8 @@ def is_other_part(name: str) -> bool:
     Example:
       >>> is_other_part("projection_head.0.weight"), is_other_part("bn1.weight")
       (True, False)
+      >>> is_other_part("n_averaged")  # of torch's AveragedModel
+      True
     """
     return bool(_OTHER_PARTS.match(name))
 
