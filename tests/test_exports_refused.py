@@ -8,6 +8,7 @@ from PIL import Image
 
 import robust_ssl
 from robust_ssl import models, weights
+from robust_ssl.data import pictures
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_an_encoder_and_a_classifier_are_told_apart(net, tmp_path):
 
 def test_weights_that_are_no_numbers_are_not_exported(net, tmp_path):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, net.encoder.variables)
-    with pytest.raises(ValueError, match="NaN or infinite weights"):
+    with pytest.raises(ValueError, match="NaN or infinite values"):
         weights.export_safetensors(
             net.encoder.replace(variables=broken), tmp_path / "a.safetensors"
         )
@@ -68,5 +69,10 @@ def test_a_picture_that_scoring_refuses_is_refused_beside_the_export(net, tmp_pa
     for name, what in (("deep.png", "more than 8 bits"), ("moving.gif", "several frames")):
         with pytest.raises(ValueError, match=what):
             module["picture"](tmp_path / name)
+    # A phone's photograph with previews of itself behind it is one picture.
+    frames[0].save(tmp_path / "fine.mpo", format="MPO", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "fine.png")
-    assert module["picture"](tmp_path / "fine.png").shape == (1, 3, 16, 16)
+    for name in ("fine.mpo", "fine.png"):
+        expected = pictures.decode(tmp_path / name, 16, name)
+        taken = module["picture"](tmp_path / name)
+        np.testing.assert_array_equal(taken[0].permute(1, 2, 0) * 255, expected)

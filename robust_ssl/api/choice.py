@@ -110,10 +110,7 @@ def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
                 "attacks=robust_ssl.attack(encoder, surrogate_images, attack=...))"
             )
         if isinstance(attack, Mapping):
-            alone = (
-                some if isinstance(some, (list, tuple)) else [some] for some in attack.values()
-            )
-            attack = dict(zip(attack, alone, strict=True))
+            attack = {n: a if isinstance(a, (list, tuple)) else [a] for n, a in attack.items()}
         each = itertools.chain(*attack.values()) if isinstance(attack, Mapping) else [attack]
         for one in each:
             if not callable(one):

@@ -119,7 +119,9 @@ def _layout(folder: pathlib.Path, split: str) -> _Layout:
         notes = [f"the split {split!r} is read from {chosen}/", *notes]
     # Of a split in two cases, or under two of its names, one is read.
     again = [name for name in splits if name != chosen and _choose(split, [name]) is not None]
-    notes += _beside(folder, again, f"more than one split {split!r}") if again else []
+    if again:
+        more = _listed(_counted(folder, again))
+        notes.append(f"left out, more than one split {split!r}: {more} in {folder.name}/")
     notes += _beside(folder, [name for name in inside if name not in splits])
     return _Layout(folder / chosen, classes, _ordered(names), tuple(notes))
 
@@ -313,13 +315,16 @@ def _foreign_notes(foreign: Mapping[str, int]) -> list[str]:
     return [f"left out, no classes: {_listed(names)}"] if names else []
 
 
-def _beside(folder: pathlib.Path, names: Iterable[str], why: str = "no splits") -> list[str]:
-    """Returns notes on what lies beside the split that is read."""
+def _beside(folder: pathlib.Path, names: Iterable[str]) -> list[str]:
+    """Returns notes on what lies beside the splits."""
+    parts = _counted(folder, names)
+    parts += [f"{name}/" for name in sorted(tree.foreign(folder))]
+    return [f"left out, no splits: {_listed(parts)} in {folder.name}/"] if parts else []
+
+
+def _counted(folder: pathlib.Path, names: Iterable[str]) -> list[str]:
     counts = {name: sum(1 for _ in tree.walk(folder / name)) for name in names}
-    parts = [f"{name}/ ({count or 'no'} pictures)" for name, count in counts.items()]
-    if why == "no splits":
-        parts += [f"{name}/" for name in sorted(tree.foreign(folder))]
-    return [f"left out, {why}: {_listed(parts)} in {folder.name}/"] if parts else []
+    return [f"{name}/ ({count or 'no'} pictures)" for name, count in counts.items()]
 
 
 def _counts(counter: Mapping[str, int]) -> str:

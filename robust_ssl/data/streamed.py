@@ -249,16 +249,18 @@ class StreamedExamples(Split):
         rows = np.asarray(self.rows, np.int64).tobytes()
         known = b"" if self.labels is None else np.asarray(self.labels, np.int32).tobytes()
         return sha256(
-            header(self), rows, known, self._files(), *(head[key].tobytes() for key in sorted(head))
+            header(self), rows, known, self._files, *(head[key].tobytes() for key in sorted(head))
         )
 
+    @functools.cached_property
     def _files(self) -> bytes:
-        """Returns the names and lengths of the files of a folder."""
+        """A digest of the files' names and lengths in a folder; every stage asks for it again."""
         first = [picture for picture, _ in self.records(self.rows[:1])]
         if not first or not isinstance(first[0], pathlib.Path):
             return b""
         files = [file for file, _ in self.records(self.rows)]
-        return "\n".join(f"{file.name} {file.stat().st_size}" for file in files).encode()
+        lines = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
+        return hashlib.sha256(lines.encode()).digest()
 
 
 def pixel_digest(image: np.ndarray) -> int:

@@ -37,10 +37,11 @@ def open_split(
     folder = find(name, data_dir) or _find_public(name, data_dir)
     if folder is None:
         raise _why_not_prepared(name, data_dir)
+    damaged = functools.partial(_damaged, name, folder, data_dir)
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of JSON and protocol buffers that were cut off
-        raise _damaged(name, folder, data_dir, error) from error
+        raise damaged(error) from error
     image_key, label_key = _feature_keys(builder.info.features, name)
     try:
         # Pillow decodes: TFDS would look for OpenCV, and its errors name no image.
@@ -57,13 +58,12 @@ def open_split(
             "there, give a folder of pictures or a function as the source"
         ) from error
     except (RuntimeError, OSError) as error:  # of a shard that is gone or was cut off
-        raise _damaged(name, folder, data_dir, error) from error
+        raise damaged(error) from error
     except (ValueError, AssertionError) as error:
         raise ValueError(
             f"data set {name!r} has no split {split!r}; its splits are "
             f"{sorted(builder.info.splits)} ({error})"
         ) from error
-    damaged = functools.partial(_damaged, name, folder, data_dir)
     records = _reader(source, image_key, label_key, damaged)
     # TFDS's mark for an image without a label, as in STL-10's unlabelled split.
     if label_key and len(source) and records([0])[0][1] == -1:

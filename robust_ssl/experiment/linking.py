@@ -203,15 +203,15 @@ def _check_mixed(losses: Any, where: str) -> None:
     """Raises ValueError for a loss that `adv_ratio` weighs and that is given as another one."""
     for name in MIXED if isinstance(losses, Mapping) else ():
         loss, place = losses.get(name), f"{where}.losses.{name}"
-        entry = {"function": loss} if isinstance(loss, str) else loss
-        if entry is not None and not isinstance(entry, Mapping):
+        entry = {"function": loss} if isinstance(loss, str) else {} if loss is None else loss
+        if not isinstance(entry, Mapping):
             raise ValueError(f"{place} must be a function's name or a mapping, got {loss!r}")
-        if "weight" in (entry or ()):
+        if "weight" in entry:
             raise ValueError(
                 f"{place}.weight is what adv_ratio decides: clean cross-entropy weighs 1 - "
                 "adv_ratio, adversarial adv_ratio; give that, or adv_ratio=None and both weights"
             )
-        if (entry or {}).get("function", f"{LOSSES}{name}") != f"{LOSSES}{name}":
+        if entry.get("function", f"{LOSSES}{name}") != f"{LOSSES}{name}":
             raise ValueError(
                 f"{place}: with adv_ratio it is {LOSSES}{name}; give yours another name, or "
                 "adv_ratio=None"

@@ -243,12 +243,6 @@ def check_encoder(model: Any) -> None:
         )
 
 
-def check_finite(variables: Any, name: str) -> None:
-    """Raises ValueError if a weight is NaN or infinite."""
-    if not all(np.isfinite(array).all() for array in to_arrays(variables).values()):
-        raise ValueError(f"the encoder {name!r} has NaN or infinite weights, and is not written")
-
-
 def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any], where: str) -> None:
     """Raises ValueError that lists every difference between the arrays and the network."""
     problems = [f"missing {path}" for path in sorted(expected.keys() - arrays.keys())]

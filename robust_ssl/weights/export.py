@@ -59,16 +59,21 @@ def export_safetensors(encoder: Encoder, file: str | os.PathLike) -> pathlib.Pat
             f"{pathlib.Path(file).stem}.safetensors"
         )
     cards.check_encoder(encoder)
-    cards.check_finite(encoder.variables, encoder.name)
-    builder, options = native.builder_of(encoder)
+    arrays = cards.to_arrays(encoder.variables)
+    cards.check_arrays(arrays, arrays, "the encoder to export")
     name = _layout_of(encoder)
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)
-    tensors = mapping.split(layout.entries(encoder), cards.to_arrays(encoder.variables))
-    record = {"name": encoder.name, "builder": builder, "options": options, "layout": name}
+    tensors = mapping.split(layout.entries(encoder), arrays)
+    return _write(file, save(tensors, header_of(encoder, name)))
+
+
+def header_of(encoder: Encoder, layout: str) -> dict[str, str]:
+    """Returns what a file's header says to whoever imports it: network, normalization, layout."""
+    builder, options = native.builder_of(encoder)
+    record = {"name": encoder.name, "builder": builder, "options": options, "layout": layout}
     record |= native.transform_entry(encoder)
     # transformers and timm refuse a file whose header does not say "pt".
-    metadata = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
-    return _write(file, save(tensors, metadata))
+    return {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
 
 
 def _layout_of(encoder: Encoder) -> str:

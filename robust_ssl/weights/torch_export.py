@@ -145,12 +145,8 @@ def _files(model: Encoder | Classifier) -> tuple[bytes, bytes]:
         classes=model.num_classes if whole else encoder.dim,
         resizing=encoder.resizing,
     )
-    # For whoever imports it again: the normalization is in the file, and no other is meant.
-    builder, options = native.builder_of(encoder)
-    layout = _LAYOUTS[type(encoder.module).__name__]
-    record = {"name": encoder.name, "builder": builder, "options": options, "layout": layout}
-    record |= native.transform_entry(encoder)
-    header = {"format": "pt", "robust_ssl": json.dumps(record, allow_nan=False)}
+    # The normalization is in the file, and whoever imports it again means no other.
+    header = export.header_of(encoder, _LAYOUTS[type(encoder.module).__name__])
     return text.encode(), save(tensors, header)
 
 

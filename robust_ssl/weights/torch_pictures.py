@@ -26,9 +26,17 @@ def picture(file):
     from PIL import Image
 
     with Image.open(file) as image:
-        raw = [args[0] if isinstance(args, tuple) else args for *_, args in image.tile]
-        deep = image.mode[0] in "IF" or any("16" in str(each) for each in raw)
-        if deep or getattr(image, "n_frames", 1) > 1:
+        tiles = [args if isinstance(args, tuple) else (args,) for *_, args in image.tile]
+        deep = image.mode[0] in "IF"
+        if image.format == "PNG":
+            deep |= any(str(args[0]).partition(";")[2].startswith("16") for args in tiles)
+        elif image.format == "PPM":
+            deep |= any(isinstance(n, int) and n > 255 for args in tiles for n in args[1:2])
+        elif image.format == "TIFF":
+            deep |= max(image.tag_v2.get(258, (1,))) > 8
+        # An MPO is a JPEG with previews of itself behind it.
+        moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        if deep or moving:
             what = "more than 8 bits a channel" if deep else "several frames"
             raise ValueError(f"{file} has {what}; convert it to one 8-bit RGB picture")
         pixels = bytearray(resized(image).tobytes())

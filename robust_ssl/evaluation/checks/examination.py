@@ -232,7 +232,7 @@ class _Trial:
 
 def _checked(classifier, images: np.ndarray, labels: np.ndarray, threat: Any, num_steps: int):
     """Returns the threat with a float32 budget, if a verdict can be had at all."""
-    if images.ndim != 4 or not len(images) or labels.shape != images.shape[:1]:
+    if not len(images) or labels.shape != images.shape[:1]:
         raise ValueError(
             "examine takes images [n, H, W, 3] and labels [n], n at least 1, got "
             f"{images.shape} and {labels.shape}"
