@@ -32,14 +32,16 @@ Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``ep
 ``train_limit`` (a tenth of it is for validation), ``test_limit`` (0 takes all), ``seeds``,
 ``recipes``, ``steps`` of fitting a universal attack, ``round``, whose tuned values are taken (1; 2;
 3, which has values for `cifar10` and `tiny_imagenet20`; 4, which adds `ramp_from_start` and has
-GTSRB too, with the second round's values; 6, for GTSRB with ``head=mlp``), ``tune``, a recipe whose
-tries ``robust-ssl sweep`` makes (all else is then as the round before has taken it), ``stress``,
-``factors``, and ``seen``, how many test images the claims leave out: those that ``test_limit``
-would take.
+GTSRB too, with the second round's values; 6, for GTSRB with ``head=mlp``; 7, for the superclasses
+that tools/cifar100_superclasses.py writes), ``tune``, a recipe whose tries ``robust-ssl sweep``
+makes (all else is then as the round before has taken it), ``stress``, ``factors``, and ``seen``,
+how many test images the claims leave out: those that ``test_limit`` would take.
 
 Time and figure: on two CPU cores five recipes with five seeds took some three hours on GTSRB
 (docs/results/evidence.md).
 """
+
+import pathlib
 
 from ml_collections import ConfigDict
 
@@ -98,7 +100,10 @@ SECOND_CLAIMS = (
 )
 THIRD_CLAIMS = (*SECOND_CLAIMS[:4], CLAIMS[-1])
 FOURTH_CLAIMS = (*({**claim, "more": "ramp_from_start"} for claim in THIRD_CLAIMS[:4]), CLAIMS[-1])
-ANNOUNCED = {1: CLAIMS, 2: SECOND_CLAIMS, 3: THIRD_CLAIMS, 4: FOURTH_CLAIMS, 6: FOURTH_CLAIMS}
+ANNOUNCED = {
+    **{1: CLAIMS, 2: SECOND_CLAIMS, 3: THIRD_CLAIMS},
+    **dict.fromkeys((4, 6, 7), FOURTH_CLAIMS),
+}
 # As many tries for each recipe that can be tuned, by round.  In the first the published or default
 # value is among them; in the second all are tried at the same rates of the encoder; in the third at
 # the same rates with two values each of what is the recipe's own, on every set by itself.
@@ -107,6 +112,10 @@ EACH_SET = (5e-4, 1e-3, 2e-3, 4e-3)
 _WEIGHT = "start.losses.genetic_regularization.weight"
 _RATE = "rates.encoder/**"
 _END = "ramp.end"
+_RATES_ALONE = {
+    GEN_AF: ((f"start.{_RATE}", EACH_SET),),
+    "ramp_from_start": ((_RATE, EACH_SET),),
+}
 TRIES = {
     1: {
         GEN_AF: ((_WEIGHT, (0.0, 20.0, 80.0, 320.0)),),
@@ -124,10 +133,8 @@ TRIES = {
         "ramp_fgsm": ((_END, (0.6, 1.0)), (_RATE, EACH_SET)),
     },
     4: {},  # what the third has taken, and one factor of those that were tried on GTSRB
-    6: {  # the fifth had the fourth's; here rates alone, with Gen-AF's own head
-        GEN_AF: ((f"start.{_RATE}", EACH_SET),),
-        "ramp_from_start": ((_RATE, EACH_SET),),
-    },
+    6: _RATES_ALONE,  # the fifth had the fourth's; here with Gen-AF's own head
+    7: _RATES_ALONE,  # a set that nothing was chosen on
 }
 
 
@@ -170,6 +177,14 @@ THIRD = {  # by set
     },
 }
 SIXTH = {"gen_af_stage1": _at_rate(2e-3), "ramp_fgsm": _at_rate(4e-3)}  # with the published head
+SUPERCLASSES = "cifar100_superclasses"  # of the seventh
+SEVENTH = {}
+BY_SET = {  # by round
+    3: THIRD,
+    4: {**THIRD, "gtsrb32": {}},  # the second round has tuned on that set already
+    6: {"gtsrb32": SIXTH},
+    7: {SUPERCLASSES: SEVENTH},
+}
 
 
 def get_config(arguments: str = "") -> ConfigDict:
@@ -189,6 +204,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         given["recipes"] = "+".join(("ramp_fgsm", *_VARIANTS))
     if given["round"] == 6 and (given["head"], given["downstream"]) != ("mlp", "gtsrb32"):
         raise ValueError("round 6 has values for head=mlp on gtsrb32 alone")
+    if given["round"] == 7 and pathlib.PurePath(given["downstream"]).name != SUPERCLASSES:
+        raise ValueError(f"round 7 has values for a folder {SUPERCLASSES} alone")
     own = ("seeds", "steps", "round", "tune", "seen", "stress", "factors")
     text = ",".join(f"{name}={value}" for name, value in given.items() if name not in own)
     config = compare.get_config(f"{text},scale=small")
@@ -213,14 +230,15 @@ def get_config(arguments: str = "") -> ConfigDict:
         "images": IMAGES,
     }
     config.scoring.autoattack.update(version="apgd", images=IMAGES, batch_size=100)
-    # Who tunes has what the round before has taken.
-    taken = _taken(given["round"] - bool(given["tune"]), given["downstream"])
+    # Who tunes has what the round before has taken; that of a set or head is the second.
+    before = min(given["round"] - 1, 2)
+    taken = _taken(before if given["tune"] else given["round"], given["downstream"])
     for name in [name for name in taken if name in config.recipes]:
         entry = config.recipes[name]
         entry = {"function": entry} if isinstance(entry, str) else entry.to_dict()
         del config.recipes[name]  # a text cannot become a mapping in its place
         config.recipes[name] = {**entry, **taken[name]}
-    if given["round"] in (4, 6):
+    if given["round"] in (4, 6, 7):
         ramp = {**config.recipes.ramp_fgsm.ramp.to_dict(), "start": 0.0}
         config.recipes.ramp_from_start = {**config.recipes.ramp_fgsm.to_dict(), "ramp": ramp}
     made = {*config.recipes}
@@ -243,8 +261,8 @@ def _taken(round: int, downstream: str) -> dict[str, dict]:
     """Returns what a round has taken for this set, by recipe."""
     if round < 3:
         return TAKEN[round]
-    # On GTSRB the second round has tuned on that set already.
-    by_set = THIRD if round == 3 else {**THIRD, "gtsrb32": SIXTH if round == 6 else {}}
+    downstream = pathlib.PurePath(downstream).name
+    by_set = BY_SET[round]
     if downstream not in by_set:
         sets = ", ".join(by_set)
         raise ValueError(f"round {round} has values for {sets}, and none for {downstream!r}")

@@ -137,6 +137,11 @@ def _agreement() -> _Agreement:
     return _current
 
 
+def interrupt_on_sigterm() -> None:
+    """Has SIGTERM raise KeyboardInterrupt, as Ctrl-C does: what is half-made is then removed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def stop_on_signals(several: bool = False, ends: bool = False) -> Iterator[Callable[[], None]]:
     """Turns the first SIGTERM or Ctrl-C into `request_stop`; a second one ends at once.

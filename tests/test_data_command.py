@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import public_archives as made
 import pytest
@@ -104,6 +106,29 @@ def test_an_interrupted_command_may_be_repeated(tmp_path, capsys, monkeypatch):
     assert main(["data", "prepare", "gtsrb32", "--data-dir", str(tmp_path)]) == 75
     error = capsys.readouterr().err
     assert "what was downloaded is kept" in error and "run the same command again" in error
+
+
+TERMINATED = """
+import os, signal, sys, time
+from robust_ssl.cli import main
+from robust_ssl.data.public import preparation
+
+def write(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+preparation.obtain, preparation.write = lambda *_, **__: {}, write
+preparation.PublicSet.read = lambda *_: None
+sys.argv[1:] = ["data", "prepare", "gtsrb32", "--data-dir", "sets"]
+sys.exit(main.main())
+"""
+
+
+def test_a_terminated_command_leaves_nothing_half_made(tmp_path):
+    command = [sys.executable, "-c", TERMINATED]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 75 and "nothing half-made is left" in ended.stderr
+    assert not list((tmp_path / "sets").iterdir())
 
 
 def test_the_page_has_the_sets_of_the_table():

@@ -517,6 +517,19 @@ CASES = {
         },
         ["config.scoring.autoattack", "AutoAttack is for Linf and L2"],
     ),
+    "a budget of AutoAttack twice": (
+        {"scoring.autoattack": {"budgets": [0.1, 0.1]}},
+        ["config.scoring.autoattack", "none twice"],
+    ),
+    "a curve of an attack with labels": (
+        {
+            "scoring.labelled": {
+                "attacks": {"universal": "robust_ssl.attacks:UniversalPGD"},
+                "curve": [0.1],
+            }
+        },
+        ["config.scoring: labelled.attacks.universal has a curve", "leave the curve out"],
+    ),
     "only noise": (
         {"suite.attacks": {"random_noise": "robust_ssl.attacks:RandomNoise"}},
         ["config.suite.attacks has only noise"],

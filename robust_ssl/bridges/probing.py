@@ -62,8 +62,9 @@ class Traits:
         chosen = normalization.choose({}, image_size=image_size, **named)
         names = tuple(map(str, classes["class_names"]))
         count = classes["num_classes"]
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
-            raise ValueError(f"num_classes must be an integer, got {count!r}")
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and (not whole or count < 2):
+            raise ValueError(f"num_classes must be an integer of 2 or more, got {count!r}")
         if names and count not in (None, len(names)):
             raise ValueError(f"num_classes is {count}, and there are {len(names)} class names")
         return cls(image_size, chosen.mean, chosen.std, count or len(names) or None, names, name)

@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
     """
     ends_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
+    if ends_process:
+        stopping.interrupt_on_sigterm()
     _print_what_can_be()
     try:
         arguments, unknown = _parser().parse_known_args(argv)

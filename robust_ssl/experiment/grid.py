@@ -332,6 +332,9 @@ def _check_values(path: str, values: Any) -> None:
         )
     if not values:
         raise ValueError(f"the grid's {path!r} has an empty list; give it at least one value")
+    known = [value if _is_number(value) else repr(value) for value in values]  # 5 is 5.0
+    if len({*known}) < len(known):
+        raise ValueError(f"the grid's {path!r} lists a value twice: {list(values)}")
 
 
 def _texts(path: str, values: Sequence[Any]) -> list[str]:
@@ -341,10 +344,7 @@ def _texts(path: str, values: Sequence[Any]) -> list[str]:
         texts = [f"{v:.{digits}g}" if isinstance(v, float) else str(v) for v in values]
         if len({*texts}) == len(texts):
             return texts
-    texts = [repr(value) for value in values]
-    if len({*texts}) < len(texts):
-        raise ValueError(f"the grid's {path!r} lists a value twice: {list(values)}")
-    return texts
+    return [repr(value) for value in values]
 
 
 def _replace(base: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class AutoAttack:
                 raise ValueError(
                     f"budgets: AutoAttack is for Linf and L2, got {type(budget.threat).__name__}"
                 )
+        if len({budget.key for budget in self.budgets}) < len(self.budgets):
+            raise ValueError(f"budgets: none twice, got {[b.epsilon for b in self.budgets]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Scoring:
             if attack.is_noise:
                 raise ValueError(
                     f"labelled.attacks.{name} is noise, which knows no label; the suite has it"
+                )
+            if len(attack.budgets) > 1:
+                raise ValueError(
+                    f"labelled.attacks.{name} has a curve of budgets, and is fitted at its epsilon "
+                    "alone; leave the curve out"
                 )
 
     def check(self, stages: Sequence[str], seeds: Sequence[int], recipes: Sequence[str]) -> None:

@@ -282,7 +282,7 @@ class Suite:
         curve = () if own else self.curve
         if "curve" in entries:
             curve = read(tuple[NotNegative, ...], entries["curve"], f"{where}.curve")
-        budgets = (main, *(epsilon for epsilon in curve if epsilon != main))
+        budgets = tuple(dict.fromkeys((main, *curve)))  # each once
         with inside(where):
             if not own and not hasattr(make(main), "epsilon"):
                 raise ValueError(
