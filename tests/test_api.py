@@ -11,9 +11,10 @@ import tiny
 
 import robust_ssl
 from robust_ssl import attacks, data, experiment, models, progress, struct, threats
-from robust_ssl.api import choice, securing
+from robust_ssl.api import choice, measuring, securing
 from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, universal
+from robust_ssl.evaluation import checks
 from robust_ssl.experiment.train import load_trained
 from robust_ssl.parallel import Parallel
 from robust_ssl.workdir import fingerprint
@@ -502,6 +503,24 @@ def test_an_attack_that_leaves_its_budget_is_no_believable_figure(classifier):
     kept = {check.name: check for check in result.verdict.checks}["budget_kept"]
     assert kept.status == "failed" and kept.value > 0.1
     assert "NOT BELIEVABLE" in str(result).upper()
+
+
+@pytest.mark.parametrize("seeing", [True, False])
+def test_what_sees_no_label_is_no_figure_to_examine(classifier, monkeypatch, seeing):
+    looked = {}
+
+    def of_sample(model, batch, figure, rows, *, threat, **_):
+        looked.update(figure=figure, epsilon=float(threat.epsilon))
+        return checks.Verdict(checks.not_run(measuring.PER_IMAGE_CHECKS, "not here"))
+
+    monkeypatch.setattr(measuring, "of_sample", of_sample)
+    images, labels = tiny.images("test", n=16)
+    given = {"embed": attacks.EmbedAttack(threats.Linf(16 / 255), num_steps=1)}
+    if seeing:
+        given["pgd"] = attacks.PGD(threats.Linf(8 / 255), num_steps=1)
+    robust_ssl.measure(classifier, images, labels, attacks=given, batch_size=8, **QUIET)
+    assert (looked["figure"] is not None) == seeing
+    assert looked["epsilon"] == pytest.approx((8 if seeing else 16) / 255)
 
 
 @struct.dataclass

@@ -332,6 +332,11 @@ def test_words_truths_and_numbers_are_what_they_are(figure, limit, held):
     assert gates.holds(figure, "is", limit, "x") is held
 
 
+def test_a_difference_that_is_just_its_limit_holds():
+    assert 0.9 - 0.88 > 0.02 and gates.holds(0.9 - 0.88, "at_most", 0.02, "x")
+    assert 0.3 - 0.2 < 0.1 and gates.holds(0.3 - 0.2, "at_least", 0.1, "x")
+
+
 def test_yes_and_no_are_truths_as_the_page_writes_them():
     gate = GATE % ("/measured/trust/secured/trusted", "is", "yes")
     decided = decide(cases.sealed(), limits=policy.parse(lines.parse(gate, "policy.yaml")))

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import audit_cases as cases
 import jax
@@ -16,7 +17,7 @@ from tiny_recipes import FROZEN, go, snapshot
 from robust_ssl import experiment, inspection, models, settings, weights
 from robust_ssl.audit import document, pages
 from robust_ssl.cli import main
-from robust_ssl.experiment import audit_baseline, sections
+from robust_ssl.experiment import audit, audit_baseline, groups, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
 PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
@@ -134,6 +135,40 @@ def test_what_an_audit_is_of_is_checked_with_the_config(section, message):
     changed.audit.update(section)
     with pytest.raises(experiment.UsageError, match=message):
         experiment.plan(changed)
+
+
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        ({"embed": 16 / 255}, 8 / 255),  # more than PGD has, and sees no label
+        ({"embed": 4 / 255}, 8 / 255),  # a smaller budget is within the larger
+        ({"fgsm": 16 / 255}, 8 / 255),  # a larger one leaves what a stronger attack took
+    ],
+)
+def test_who_knows_the_model_has_all_budgets_below_the_widest(own, others):
+    kinds = {"pgd": "PGD", "embed": "EmbedAttack", **({"fgsm": "FGSM"} if "fgsm" in own else {})}
+    entries = {name: {"function": f"robust_ssl.attacks:{kind}"} for name, kind in kinds.items()}
+    for name, epsilon in own.items():
+        entries[name]["budgets"] = (epsilon,)
+    changed = config()
+    changed.scoring.per_image = {"attacks": entries, "budgets": (others,)}
+    planned = experiment.plan(changed)
+    context = types.SimpleNamespace(plan=planned)
+    suite = ("universal", "Linf", planned.suite.epsilon)
+    everything = [("full, clean", True)]
+    everything += [
+        (groups.outcome_name(groups.Group("full", against, *suite)), True)
+        for against in ("public", "hardened")
+    ]
+    outcomes = {name: np.array([value] * 4) for name, value in everything}
+    # PGD leaves the first image, the others all but the last.
+    left = {others: np.array([True, False, False, False])}
+    left |= dict.fromkeys(own.values(), np.array([True, True, True, False]))
+    for epsilon, right in left.items():
+        group = groups.Group("full", "hardened", "per_image", "Linf", epsilon)
+        outcomes[groups.outcome_name(group)] = right
+    found = audit._right(context, outcomes, "full")["per_image"]
+    assert found.tolist() == [place == 0 for place in range(4)]
 
 
 def test_the_shipped_config_takes_a_classifier_from_elsewhere():

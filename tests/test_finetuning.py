@@ -266,3 +266,13 @@ def test_the_guard_stops_at_the_largest_alpha_within_the_tolerance():
     assert guard(here, there, evaluate, tolerance=0.0, alphas=(1.0, 0.5)).alpha == 0.0
     with pytest.raises(ValueError, match="alphas in"):
         guard(here, there, evaluate, alphas=(1.5,))
+
+
+@pytest.mark.parametrize(("images", "before", "after"), [(100, 10, 9), (200, 20, 18), (300, 4, 1)])
+def test_a_mixture_that_loses_just_the_tolerance_is_within_it(images, before, after):
+    here, there = {"params": jnp.zeros(2)}, {"params": jnp.ones(2)}
+
+    def evaluate(variables):
+        return 0.5, (after if float(variables["params"][0]) else before) / images
+
+    assert guard(here, there, evaluate, tolerance=0.01, alphas=(1.0,)).alpha == 1.0

@@ -13,6 +13,7 @@ import tiny
 from robust_ssl import evaluation, struct, threats
 from robust_ssl.attacks import APGD, FABT, PGD, UniversalPerturbation
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
+from robust_ssl.experiment.groups import Reseeded, Transferred
 from robust_ssl.parallel import KINDS, Parallel
 from robust_ssl.types import Classifier, Encoder
 
@@ -247,6 +248,10 @@ def test_an_attack_may_say_that_its_images_are_not_rounded(two):
     left = {name: counts.counts.robust_accuracy for name, counts in found.items()}
     assert left == {"rounded": 1.0, "as they are": 0.0, evaluation.WORST: 0.0}
     assert not FABT.eight_bit
+    # Nor what is made of it.
+    made = [Reseeded(Unrounded(*shift), jnp.int32(1)), Transferred(Unrounded(*shift), model)]
+    assert not any(attack.eight_bit for attack in made)
+    assert Reseeded(Shift(*shift), jnp.int32(1)).eight_bit
 
 
 def test_a_model_of_given_logits_scores_two_of_sixteen(two):

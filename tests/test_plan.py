@@ -530,6 +530,10 @@ CASES = {
         },
         ["config.scoring: labelled.attacks.universal has a curve", "leave the curve out"],
     ),
+    "two budgets of one name": (
+        {"suite.curve": [0.0941]},
+        ["config.suite.attacks.advencoder", "eps24", "leave one"],
+    ),
     "only noise": (
         {"suite.attacks": {"random_noise": "robust_ssl.attacks:RandomNoise"}},
         ["config.suite.attacks has only noise"],

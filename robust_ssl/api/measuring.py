@@ -23,6 +23,7 @@ from robust_ssl.experiment.examine import (
     of_sample,
     of_two_classes,
 )
+from robust_ssl.experiment.examined import sees_labels
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
@@ -305,8 +306,8 @@ class _Scorer:
     def examine(self, scored: Iterable[Scored]) -> Verdict:
         """Says whether the figure can be believed: the one per image, of the largest budget.
 
-        Where no attack was per image, the examination's own PGD is looked at, at the budget of the
-        perturbations.
+        Where no attack per image sees labels, the examination's own PGD is looked at, at the
+        largest budget of all.
         """
         scored = list(scored)
         linf = [s for s in scored if s.group.threat == "Linf" and s.group.epsilon > 0]
@@ -314,8 +315,9 @@ class _Scorer:
             reason = "Nothing was scored under Linf, which is what is examined."
             return Verdict(checks.not_run(PER_IMAGE_CHECKS, reason))
         per_image = [s for s in linf if s.group.family != "universal"]
-        epsilon = max(s.group.epsilon for s in per_image or linf)
-        figures = [s for s in per_image if s.group.epsilon == epsilon]
+        seeing = [s for s in per_image if sees_labels(s)]
+        epsilon = max(s.group.epsilon for s in seeing or linf)
+        figures = [s for s in per_image if seeing and s.group.epsilon == epsilon]
         spent = sum(m.gradient_evaluations for s in figures for m in s.members)
         steps, queries, count = affordable(spent)
         order = np.random.default_rng(20).permutation(len(self.examples))

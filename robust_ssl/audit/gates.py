@@ -110,7 +110,8 @@ def holds(figure: Any, comparison: str, limit: float | str, where: str) -> bool 
         raise MissingFigureError(
             f"{where}: {comparison} is for numbers, and its figure is {str(value)[:60]!r}"
         )
-    return value >= limit if comparison == "at_least" else value <= limit
+    # 0.9 - 0.88 is a little more than 0.02.
+    return value >= limit - 1e-9 if comparison == "at_least" else value <= limit + 1e-9
 
 
 def _same(value: Any, limit: float | str) -> bool:

@@ -19,7 +19,7 @@ from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.build import inside
 from robust_ssl.evaluation import to_pixels
 from robust_ssl.experiment.context import Context, model_inputs
-from robust_ssl.experiment.suites import Suite, SuiteAttack
+from robust_ssl.experiment.suites import Suite, SuiteAttack, budget_name
 from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier, Encoder, Model
@@ -315,6 +315,5 @@ def _export(
 ) -> None:
     """Writes each perturbation as a file that NumPy alone can read."""
     for seed, epsilon, perturbation in _perturbations(suite, member, deltas, curve):
-        in_pixels = hasattr(perturbation.threat, "epsilon")
-        budget = f"eps{np.round(255 * epsilon, 2):g}" if in_pixels else f"area{epsilon:g}"
+        budget = budget_name(perturbation.threat, epsilon)
         perturbation.save(stage.path / f"{member.name}-{budget}-seed{seed}.npz")

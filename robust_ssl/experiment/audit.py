@@ -25,8 +25,9 @@ from robust_ssl.experiment.audit_screening import read_screening
 from robust_ssl.experiment.audit_section import Audit
 from robust_ssl.experiment.compare import compare
 from robust_ssl.experiment.context import Context, identity, model_inputs
+from robust_ssl.experiment.examined import needs_labels
 from robust_ssl.experiment.groups import Group, outcome_name, threat_name
-from robust_ssl.experiment.score import read_outcomes, score
+from robust_ssl.experiment.score import build_per_image, read_outcomes, score
 from robust_ssl.parallel import barrier
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import StageDirectory, WorkdirError, json_ready, sum_files
@@ -163,12 +164,22 @@ def _right(
         "public": outcomes[outcome_name(Group(name, "public", *suite))],
         "adaptive": outcomes[outcome_name(Group(name, "hardened", *suite))],
     }
-    budgets = [b for b in context.plan.scoring.per_image.scored if threat_name(b.threat) == "Linf"]
-    if budgets:
-        widest = max(budget.epsilon for budget in budgets)
-        group = Group(name, "hardened", "per_image", "Linf", widest)
-        right["per_image"] = outcomes[outcome_name(group)]
+    if budgets := _white_box(context):
+        each = [Group(name, "hardened", "per_image", "Linf", epsilon) for epsilon in budgets]
+        right["per_image"] = np.logical_and.reduce([outcomes[outcome_name(g)] for g in each])
     return right
+
+
+def _white_box(context: Context) -> list[float]:
+    """Returns the Linf budgets of who knows the model: the widest at which an attack sees labels.
+
+    Those below it are his as well, and what needs no labels there.
+    """
+    budgets = [b for b in context.plan.scoring.per_image.scored if threat_name(b.threat) == "Linf"]
+    seeing = [
+        b.epsilon for b in budgets if any(map(needs_labels, build_per_image(context, b).values()))
+    ]
+    return [b.epsilon for b in budgets if seeing and b.epsilon <= max(seeing)]
 
 
 def _clean(right: Mapping[str, Mapping[str, np.ndarray] | None]) -> dict[str, Any]:

@@ -68,7 +68,12 @@ def sees_labels(scored: Scored) -> bool:
     What only moves features or outputs is no figure of white-box robustness.
     """
     attacks = [getattr(member.value, "attack", member.value) for member in scored.members]
-    return not all(getattr(attack, "label_free", False) for attack in attacks)
+    return any(map(needs_labels, attacks))
+
+
+def needs_labels(attack: Any) -> bool:
+    """Returns whether an attack raises the loss of labels, and does not move outputs alone."""
+    return not getattr(attack, "label_free", False)
 
 
 def budget_of(scored: Scored) -> tuple[str, float]:

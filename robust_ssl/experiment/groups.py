@@ -313,8 +313,22 @@ def per_image_members(
     return members
 
 
+class _Around:
+    """What is asked of an attack, asked of the one inside."""
+
+    @property
+    def threat(self):
+        """What bounds it."""
+        return self.attack.threat
+
+    @property
+    def eight_bit(self):
+        """Whether its images are rounded before they are scored."""
+        return getattr(self.attack, "eight_bit", True)
+
+
 @struct.dataclass
-class Transferred:
+class Transferred(_Around):
     """A per-image attack that looks at another model than the one it is then used on.
 
     Attributes:
@@ -325,11 +339,6 @@ class Transferred:
     attack: Any
     source: Any
 
-    @property
-    def threat(self):
-        """Of the attack."""
-        return self.attack.threat
-
     def __call__(self, key, model, image, label=None) -> jax.Array:
         """Returns the adversarial image, crafted on `source`."""
         del model
@@ -337,7 +346,7 @@ class Transferred:
 
 
 @struct.dataclass
-class Reseeded:
+class Reseeded(_Around):
     """An attack with other random numbers.
 
     Attributes:
@@ -347,11 +356,6 @@ class Reseeded:
 
     attack: Any
     seed: jax.Array
-
-    @property
-    def threat(self):
-        """Of the attack."""
-        return self.attack.threat
 
     def __call__(self, key, model, image, label=None) -> jax.Array:
         """Returns the adversarial image."""

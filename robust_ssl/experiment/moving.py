@@ -34,7 +34,7 @@ class Selection:
     Attributes:
       images: Validation images that it is measured on.
       num_steps: Ascent steps in each layer's weights.
-      learning_rate: Of these steps, relative to the layer's norm.
+      learning_rate: Of these steps, of plain gradient ascent.
       radius: How far weights may go, relative to their norm.
       layers: How many layers move: a whole number of them, or what part of all, in (0, 1].
       rate: Learning rate of those that move.

@@ -192,6 +192,12 @@ class Fit:
     batch_size: Count | None = None
 
 
+def budget_name(threat: Threat, epsilon: float) -> str:
+    """Returns what files call a budget of a universal attack."""
+    in_pixels = hasattr(threat, "epsilon")
+    return f"eps{round(255 * epsilon, 2):g}" if in_pixels else f"area{epsilon:g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class SuiteAttack:
     """A universal attack with what it is fitted for.
@@ -294,6 +300,10 @@ class Suite:
         for place, budget in [("epsilon", main), *(("curve", epsilon) for epsilon in curve)]:
             with inside(f"{where}.{place}"):
                 threats.check(make(budget))
+        named = [budget_name(make(budget), budget) for budget in budgets]
+        if twice := [name for name in named if named.count(name) > 1]:
+            alike = [b for b, name in zip(budgets, named, strict=True) if name == twice[0]]
+            raise ValueError(f"{where}: files call these budgets {twice[0]}: {alike}; leave one")
         fit = read(Fit, entries.get("fit", {}), f"{where}.fit")
         return SuiteAttack(
             name=name,

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from robust_ssl.types import Variables
 
+_SLACK = 1e-9  # 0.1 - 0.01 is a little more than 0.09
+
 
 class CurvePoint(NamedTuple):
     """What validation says of one mixture."""
@@ -108,7 +110,7 @@ def guard(
         return CurvePoint(alpha, *map(float, evaluate(interpolate(stage1, stage2, alpha))))
 
     last = measured(0.0)  # stage 1 itself, which always qualifies
-    lowest, curve = last.robust_accuracy - tolerance, []
+    lowest, curve = last.robust_accuracy - tolerance - _SLACK, []
     for alpha in sorted({float(alpha) for alpha in alphas} - {0.0}, reverse=True):
         curve.append(measured(alpha))
         if curve[-1].robust_accuracy >= lowest:
