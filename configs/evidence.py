@@ -178,7 +178,7 @@ THIRD = {  # by set
 }
 SIXTH = {"gen_af_stage1": _at_rate(2e-3), "ramp_fgsm": _at_rate(4e-3)}  # with the published head
 SUPERCLASSES = "cifar100_superclasses"  # of the seventh
-SEVENTH = {}
+SEVENTH = {"gen_af_stage1": _at_rate(4e-3), "ramp_fgsm": _at_rate(4e-3)}
 BY_SET = {  # by round
     3: THIRD,
     4: {**THIRD, "gtsrb32": {}},  # the second round has tuned on that set already

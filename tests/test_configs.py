@@ -176,6 +176,18 @@ def test_the_third_round_has_values_for_each_set_and_none_for_others():
         load("evidence.py:round=3,downstream=gtsrb32")
 
 
+def test_the_seventh_round_is_of_one_folder_wherever_it_lies():
+    folder = "downstream=data/cifar100_superclasses"
+    recipes = load(f"evidence.py:round=7,{folder}")["recipes"]
+    assert recipes["ramp_from_start"]["ramp"] == {"start": 0.0, "end": 1.0}
+    tuned = planned(f"evidence.py:round=7,tune=ramp_from_start,{folder}")
+    assert [*tuned.sweep.grid[0][1]] == [5e-4, 1e-3, 2e-3, 4e-3]
+    second = load("evidence.py:round=2")["recipes"]["ramp_fgsm"]["rates"]
+    assert tuned.recipes["ramp_from_start"].text["rates"] == second
+    with pytest.raises(settings.SettingsError, match="a folder cifar100_superclasses alone"):
+        load("evidence.py:round=7")
+
+
 def test_recipes_can_be_left_out_with_all_that_is_made_from_them():
     assert "twins" not in load("compare.py:without=twins")["recipes"]
     for wrong in ("without=alf", "without=baseline", "recipes=roli,without=alf"):
