@@ -173,7 +173,8 @@ def stop_on_signals(several: bool = False, ends: bool = False) -> Iterator[Calla
             restore()
             text = b"stopping after this step; once more to stop at once\n"
         # print() may be interrupted in the middle of a print(), which is an error.
-        os.write(2, b"\n" + text)
+        with contextlib.suppress(OSError):  # it would come out of whatever is running now
+            os.write(2, b"\n" + text)
 
     def install():
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -84,6 +84,24 @@ def dataclass(cls: type[T]) -> type[T]:
     return frozen
 
 
+def check_passable(value: Any) -> None:
+    """Raises ValueError for an object that no compiled function takes as an argument.
+
+    Example:
+      >>> check_passable({"an array": 1.0})
+      >>> check_passable(object())
+      Traceback (most recent call last):
+      ValueError: object is no pytree, so no compiled step takes it: make its class with
+      robust_ssl.struct.dataclass
+    """
+    number = hasattr(value, "dtype") or isinstance(value, int | float | complex)
+    if not number and any(leaf is value for leaf in jax.tree.leaves(value)):
+        raise ValueError(
+            f"{type(value).__name__} is no pytree, so no compiled step takes it: make its class "
+            "with robust_ssl.struct.dataclass"
+        )
+
+
 def _naming_what_it_takes(cls: type, fields: Sequence[str]) -> Callable[..., None]:
     """Returns ``cls.__init__`` whose error for an unknown argument says what it takes."""
     init: Callable[..., None] = cls.__init__  # type: ignore[misc]  # of this very class

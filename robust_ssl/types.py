@@ -28,8 +28,8 @@ class Outputs(struct.Value):
     Attributes:
       features: The encoder's output, float ``[batch, dim]``.
       logits: The head's output, float ``[batch, classes]``; None where there is no head.
-      taps: Intermediate activations by name, for example ``"stage1/block2"``; under `jax.jit`
-        what nobody reads is never computed.
+      taps: Intermediate activations by name, for example ``"stage1/block2"``, in the order of the
+        layers; under `jax.jit` what nobody reads is never computed.
     """
 
     features: jax.Array
@@ -153,7 +153,7 @@ class Encoder(struct.Value):
 
         def apply(batch):
             features, taps = _evaluated(self, batch)
-            return Outputs(features=features, taps=dict(taps))
+            return Outputs(features=features, taps=taps)
 
         return _with_batch_axis(images, apply)
 
@@ -171,7 +171,7 @@ class Encoder(struct.Value):
           The outputs and the new ``batch_stats`` (an empty mapping where there are none).
         """
         features, taps, statistics = _trained(self, images, key, axis_name)
-        return Outputs(features=features, taps=dict(taps)), statistics
+        return Outputs(features=features, taps=taps), statistics
 
 
 # Under a `jax.jit` of their own each is traced once for all programs that hold it: tracing a deep

@@ -67,10 +67,22 @@ def lines(text: Any, margin: str = "  ") -> str:
 
 
 def say(text: Any, file: Any = None, margin: str = "  ") -> None:
-    """Prints `lines` to standard error, or to a file; what its encoding lacks is escaped."""
+    """Prints `lines` to standard error, or to a file; what its encoding lacks is escaped.
+
+    A line for standard error is lost where that is closed or cannot be written: a log that fills
+    its disk ends no training.  A reader that has left is told by `BrokenPipeError`.
+    """
     file = file or sys.stderr
+    if file is None:  # print() would take standard output
+        return
     shown = encodable(lines(text, margin), getattr(file, "encoding", None))
-    print(shown, file=file, flush=True)
+    try:
+        print(shown, file=file, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        if file is not sys.stderr:
+            raise
 
 
 def encodable(text: str, encoding: str | None) -> str:

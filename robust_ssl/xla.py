@@ -35,10 +35,12 @@ def use_every_core() -> None:
 
     One convolution keeps about one thread busy on XLA:CPU, so two cores are best fed by two
     devices that run the sharded step.  Takes a power of two, at most `MOST_CPU_DEVICES`, so that
-    the usual batches divide over them.  Does nothing when JAX has already started, and has no
-    effect on accelerators.
+    the usual batches divide over them.  Does nothing when JAX has already started or its user has
+    named a number, by ``JAX_NUM_CPU_DEVICES`` or a flag of XLA, and has no effect on accelerators.
     """
     set_flags()
+    if jax.config.jax_num_cpu_devices > 0 or _DEVICE_COUNT in os.environ.get("XLA_FLAGS", ""):
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = min(1 << (cores.bit_length() - 1), MOST_CPU_DEVICES)
     try:
@@ -46,6 +48,8 @@ def use_every_core() -> None:
     except RuntimeError:  # the backend is already up, with the devices it has
         return
 
+
+_DEVICE_COUNT = "--xla_force_host_platform_device_count="
 
 # What XLA is told before it starts, all of it for CPUs:
 FLAGS = {

@@ -1,6 +1,7 @@
 """The three calls: what they return, that they are what a run does, and what people guess first."""
 
 import json
+import logging
 import types
 
 import jax
@@ -326,9 +327,33 @@ CALLS = {
         ),
         r"recipe=my_recipe\(\)",
     ),
+    "another head than the recipe's": (
+        lambda _: robust_ssl.secure(
+            tiny.encoder(), IMAGES, LABELS, recipe="linear_probe", head="mlp"
+        ),
+        "linear_probe has the head 'linear', and secure\\(head='mlp'\\) another",
+    ),
+    "epochs as text": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, epochs="2"),
+        "epochs= is a whole number of at least 1, got '2'",
+    ),
+    "a share that is none": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, validation=float("nan")),
+        "validation must be a number in",
+    ),
+    "labels twice": (
+        lambda net: robust_ssl.measure(net, (IMAGES, LABELS), LABELS),
+        "have their own labels; leave out `labels`",
+    ),
+    "fewer classes than logits": (
+        lambda net: robust_ssl.measure(
+            net, {"images": IMAGES, "labels": LABELS % 2, "class_names": ["b", "a"]}
+        ),
+        "4 logits, and .* the classes 'b', 'a'",
+    ),
     "no image in an update": (
         lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, batch_size=0),
-        "need at least one epoch and one image, got 8 and 0",
+        "batch_size= is a whole number of at least 1, got 0",
     ),
     "several budgets of what is measured": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, epsilon=[1 / 255, 2 / 255]),
@@ -521,6 +546,18 @@ def test_what_sees_no_label_is_no_figure_to_examine(classifier, monkeypatch, see
     robust_ssl.measure(classifier, images, labels, attacks=given, batch_size=8, **QUIET)
     assert (looked["figure"] is not None) == seeing
     assert looked["epsilon"] == pytest.approx((8 if seeing else 16) / 255)
+
+
+def test_classes_without_names_are_taken_in_order_with_a_warning(classifier, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("robust_ssl"), "propagate", True)
+    images, labels = tiny.images("test", n=8)
+    once = {"attacks": "fgsm", "examine": False, "batch_size": 8, **QUIET}
+    pair = robust_ssl.measure(classifier, (images, labels), **once)
+    assert not caplog.text
+    names = {"images": images, "labels": labels, "class_names": ["d", "c", "b", "a"]}
+    named = robust_ssl.measure(classifier, names, **once)
+    assert named.rows[0].accuracy == pair.rows[0].accuracy
+    assert "taken for the classes 'd', 'c', 'b', 'a' in this order" in caplog.text
 
 
 @struct.dataclass

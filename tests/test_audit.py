@@ -1,5 +1,6 @@
 """An audit's decision: answers with the line of every mistake, risk in closed form, gates."""
 
+import dataclasses
 import datetime
 import json
 import subprocess
@@ -205,7 +206,31 @@ def test_a_defense_that_helps_nothing_never_pays():
     assert found["break_even_share"] is None and found["payback_months"] is None
     assert not found["worth_it"] and found["net_likely"] < 0
     better = risk.Rates((0.5, 99), (0.5, 99), (0.5, 99), (0.9, 99), 1.0)
-    assert risk.assess(triangles(), better)["break_even_share"] == 0.0
+    # More right decisions are more that an attacker can turn.
+    assert risk.assess(triangles(), better)["pays"] == "below"
+    better = dataclasses.replace(better, success_after=(0.1, 99))
+    found = risk.assess(triangles(), better)
+    assert (found["pays"], found["break_even_share"]) == ("always", 0.0)
+
+
+def test_where_the_secured_classifier_falls_more_it_pays_below_a_share_of_attacks():
+    # Better on clean images, easier to attack: the net falls with the share of attacks.
+    worse = risk.Rates((0.1, 10**12), (0.5, 10**12), (0.8, 10**12), (0.9, 10**12), 0.0)
+    amounts = triangles(loss_per_clean_error=Triangle(100.0, 100.0, 100.0))
+    likely = risk.at_likely(amounts, worse)
+    pays, share = risk.break_even(likely, worse)
+    nets = [
+        risk.yearly({**likely, "attacked_share": share * times}, worse)["net"]
+        for times in (0.9, 1.0, 1.1)
+    ]
+    assert pays == "below" and nets[0] > 0 > nets[2] and nets[1] == pytest.approx(0, abs=1)
+    found = risk.assess(amounts, worse)
+    assert (found["pays"], found["break_even_share"]) == ("below", risk.round_to_two(share))
+    nothing = {**likely, "one_off_cost": 0.0, "loss_per_clean_error": 0.0}
+    assert risk.break_even(nothing, worse) == ("never", None)  # 0 without attacks, then below
+    helped = risk.Rates((0.5, 99), (0.1, 99), (0.9, 99), (0.9, 99), 0.0)
+    pays, share = risk.break_even({**nothing, **helped.measured}, helped)
+    assert (pays, str(share)) == ("from", "0.0")
 
 
 # --- Gates --------------------------------------------------------------------------------------
@@ -305,6 +330,12 @@ def test_a_limit_of_the_companys_own_takes_the_policys_place():
         ("attack-success", "1", "which every figure keeps; to let it open, write a waiver"),
         ("robust-accuracy", "0", "which every figure keeps"),
         ("enough-images", "0", "which every figure keeps"),
+        # And these are beyond all of it: no interval of counted images ends there.
+        ("robust-accuracy", "1", "which no figure can reach"),
+        ("clean-accuracy", "1.0", "which no figure can reach"),
+        ("attack-success", "0", "which no figure can reach"),
+        ("enough-images", "0.5", "a count is a whole number"),
+        ("no-leakage", "0.5", "a count is a whole number"),
     ],
 )
 def test_a_limit_that_means_nothing_is_refused_before_anything_is_measured(gate, limit, message):
@@ -315,6 +346,15 @@ def test_a_limit_that_means_nothing_is_refused_before_anything_is_measured(gate,
     text = f"gates: [{{id: a, {options}, title: t, reason: r, limit: {{pilot: '{limit}'}}}}]"
     with pytest.raises(lines.EntryError):
         policy.parse(lines.parse(text, "policy.yaml"))
+
+
+def test_a_limit_that_just_can_be_reached_is_taken():
+    # Draws have no interval: all 20,000 may pay.
+    for gate, limit in (("worth-it", 1), ("no-leakage", 0), ("robust-accuracy", 0.999)):
+        text = f"limits: {{{gate}: {{limit: {limit}, reason: r}}}}"
+        assert read(text).limits[gate].value == limit
+    plain = GATE % ("/measured/clean/usual/value", "at_least", 1)
+    assert policy.parse(lines.parse(plain, "policy.yaml"))
 
 
 @pytest.mark.parametrize("word", ["fail", "passd", "absent"])
@@ -371,13 +411,13 @@ GATE = "gates:\n- {id: a, measure: %s, comparison: %s, limit: %s, title: t, reas
             ("/measured/claen/usual", "at_least", 1),
             "gate a: there is no figure /measured/claen",
         ),
-        (("/measured/rows/99/accuracy", "at_least", 1), "no figure /measured/rows/99"),
+        (("/measured/rows/99/accuracy", "at_least", 0.9), "no figure /measured/rows/99"),
         (("/measured/encoder/name", "at_least", 1), "at_least is for numbers.*'an-encoder'"),
         (("/clean", "at_least", 1), "policy.yaml, line 2: .*begins with /measured/"),
         (("/measured/clean/usual", "atleast", 1), "comparison is 'atleast'; did you mean at_least"),
         (("/measured/clean/usual", "at_least", "high"), "limit is 'high', no number"),
         (("/measured/clean/usual", "at_least", "{pilto: 1}"), "unknown entry 'pilto'.*pilot"),
-        (("/measured/clean/usual", "at_least", "{full: 1}"), "no gate has a limit for the stage"),
+        (("/measured/clean/usual", "at_least", "{full: 0.9}"), "no gate has a limit for the stage"),
         (("/measured/clean", "is", "good"), "there is no single figure there"),
     ],
 )

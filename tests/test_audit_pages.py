@@ -274,6 +274,75 @@ def test_a_limit_is_shown_as_it_was_typed():
     assert "Looser than the policy" in page and "12.34 %" in page
 
 
+def _risk_of(text, **sections):
+    decided = decide(cases.sealed(**sections), "staged", text)
+    pages_ = {language: pages.html(decided, language) for language in answers.LANGUAGES}
+    return decided["decided"]["risk"], {n: re.sub("<[^>]*>", "", x) for n, x in pages_.items()}
+
+
+def test_where_securing_pays_only_without_many_attacks_the_page_says_below_which_share():
+    attacked = {"usual": cases.attacked(0.85, 0.1), "secured": cases.attacked(0.5, 0.5)}
+    clean = {**cases.MEASURED["clean"], "usual": cases.share(0.8)}
+    amounts = {"loss_per_clean_error": "100", "one_off_cost": "20000", "loss_per_error": "2000"}
+    text = cases.answers_text(**amounts, attacked_share="[0.01, 0.1, 0.2]")
+    found, shown = _risk_of(text, attacked=attacked, clean=clean)
+    assert found["pays"] == "below" and not found["worth_it"]
+    share = numbers.percent(found["break_even_share"])
+    assert f"It pays only while fewer than {share} of decisions are attacked." in shown["en"]
+    assert f"攻撃される割合が {share} 未満の場合に限り" in shown["ja"]
+    for language, page in shown.items():
+        for key in ("risk.break_even.always", "risk.break_even.never"):
+            assert catalog.messages(language)[key] not in page
+
+
+def test_a_share_of_attacks_where_the_answer_turns_keeps_two_figures():
+    # At 0.1 % it does not pay, so that it pays from 0.1 % on would be no answer.
+    text = cases.answers_text(one_off_cost="1100000", attacked_share="[0.0005, 0.001, 0.003]")
+    found, shown = _risk_of(text)
+    assert 0.001 < found["break_even_share"] < 0.002 and not found["worth_it"]
+    share = numbers.percent(found["break_even_share"])
+    assert len(share.removesuffix(" %").removeprefix("0.")) == 2
+    assert f"It pays from {share} of attacked decisions on." in shown["en"]
+    assert numbers.percent(0.0011) == "0.11 %" and numbers.percent(0.011) == "1.1 %"
+
+
+def test_a_number_of_trainings_that_is_no_whole_one_is_shown_as_it_is():
+    text = cases.answers_text(
+        retrainings_per_year="[0, 1, 4]", compute_price_per_hour="200000", one_off_cost="500000"
+    )
+    found, shown = _risk_of(text)
+    [turn] = [one for one in found["turns"] if one["amount"] == "retrainings_per_year"]
+    assert turn["within"] and not turn["value"].is_integer()
+    assert f"number of trainings a year is {turn['direction']} {turn['value']:g}" in shown["en"]
+
+
+def test_what_the_usual_fine_tuning_is_depends_on_whether_it_trains_the_encoder():
+    for trains, key in ((True, "words.usual.meaning.trained"), (False, "words.usual.meaning")):
+        models = {**cases.MEASURED["models"]}
+        models["usual"] = {**models["usual"], "trains_encoder": trains}
+        decided = decide(cases.sealed(models=models), "pilot", "")
+        for language in answers.LANGUAGES:
+            page, messages = pages.html(decided, language), catalog.messages(language)
+            assert messages[key] in page
+            other = {"words.usual.meaning.trained", "words.usual.meaning"} - {key}
+            assert not any(messages[one] in page for one in other)
+
+
+def test_the_scanners_warning_is_shown_as_an_opinion():
+    checks = cases.provenance()
+    checks["checks"][8].update(name="scanner", outcome="fail", said="warns of uuid.UUID")
+    checks["passed"] = 9
+    decided = decide(cases.sealed(provenance=checks), "pilot", "")
+    assert decided["decided"]["outcome"] == "passed"
+    for language in answers.LANGUAGES:
+        page = pages.html(decided, language)
+        assert catalog.messages(language)["provenance.opinion"] in page
+        assert "warns of uuid.UUID" in page and '<td class="failed">' not in page
+        assert catalog.messages(language)["provenance.opinion"] not in pages.html(
+            DECIDED["good"], language
+        )
+
+
 def test_amber_is_what_is_not_decidable():
     for language in answers.LANGUAGES:
         text = pages.html(DECIDED["untrusted"], language)

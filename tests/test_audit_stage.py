@@ -14,10 +14,10 @@ import pytest
 import tiny_recipes
 from tiny_recipes import FROZEN, go, snapshot
 
-from robust_ssl import experiment, inspection, models, settings, weights
-from robust_ssl.audit import document, pages
+from robust_ssl import experiment, inspection, models, provenance, settings, weights
+from robust_ssl.audit import decision, document, pages
 from robust_ssl.cli import main
-from robust_ssl.experiment import audit, audit_baseline, groups, sections
+from robust_ssl.experiment import audit, audit_baseline, audit_provenance, groups, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
 PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
@@ -228,6 +228,114 @@ def test_a_baseline_has_the_labels_of_its_classifiers_own_order(tmp_path):
     assert audit_baseline._labels(labels, ours, ("a", "b", "c", "d")).tolist() == [0, 1, 2, 3]
 
 
+# --- Provenance of what is deployed -------------------------------------------------------------
+
+
+def _encoder(name="ours", width=4, seed=0):
+    return models.resnet18(jax.random.key(seed), width=width, image_size=8).replace(name=name)
+
+
+def _audited(monkeypatch, tmp_path, encoder, deployed, lock=None):
+    """A context that audits `encoder` and deploys a classifier of another, or the same, one."""
+    weights.save_encoder(encoder, tmp_path / "encoder")
+    source = types.SimpleNamespace(is_pretrained=False, path=tmp_path / "encoder", options={})
+    section = types.SimpleNamespace(secured="secured", lock=lock)
+    plan = types.SimpleNamespace(audit=section, encoder=source, recipes={}, classifiers={})
+    classifier = models.classifier(jax.random.key(1), deployed, 3, head="linear")
+    monkeypatch.setattr(
+        audit_provenance, "saved_classifiers", lambda context: {"secured": classifier}
+    )
+    return types.SimpleNamespace(plan=plan, encoder=encoder)
+
+
+def _outcomes(found):
+    return {one["name"]: one["outcome"] for one in found["checks"]}
+
+
+def test_the_scanners_opinion_closes_no_gate(monkeypatch, tmp_path):
+    def warns(source):
+        return provenance.Check(9, "scanner", "fail", "picklescan warns of uuid.UUID")
+
+    monkeypatch.setattr("robust_ssl.provenance.content.check_scanner", warns)
+    context = _audited(monkeypatch, tmp_path, _encoder(), _encoder(seed=2))
+    found = audit_provenance.examine(context)
+    assert _outcomes(found)["scanner"] == "fail" and found["failed"] == 0
+    shown = cases.sealed(provenance=found)
+    limits, items, read = decision.rules(None, None)
+    decided = decision.decide(shown, "pilot", limits, items, read)["decided"]
+    assert {g["id"]: g["outcome"] for g in decided["gates"]}["no-provenance-failure"] == "passed"
+
+
+def test_a_lock_inside_its_encoders_folder_is_no_file_of_it(monkeypatch, tmp_path):
+    weights.save_encoder(_encoder(), tmp_path / "encoder")
+    lock = tmp_path / "encoder" / "approved.json"
+    provenance.write_lock(provenance.lock(tmp_path / "encoder"), lock)
+    context = _audited(monkeypatch, tmp_path, _encoder(), _encoder(seed=2), lock)
+    assert _outcomes(audit_provenance.examine(context))["files"] == "pass"
+    assert not provenance.differs(provenance.verify(lock))
+
+
+def test_locked_files_of_another_encoder_than_the_deployed_one_decide_nothing(
+    monkeypatch, tmp_path, caplog
+):
+    weights.save_encoder(_encoder(), tmp_path / "encoder")
+    lock = tmp_path / "lock.json"
+    provenance.write_lock(provenance.lock(tmp_path / "encoder"), lock)
+    same = _audited(monkeypatch, tmp_path, _encoder(), _encoder(seed=2), lock)
+    audit_provenance.check(same)
+    assert _outcomes(audit_provenance.examine(same))["files"] == "pass" and not caplog.records
+
+    other = _audited(monkeypatch, tmp_path, _encoder(), _encoder("theirs"), lock)
+    audit_provenance.check(other)
+    assert "secured was fine-tuned from 'theirs', not 'ours'" in caplog.text
+    found = audit_provenance.examine(other)
+    assert _outcomes(found)["files"] == "absent"
+    limits, items, read = decision.rules(None, None)
+    shown = cases.sealed(provenance=found)
+    decided = decision.decide(shown, "full", limits, items, read)["decided"]
+    gates = {gate["id"]: gate["outcome"] for gate in decided["gates"]}
+    states = {item["id"]: item["state"] for item in decided["checklist"]}
+    assert gates["hashes-locked"] == "not decidable" and states["files-locked"] == "not done"
+
+    wider = _audited(monkeypatch, tmp_path, _encoder(), _encoder(width=8), lock)
+    with pytest.raises(settings.SettingsError, match="another network than the audited one, 'our"):
+        audit_provenance.check(wider)
+
+
+def test_a_recipe_with_an_encoder_of_its_own_has_no_locked_files(tmp_path):
+    own = models.resnet18(jax.random.key(0), width=4, image_size=32)
+    weights.save_encoder(own, tmp_path / "own")
+    changed = config()
+    changed.encoder = {"path": "simclr-cifar10-r18w24"}
+    for path, said in (
+        (str(tmp_path / "own"), "full is fine-tuned from an encoder of its own, not 'ours'"),
+        ("simclr-cifar10-r18w24", ""),
+    ):
+        changed.recipes.full.encoder = {"path": path}
+        context = types.SimpleNamespace(plan=experiment.plan(changed), encoder=_encoder())
+        assert audit_provenance._other_encoder(context) == said
+
+
+def test_every_member_of_an_ensemble_is_asked_for_its_encoder():
+    each = [models.classifier(jax.random.key(1), _encoder(name), 3) for name in ("ours", "theirs")]
+    encoders = audit_provenance._encoders(models.confidence_ensemble(each))
+    assert [one.name for one in encoders] == ["ours", "theirs"]
+    assert not any(audit_provenance._unlike(one, _encoder()) for one in encoders)
+
+
+def test_costs_are_held_against_the_usual_recipe_whatever_the_comparisons_reference_is():
+    rows = [
+        {"recipe": recipe, "clean": 0.9, "robust_worst": 0.5, "cost_factor": factor, "verdict": ""}
+        for recipe, factor in (("baseline", 1.0), ("tuned", 9.9), ("full", 19.8), ("theirs", None))
+    ]
+    section = types.SimpleNamespace(usual="tuned", secured="full")
+    points = {p["recipe"]: p["cost_factor"] for p in audit._trade_off(rows, section)}
+    assert points["tuned"] == 1 and points["full"] == pytest.approx(2)
+    assert points["baseline"] == pytest.approx(1 / 9.9) and points["theirs"] is None
+    section.usual = "baseline"
+    assert audit._trade_off(rows, section)[1]["cost_factor"] == 9.9
+
+
 @pytest.mark.slow
 def test_the_stage_measures_once_and_decides_again(tmp_path):
     results = go(config(), tmp_path)
@@ -244,6 +352,7 @@ def test_the_stage_measures_once_and_decides_again(tmp_path):
     assert loss["value"] == pytest.approx(row["baseline"]["clean"] - row["full"]["clean"])
     assert sum(band["share"] for band in measured["bands"]) == pytest.approx(1)
     assert len(measured["examples"]) == 2 and measured["cost"]["same_network"]
+    assert measured["models"]["usual"]["trains_encoder"] is False
     kept = inspection.read_baseline(tmp_path / measured["inspection"]["baseline"])
     assert kept.record["figures"]["accuracy"] == measured["clean"]["secured"]["value"]
     assert (tmp_path / measured["inspection"]["model"]).is_dir()

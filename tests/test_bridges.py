@@ -170,6 +170,7 @@ class Named:
         (lambda x: flat(x)[:, :1], {"num_classes": 1}, "two at least"),
         (flat, {"num_classes": 3, "class_names": "ab"}, "num_classes is 3, and there are 2"),
         (flat, {"num_classes": 2.5}, "must be an integer"),
+        (flat, {"num_classes": 0}, "above 0"),
         (flat, {"normalization": "imagnet"}, "no normalization 'imagnet'"),
         (flat, {"mean": (0.5,) * 3}, "belong together"),
     ],

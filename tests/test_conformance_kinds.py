@@ -33,6 +33,18 @@ def test_an_unknown_kind_is_refused_with_near_names():
     }
 
 
+@struct.dataclass
+class Brighter:
+    """Heeds no budget."""
+
+    threat: threats.Linf
+    by: float = 0.05
+    top: float = 2.0
+
+    def __call__(self, key, model, image, label=None):
+        return jnp.minimum(image + self.by, self.top)
+
+
 def _fails(kind, value, law, **options):
     with pytest.raises(AssertionError, match=law):
         check(kind, value, **options)
@@ -47,11 +59,46 @@ def test_losses_and_attacks_pass_by_name():
     check("attack", attacks.FGSM(threats.L2(0.5)), needs_label=True)
     _fails("loss", lambda x: x.clean.logits.mean(), r"must return \[batch\]")
     _fails("loss", lambda x: x.labels, "must be float")
-    brighter = dataclasses.make_dataclass("Brighter", ["threat"])
-    brighter.__call__ = lambda self, key, model, image, label=None: image + 0.05
-    _fails("attack", brighter(threats.Linf(0.1)), r"Brighter leaves \[0, 1\]")
-    brighter.__call__ = lambda self, key, model, image, label=None: jnp.clip(image + 0.2, 0, 1)
-    _fails("attack", brighter(threats.Linf(0.1)), "Brighter leaves the budget")
+    _fails("attack", Brighter(threats.Linf(0.1)), r"Brighter leaves \[0, 1\]")
+    _fails("attack", Brighter(threats.Linf(0.1), by=0.2, top=1.0), "Brighter leaves the budget")
+    plain = dataclasses.make_dataclass("Plain", ["threat"])
+    plain.__call__ = Brighter.__call__
+    _fails("attack", plain, "Plain is no pytree, .* robust_ssl.struct.dataclass")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "law"),
+    [
+        ("loss", lambda i: np.exp(np.asarray(i.clean.logits[:, 0])), "compute with jax.numpy"),
+        (
+            "loss",
+            lambda i: i.clean.logits[:, 0] * (1 if i.clean.logits.mean() > 0 else 2),
+            "take jnp.where",
+        ),
+        ("loss", lambda i: i.pretrained.logits[:, 0], "the public encoder has no logits"),
+        ("loss", lambda i: i.clean.taps["stage1/block2"], "layers stem, block1.*pass taps="),
+        ("loss", lambda i: (i.pretrained.features**2).sum(1), "gradient of zero"),
+        ("loss", lambda i: (i.teacher.logits**2).sum(1), "gradient of zero"),
+        ("loss", Brighter, "Brighter is a class"),
+        ("objective", lambda i: i.clean.logits[i.labels[0]].sum(), "needs_label=True"),
+    ],
+)
+def test_what_goes_wrong_inside_is_said_with_what_to_do(kind, value, law):
+    _fails(kind, value, law)
+
+
+def test_a_loss_may_read_the_layers_of_an_encoder():
+    def second(inputs):
+        assert list(inputs.adversarial.taps) == ["stem", "stage1/block2", "a"]
+        return (inputs.adversarial.taps["stage1/block2"] ** 2).mean((1, 2, 3))
+
+    check("loss", second, taps=("stem", "stage1/block2", "a"))
+
+
+@pytest.mark.parametrize("kind", ["loss", "attack", "encoder", "threat"])
+def test_laws_of_a_batch_need_a_batch(kind):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least"):
+        check(kind, "robust_ssl.losses:trades_kl", batch=0)
 
 
 # ------------------------------------------------------------------------------------- objectives

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -84,6 +87,85 @@ def test_a_worker_that_dies_and_a_picture_that_is_broken_are_told(tmp_path):
     broken = _streamed(_folder(tmp_path, ["train"]), workers=1)
     with pytest.raises(ValueError, match=rf"{BROKEN}\.png\) cannot be read"):
         _batches(broken, 0, 4)
+
+
+def _children():
+    return multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_leaves_batches_and_no_process(tmp_path, number):
+    pytest.importorskip("grain")
+    expected = _batches(_streamed(_folder(tmp_path)), 0, 9)
+    batches = data.Batches(
+        *(_streamed(tmp_path, workers=2), 4),
+        seed=0,
+        stage="s",
+        parallel=Parallel.create(num_devices=2),
+        resident=False,
+    )
+    reader = threading.Thread(target=batches, args=(0,), daemon=True)
+    reader.start()
+    while len(_children()) < 2:  # as soon as they are there: they import for seconds
+        time.sleep(0.01)
+    for child in _children():
+        os.kill(child.pid, number)
+    reader.join(120)
+    assert not reader.is_alive()
+    for child in _children():
+        os.kill(child.pid, number)
+    for step in range(1, 9):  # more than was read ahead
+        np.testing.assert_array_equal(batches(step)["images"], expected[step]["images"])
+    began = time.monotonic()
+    batches.close()
+    assert not _children()
+    assert time.monotonic() - began < 10
+
+
+READS = """
+import multiprocessing, os, signal, sys
+from robust_ssl import data
+from robust_ssl.parallel import Parallel
+streamed = data.load(sys.argv[1], image_size=8, memory_limit=1, workers=2)
+batches = data.Batches(
+    streamed, 4, seed=0, stage="s", parallel=Parallel.create(), resident=False
+)
+batches(0)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="a signal of Unix")
+def test_no_worker_outlives_a_run_that_was_killed(tmp_path):
+    pytest.importorskip("grain")
+    done = subprocess.run(
+        [sys.executable, "-c", READS, str(_folder(tmp_path))],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    try:
+        deadline = time.monotonic() + 10
+        while any(map(_is_there, workers)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(map(_is_there, workers))
+    finally:
+        for pid in filter(_is_there, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_there(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_without_grain_it_says_what_to_install(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from robust_ssl import data, inspection, models, provenance, threats, weights
 from robust_ssl.attacks import UniversalPerturbation
-from robust_ssl.cli import main
+from robust_ssl.cli import inspect, main
 from robust_ssl.inspection import baselines, findings, measuring
 from robust_ssl.weights import cards
 
@@ -155,6 +155,18 @@ def test_shifted_images_are_found_and_new_ones_of_the_kind_are_not(approved):
     for images, outcome in ((shifted, "fail"), (new_images(), "pass")):
         result = inspection.inspect(approved / "net", baseline, images, seed=1)
         assert outcomes(result)["drift"] == outcome
+
+
+def test_pictures_of_formats_that_are_not_read_are_counted(tmp_path, approved):
+    for place in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{place}.png")
+        (tmp_path / f"{place}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    Image.new("RGB", (8, 8)).save(tmp_path / "no_suffix", "PNG")
+    (tmp_path / "notes.txt").write_text("of the camera")
+    (tmp_path / "._0.png").write_bytes(b"of macOS")
+    baseline = inspection.read_baseline(approved / "baseline")
+    images, broken = inspect._pictures(tmp_path, baseline)
+    assert len(images) == 4 and broken == ["0.heic", "1.heic", "2.heic"]
 
 
 @pytest.mark.parametrize(("count", "verdict"), [(None, "pass"), (0, "missing"), (5, "missing")])

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 
+import jax
 import pytest
 from ml_collections import config_dict
 
@@ -298,6 +299,39 @@ def test_wrong_usage_is_2_and_says_what_to_do(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("platforms", "error", "message"),
+    [
+        ("cuda", AssertionError(), "device here: install '.[cuda12]', or unset it\n"),
+        ("gpu", RuntimeError("Unable to initialize backend 'rocm': no"), "install '.[cuda12]', or"),
+        ("tpu", RuntimeError("Unable to initialize backend 'tpu': no"), "unset it to take what"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_named(
+    experiment, config_file, tmp_path, capsys, monkeypatch, platforms, error, message
+):
+    def missing():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", missing)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert _call("run", config_file, tmp_path) == 2
+    err = capsys.readouterr().err
+    assert f"JAX_PLATFORMS={platforms}, but JAX finds no such device here" in err
+    assert message in err
+
+
+def test_other_errors_of_devices_stay_what_they_are(
+    experiment, config_file, tmp_path, capsys, monkeypatch
+):
+    def late():
+        raise RuntimeError("DEADLINE_EXCEEDED: the other processes have not come")
+
+    monkeypatch.setattr(jax, "devices", late)
+    assert _call("run", config_file, tmp_path) == 1
+    assert "RuntimeError: DEADLINE_EXCEEDED" in capsys.readouterr().err
+
+
 def test_a_changed_config_is_refused_through_the_command_line(
     experiment, config_file, tmp_path, capsys
 ):
@@ -408,3 +442,90 @@ def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
     assert again.stdout.split() == ["from", str(saved[0]), str(cores)]
     final = open_stage(tmp_path / "run", "stage1", {}, {}, seed=0).results
     assert final["w"] == [max(3, saved[0])] * 3
+
+
+# --- Streams that are closed or full ----------------------------------------------------------
+
+# A run of no work, as a process of its own: it logs, prints its answer and is done.
+TALKING = """
+import logging, sys, types
+fake = types.ModuleType("robust_ssl.experiment")
+fake.UsageError = type("UsageError", (ValueError,), {})
+
+def run(config, workdir, *, parallel):
+    from robust_ssl import progress, words
+    for number in range(3):
+        logging.getLogger("robust_ssl.some").warning("a line of the log")
+        with progress.Progress("log").stage("some", total_steps=1) as bar:
+            bar.update(1)
+    print("a line of a library", file=sys.stderr)
+    words.say("the answer", sys.stdout)
+    print("a table")
+    open(workdir, "w").write("made")
+
+fake.run = run
+sys.modules["robust_ssl.experiment"] = fake
+from robust_ssl import settings
+fake.describe = settings.describe
+from robust_ssl.cli import main
+sys.exit(main.main())
+"""
+
+
+def _talk(redirection, config_file, tmp_path, command="run"):
+    script = tmp_path / "talk.py"
+    script.write_text(TALKING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    line = f"{sys.executable} {script} {command} {config_file}"
+    if command == "run":
+        line += f" --workdir={tmp_path / 'made'}"
+    return subprocess.run(
+        ["bash", "-c", f"{line} {redirection}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no file here is always full")
+@pytest.mark.parametrize(
+    ("redirection", "code", "out", "err"),
+    [
+        (">&-", 0, "", "done: "),
+        ("2>&-", 0, "the answer\na table\n", ""),
+        (">&- 2>&-", 0, "", ""),
+        (
+            "2>/dev/full",
+            *(0, "the answer\na table\nrobust-ssl: lines were lost: standard error "),
+            "",
+        ),
+        (
+            ">/dev/full",
+            *(1, "", "robust-ssl: error: standard output cannot be written: No space left on de"),
+        ),
+        (">/dev/full 2>/dev/full", 1, "", ""),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_ends_no_run(
+    redirection, code, out, err, config_file, tmp_path
+):
+    done = _talk(redirection, config_file, tmp_path)
+    assert (tmp_path / "made").read_text() == "made", done.stderr
+    assert done.returncode == code
+    assert done.stdout.startswith(out) if out else not done.stdout
+    assert err in done.stderr if err else not done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert done.stderr.count("cannot be written") == err.count("cannot be written")  # once
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no file here is always full")
+def test_output_that_cannot_be_written_is_named(config_file, tmp_path):
+    for command, argument in (("describe", config_file), ("--help", "")):
+        done = _talk(">/dev/full", argument, tmp_path, command)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == (
+            "robust-ssl: error: standard output cannot be written: No space left on device"
+        )
+    done = _talk("| head -c 1", config_file, tmp_path, "describe")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

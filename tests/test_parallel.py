@@ -228,6 +228,24 @@ def test_prefetch_runs_no_further_ahead_than_asked_and_stops_when_closed():
     assert len(produced) <= 5
 
 
+def test_who_closes_prefetch_waits_until_its_iterator_is_closed():
+    """Else what it started outlives the run, and ends with it in the wrong order."""
+    closed = []
+
+    def items():
+        try:
+            while True:
+                time.sleep(0.2)
+                yield threading.current_thread().name
+        finally:
+            closed.append(threading.current_thread().name)
+
+    stream = parallel.prefetch(items(), depth=1)
+    assert next(stream) == "prefetch"
+    stream.close()
+    assert closed == ["prefetch"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hundreds_of_calls_that_exchange_values_do_not_lock_up(kind):
     """Without a limit on calls in flight this never ends."""

@@ -16,8 +16,10 @@ from finetuning_steps import SmoothStep, assert_same, batches, run, tiny
 from robust_ssl import losses, models
 from robust_ssl.experiment import Recipe, batch_parts, trace, train
 from robust_ssl.finetuning import init_state, make_step, mixed_losses, planned_bytes
+from robust_ssl.finetuning.outputs import training_outputs
 from robust_ssl.finetuning.parts import draws_in_training, rematerialized
 from robust_ssl.models.resnet import ResNet
+from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder
 
 TX = optax.sgd(0.1)
@@ -72,6 +74,28 @@ def test_parts_and_kept_blocks_give_the_numbers_of_the_whole_batch():
         attack=SmoothStep(),
         batch_statistics="adversarial",
     )
+
+
+def test_the_last_block_is_the_last_one_in_parts_and_on_devices():
+    def last(inputs):
+        return (list(inputs.clean.taps.values())[-1] ** 2).mean(axis=(1, 2))
+
+    net = vit(depth=1)
+    names = list(net(jnp.zeros((1, 8, 8, 3))).taps)
+    assert names != sorted(names)
+    on_two = {"parallel": Parallel.create(num_devices=2)}
+    assert_equal_runs(net, [{"accumulate": 2}, on_two], losses={"last": (last, 1.0)})
+
+
+def test_devices_draw_their_own_dropout():
+    net, same = around(Dropped(), 4), jnp.full((2, 2, 8, 8, 3), 0.7)
+
+    def features(images):
+        arguments = (net, jax.random.key(0), "clean", None, "devices", 1, images, set())
+        return training_outputs(*arguments)[0].features
+
+    [of_all, _] = jax.vmap(features, axis_name="devices")(same)
+    assert of_all.shape == (4, 4) and not np.allclose(of_all[:2], of_all[2:])
 
 
 def test_a_frozen_batch_norm_may_be_run_in_parts():

@@ -23,6 +23,18 @@ def test_the_first_signal_asks_and_the_second_is_the_usual_one(number, capfd):
     assert not stopping.stop_requested()
 
 
+def test_a_log_that_is_full_or_closed_is_no_matter_of_a_signal():
+    code = (
+        "import os, signal\n"
+        "from robust_ssl import stopping\n"
+        "with stopping.stop_on_signals():\n"
+        "    os.close(2)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stopping.stop_requested()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_a_request_stands_until_it_is_cleared():
     assert not stopping.stop_requested()
     stopping.request_stop()

@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from robust_ssl import data
+from robust_ssl import data, stopping
 from robust_ssl.experiment import loop
 from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.parallel import Parallel, average
@@ -133,6 +133,25 @@ def test_a_resumed_training_stops_at_the_same_epoch(stop_after, loop_on_device, 
     with pytest.raises(Stopped):
         go(tmp_path / "parts", **options, stop_after=stop_after)
     assert_same(go(tmp_path / "parts", **options), expected)
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_where_the_batches_end_by_the_signal_the_state_is_saved(last, tmp_path, monkeypatch):
+    whole = go(tmp_path / "whole", epochs=2)
+    read = data.Batches.__call__
+
+    def ended(batches, step):
+        if step == last:
+            stopping.request_stop()
+            raise RuntimeError("Worker process was terminated unexpectedly")
+        return read(batches, step)
+
+    with monkeypatch.context() as m:
+        m.setattr(data.Batches, "__call__", ended)
+        with pytest.raises(Stopped, match=f"stopped after step {last} of 6"):
+            go(tmp_path / "parts", epochs=2)
+    stopping.clear_stop()
+    assert_same(go(tmp_path / "parts", epochs=2), whole)
 
 
 def test_a_stop_at_the_last_epoch_is_not_overrun(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import errno
 import html
 import io
 import logging
@@ -207,3 +208,17 @@ def test_texts_of_any_container_are_drawn(tmp_path):
     scores = {name: 1.0}
     for i, selected in enumerate(({name}, scores.keys(), (name,))):
         assert report.figure_sensitivity(tmp_path, scores, selected, name=f"s{i}").exists()
+
+
+def test_a_log_that_cannot_be_written_is_no_error(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    words.say("a line")
+    with pytest.raises(OSError, match="No space"):
+        words.say("a table", Full())
+    monkeypatch.setattr("sys.stderr", None)
+    words.say("a line")
+    assert not capsys.readouterr().out

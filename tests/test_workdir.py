@@ -136,6 +136,24 @@ def test_what_is_gone_after_done_is_named_or_made_again(damage, tmp_path, caplog
     assert "is made again" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".metrics.jsonl.swp", "notes.txt~", ".nfs000012", ".DS_Store", "Thumbs.db"),
+        *("__pycache__/mine.pyc", "part/.model.bin.swp", "part/__pycache__/a.pyc"),
+    ],
+)
+def test_what_an_editor_or_a_disk_left_there_is_no_result(name, tmp_path):
+    with open_stage(tmp_path, "s", {}, {}, 0) as stage:
+        for file in (stage.path / "part" / "model.bin", foreign := stage.path / name):
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"weights")
+        stage.finish({"accuracy": 0.5}, "identity")
+    assert list(stage.manifest["files"]) == ["part/model.bin"]
+    foreign.unlink()
+    assert done(tmp_path, made="trained").results == {"accuracy": 0.5}
+
+
 def test_a_checkpoint_whose_arrays_are_not_there_is_an_error_at_once(tmp_path, monkeypatch):
     from robust_ssl.workdir import stage as module
 

@@ -47,6 +47,22 @@ def test_jax_starts_with_every_flag():
     assert done.returncode == 0 and "CpuDevice" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("XLA_FLAGS", "--xla_force_host_platform_device_count=3"), ("JAX_NUM_CPU_DEVICES", "3")],
+)
+def test_a_number_of_devices_that_the_user_names_stays(variable, value):
+    code = "from robust_ssl import xla; xla.use_every_core(); import jax; print(jax.device_count())"
+    environment = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**environment, "JAX_PLATFORMS": "cpu", variable: value},
+    )
+    assert done.stdout == "3\n", done.stderr
+
+
 def test_programs_are_dropped_only_when_they_hold_many_memory_maps():
     traced = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,10 @@ def examples_of(
         examples = data.load(named, split=split, image_size=image_size, resizing=resizing)
     elif isinstance(images, (data.Examples, data.StreamedExamples)):
         examples = images
+    elif _has_labels(images):
+        if labels is not None:
+            raise ValueError("the images have their own labels; leave out `labels`")
+        examples = data.load(images, split=split)
     else:
         examples = data.from_arrays(images, labels, name="images", split=split)
     height, width, _ = examples.image_shape
@@ -137,6 +142,12 @@ def examples_of(
             f" resize them: robust_ssl.data.load((images, labels), image_size={image_size})"
         )
     return examples
+
+
+def _has_labels(images: Any) -> bool:
+    """Whether it is a mapping or a pair that `data.load` takes as images with labels."""
+    pair = isinstance(images, tuple) and len(images) == 2
+    return isinstance(images, Mapping) or (pair and np.ndim(images[0]) != np.ndim(images[1]))
 
 
 def size_of(model: Any) -> int | None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import html
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
 from robust_ssl.types import Classifier
+
+_log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -227,13 +230,24 @@ def _check_answers(classifier: Any, examples: Any) -> None:
 def _in_order(classifier: Any, examples: Any) -> Any:
     """Returns the classifier with its logits in the order of the images' classes, if both say it.
 
+    Where only the images do, logits are taken in that order, with a warning.
+
     Raises:
       ValueError: If they have other classes.
     """
     mine, asked = getattr(classifier, "class_names", ()), examples.class_names
-    if not mine or data.is_numbered(mine) or data.is_numbered(asked):
+    if data.is_numbered(asked):
         return classifier
-    return models.in_order_of(classifier, asked)
+    if mine and not data.is_numbered(mine):
+        return models.in_order_of(classifier, asked)
+    count = getattr(classifier, "num_classes", None)
+    if count not in (None, len(asked)):
+        raise ValueError(
+            f"the classifier has {count} logits, and {examples.name} the classes "
+            f"{data.listed(asked)}; give images of as many classes, or arrays with labels of yours"
+        )
+    _log.warning("the classifier: %s", data.taken_in_order(mine, asked))
+    return classifier
 
 
 def _classes(classifier: Any, examples: Any) -> int:

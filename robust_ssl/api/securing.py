@@ -7,11 +7,11 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from robust_ssl import data
 from robust_ssl.api import inputs
-from robust_ssl.build import Function, near
+from robust_ssl.build import Function, Range, near, read, text_of
 from robust_ssl.experiment import Context, Plan, Recipe, linking
 from robust_ssl.experiment.sections import Training
 from robust_ssl.experiment.suites import InnerAttack
@@ -61,7 +61,7 @@ def secure(
     labels: Any = None,
     *,
     recipe: Any = "gen_af",
-    head: Any = "mlp",
+    head: Any = None,
     epsilon: float | None = None,
     epochs: int = 8,
     batch_size: int = 64,
@@ -83,7 +83,8 @@ def secure(
       labels: Integers ``[n]``; None where `images` has its own.
       recipe: A name of ``robust_ssl.list("recipes")``, ``"module:function"``, or a mapping of
         entries of `experiment.Recipe`.
-      head: ``"mlp"``, ``"linear"``, or the name of a function of the number of classes.
+      head: ``"mlp"``, ``"linear"``, or the name of a function of the number of classes.  None is
+        what the recipe says, and ``"mlp"`` where it says nothing.
       epsilon: Budget of every attack of training and validation, pixel units.  None is what the
         recipe says, 8/255 for those of the package, and 8/255 for validation.
       epochs: Passes over the images, of each recipe on the way.
@@ -114,13 +115,20 @@ def secure(
         raise ValueError(f"only a robust_ssl.Encoder can be trained, got {type(encoder).__name__}")
     refuse_bridge(encoder, "trained")
     examples = inputs.examples_of(images, labels, encoder.image_size, "train", resizing)
-    if batch_size < 1 or epochs < 1:
-        raise ValueError(f"need at least one epoch and one image, got {epochs} and {batch_size}")
+    epochs, batch_size = inputs.count(epochs, "epochs"), inputs.count(batch_size, "batch_size")
+    validation = read(Annotated[float, Range(0, 1, below=True)], validation, "validation")
     left, devices = len(examples) - round(len(examples) * validation), len(parallel.devices)
     if left < devices:
         raise ValueError(f"{left} images are left to train on, fewer than the {devices} devices")
-    common = {"epochs": epochs, "batch_size": min(batch_size, left - left % devices), "head": head}
+    common = {"epochs": epochs, "batch_size": min(batch_size, left - left % devices)}
+    common["head"] = "mlp" if head is None else head
     name, recipes = _recipes(recipe, options, common, epsilon)
+    first = recipes[name].first
+    if head is not None and first.text.get("head", text_of(head)) != text_of(head):
+        raise ValueError(
+            f"recipe {first.name} has the head {first.text['head']!r}, and secure(head={head!r}) "
+            "another; leave it out"
+        )
     if not examples.class_names:
         raise ValueError("labels are needed to train a head: secure(encoder, images, labels)")
     parts = data.carve(examples, validation, seed=seed)

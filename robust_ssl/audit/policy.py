@@ -6,6 +6,7 @@ import dataclasses
 import importlib.resources
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,12 @@ from robust_ssl.audit.lines import Entry
 COMPARISONS = ("at_least", "at_most", "is")
 UNITS = ("share", "points", "factor", "count", "money", "word")
 _RANGES = {"share": (0, 1), "points": (-1, 1), "factor": (0, math.inf), "count": (0, math.inf)}
+# Figures with Wilson's interval, whose ends are never 1 below and never 0 above.
+_ESTIMATED = re.compile(
+    r"/measured/(clean/(usual|secured)|data/largest_class|attacked/\w+/\w+"
+    r"|rows/\d+/(accuracy|success)|curve/\w+/\d+/accuracy|screening/rows/\d+/tpr_\d)"
+)
+_BEYOND = {"at_least": 1, "at_most": 0}
 _TRUTHS = {"yes": "true", "no": "false"}  # as the page writes them
 _WAIVE = "; to let it open, write a waiver, which has a name and an end"
 _ENTRIES = ("id", "measure", "comparison", "limit", "unit", "title", "reason")
@@ -53,7 +60,8 @@ class Gate:
             20 % the share is 0.2, and a gate at 20 would be open for good; or if it is a word that
             the policy does not ask for here.
         """
-        limit, asked = _limit(entry, self.comparison, self.unit), {*self.limits.values()}
+        limit = _limit(entry, self.comparison, self.unit, self.measure)
+        asked = {*self.limits.values()}
         if self.comparison == "is" and limit not in asked:
             words = " or ".join(sorted(repr(word) for word in asked))
             raise entry.error(f"is {limit!r}; this gate asks for {words}{_WAIVE}")
@@ -93,17 +101,18 @@ def parse(entry: Entry) -> tuple[Gate, ...]:
 def _gate(entry: Entry) -> Gate:
     entries = entry.mapping(_ENTRIES)
     name, comparison = entry.get("id").text(), entry.get("comparison").one_of(COMPARISONS)
-    measure = entry.get("measure")
-    if not measure.text().startswith(("/measured/", "/decided/risk")):
-        raise measure.error(
-            f"is {measure.text()!r}; a JSON pointer begins with /measured/ or /decided/risk"
+    measure = entry.get("measure").text()
+    if not measure.startswith(("/measured/", "/decided/risk")):
+        raise entry.get("measure").error(
+            f"is {measure!r}; a JSON pointer begins with /measured/ or /decided/risk"
         )
-    unit = entries["unit"].one_of(UNITS) if "unit" in entries else "count"
+    # Shown as a count is, and may have parts: nobody has said that it is one.
+    unit = entries["unit"].one_of(UNITS) if "unit" in entries else "factor"
     return Gate(
         id=name,
-        measure=measure.text(),
+        measure=measure,
         comparison=comparison,
-        limits=_limits(entry.get("limit"), comparison, unit),
+        limits=_limits(entry.get("limit"), comparison, unit, measure),
         unit=unit,
         title=texts(entry.get("title")),
         reason=texts(entry.get("reason")),
@@ -111,15 +120,15 @@ def _gate(entry: Entry) -> Gate:
     )
 
 
-def _limits(entry: Entry, comparison: str, unit: str) -> dict[str, Any]:
+def _limits(entry: Entry, *kind: str) -> dict[str, Any]:
     """Reads one limit for all stages, or one for each."""
     if isinstance(entry.value, dict):
         stages = entry.mapping(STAGES)
-        return {stage: _limit(entry.get(stage), comparison, unit) for stage in stages}
-    return dict.fromkeys(STAGES, _limit(entry, comparison, unit))
+        return {stage: _limit(entry.get(stage), *kind) for stage in stages}
+    return dict.fromkeys(STAGES, _limit(entry, *kind))
 
 
-def _limit(entry: Entry, comparison: str, unit: str) -> float | str:
+def _limit(entry: Entry, comparison: str, unit: str, measure: str) -> float | str:
     if comparison == "is":
         return _TRUTHS.get(entry.text().lower(), entry.text())
     number, (low, high) = entry.number(), _RANGES.get(unit, (-math.inf, math.inf))
@@ -127,6 +136,13 @@ def _limit(entry: Entry, comparison: str, unit: str) -> float | str:
         raise entry.error(f"is {entry.text()}; three points are written 0.03")
     if number == {"at_least": low, "at_most": high}[comparison]:
         raise entry.error(f"is {entry.text()}, which every figure keeps{_WAIVE}")
+    if number == _BEYOND[comparison] and _ESTIMATED.fullmatch(measure):
+        raise entry.error(
+            f"is {entry.text()}, which no figure can reach: the end of its interval is compared, "
+            "and images are finitely many"
+        )
+    if unit == "count" and not number.is_integer():
+        raise entry.error(f"is {entry.text()}; a count is a whole number")
     return entry.number(low, high)
 
 

@@ -138,6 +138,7 @@ def assess(amounts: Mapping[str, Triangle], rates: Rates, seed: int = SEED) -> d
     year = yearly(values, rates)
     likely = at_likely(amounts, rates)
     net = yearly(likely, rates)["net"]
+    pays, share = break_even(likely, rates)
     quantiles = {
         name: {q: round_to_two(float(np.quantile(figure, p))) for q, p in QUANTILES.items()}
         for name, figure in year.items()
@@ -150,7 +151,8 @@ def assess(amounts: Mapping[str, Triangle], rates: Rates, seed: int = SEED) -> d
         "worth_it": net > 0,
         # Downwards: a gate is held against it.
         "probability_worth_it": int(np.sum(year["net"] > 0)) * 100 // DRAWS / 100,
-        "break_even_share": _rounded(break_even_share(likely, rates)),
+        "pays": pays,
+        "break_even_share": _rounded(share),
         "payback_months": _rounded(payback_months(yearly(likely, rates))),
         "tornado": tornado(amounts, rates),
         "turns": turning_points(amounts, rates),
@@ -162,15 +164,30 @@ def at_likely(amounts: Mapping[str, Triangle], rates: Rates) -> dict[str, float]
     return {**{name: amounts[name].likely for name in AMOUNTS}, **rates.measured}
 
 
-def break_even_share(values: Values, rates: Rates) -> float | None:
-    """Returns the share of attacked decisions at which securing pays for itself in a year.
+def break_even(values: Values, rates: Rates) -> tuple[str, float | None]:
+    """Returns at which shares of attacked decisions securing pays for itself in a year.
 
-    0 where it pays without any attack; None where no share makes it pay.
+    Returns:
+      ``"from"`` or ``"below"`` and the share where the answer turns; ``"always"`` and 0 where it
+      pays at every share; ``"never"`` and None where it pays at none.
+
+    Example:
+      >>> values = {**dict.fromkeys(AMOUNTS, 0.0), "decisions_per_year": 100, "one_off_cost": 10,
+      ...           "loss_per_error": 1.0}
+      >>> rates = Rates((0.5, 9), (0.3, 9), (1.0, 9), (1.0, 9), extra_training_hours=0)
+      >>> break_even({**values, **rates.measured}, rates)
+      ('from', 0.5)
     """
-    if yearly({**values, "attacked_share": 0.0}, rates)["net"] > 0:
-        return 0.0
-    share = _root(values, "attacked_share", rates)
-    return share if share is not None and 0 <= share <= 1 else None
+    unattacked, attacked = (
+        yearly({**values, "attacked_share": share}, rates)["net"] for share in (0.0, 1.0)
+    )
+    if unattacked > 0 and attacked > 0:
+        return "always", 0.0
+    if unattacked <= 0 and attacked <= 0:
+        return "never", None
+    # The net falls with the share where the secured classifier is the easier one to attack.
+    word = "from" if attacked > unattacked else "below"
+    return word, abs(unattacked) / (abs(unattacked) + abs(attacked))
 
 
 def payback_months(year: Values) -> float | None:

@@ -63,8 +63,8 @@ class Traits:
         names = tuple(map(str, classes["class_names"]))
         count = classes["num_classes"]
         whole = isinstance(count, int) and not isinstance(count, bool)
-        if count is not None and (not whole or count < 2):
-            raise ValueError(f"num_classes must be an integer of 2 or more, got {count!r}")
+        if count is not None and (not whole or count < 1):
+            raise ValueError(f"num_classes must be an integer above 0, got {count!r}")
         if names and count not in (None, len(names)):
             raise ValueError(f"num_classes is {count}, and there are {len(names)} class names")
         return cls(image_size, chosen.mean, chosen.std, count or len(names) or None, names, name)

@@ -8,6 +8,7 @@ import difflib
 import functools
 import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -214,6 +215,8 @@ def text_of(value: Any) -> Any:
     """
     if hasattr(value, "text"):
         return text_of(value.text)
+    if callable(value):
+        return _findable_name(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         text = {}
         for field in dataclasses.fields(value):
@@ -226,9 +229,20 @@ def text_of(value: Any) -> Any:
         return {str(name): text_of(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [text_of(entry) for entry in value]
-    if callable(value):
-        return name_of(value)
     return value
+
+
+def _findable_name(function: Callable[..., Any]) -> str:
+    """Returns ``"module:name"``; raises ValueError unless that leads to this very function."""
+    name = name_of(function)
+    module, _, attribute = name.partition(":")
+    if getattr(sys.modules.get(module), attribute, None) is not function:
+        raise ValueError(
+            f"{function!r} is no function or class that a module has by its own name, so no config "
+            'can keep it; write {"function": "module:name", **options}, or give a name in a module '
+            "to what this makes"
+        )
+    return name
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -184,7 +184,7 @@ def _pictures(folder: pathlib.Path, baseline: Any) -> tuple[Any, list[str]]:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder} is no folder")
-    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in pictures.SUFFIXES]
+    files = [file for file in sorted(folder.rglob("*")) if pictures.looks_like_one(file)]
     size = baseline.record["image_size"]
     order = np.random.default_rng(len(files)).permutation(len(files))[:_MOST]
     images, broken = [], []

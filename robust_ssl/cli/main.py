@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from robust_ssl.cli import (
     listing,
     run,
     show,
+    streams,
     track,
 )
 from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, Parser, take_settings
@@ -73,11 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 done, 1 failed, 2 wrong usage, 3 an audit is not decidable, 75 stopped and resumable.
 
     Raises:
-      SystemExit: From argparse, with 2 for flags it does not know and 0 for ``--help``.
+      SystemExit: From argparse where `argv` is given, with 2 for flags it does not know and 0 for
+        ``--help``.
     """
-    ends_process, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
-    if ends_process:
-        stopping.interrupt_on_sigterm()
+    streams.open_closed()
+    if argv is not None:
+        return _answer(list(argv), ends_process=False)
+    stopping.interrupt_on_sigterm()
+    out, log = streams.make_lenient()
+    try:
+        code = _answer(sys.argv[1:], ends_process=True)
+    except SystemExit as end:  # of argparse
+        code = end.code
+    trains = len(sys.argv) > 1 and _COMMANDS.get(sys.argv[1]) is run
+    try:
+        out.flush()
+        streams.say_lost(out, log, either=trains)  # what others print may be for a program
+    except BrokenPipeError:
+        streams.silence()
+    return FAILED if code == DONE and out.error is not None else code
+
+
+def _answer(argv: list[str], ends_process: bool) -> int:
     _print_what_can_be()
     try:
         arguments, unknown = _parser().parse_known_args(argv)
@@ -158,10 +175,7 @@ def _print_what_can_be() -> None:
 
 def _reader_left(code: int) -> int:
     """Ends quietly where who read the output has seen enough, as `head` has."""
-    for stream in (sys.stdout, sys.stderr):
-        # Else Python tries once more at its end, and says that it failed.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    streams.silence()
     return code
 
 

@@ -174,10 +174,31 @@ def devices(count: int | None) -> Any:
 def _layout(count: int | None, kind: str = "pmap") -> Any:
     from robust_ssl import parallel
 
+    _check_platforms()
     try:
         return parallel.Parallel.create(num_devices=count, kind=kind)
     except ValueError as error:
         raise settings.SettingsError(f"--devices: {error}") from None
+
+
+def _check_platforms() -> None:
+    """Raises if the devices that ``JAX_PLATFORMS`` names are not there; JAX has no words for it."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms, reason = os.environ.get("JAX_PLATFORMS"), str(error).partition("\n")[0]
+        # Other errors are of processes that do not find each other, whatever the platform.
+        if not platforms or (reason and "Unable to initialize backend" not in reason):
+            raise
+        way_out = "install '.[cuda12]', or unset it"
+        if not {"cuda", "gpu"} & set(platforms.split(",")):
+            way_out = "unset it to take what there is"
+        raise settings.SettingsError(
+            f"JAX_PLATFORMS={platforms}, but JAX finds no such device here: {way_out}"
+            + (f" ({reason})" if reason else "")
+        ) from error
 
 
 def check_cluster(arguments: argparse.Namespace) -> bool:

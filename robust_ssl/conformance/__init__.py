@@ -36,7 +36,8 @@ def check(kind: str, value: Any, **options: Any) -> None:
     Args:
       kind: One of `KINDS`.
       value: What you brought, or ``"module:name"`` of it.  A class is called: an attack's with a
-        threat, a threat's with a budget, others with nothing.
+        threat, a threat's with a budget, a method's or an augmentation's with nothing.  A loss or
+        an objective is no class, but a function, or an instance that can be called.
       **options: Of the check, as its own docstring lists them; of an encoder's builder.
 
     Raises:

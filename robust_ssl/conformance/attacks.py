@@ -15,6 +15,7 @@ from robust_ssl.attacks import FitBatch, UniversalAttack, fit
 from robust_ssl.attacks.perturbation import at_step, within_budget
 from robust_ssl.conformance.laws import (
     Laws,
+    check_batch,
     made_of,
     made_up_images,
     share_of_devices,
@@ -64,8 +65,10 @@ def check_attack(
       ...     return jnp.minimum(image + 0.05, 1.0)
       >>> check_attack(brighter, threat=Linf(0.1))
     """
+    check_batch(batch)
     attack = made_of(attack, Linf(8 / 255) if threat is None else threat)
     laws = Laws.of(attack)
+    laws.passable(attack)
     threat = getattr(attack, "threat", None) if threat is None else threat
     Laws.of(threat)
     if threat is None:
@@ -81,9 +84,11 @@ def check_attack(
     keys = jax.random.split(jax.random.key(seed), batch)
 
     def craft(attack, keys, images, labels):
-        return jax.vmap(lambda k, x, y: attack(k, model, x, y))(keys, images, labels)
+        call = laws.calls(attack)
+        return jax.vmap(lambda k, x, y: call(k, model, x, y))(keys, images, labels)
 
-    one = attack(keys[0], model, images[0], None if labels is None else labels[0])
+    label = None if labels is None else labels[0]
+    one = laws.calls(attack, _label_advice)(keys[0], model, images[0], label)
     laws.images(one, images[0].shape, slack=0.0)
     adversarial = craft(attack, keys, images, labels)
     laws.images(adversarial, images.shape, slack=0.0)
@@ -109,6 +114,11 @@ def check_attack(
     if calm is not None:
         unmoved = craft(dataclasses.replace(attack, threat=calm), keys, images, labels)
         laws.close(unmoved, images, "moves the image although epsilon is 0")
+
+
+def _label_advice(error: Exception) -> str:
+    absent = "NoneType" in str(error)
+    return "; its label is None: needs_label=True gives it one" if absent else ""
 
 
 def check_universal_attack(
@@ -144,8 +154,10 @@ def check_universal_attack(
     Example:
       >>> check_universal_attack("robust_ssl.attacks:RandomNoise")
     """
+    check_batch(batch)
     attack = made_of(attack)
     laws = Laws.of(attack, "init", "step", "delta")
+    laws.passable(attack)
     random = np.random.default_rng(seed)
     images = [made_up_images(random, batch, image_size) for _ in range(num_steps)]
     model = small_model(random, image_size) if model is None else model
@@ -183,7 +195,10 @@ def _deltas(laws, attack, model, images, key, budget, compile=lambda step: step)
 
     def step(state, pixels, number):
         threat = at_step(budget, key, number)
-        return attack.step(state, threat, FitBatch.on(model, threat, pixels))
+        made = laws.calls(attack.step)(state, threat, FitBatch.on(model, threat, pixels))
+        law = ".step must return (state, objective)"
+        laws.hold(isinstance(made, tuple) and len(made) == 2, law)
+        return made
 
     def checked(delta):
         laws.hold(jnp.shape(delta) == shape, f".delta must return {shape}, got {jnp.shape(delta)}")
@@ -193,8 +208,9 @@ def _deltas(laws, attack, model, images, key, budget, compile=lambda step: step)
         laws.close(delta, allowed, f"leaves the budget of {budget}: project it")
         return delta
 
-    step, state = compile(step), attack.init(key, shape, budget)
-    deltas = [checked(attack.delta(state, budget))]
+    step, state = compile(step), laws.calls(attack.init)(key, shape, budget)
+    delta_of = laws.calls(attack.delta)
+    deltas = [checked(delta_of(state, budget))]
     for number, pixels in enumerate(images):
         before = _shapes(state)
         state, value = step(state, pixels, jnp.int32(number))
@@ -203,7 +219,7 @@ def _deltas(laws, attack, model, images, key, budget, compile=lambda step: step)
         laws.hold(jnp.isfinite(value), f"has an objective that is not finite: {value}")
         law = ".step must keep the shapes and types of the state that init made"
         laws.hold(before == _shapes(state), f"{law}: {before} became {_shapes(state)}")
-        deltas.append(checked(attack.delta(state, budget)))
+        deltas.append(checked(delta_of(state, budget)))
     return np.stack(deltas)
 
 

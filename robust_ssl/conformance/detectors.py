@@ -12,6 +12,7 @@ import numpy as np
 from robust_ssl.build import resolve
 from robust_ssl.conformance.laws import (
     Laws,
+    check_batch,
     made_of,
     made_up_images,
     name_of,
@@ -54,8 +55,9 @@ def check_detector(
     Example:
       >>> check_detector("robust_ssl.screening:fit_spectrum")
     """
+    check_batch(batch, 4)
     random = np.random.default_rng(seed)
-    images = made_up_images(random, max(batch, 4), image_size)
+    images = made_up_images(random, batch, image_size)
     model = small_model(random, image_size) if model is None else model
     key = jax.random.key(seed)
     detector = _fitted(detector, key, model, images, seed)

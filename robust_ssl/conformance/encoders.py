@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.build import resolve
-from robust_ssl.conformance.laws import Laws, made_up_images, name_of, one_by_one
+from robust_ssl.conformance.laws import Laws, check_batch, made_up_images, name_of, one_by_one
 from robust_ssl.models.bridge import Bridge
+from robust_ssl.models.contract import advice
 from robust_ssl.types import Encoder
 
 
@@ -31,8 +32,8 @@ def check_encoder(
 
     Args:
       encoder: An encoder, a builder ``(key, **options) -> Encoder``, or ``"module:function"``.
-      batch: Number of made-up images, even; another number than a tap's height, or a tap without
-        the batch axis is not seen.
+      batch: Number of made-up images, even, at least 4; another number than a tap's height, or a
+        tap without the batch axis is not seen.
       seed: Of the made-up images and of the builder's key.
       **options: Of the builder.
 
@@ -42,10 +43,12 @@ def check_encoder(
     Example:
       >>> check_encoder("robust_ssl.models:vit_tiny", image_size=8, patch_size=4, depth=1)
     """
+    check_batch(batch, 4)
     key = jax.random.key(seed)
     if not isinstance(encoder, Encoder):
         builder = resolve(encoder)
-        laws, encoder = Laws(name_of(builder)), builder(key, **options)
+        laws = Laws(name_of(builder))
+        encoder = laws.calls(builder)(key, **options)
         kind = type(encoder).__name__
         laws.hold(isinstance(encoder, Encoder), f"must return an Encoder, got {kind}")
         again = builder(key, **options)
@@ -63,7 +66,7 @@ def check_encoder(
 
 
 def _check_features(laws: Laws, encoder: Encoder, images: jax.Array) -> None:
-    outputs = encoder(images)
+    outputs = laws.calls(encoder, advice)(images)
     features, shape = outputs.features, (len(images), encoder.dim)
     law = f"must return features [batch, dim] = {shape}, got {features.shape}"
     laws.hold(features.shape == shape, law)
@@ -71,6 +74,7 @@ def _check_features(laws: Laws, encoder: Encoder, images: jax.Array) -> None:
     laws.finite(features, "has features that are not finite")
     laws.finite(outputs.taps, "has taps that are not finite")
     for tap, values in outputs.taps.items():
+        laws.hold(hasattr(values, "shape"), f"has a tap {tap!r} that is no array")
         law = f"has a tap {tap!r} without the batch axis: {values.shape}"
         laws.hold(values.shape[:1] == (len(images),), law)
     compiled = jax.jit(lambda encoder, images: encoder(images).features)(encoder, images)
@@ -89,7 +93,7 @@ def _check_training(laws: Laws, encoder: Encoder, images: jax.Array, key: jax.Ar
         f"'s module {type(encoder.module).__name__} has no field axis_name, which training "
         "on several devices sets: add `axis_name: str | None = None` and pass it to batch norm",
     )
-    outputs, statistics = encoder.apply_train(images, key=key)
+    outputs, statistics = laws.calls(encoder.apply_train, advice)(images, key=key)
     laws.finite(outputs.features, "has features in training mode that are not finite")
     before = encoder.variables.get("batch_stats", {})
     same = jax.tree.structure(dict(before)) == jax.tree.structure(dict(statistics))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,12 @@ def small_encoder(image_size: int) -> Encoder:
     module = ConvolutionNorm()
     variables = module.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)))
     return Encoder(variables, module, (0.5,) * 3, (0.25,) * 3, image_size, 8, "small")
+
+
+def check_batch(batch: int, least: int = 2) -> None:
+    """Raises ValueError for so few images that laws of a batch would say nothing."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < least:
+        raise ValueError(f"batch must be a whole number of at least {least}, got {batch!r}")
 
 
 def made_up_images(random: np.random.Generator, batch: int, image_size: int) -> jax.Array:
@@ -123,6 +130,40 @@ class Laws:
         )
         return laws
 
+    def passable(self, value: Any) -> None:
+        """Asserts that compiled functions take the value; a function may be closed over."""
+        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            return
+        try:
+            struct.check_passable(value)
+        except ValueError as error:
+            raise AssertionError(str(error)) from error
+
+    def calls(
+        self, function: Callable, advice: Callable[[Exception], str] = lambda _: ""
+    ) -> Callable:
+        """Returns a function whose errors name the value, and say what to do where that is known.
+
+        Args:
+          function: Of the user.
+          advice: What to add to the message of an error, known of this kind of value.
+        """
+
+        @functools.wraps(function)
+        def called(*arguments, **options):
+            try:
+                return function(*arguments, **options)
+            except AssertionError:
+                raise
+            except Exception as error:
+                first = str(error).strip().partition("\n")[0]
+                hint = advice(error) or _general_advice(error)
+                raise AssertionError(
+                    f"{self.name} raises {type(error).__name__}: {first}{hint}"
+                ) from error
+
+        return called
+
     def hold(self, holds: Any, law: str) -> None:
         """Asserts a law; one that begins with a sign, as ``".project"``, joins the name."""
         assert holds, f"{self.name}{'' if law.startswith(_SIGNS) else ' '}{law}"
@@ -167,6 +208,14 @@ class Laws:
         # Sign steps may differ where a gradient is zero up to rounding.
         differs = float(np.mean(np.abs(np.asarray(actual) - np.asarray(desired)) > 1e-5))
         self.hold(differs <= share, f"{law} ({100 * differs:.1f} % of the pixels differ)")
+
+
+def _general_advice(error: Exception) -> str:
+    if isinstance(error, jax.errors.TracerArrayConversionError):
+        return "; compute with jax.numpy, numpy cannot look into a compiled program"
+    if isinstance(error, jax.errors.ConcretizationTypeError):  # a truth among them
+        return "; an if of a value is no part of a compiled program: take jnp.where"
+    return ""
 
 
 def _numbers(leaf: Any) -> Any:

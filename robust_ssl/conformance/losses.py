@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.build import resolve
-from robust_ssl.conformance.laws import Laws, name_of
+from robust_ssl.conformance.laws import Laws, check_batch, name_of
 from robust_ssl.types import AttackInputs, Loss, LossInputs, Objective, Outputs
+
+TAPS = ("stem", "block1", "block2", "block3")
 
 
 def check_loss(
-    loss: Loss | str, *, batch: int = 6, num_classes: int = 4, dim: int = 8, seed: int = 0
+    loss: Loss | str,
+    *,
+    batch: int = 6,
+    num_classes: int = 4,
+    dim: int = 8,
+    seed: int = 0,
+    taps: Sequence[str] = TAPS,
 ) -> None:
     """Checks that a loss keeps the laws of training.
 
     It returns one finite float per image, ``[batch]``, with a finite gradient (at ordinary outputs,
-    where it is not zero, where clean and adversarial agree, and at zero outputs), gives the same
-    under `jax.jit`, and follows its images when the batch is permuted.
+    where that for clean or adversarial outputs is not zero, where these agree, and at zero
+    outputs), gives the same under `jax.jit`, and follows its images when the batch is permuted.
 
     Args:
       loss: ``LossInputs -> [batch]``, or ``"module:function"``.
-      batch: Number of made-up images.
+      batch: Number of made-up images, at least 2.
       num_classes: Number of made-up logits.
       dim: Number of made-up features.
       seed: Of the made-up outputs.
+      taps: Names of the made-up layers, in order; those of your encoder, where the loss reads them.
 
     Raises:
       AssertionError: Names the loss and the law it breaks.
+      ValueError: If there are fewer than two images.
 
     Example:
       >>> check_loss(lambda inputs: inputs.clean.features.sum(axis=1))
     """
-    labels, _, outputs = _made_up(batch, num_classes, dim, seed)
+    labels, _, outputs = _made_up(batch, num_classes, dim, seed, taps)
     pretrained = outputs().replace(logits=None)
     inputs = LossInputs(labels, outputs(), outputs(), pretrained, teacher=outputs())
     equal = {"clean = adversarial": inputs.replace(adversarial=inputs.clean)}
     what = f"[batch] = ({batch},)"
-    _check(resolve(loss), inputs, equal, (batch,), what, seed, lambda x: x, lambda _, moved: moved)
+
+    def parts(example):  # what training moves: the public encoder and a teacher are constants
+        return example.replace(labels=None, pretrained=None, teacher=None)
+
+    def put(example, moved):
+        return example.replace(clean=moved.clean, adversarial=moved.adversarial)
+
+    _check(loss, inputs, equal, (batch,), what, seed, parts, put)
 
 
 def check_objective(
@@ -49,6 +71,7 @@ def check_objective(
     num_classes: int = 4,
     dim: int = 8,
     seed: int = 0,
+    taps: Sequence[str] = TAPS,
 ) -> None:
     """Checks that an attack objective keeps the laws of attacks.
 
@@ -60,18 +83,20 @@ def check_objective(
       objective: ``AttackInputs -> scalar``, or ``"module:function"``; `functools.partial` sets its
         options.
       needs_label: Whether it gets labels; a downstream-agnostic attack never has one.
-      batch: Number of made-up images.
+      batch: Number of made-up images, at least 2.
       num_classes: Number of made-up logits.
       dim: Number of made-up features.
       seed: Of the made-up outputs.
+      taps: Names of the made-up layers, in order.
 
     Raises:
       AssertionError: Names the objective and the law it breaks.
+      ValueError: If there are fewer than two images.
 
     Example:
       >>> check_objective("robust_ssl.objectives:margin", needs_label=True)
     """
-    labels, draw, outputs = _made_up(batch, num_classes, dim, seed)
+    labels, draw, outputs = _made_up(batch, num_classes, dim, seed, taps)
     pair, images = (outputs(), outputs()), (draw(8, 8, 3), draw(8, 8, 3))
     inputs = AttackInputs(*pair, *images, labels if needs_label else None, target=outputs())
     still = inputs.replace(adversarial=inputs.clean, adversarial_images=inputs.clean_images)
@@ -83,26 +108,31 @@ def check_objective(
     def put(example, moved):
         return example.replace(adversarial=moved[0], adversarial_images=moved[1])
 
-    _check(resolve(objective), inputs, equal, (), what, seed, parts, put)
+    _check(objective, inputs, equal, (), what, seed, parts, put)
 
 
-def _made_up(batch: int, num_classes: int, dim: int, seed: int):
+def _made_up(batch: int, num_classes: int, dim: int, seed: int, taps: Sequence[str]):
     """Returns labels and functions that draw arrays and outputs, one after another."""
+    check_batch(batch)
     random = np.random.default_rng(seed)
 
     def draw(*shape):
         return jnp.asarray(random.normal(size=(batch, *shape)), jnp.float32)
 
     def outputs():
-        taps = {name: draw(4, 4, 2) for name in ("stem", "block1", "block2", "block3")}
-        return Outputs(features=draw(dim), logits=draw(num_classes), taps=taps)
+        layers = OrderedDict((name, draw(4, 4, 2)) for name in taps)
+        return Outputs(features=draw(dim), logits=draw(num_classes), taps=layers)
 
     return jnp.arange(batch, dtype=jnp.int32) % num_classes, draw, outputs
 
 
-def _check(function, inputs, equal, shape, what, seed, parts, put) -> None:
+def _check(brought, inputs, equal, shape, what, seed, parts, put) -> None:
     """Checks a function of a batch; `parts` of its inputs get a gradient, `put` puts them back."""
+    function = resolve(brought)
     laws = Laws(name_of(function))
+    law = "is a class: bring a function, or an instance that can be called"
+    laws.hold(not isinstance(function, type), law)
+    function = laws.calls(function, functools.partial(_advice, inputs))
     zero = jax.tree.map(jnp.zeros_like, inputs).replace(labels=inputs.labels)
     for case, example in {"ordinary outputs": inputs, **equal, "zero outputs": zero}.items():
         values = function(example)
@@ -127,3 +157,17 @@ def _check(function, inputs, equal, shape, what, seed, parts, put) -> None:
     permuted = function(jax.tree.map(lambda x: x[order], inputs))
     desired = values[order] if values.ndim else values
     laws.close(permuted, desired, "does not follow a permutation of the batch")
+
+
+def _advice(inputs: Any, error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args[0] not in inputs.clean.taps:
+        known = ", ".join(inputs.clean.taps)
+        return f"; the made-up outputs have the layers {known}: pass taps=, those of your encoder"
+    if "NoneType" in str(error):
+        return "; " + (
+            "the public encoder has no logits: inputs.pretrained.logits is None"
+            if isinstance(inputs, LossInputs)
+            else "inputs.labels is None unless needs_label=True, and no downstream-agnostic attack "
+            "has labels"
+        )
+    return ""

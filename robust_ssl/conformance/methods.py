@@ -12,6 +12,7 @@ import optax
 
 from robust_ssl.conformance.laws import (
     Laws,
+    check_batch,
     made_of,
     made_up_images,
     name_of,
@@ -52,6 +53,7 @@ def check_augmentation(
     Example:
       >>> check_augmentation("robust_ssl.pretraining:shift_only")
     """
+    check_batch(batch)
     augmentation = made_of(augmentation)
     laws = Laws(name_of(augmentation))
     images = made_up_images(np.random.default_rng(seed), batch, image_size)
@@ -91,6 +93,7 @@ def check_method(
       >>> from robust_ssl.pretraining import SimCLR
       >>> check_method(SimCLR(hidden=16, projection_dim=8))
     """
+    check_batch(batch)
     method = made_of(method)
     laws = Laws.of(method, "init", "views", "loss")
     encoder = small_encoder(8) if encoder is None else encoder

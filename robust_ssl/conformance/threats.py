@@ -13,7 +13,13 @@ import numpy as np
 from robust_ssl import threats
 from robust_ssl.attacks import perturbation
 from robust_ssl.build import resolve
-from robust_ssl.conformance.laws import Laws, made_up_images, one_by_one, without_budget
+from robust_ssl.conformance.laws import (
+    Laws,
+    check_batch,
+    made_up_images,
+    one_by_one,
+    without_budget,
+)
 from robust_ssl.types import Threat
 
 
@@ -46,10 +52,12 @@ def check_threat(
     Example:
       >>> check_threat("robust_ssl.threats:Linf", epsilon=0.1)
     """
+    check_batch(batch)
     threat = resolve(threat) if isinstance(threat, str) else threat
     if isinstance(threat, type) or not hasattr(threat, "project"):
         threat = threat(epsilon)
     laws = Laws.of(threat, "sample", "project", "steepest")
+    laws.passable(threat)
     random, key = np.random.default_rng(seed), jax.random.key(seed)
     images = made_up_images(random, batch, image_size)
     try:

@@ -12,6 +12,7 @@ from robust_ssl.data.classes import (
     difference,
     is_numbered,
     listed,
+    taken_in_order,
     with_classes_of,
 )
 from robust_ssl.data.duplicates import Shared, are_known, labels_of, shared
@@ -46,5 +47,6 @@ __all__ = [
     "photo_crops",
     "shared",
     "steps_per_epoch",
+    "taken_in_order",
     "with_classes_of",
 ]

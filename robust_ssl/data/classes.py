@@ -99,6 +99,22 @@ def is_numbered(names: Sequence[str]) -> bool:
     return tuple(names) == numbers(len(names))
 
 
+def taken_in_order(mine: Sequence[str], asked: Sequence[str]) -> str:
+    """Says that logits are taken for classes in their order, and why.
+
+    Args:
+      mine: What a classifier calls its logits: numbers or nothing.
+      asked: The classes of the images.
+
+    Example:
+      >>> taken_in_order((), ("cat", "dog"))
+      "the logits are taken for the classes 'cat', 'dog' in this order, since it does not say what
+      they are"
+    """
+    why = f"it knows them as {listed(mine)}" if mine else "it does not say what they are"
+    return f"the logits are taken for the classes {listed(asked)} in this order, since {why}"
+
+
 def difference(mine: Sequence[str], known: Sequence[str]) -> str:
     """Returns in words how two lists of class names differ.
 

@@ -135,6 +135,14 @@ def starts_like_picture(file: str | os.PathLike) -> bool:
     return head.startswith(_SIGNATURES) or webp or bitmap
 
 
+def looks_like_one(file: pathlib.Path) -> bool:
+    """Whether a file is a picture by its name, of a format that is not read too, or by content."""
+    if file.name.startswith(".") or not file.is_file():
+        return False
+    known = file.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)
+    return known or starts_like_picture(file)
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow was built with; it fails on a name it does not know."""

@@ -7,7 +7,12 @@ its step wherever it is read, so neither the number of workers nor a resumed run
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -64,16 +69,59 @@ def read_in_processes(
     steps = grain.MapDataset.source(_Steps(examples, order, first, places))
     one_by_one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-    iterator = iter(steps.to_iter_dataset(one_by_one).mp_prefetch(options))
+    prefetched = steps.to_iter_dataset(one_by_one).mp_prefetch(options, _serve_the_run)
+    with _signals_blocked():
+        iterator = iter(prefetched)
     with contextlib.closing(iterator):
-        while True:
+        with _signals_blocked():  # the workers start with the first batch
             batch = next(iterator)
+        while True:
             beside = {name: batch.pop(name) for name in _BESIDE}
             # Out of the memory that is shared with the worker, which takes it back.
             batch = {name: np.array(values) for name, values in batch.items()}
             examples.digests[examples.rows[batch["rows"]]] = np.array(beside["digests"])
             examples.note_unreadable(dict(beside["unreadable"]))
             yield batch
+            batch = next(iterator)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _serve_the_run(worker: int, count: int) -> None:
+    """Has a worker end when the run ends it or is gone, and not by a signal to the whole group.
+
+    A terminal, SLURM and systemd send such ones.  The run then saves its state after its step, for
+    which it needs batches.  Grain ends its workers by an event, and by SIGKILL where that does not
+    help; after a `kill -9` of the run nobody else would.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after_run, daemon=True, name="parent").start()
+
+
+def _end_after_run() -> None:
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Has processes that are started here begin with signals blocked, for they import for seconds.
+
+    It holds for this thread and those that it starts; the main thread still gets its signals.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its start, which grain's would cause, unblocks both
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _grain() -> Any:

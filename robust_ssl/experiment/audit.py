@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import evaluation, provenance, report
+from robust_ssl import evaluation, report
 from robust_ssl.audit import decision, document, files
 from robust_ssl.audit import pages as audit_pages
 from robust_ssl.evaluation.checks.result import BELIEVABLE, WITH_NOTES
-from robust_ssl.experiment import audit_pictures, pages, train
+from robust_ssl.experiment import audit_pictures, audit_provenance, pages, train
 from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.audit_baseline import write_baseline
 from robust_ssl.experiment.audit_screening import read_screening
@@ -30,7 +30,7 @@ from robust_ssl.experiment.groups import Group, outcome_name, threat_name
 from robust_ssl.experiment.score import build_per_image, read_outcomes, score
 from robust_ssl.parallel import barrier
 from robust_ssl.types import Classifier
-from robust_ssl.workdir import StageDirectory, WorkdirError, json_ready, sum_files
+from robust_ssl.workdir import StageDirectory, WorkdirError, fingerprint, json_ready, sum_files
 
 ROLES = ("usual", "secured")
 ROUNDS, BATCH = 5, 64  # of the timed inference
@@ -38,11 +38,12 @@ Names = Mapping[str, str | None]  # of the models, by role
 
 
 def check(context: Context) -> None:
-    """Raises unless pages can be written and the company's files can be read."""
+    """Raises unless pages can be written, files can be read, and classifier and encoder fit."""
     audit_pages.check_installed()
     section = context.plan.audit
     given = files.chosen(context.workdir, section.answers, section.policy)
     decision.rules(given.policy, given.answers)
+    audit_provenance.check(context)
 
 
 def audit(context: Context) -> StageDirectory:
@@ -124,7 +125,7 @@ def _measure(
         "encoder": results["run"]["encoder"],
         "data": _data(results["run"]),
         "epsilon": float(context.plan.suite.epsilon),
-        "models": {role: name and _model(results, name) for role, name in names.items()},
+        "models": _named(context, results, names, models["usual"]),
         "clean": _clean(right),
         "attacked": {role: each and _attacked(each) for role, each in right.items()},
         "rows": _rows(results["results"], names),
@@ -135,7 +136,7 @@ def _measure(
         "cost": _cost(context, compared.results["rows"], models, kept),
         "trust": {role: name and _trust(results["verdicts"], name) for role, name in names.items()},
         "examples": audit_pictures.examples(looks["usual"], context.plan.audit.examples),
-        "provenance": _provenance(context),
+        "provenance": audit_provenance.examine(context),
         "screening": read_screening(context),
         "inspection": write_baseline(context, models["secured"]) if names["secured"] else None,
         "made": _made(context, scored),
@@ -238,16 +239,22 @@ def _curve(entries: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, A
     return [{"epsilon": epsilon, "accuracy": points[epsilon]} for epsilon in sorted(points)]
 
 
+def _times(factor: float | None, usual: float | None) -> float | None:
+    """Returns a factor over the usual recipe's: rows have it over the comparison's reference's."""
+    return factor / usual if factor and usual else None
+
+
 def _trade_off(rows: Sequence[Mapping[str, Any]], section: Audit) -> list[dict[str, Any]]:
     first = {}
     for row in rows:
         first.setdefault(row["recipe"], row)
+    usual = first.get(section.usual, {}).get("cost_factor")
     return [
         {
             "recipe": recipe,
             "clean": row["clean"],
             "robust": row["robust_worst"],
-            "cost_factor": row["cost_factor"],
+            "cost_factor": _times(row["cost_factor"], usual),
             "trusted": row["verdict"] in (BELIEVABLE, WITH_NOTES),
             "chosen": recipe == section.secured,
         }
@@ -271,8 +278,17 @@ def _data(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model(results: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {"name": name, "recipe": results["models"][name]["recipe"]}
+def _named(
+    context: Context, results: Mapping[str, Any], names: Names, usual: Classifier
+) -> dict[str, Any]:
+    """Returns the models by role, and whether the usual one has another encoder than the public."""
+    named: dict[str, Any] = {
+        role: name and {"name": name, "recipe": results["models"][name]["recipe"]}
+        for role, name in names.items()
+    }
+    public = train.public_encoder(context, context.plan.recipes[context.plan.audit.usual])
+    moved = fingerprint(usual.encoder.variables) != fingerprint(public.variables)
+    return named | {"usual": {**named["usual"], "trains_encoder": moved}}
 
 
 def _trust(verdicts: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -321,7 +337,7 @@ def _cost(
             }
             for role in ROLES
         },
-        "factor": seconds["secured"].get("cost_factor"),
+        "factor": _times(*(seconds[role].get("cost_factor") for role in ("secured", "usual"))),
         "extra_training_seconds": extra,
         "inference_ratio": ratio,
         "same_network": same,
@@ -341,28 +357,6 @@ def _inference_seconds(context: Context, models: Mapping[str, Classifier]) -> di
             if number:  # the first compiles
                 seconds[role].append((time.perf_counter() - begun) / count)
     return {role: statistics.median(times) for role, times in seconds.items()}
-
-
-def _source(context: Context) -> str | None:
-    """Returns where the encoder comes from, as provenance is asked for; None for a function."""
-    return None if context.plan.encoder.is_pretrained else context.plan.encoder.path
-
-
-def _provenance(context: Context) -> dict[str, Any] | None:
-    """Returns the ten checks of the encoder; None where they cannot be made here."""
-    source = _source(context)
-    if source is None:
-        return None
-    file, options = context.plan.audit.lock, context.plan.encoder.options
-    lock = None if file is None else provenance.read_lock(file)
-    checks = [one.as_json() for one in provenance.examine(source, lock=lock, **options)]
-    outcomes = [one["outcome"] for one in checks]
-    return {
-        "checks": checks,
-        "passed": outcomes.count("pass"),
-        "failed": outcomes.count("fail"),
-        "absent": outcomes.count("absent"),
-    }
 
 
 def _made(context: Context, scored: StageDirectory) -> dict[str, Any]:

@@ -30,11 +30,9 @@ def in_order_of_test(context: Context, name: str, classifier: Classifier) -> Cla
         return classifier  # the second is refused with the number of logits
     if not mine or data.is_numbered(mine) or data.is_numbered(asked):
         _log.warning(
-            "config.classifiers.%s: its logits are taken for the classes %s in this order, since "
-            "%s; class_names beside its path says what they stand for",
+            "config.classifiers.%s: %s; class_names beside its path says what they stand for",
             name,
-            data.listed(asked),
-            f"it knows them as {data.listed(mine)}" if mine else "it does not say what they are",
+            data.taken_in_order(mine, asked),
         )
         return classifier
     if sorted(mine) == sorted(asked):

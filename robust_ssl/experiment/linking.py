@@ -28,6 +28,7 @@ from robust_ssl.build import (
 from robust_ssl.experiment import features
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
 from robust_ssl.models.bridge import refuse_bridge
+from robust_ssl.models.contract import check_network
 from robust_ssl.settings.overrides import MAY_HAVE_OTHERS, OTHERS
 from robust_ssl.types import Encoder
 
@@ -90,7 +91,8 @@ def entries_of(value: Any, common: Mapping[str, Any], where: str) -> dict[str, A
         if field.name in ENTRIES:
             missing = field.default_factory is dataclasses.MISSING
             default = field.default if missing else field.default_factory()
-            text[field.name] = text_of(entries.get(field.name, default))
+            with inside(f"{where}.{field.name}"):
+                text[field.name] = text_of(entries.get(field.name, default))
     text = {n: v for n, v in undecided(text).items() if n not in LATER or v != LATER[n]}
     if text.get("losses") and isinstance(text["losses"], Mapping):
         if read(Share | None, text["adv_ratio"], f"{where}.adv_ratio") is not None:
@@ -310,6 +312,7 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
     shape = (encoder.image_size, encoder.image_size, 3)
     with inside(where):
         refuse_bridge(encoder, "trained")
+        check_network(encoder)
     with inside(f"{where}.attack"):
         if recipe.attack is not None:
             recipe.attack.check(shape)

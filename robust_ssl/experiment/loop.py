@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -116,12 +117,18 @@ def train(
     in_flight: collections.deque = collections.deque()
     unwritten: list[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]] = []
     done = first
-    with progress.stage(stage.path.name, total, batches.batch_size, first) as bar:
+    shown = progress.stage(stage.path.name, total, batches.batch_size, first)
+    # Closed when it is stopped, too: workers that read end before the process does.
+    with contextlib.closing(batches), shown as bar:
         while done < total and not _lost_patience(kept, done, batches, patience, patience_from):
             start, done = done, done + 1
             if looped:
                 done = _next_stop(start, every, batches.steps_per_epoch)
-            state, metrics = advance(kept["state"], start, done - start)
+            try:
+                state, metrics = advance(kept["state"], start, done - start)
+            except _NoBatchAfterStopError:
+                _write(stage, unwritten)
+                _save_and_stop(stage, kept, start, total)
             kept, extra = {**kept, "state": state}, {}
             in_flight.append(metrics["loss"])
             if len(in_flight) > _AHEAD:
@@ -139,14 +146,22 @@ def train(
             if saving or epoch_ends:
                 _write(stage, unwritten)
                 _raise_if_stuck(stage, done, total, kept, parallel)
-            if saving and done < total:
+            if saving and not stopping and done < total:
                 stage.save(done, kept)
             if stopping and done < total:
-                stage.wait()
-                raise Stopped(f"{stage.path.name} stopped after step {done} of {total}")
-    batches.close()
+                _save_and_stop(stage, kept, done, total)
     _raise_if_mostly_skipped(kept["state"])
     return kept["state"], kept.get("best")
+
+
+class _NoBatchAfterStopError(Exception):
+    """A stop was asked for, and the signal has ended what reads the batches, too."""
+
+
+def _save_and_stop(stage: StageDirectory, kept: dict, done: int, total: int) -> None:
+    stage.save(done, kept)
+    stage.wait()
+    raise Stopped(f"{stage.path.name} stopped after step {done} of {total}")
 
 
 def _fitting(every: int, steps_per_epoch: int) -> int:
@@ -181,7 +196,18 @@ def _advance(
         step = Step(Computation(lambda state, batch, _, plain=step: plain(state, batch)), (), 0)
     if not loop_on_device:
         compiled = step.compiled(parallel)
-        return lambda state, first, count: compiled(state, batches(first)), False
+
+        def one_step(state, first, count):
+            try:
+                batch = batches(first)
+            except Exception as error:
+                # One of several processes cannot save alone, nor count a point more than others.
+                if jax.process_count() == 1 and stop_requested():
+                    raise _NoBatchAfterStopError from error
+                raise
+            return compiled(state, batch)
+
+        return one_step, False
 
     def loop(state, order, constants):
         def one(state, rows):

@@ -45,8 +45,7 @@ def choose_layers(
     with context.open(name, settings, inputs, seed) as stage:
         if stage.done:
             return stage
-        size = len(images) - len(images) % len(context.parallel.devices)
-        batch = images.read(np.arange(size))
+        batch = images.read(np.arange(len(images)))
         clean, labels = evaluation.to_pixels(batch["images"]), jnp.asarray(batch["labels"])
         key = stage_key(seed, name)
         adversarial = jax.jit(attack_batch)(attack, key, classifier, clean, labels)
@@ -62,7 +61,7 @@ def choose_layers(
         selected = selection.choose(scores)
         _log.info("robust-redundant layers: %s", ", ".join(selected))
         ascents = 1 + len(scores) * selection.num_steps
-        gradients = size * (attack.gradient_evaluations + ascents)
+        gradients = len(images) * (attack.gradient_evaluations + ascents)
         results = {"scores": scores, "selected": selected, "gradient_evaluations": gradients}
         stage.finish(results)
     return stage

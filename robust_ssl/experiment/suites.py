@@ -147,7 +147,7 @@ class InnerAttack:
             threats.check(threat)
         attack = cls(function, threat, dict(value))
         with inside(where):
-            attack.build(None)
+            finetuning.check_inner(attack.build(None))
         return attack
 
     @property

@@ -7,6 +7,7 @@ from robust_ssl.finetuning.adversaries import (
     FreeReplays,
     UniversalPool,
     by_image,
+    check_inner,
 )
 from robust_ssl.finetuning.averaging import AVERAGE, served
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
@@ -39,6 +40,7 @@ __all__ = [
     "UniversalPool",
     "adapters",
     "by_image",
+    "check_inner",
     "guard",
     "has_budget",
     "init_state",

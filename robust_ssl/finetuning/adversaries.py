@@ -7,6 +7,7 @@ weights, and both move.  Its state is a part of the training state and is checkp
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -48,6 +49,31 @@ class Adversary(Protocol):
         self, deltas: jax.Array, gradient: jax.Array, key: jax.Array, step: jax.Array
     ) -> jax.Array:
         """Returns the perturbations of the next step; `gradient` is that of the training loss."""
+
+
+def check_inner(attack: Any) -> None:
+    """Raises ValueError unless training can attack with a value that was made of a threat.
+
+    Example:
+      >>> check_inner(object())
+      Traceback (most recent call last):
+      ValueError: object is no pytree, so no compiled step takes it: make its class with
+      robust_ssl.struct.dataclass
+    """
+    struct.check_passable(attack)
+    name = type(attack).__name__
+    if not (callable(attack) or isinstance(attack, Adversary)):
+        raise ValueError(
+            f"{name} cannot attack in training: it must be called as attack(key, model, image, "
+            "label), or have the methods of finetuning.Adversary"
+        )
+    fields = [field.name for field in dataclasses.fields(attack)] if _is_ours(attack) else []
+    if "threat" in fields[1:] and hasattr(getattr(attack, fields[0]), "project"):
+        raise ValueError(f"the first field of {name} must be its threat, and is {fields[0]!r}")
+
+
+def _is_ours(attack: Any) -> bool:
+    return dataclasses.is_dataclass(attack) and not isinstance(attack, type)
 
 
 def by_image(attack: Any) -> bool:

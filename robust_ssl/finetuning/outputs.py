@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
@@ -33,10 +34,12 @@ def training_outputs(
     """Returns outputs for the global batch and the new batch statistics (or None).
 
     The head runs on the gathered features: it is small, and its dropout then does not depend on
-    how the batch is spread.  Clean and adversarial images share one key, so that dropout makes no
-    difference between them.
+    how the batch is spread; that of an encoder does, as far as its random numbers go.  Clean and
+    adversarial images share one key, so that dropout makes no difference between them.
     """
     encoder_key, head_key = jax.random.split(key)
+    if axis_name is not None:  # one key for all would give each device's images the same dropout
+        encoder_key = jax.random.fold_in(encoder_key, jax.lax.axis_index(axis_name))
     train = functools.partial(model.encoder.apply_train, key=encoder_key, axis_name=axis_name)
     if batch_statistics == "frozen":
         outputs, statistics = encoded(model.encoder, images, read, parts), None
@@ -68,8 +71,8 @@ def encoded(
     outputs = in_parts(run, parts, images)
     # A loss that takes "the second block" needs all names: where nothing is read, zeros will do.
     shapes = jax.eval_shape(model, images).taps
-    taps = {n: outputs.taps.get(n, jnp.zeros(s.shape, s.dtype)) for n, s in shapes.items()}
-    return outputs.replace(taps=taps)
+    taps = [(n, outputs.taps.get(n, jnp.zeros(s.shape, s.dtype))) for n, s in shapes.items()]
+    return outputs.replace(taps=OrderedDict(taps))
 
 
 def _twins(encoder: Encoder, start_statistics: Variables, train: Callable, images: jax.Array):
@@ -94,8 +97,9 @@ def gather_outputs(outputs: Outputs, read: Set[str], axis_name: str | None) -> O
 
     The others stay where they are: a loss that takes "the second block" needs all their names.
     """
-    # In the order of the taps, not of the set: all processes must compile the same program.
-    taps = dict(outputs.taps)
+    # In the order of the taps, not of the set: all processes must compile the same program, and
+    # the second block is the second one.  JAX sorts a `dict`.
+    taps = OrderedDict(outputs.taps)
     for name, tap in outputs.taps.items():
         if name in read:
             taps[name] = gather(tap, axis_name)
@@ -133,8 +137,8 @@ def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
     shape = getattr(values, "shape", None)
     if shape != inputs.labels.shape:
         raise ValueError(
-            f"the loss {name!r} must return one value per image, [batch] = "
-            f"{inputs.labels.shape}, but returned shape {shape}; do not take the mean in it"
+            f"the loss {name!r} must return one value per image, [batch] = {inputs.labels.shape}, "
+            f"but returned {_returned(values)}"
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(
@@ -142,6 +146,15 @@ def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
             f"{values.dtype}"
         )
     return values
+
+
+def _returned(values: Any) -> str:
+    """Says what came in place of a value per image, and why it may have."""
+    shape = getattr(values, "shape", None)
+    if shape is None:
+        kind = type(values).__name__
+        return f"a {kind}; a loss is a function of its inputs, or an instance that can be called"
+    return f"shape {shape}" + ("; do not take the mean in it" if shape == () else "")
 
 
 def _failing_line(error: Exception) -> str:

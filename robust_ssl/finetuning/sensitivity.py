@@ -75,7 +75,7 @@ def layer_sensitivity(
     paths = list(flatten_dict(original, sep="/"))
     selected = kernels(original, layers)
     measure, ascend = _compile(classifier, parallel, learning_rate, radius)
-    batch = parallel.put({"images": adversarial_images, "labels": labels})
+    batch = parallel.put(_filled(adversarial_images, labels, len(parallel.devices)))
 
     others = {name: value for name, value in classifier.variables.items() if name != "params"}
     # With no layer chosen nothing moves: the base loss, and the first gradient of every layer.
@@ -173,7 +173,8 @@ def _compile(classifier: Classifier, parallel: Parallel, learning_rate: float, r
     def robust_loss(params, others, batch):
         model = classifier.with_variables({**others, "params": params})
         outputs = model(batch["images"])
-        return jnp.mean(clean_cross_entropy(LossInputs(labels=batch["labels"], clean=outputs)))
+        losses = clean_cross_entropy(LossInputs(labels=batch["labels"], clean=outputs))
+        return jnp.mean(batch["weights"] * losses)
 
     def move(state):
         params, gradient, original = (
@@ -195,6 +196,19 @@ def _compile(classifier: Classifier, parallel: Parallel, learning_rate: float, r
         return state | {"params": params, "gradient": gradient}, loss
 
     return parallel.compile(measure), parallel.compile(ascend)
+
+
+def _filled(images: Any, labels: Any, devices: int) -> dict[str, np.ndarray]:
+    """Fills a batch up until it divides over the devices; what was added has no weight."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    count = len(images)
+    more = -count % devices
+    weights = np.full(count, (count + more) / count, np.float32)  # the mean is over all rows
+    return {
+        "images": np.concatenate([images, np.repeat(images[:1], more, axis=0)]),
+        "labels": np.concatenate([labels, np.repeat(labels[:1], more)]),
+        "weights": np.concatenate([weights, np.zeros(more, np.float32)]),
+    }
 
 
 def _into_ball(x: jax.Array, center: jax.Array, radius: float) -> jax.Array:

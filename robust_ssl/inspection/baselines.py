@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import logging
 import os
 import pathlib
 import re
@@ -20,6 +21,8 @@ from robust_ssl.inspection import measuring
 from robust_ssl.types import Classifier
 from robust_ssl.weights import cards, transforms
 from robust_ssl.workdir import versions
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = 1
 CARD, ARRAYS, LOCK = "baseline.json", "baseline.npz", "encoder.lock.json"
@@ -149,6 +152,8 @@ def in_order_of_logits(
     """
     mine = classifier.class_names
     if not mine or data.is_numbered(mine) or data.is_numbered(class_names):
+        if not data.is_numbered(class_names):
+            _log.warning("the classifier: %s", data.taken_in_order(mine, class_names))
         return labels
     models.in_order_of(classifier, class_names)
     return np.asarray([mine.index(name) for name in class_names])[labels]

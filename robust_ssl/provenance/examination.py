@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +33,8 @@ def examine(
     Args:
       source: As `open_source` takes it: a shipped name, a directory of this package, a foreign
         file or folder, ``hf://owner/name@<commit>``; or what `open_source` has found.
-      lock: What `lock` returned, or the file that `write_lock` wrote; None where there is none.
+      lock: What `lock` returned, or the file that `write_lock` wrote, which may lie among those
+        of the source; None where there is none.
       signature_file: Of model-signing; None looks beside the files.
       public_key: The signer's, PEM.
       allow_moving: Whether a revision of the hub may be a branch or a tag; the first check says so.
@@ -50,10 +53,14 @@ def examine(
       >>> [check.number for check in checks], checks[4].outcome
       ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 'pass')
     """
+    own = None
     if isinstance(lock, str | os.PathLike):
-        lock = read_lock(lock)
+        own, lock = pathlib.Path(lock).resolve(), read_lock(lock)
     if not isinstance(source, Source):
         source = open_source(source, allow_moving=allow_moving, **told(lock, options))
+    # Whatever a lock beside its encoder is called, it is not in itself.
+    files = {name: file for name, file in source.files.items() if file.resolve() != own}
+    source = dataclasses.replace(source, files=files)
     return of_network(source, network.read(source), lock, signature_file, public_key)
 
 

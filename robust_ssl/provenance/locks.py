@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any
 from robust_ssl.build import name_of
 from robust_ssl.provenance import content, documents, network
 from robust_ssl.provenance.check import NAMES, Check, some
-from robust_ssl.provenance.examination import examine, of_network, told
+from robust_ssl.provenance.examination import examine, of_network
 from robust_ssl.provenance.lock_files import SCHEMA, read_lock
 from robust_ssl.provenance.source import Source, open_source
 from robust_ssl.weights import hub
@@ -110,12 +109,7 @@ def verify(
         source = record["source"]["given"]
         if is_file and record["source"]["kind"] != "shipped" and not hub.is_address(source):
             source = pathlib.Path(lock).parent / source
-    found = open_source(source, **told(record, options))
-    # Whatever a lock beside its encoder is called, it is not in itself.
-    own = pathlib.Path(lock).resolve() if is_file else None
-    files = {name: file for name, file in found.files.items() if file.resolve() != own}
-    found = dataclasses.replace(found, files=files)
-    return examine(found, record, signature_file=signature_file, public_key=public_key)
+    return examine(source, lock, signature_file=signature_file, public_key=public_key, **options)
 
 
 def needed(record: Mapping[str, Any], *, signed: bool = False) -> tuple[str, ...]:

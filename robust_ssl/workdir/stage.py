@@ -16,9 +16,11 @@ made from: config, inputs, seed and the code of the user's functions (`StageDire
 from __future__ import annotations
 
 import errno
+import fnmatch
 import gc
 import json
 import logging
+import os
 import pathlib
 import shutil
 import time
@@ -57,6 +59,8 @@ _log = logging.getLogger(__name__)
 # Beside what a stage leaves: what it is resumed from, what it says of itself, what was not taken.
 _NO_RESULTS = ("manifest.json", "metrics.jsonl", "checkpoints", "damaged-*", "other-*")
 _NO_RESULTS += ("*.tmp", "*.partial", "*.damaged", "*.other")
+# What others leave there and take away again: editors, file managers, network disks, Python.
+_NO_RESULTS += (".*", "*~", "*.swp", "#*#", "Thumbs.db", "desktop.ini", "__pycache__")
 _A_WHILE = 60.0  # seconds, well below what orbax waits
 
 
@@ -350,12 +354,14 @@ def _left(path: pathlib.Path) -> list[pathlib.Path]:
     if jax.process_index():
         return []  # one process writes the manifest
     left = []
-    for entry in path.iterdir():
-        if any(entry.match(pattern) for pattern in _NO_RESULTS):
-            continue
-        files = [entry] if entry.is_file() else entry.rglob("*")
-        left += [f for f in files if f.is_file() and not any(map(f.match, _NO_RESULTS))]
-    return left
+    for folder, folders, names in os.walk(path):
+        folders[:] = filter(_is_result, folders)
+        left += [pathlib.Path(folder, name) for name in filter(_is_result, names)]
+    return [file for file in left if file.is_file()]
+
+
+def _is_result(name: str) -> bool:
+    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NO_RESULTS)
 
 
 def _brief(error: Exception) -> str:

@@ -125,12 +125,12 @@ def percent(share: float) -> str:
     """Returns a share in percent.
 
     Example:
-      >>> percent(0.97777), percent(1.0), percent(0.000056)
-      ('97.8 %', '100 %', '0.0056 %')
+      >>> percent(0.97777), percent(1.0), percent(0.0011), percent(0.000056)
+      ('97.8 %', '100 %', '0.11 %', '0.0056 %')
     """
     if share in (0, 1):
         return f"{100 * share:.0f} %"
-    return f"{plain(100 * share)} %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+    return f"{plain(100 * share)} %" if 0 < share < 0.01 else f"{100 * share:.1f} %"
 
 
 def money(value: float, currency: str, language: str) -> str:
