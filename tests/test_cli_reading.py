@@ -457,7 +457,8 @@ def test_following_ends_with_the_run(tracker, work, monkeypatch):
             done = seal({**manifest, "status": "done"})
             (recipe / "manifest.json").write_text(json.dumps(done))
 
-    monkeypatch.setattr("time.sleep", sleep)
+    # This module's own: a lock's thread of another test sleeps as well.
+    monkeypatch.setattr("robust_ssl.cli.track.time", types.SimpleNamespace(sleep=sleep))
     assert call(work, "--follow", "--every=7") == 0
     assert _numbers(sent)["recipes/pgd_at-seed0", 9] == {"loss": 0.75}
     assert looks == [7.0] * 12  # two until it was done, and ten without news
@@ -465,7 +466,7 @@ def test_following_ends_with_the_run(tracker, work, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("time.sleep", interrupt)
+    monkeypatch.setattr("robust_ssl.cli.track.time", types.SimpleNamespace(sleep=interrupt))
     assert call(work, "--follow") == 0
 
 
@@ -483,8 +484,9 @@ def test_no_stage_reads_what_tracking_remembers(work, tracker):
     files = [file for file in work.rglob("*") if file.is_file() and file not in before]
     assert {file.relative_to(work).parts[0] for file in files} == {"tracked"}
     (memory,) = (work / "tracked").iterdir()
-    memory.write_text("{")
-    assert call(work) == 2  # rather than all of it twice
+    for damaged in ("{", "[1]", "[]", "5", '{"train": 5}'):
+        memory.write_text(damaged)
+        assert call(work) == 2  # rather than all of it twice
 
 
 def test_lines_are_read_one_by_one(tmp_path):

@@ -245,7 +245,12 @@ def test_resizing_is_the_writers_says_how_and_can_be_named(tmp_path):
 def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
     draw = np.random.default_rng(0)
     token, further, grid = (draw.normal(size=(1, n, 8)).astype(np.float32) for n in (1, 2, 4))
-    prepare = LAYOUTS["timm-vit"].prepare
+    patch = np.zeros((8, 3, 4, 4), np.float32)
+
+    def prepare(tensors, size=None):
+        whole = LAYOUTS["timm-vit"].prepare({**tensors, "patch_embed.proj.weight": patch}, size)
+        return {name: x for name, x in whole.items() if name in {*tensors, "register_tokens"}}
+
     patches_only = prepare({"cls_token": token, "pos_embed": grid})
     np.testing.assert_array_equal(patches_only["pos_embed"][:, 0], 0)
     np.testing.assert_array_equal(patches_only["pos_embed"][:, 1:], grid)
@@ -259,7 +264,28 @@ def test_positions_of_patches_only_and_of_further_tokens_become_one_form():
     np.testing.assert_array_equal(distilled["register_tokens"], further[:, 1:] + further[:, :1])
     np.testing.assert_array_equal(distilled["pos_embed"], np.concatenate([token, grid], axis=1))
     usual = {"cls_token": token, "pos_embed": np.concatenate([token, grid], axis=1)}
-    assert prepare(usual) == usual
+    assert prepare(usual).keys() == usual.keys()
+    for name, x in prepare(usual).items():
+        np.testing.assert_array_equal(x, usual[name])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_positions_that_may_be_of_registers_too_need_the_image_size(first):
+    draw = np.random.default_rng(0)
+    further = draw.normal(size=(1, 9 - first, 8)).astype(np.float32)
+    position = draw.normal(size=(1, 25, 8)).astype(np.float32)  # 5 x 5, or 4 x 4 and 9 tokens
+    tensors = {"reg_token": further, "pos_embed": position}
+    tensors |= {"cls_token": further[:, :1]} if first else {}
+    tensors["patch_embed.proj.weight"] = np.zeros((8, 3, 8, 8), np.float32)
+    prepare = LAYOUTS["timm-vit"].prepare
+    alone, too = prepare(tensors, 40), prepare(tensors, 32)
+    np.testing.assert_array_equal(alone["pos_embed"][:, first:], position)
+    np.testing.assert_array_equal(alone["register_tokens"], further)
+    assert too["pos_embed"].shape == (1, 16 + first, 8)
+    np.testing.assert_array_equal(too["register_tokens"], further + position[:, first:9])
+    for unknown in (None, 48):
+        with pytest.raises(ValueError, match=r"images of 40 pixels, or of 9 other .* of 32; name"):
+            prepare(tensors, unknown)
 
 
 def test_what_features_a_distilled_deit_has_is_said():

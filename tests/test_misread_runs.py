@@ -10,8 +10,10 @@ import tiny
 from PIL import Image
 
 from robust_ssl import experiment, models, progress, weights
+from robust_ssl.experiment import pages
 from robust_ssl.experiment.class_order import in_order_of_test
 from robust_ssl.experiment.sections import SavedClassifier
+from robust_ssl.workdir import digest, sum_files
 
 
 def fake(*names):
@@ -132,3 +134,23 @@ def test_a_test_folder_that_is_the_training_folder_is_not_believed(tmp_path, cap
     del changed.recipes
     run(changed, tmp_path / "other")
     assert clean(tmp_path / "other")[1]["mine"] > 0.9
+
+
+def test_what_somebody_wrote_into_a_page_is_kept_each_time(tmp_path, caplog):
+    files = [tmp_path / "report.md", tmp_path / "results.csv"]
+
+    def written():
+        for file in files:
+            file.write_text("ours")
+        sums = sum_files(tmp_path, files)
+        (tmp_path / pages.WRITTEN).write_text(json.dumps({"files": sums, "sha256": digest(sums)}))
+
+    for number in ("", 1):
+        written()
+        assert pages._as_written(tmp_path)
+        for file in files:
+            file.write_text(f"mine {number}")
+        assert not pages._as_written(tmp_path)
+        for file in files:
+            name = f"{file.name}.changed{number}"
+            assert (tmp_path / name).read_text() == f"mine {number}" and name in caplog.text

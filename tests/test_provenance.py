@@ -339,6 +339,37 @@ def test_a_lock_is_verified_where_it_was_moved_with_its_encoder(folder, tmp_path
     assert main.main([*verify, "nothing"]) == 2
 
 
+@pytest.mark.parametrize("change", ["a shard", "the preprocessing", "a shard that is gone"])
+def test_a_lock_of_a_lone_file_is_of_all_that_is_read_with_it(tmp_path, change):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    encoder = models.resnet18(jax.random.key(0), width=8, image_size=32)
+    weights.export_safetensors(encoder, tmp_path / "whole.safetensors")
+    tensors, places = load_file(tmp_path / "whole.safetensors"), {}
+    for number in range(2):
+        part = {name: tensors[name] for name in sorted(tensors)[number::2]}
+        (folder / f"part{number}.safetensors").write_bytes(save(part))
+        places |= dict.fromkeys(part, f"part{number}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    images = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**images, "resample": 3}))
+    lock = provenance.lock(str(index), stem="cifar", stem_padding=1)
+    assert len(lock["files"]) == 4
+    file = provenance.write_lock(lock, tmp_path / "encoder.lock.json")
+    assert outcome(provenance.verify(file), "files") == "pass"
+    shard = folder / "part1.safetensors"
+    if change == "the preprocessing":
+        (folder / "preprocessor_config.json").write_text(json.dumps({**images, "resample": 0}))
+    elif change == "a shard that is gone":
+        shard.unlink()
+    else:
+        stored = load_file(shard)
+        name = next(name for name in stored if name.endswith("weight"))
+        shard.write_bytes(save({**stored, name: 1.0005 * stored[name]}))
+    assert outcome(provenance.verify(file), "files") == "fail"
+
+
 def test_a_lock_beside_its_encoder_is_not_in_itself_whatever_it_is_called(healthy, folder):
     file = provenance.write_lock(healthy[1] | {"source": _at(folder)}, folder / "approved.json")
     assert outcome(provenance.verify(file), "files") == "pass"

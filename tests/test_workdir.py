@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -299,6 +300,40 @@ def test_who_was_taken_for_dead_writes_no_more(tmp_path):
             with pytest.raises(WorkdirError, match="was taken over by process 1 on elsewhere"):
                 write()
     assert (tmp_path / lock.FILE).exists()  # it is the other one's
+
+
+def test_a_directory_that_is_gone_was_taken_over_by_nobody(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with hold(run):
+        run.rename(tmp_path / "moved")
+        with pytest.raises(WorkdirError, match="is not there any more: the directory was moved"):
+            lock.check_held(run)
+
+
+def test_a_copy_of_a_directory_in_use_is_in_nobodys_use(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(lock, "WATCH", 0.3)
+    run = tmp_path / "run"
+    run.mkdir()
+    with hold(run):
+        shutil.copytree(run, tmp_path / "copy")
+        with hold(tmp_path / "copy"):
+            assert "whose directory was copied here" in caplog.text
+        # Of the directory itself nobody doubts who has it.
+        with pytest.raises(WorkdirError, match="in use by another run"):
+            lock._take(run, "another")
+
+
+def test_a_link_is_followed_once(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    latest = tmp_path / "latest"
+    latest.symlink_to("first")
+    with open_stage(latest, "s", {}, {}, 0) as stage:
+        latest.unlink()
+        latest.symlink_to("second")
+        stage.finish({})
+    assert (tmp_path / "first" / "s").is_dir() and not list((tmp_path / "second").iterdir())
 
 
 def test_a_run_may_hold_its_directory_twice_and_a_damaged_lock_is_none(tmp_path):

@@ -120,8 +120,10 @@ def secure(
     left, devices = len(examples) - round(len(examples) * validation), len(parallel.devices)
     if left < devices:
         raise ValueError(f"{left} images are left to train on, fewer than the {devices} devices")
-    common = {"epochs": epochs, "batch_size": min(batch_size, left - left % devices)}
-    common["head"] = "mlp" if head is None else head
+    common = {
+        **{"epochs": epochs, "batch_size": min(batch_size, left - left % devices)},
+        "head": "mlp" if head is None else head,
+    }
     name, recipes = _recipes(recipe, options, common, epsilon)
     first = recipes[name].first
     if head is not None and first.text.get("head", text_of(head)) != text_of(head):

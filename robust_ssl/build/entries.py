@@ -215,8 +215,6 @@ def text_of(value: Any) -> Any:
     """
     if hasattr(value, "text"):
         return text_of(value.text)
-    if callable(value):
-        return _findable_name(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         text = {}
         for field in dataclasses.fields(value):
@@ -229,6 +227,8 @@ def text_of(value: Any) -> Any:
         return {str(name): text_of(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [text_of(entry) for entry in value]
+    if callable(value):
+        return _findable_name(value)
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -107,12 +108,19 @@ def _as_written(workdir: pathlib.Path) -> bool:
         return False
     changed = changed_files(workdir, record["files"])
     for line in changed:
-        _log.warning("%s: %s; the report is written again", workdir, line)
-    for name in {line.partition(" ")[0] for line in changed}:
-        file = workdir / name
-        if file.is_file() and file.suffix == ".md" and file.stat().st_size:
-            os.replace(file, file.with_name(f"{file.name}.changed"))
+        file, kept = workdir / line.partition(" ")[0], ""
+        if file.is_file() and file.suffix in (".md", ".csv") and file.stat().st_size:
+            free = _free(file)
+            os.replace(file, free)
+            kept = f"; what was there is {free.name}"
+        _log.warning("%s: %s; the report is written again%s", workdir, line, kept)
     return not changed
+
+
+def _free(file: pathlib.Path) -> pathlib.Path:
+    """Returns a name beside a file that nothing has."""
+    names = (f"{file.name}.changed{number or ''}" for number in itertools.count())
+    return next(file.with_name(n) for n in names if not file.with_name(n).exists())
 
 
 def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:

@@ -271,7 +271,7 @@ def _save(context: Context, stage: StageDirectory, name: str, served: Screen) ->
     """Leaves the classifier with its screen; one whose parts no card can name is left out."""
     recipe = context.plan.recipes.get(name)
     builder, options = saving.builder_of(context, recipe) if recipe is not None else (None, None)
-    card = {"false_alarms": 0.01, "detectors": sorted(served.fused.members)}
+    card = {"false_alarms": screening.JUDGED, "detectors": sorted(served.fused.members)}
     try:
         weights.save_screen(
             served, stage.path / "classifier", card, builder=builder, options=options

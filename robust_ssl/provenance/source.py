@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from robust_ssl import weights
-from robust_ssl.weights import classifiers, hub, native
+from robust_ssl.weights import beside, classifiers, hub, native
 from robust_ssl.workdir import versions
 
 Kind = Literal["shipped", "encoder", "classifier", "foreign"]
@@ -18,7 +18,7 @@ Kind = Literal["shipped", "encoder", "classifier", "foreign"]
 LOCK, STATEMENT, MATERIALS = "encoder.lock.json", "provenance.intoto.json", "bom.cdx.json"
 _OWN = (".lock.json", ".sig", ".intoto.json", ".cdx.json")
 _MOST_FILES = 10_000  # of a folder; an encoder has a few
-# What is read beside a lone file of weights: whatever else lies there is not known to belong to it.
+# What is said beside a lone file of weights; what is not read with it need not belong to it.
 _BESIDE = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
@@ -113,8 +113,12 @@ def _on_disk(given: str, path: pathlib.Path, options: Mapping[str, Any]) -> Sour
     if not path.exists():
         weights.encoder_card(given)  # which says what is near
         raise FileNotFoundError(f"{path} is not there")
-    beside = {name: path.parent / name for name in _BESIDE if (path.parent / name).is_file()}
-    files = {path.name: path, **beside}
+    try:
+        read = beside.files_of(path)
+    except ValueError:  # of an index whose shards are gone, which reading says
+        read = [path]
+    said = [path.parent / name for name in _BESIDE if (path.parent / name).is_file()]
+    files = {file.name: file for file in (*read, *said)}
     return Source(given, "foreign", path.parent, files, path, options=options)
 
 

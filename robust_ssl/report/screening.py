@@ -26,11 +26,11 @@ def screening_page(document: Mapping[str, Any]) -> str:
         f"chosen on {images['calibration']}, figures measured on {images['test']} others.",
         "## Do detectors hold where the attacker knows them?",
         "Per cent of the right images. *Plain* does not know the detector, *unseen* does: wrong "
-        "and no alarm.",
+        "and no alarm, at the threshold of 5 % false alarms, which the saved screen has too.",
         _table(_adaptive_rows(entries)) or "Not tried: no figure below is a protection.",
         "## False alarms and time",
         "Thresholds allow 1 % and 5 % of false alarms. *Shifted* are clean images of "
-        f"{words.markdown(shifted['name'])}.",
+        f"{words.markdown(shifted['name'])}.{_too_few(images['calibration'])}",
         _table(_clean_rows(entries)),
         "## Attacks that do not know the detector",
         "Per cent of attacked images that raise an alarm, with the 95 % interval. A detector that "
@@ -39,6 +39,18 @@ def screening_page(document: Mapping[str, Any]) -> str:
         *(f"{entry['detector']} is absent: {entry['reason']}." for entry in document["absent"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _too_few(calibration: int) -> str:
+    """Says which thresholds so few images cannot give: they are then the largest of the scores."""
+    rates = [rate for rate in (1, 5) if calibration * rate < 100]
+    if not rates:
+        return ""
+    shares = " and ".join(f"{rate} %" for rate in rates)
+    return (
+        f" {shares} of {calibration} calibration images are less than one image: that threshold is "
+        "their largest score, and allows more."
+    )
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:

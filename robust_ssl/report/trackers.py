@@ -271,7 +271,10 @@ def _remembered(file: pathlib.Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return dict(disk.read_json(file))
+        series = disk.read_json(file)
+        if not isinstance(series, dict) or not all(isinstance(x, dict) for x in series.values()):
+            raise ValueError("it holds something else")
+        return series
     except (OSError, ValueError) as error:
         raise WorkdirError(
             f"{file} says what was sent, and cannot be read ({error}); remove it to send all again"

@@ -12,11 +12,12 @@ from robust_ssl.screening.neighbors import Neighbors, fit_neighbors
 from robust_ssl.screening.screen import Screen, Screened
 from robust_ssl.screening.spectrum import Spectrum, fit_spectrum
 from robust_ssl.screening.squeeze import Squeeze, fit_squeeze
-from robust_ssl.screening.statistics import auc, auc_interval, threshold
+from robust_ssl.screening.statistics import JUDGED, auc, auc_interval, threshold
 from robust_ssl.screening.template import Template, fit_template
 
 __all__ = [
     "FUSED",
+    "JUDGED",
     "Adaptive",
     "Bench",
     "Calibrated",

@@ -16,7 +16,7 @@ from robust_ssl.evaluation import to_pixels
 from robust_ssl.screening import verdict
 from robust_ssl.screening.bench import Arrays, Bench
 from robust_ssl.screening.evasion import Evasion, UniversalEvasion
-from robust_ssl.screening.statistics import RATES, alarms, separation, threshold
+from robust_ssl.screening.statistics import JUDGED, alarms, separation, threshold
 from robust_ssl.types import Threat
 
 # The attacker aims below the threshold, since rounding to 8 bits moves a score.
@@ -83,7 +83,7 @@ class Target(NamedTuple):
     @property
     def threshold(self) -> float:
         """The score that 5 % of clean images exceed."""
-        return threshold(self.calibration, RATES["at_5_percent"])
+        return threshold(self.calibration, JUDGED)
 
 
 def pass_detector(

@@ -14,7 +14,7 @@ from robust_ssl.screening.adaptive import Adaptive, Target, count_parts, pass_de
 from robust_ssl.screening.bench import Arrays, Bench, Case
 from robust_ssl.screening.detector import Detector
 from robust_ssl.screening.fusion import Calibrated, Fused, Surprise
-from robust_ssl.screening.statistics import RATES, alarms, separation, share, threshold
+from robust_ssl.screening.statistics import JUDGED, alarms, separation, share, threshold
 
 FUSED = "fused"
 _SETS = ("calibration", "clean", "shifted")
@@ -82,7 +82,7 @@ def evaluate(
         )
         tried = pass_detector(bench, target, adaptive, right) if adaptive else []
         entries.append(_entry(name, nats[name], _seconds(base, name), by_name[name], tried))
-    return Evaluation(entries, fused, threshold(nats[FUSED]["calibration"], RATES["at_1_percent"]))
+    return Evaluation(entries, fused, threshold(nats[FUSED]["calibration"], JUDGED))
 
 
 def parts_of(detectors: int, cases: int, adaptive: Adaptive | None) -> int:

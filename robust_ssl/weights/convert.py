@@ -312,7 +312,7 @@ def _with_tensors(
     tensors = _as_float32(inspection.file.tensors, sources, report)
     parts = selection.count_parts(dropped, sources.values())
     inspection = dataclasses.replace(inspection, kept=tuple(sources.values()), dropped=parts)
-    return inspection, inspection.known_layout.prepare(tensors)
+    return inspection, inspection.known_layout.prepare(tensors, inspection.normalization.image_size)
 
 
 def _as_float32(arrays, sources: Mapping[str, str], report: Report) -> dict[str, np.ndarray]:

@@ -218,7 +218,7 @@ def _huggingface_network(names: _Names, kinds: tuple[str, ...], epsilon: float) 
     return network
 
 
-def _prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _prepare(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:
     """Convolutions of one pixel, in some of timm's MLPs, are dense layers."""
     return {
         name: x[:, :, 0, 0] if ".mlp.fc" in name and x.shape[2:] == (1, 1) else x

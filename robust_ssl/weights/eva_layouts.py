@@ -41,7 +41,7 @@ _TOLD = {
 }
 
 
-def _prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _prepare(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:
     """Takes maps apart that lie in one; keys have no bias, which is one of zeros."""
     parts: dict[str, np.ndarray] = {}
     for name, x in tensors.items():

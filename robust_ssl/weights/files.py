@@ -14,19 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from robust_ssl import disk
-from robust_ssl.weights import normalization, state_dicts, torch_pickle, torch_reader
+from robust_ssl.weights import beside, normalization, state_dicts, torch_pickle, torch_reader
 from robust_ssl.weights.state_dicts import SAVE_AGAIN
 from robust_ssl.weights.torch_pickle import DTYPES, RefusedError
 from robust_ssl.words import line as one_line
 
-_INDEX = ".index.json"
-_FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
-_FOLDER_FILES += ("open_clip_pytorch_model.bin",)
-_NEIGHBOURS = ("config.json", "preprocessor_config.json", "processor_config.json")
-_NEIGHBOURS += ("open_clip_config.json",)
 _OLDEST_TORCH = (2, 10)
 _MOST_SHARING = 8  # tied weights are stored once and used a few times
-_FETCH_AGAIN = "fetch it again"
 
 # What else is found under the name of weights: its first bytes, what it is, what to do.
 _OTHER_FORMATS = (
@@ -124,80 +118,23 @@ def read_weights(
     """
     if reader not in ("safe", "torch"):
         raise ValueError(f'reader={reader!r}: there are "safe" and "torch"')
-    file = _locate(pathlib.Path(path))
-    sharded = file.name.endswith(_INDEX)
+    file = beside.locate(pathlib.Path(path))
+    sharded = file.name.endswith(beside.INDEX)
     weights = (_read_shards if sharded else _read_file)(file, under, reader, inert)
-    beside = _read_neighbours(file.parent) if _is_published(path, file) else {}
-    return dataclasses.replace(weights, configs={**weights.configs, **beside})
-
-
-# --------------------------------------------------------------------------- folders and neighbours
-
-
-def _locate(path: pathlib.Path) -> pathlib.Path:
-    """The file of tensors that a path means."""
-    if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is not there; give a file of weights or its folder")
-        return path  # a pipe too: what opens it says so
-    for name in _FOLDER_FILES:
-        for file in (path / name, path / (name + _INDEX)):
-            if file.exists():
-                return file
-    suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-    files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files)
-        raise ValueError(
-            f"{path} has "
-            + (f"several files of weights, {names}" if files else "no file of weights")
-            + "; give the path of one"
-        )
-    return files[0]
+    configs = {**weights.configs, **beside.read_neighbors(path, file)}
+    return dataclasses.replace(weights, configs=configs)
 
 
 def read_beside(path: str | os.PathLike) -> dict[str, Any]:
     """Returns what lies beside weights, as `read_weights` has it, without the weights."""
-    file = _locate(pathlib.Path(path))
-    beside = _read_neighbours(file.parent) if _is_published(path, file) else {}
-    return {**normalization.header_of(file), **beside}
-
-
-def _is_published(path: str | os.PathLike, file: pathlib.Path) -> bool:
-    """Whether a file belongs to what lies beside it: one of a download folder does not."""
-    sharded = file.name.endswith(_INDEX)
-    return sharded or pathlib.Path(path).is_dir() or file.name in _FOLDER_FILES
-
-
-def _read_neighbours(folder: pathlib.Path) -> dict[str, Any]:
-    return {name: _read_json(folder / name) for name in _NEIGHBOURS if (folder / name).is_file()}
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = disk.read_json(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; {_FETCH_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must be a JSON object; {_FETCH_AGAIN}")
-    return value
+    file = beside.locate(pathlib.Path(path))
+    return {**normalization.header_of(file), **beside.read_neighbors(path, file)}
 
 
 def _read_shards(index: pathlib.Path, under: str | None, reader: str, inert) -> WeightsFile:
     """Several files that an index names, as one."""
-    places = _read_json(index).get("weight_map")
-    if not places or not isinstance(places, dict) or {*map(type, places.values())} != {str}:
-        raise ValueError(f'{index} has no "weight_map" of tensor names to files; {_FETCH_AGAIN}')
+    places = beside.places_of(index)
     names = sorted(set(places.values()))
-    # An index is foreign data: "../" in it could read any file of this machine.
-    outside = [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]
-    if outside:
-        raise ValueError(f"{index} names files outside its folder: {outside[:5]}; do not use it")
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent:
-        raise ValueError(
-            f"{index} names shards that are not beside it: {absent[:5]}; fetch them too"
-        )
     total = sum((index.parent / name).stat().st_size for name in names)
     if total > disk.memory():
         raise ValueError(f"{index} and its shards have {total:,} bytes, more than there is memory")
@@ -212,7 +149,9 @@ def _read_shards(index: pathlib.Path, under: str | None, reader: str, inert) -> 
     # Both ways: a tensor that the index does not list could shadow one of another shard.
     wrong = sorted({tensor for tensor, _ in contents ^ set(places.items())})
     if wrong:
-        raise ValueError(f"{index} and its shards do not agree about {wrong[:5]}; {_FETCH_AGAIN}")
+        raise ValueError(
+            f"{index} and its shards do not agree about {wrong[:5]}; {beside.FETCH_AGAIN}"
+        )
     return dataclasses.replace(
         shards[0], path=str(index), sha256=digests.hexdigest(), tensors=tensors, notes=tuple(notes)
     )
@@ -239,7 +178,7 @@ def _read_open(path: pathlib.Path, under: str | None, reader: str, inert) -> Wei
             # Some files of /proc have no end, and say that they are empty.
             head = file.read(512) if os.fstat(file.fileno()).st_size else b""
             if not head:
-                raise RefusedError(f"it is empty; {_FETCH_AGAIN}")
+                raise RefusedError(f"it is empty; {beside.FETCH_AGAIN}")
             sha256 = hashlib.file_digest(_rewound(file), "sha256").hexdigest()
             _rewound(file)
             if head[5:9] == b"\0\0\0{":  # a length of eight bytes, then JSON
@@ -288,7 +227,7 @@ def _other_format(head: bytes) -> str:
         return f"it is a plain pickle, not written by torch.save; {SAVE_AGAIN}"
     return (
         f"it begins with {head[:8]!r}, which is neither safetensors nor a file of torch.save; "
-        f"{_FETCH_AGAIN} if it should be, else {SAVE_AGAIN}"
+        f"{beside.FETCH_AGAIN} if it should be, else {SAVE_AGAIN}"
     )
 
 
@@ -307,7 +246,7 @@ def _read_safetensors(
         with safetensors.safe_open(path, "numpy"):
             pass
     except safetensors.SafetensorError as error:
-        raise RefusedError(f"{error}; it is cut off or damaged, {_FETCH_AGAIN}") from error
+        raise RefusedError(f"{error}; it is cut off or damaged, {beside.FETCH_AGAIN}") from error
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     metadata = header.pop("__metadata__", None)
     content = np.fromfile(file, np.uint8)

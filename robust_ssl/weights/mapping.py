@@ -85,7 +85,8 @@ class Network(NamedTuple):
     assumed: tuple[str, ...] = ()
 
 
-def _as_they_are(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _as_they_are(tensors: dict[str, np.ndarray], image_size: int | None) -> dict[str, np.ndarray]:
+    del image_size
     return tensors
 
 
@@ -109,7 +110,8 @@ class Layout:
         its ``"path"``.  Raises ValueError that says what must be named where they do not tell
         (stem padding, attention heads) and where this layout's writers differ.
       entries: Every variable of such an encoder.
-      prepare: Brings renamed tensors into the form that `entries` has, where writers differ in it.
+      prepare: Brings renamed tensors into the form that `entries` has, where writers differ in it;
+        told the image size, pixels, where one is known.
       resizing: How this writer resizes positions, a name of `models.RESIZINGS`, from the names in
         the file and what is said beside it; None where it must be named.
     """
@@ -120,7 +122,7 @@ class Layout:
     rename: Callable[[str], str | None]
     network: Callable[[Mapping[str, np.ndarray], Mapping[str, Any]], Network]
     entries: Callable[[Encoder], list[Entry]]
-    prepare: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = _as_they_are
+    prepare: Callable[[dict[str, np.ndarray], int | None], dict[str, np.ndarray]] = _as_they_are
     resizing: Callable[[Set[str], Mapping[str, Any]], str | None] = _must_be_named
 
 

@@ -176,7 +176,7 @@ def _huggingface_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str
     return Network("swin_transformer", options | {"pad_first": True})
 
 
-def _timm_prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _timm_prepare(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:
     """Its authors merge at the end of a stage, timm since 2023 at the beginning of the next."""
     if "layers.0.downsample.reduction.weight" not in tensors:
         return tensors

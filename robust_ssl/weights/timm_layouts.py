@@ -69,11 +69,14 @@ _TOLD = {
 }
 
 
-def _prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _prepare(tensors: dict[str, np.ndarray], image_size: int | None) -> dict[str, np.ndarray]:
     """Brings positions into one form: class token and patches have some, further tokens have none.
 
     A token's position is only ever added to it, so both are one number: what a further token's
     position says goes into the token, and a class token without a position gets zeros.
+
+    Raises:
+      ValueError: If positions may be of all tokens or of patches alone, and no image size tells.
     """
     tensors = dict(tensors)
     further = [name for name in ("dist_token", "reg_token") if name in tensors]
@@ -86,13 +89,27 @@ def _prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if further:
         registers = np.concatenate([tensors.pop(name) for name in further], axis=1)
         rest = first + registers.shape[1]
-        if not _is_square(count) and _is_square(count - rest):
+        patch = tensors["patch_embed.proj.weight"].shape[-1]
+        if _is_square(count - rest) and not _of_patches(count, rest, patch, image_size):
             registers = registers + position[:, first:rest]
             position = np.concatenate([position[:, :first], position[:, rest:]], axis=1)
         tensors["register_tokens"] = registers
-    if first and _is_square(count):
+    if first and _is_square(position.shape[1]):
         position = np.concatenate([np.zeros_like(token), position], axis=1)
     return {**tensors, "pos_embed": position}
+
+
+def _of_patches(count: int, rest: int, patch: int, image_size: int | None) -> bool:
+    """Whether `count` positions are all of patches, where they may be of `rest` tokens besides."""
+    if not _is_square(count) or count - rest == 1:  # no image is one patch
+        return _is_square(count)
+    sizes = [patch * math.isqrt(patches) for patches in (count, count - rest)]
+    if image_size not in sizes:
+        raise ValueError(
+            f"pos_embed has {count} positions: of patches alone in images of {sizes[0]} pixels, or "
+            f"of {rest} other tokens too in images of {sizes[1]}; name the image size"
+        )
+    return image_size == sizes[0]
 
 
 def _is_square(count: int) -> bool:

@@ -169,7 +169,7 @@ def _siglip_network(tensors: Tensors, configs: Configs) -> Network:
     return Network("vision_transformer", options)
 
 
-def _siglip_prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _siglip_prepare(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:
     """SigLIP2's patches are rows of pixels, row, column, color; written as a convolution."""
     kernel = tensors.get("embeddings.patch_embedding.weight")
     if kernel is None or kernel.ndim != 2:
@@ -214,7 +214,7 @@ def _image_size(config: Mapping[str, Any], configs: Configs) -> int:
     return sides.pop()
 
 
-def _dinov3_prepare(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _dinov3_prepare(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:
     """Keys have no bias, which is one of zeros; no registers are none."""
     tensors = dict(tensors)
     for name in list(tensors):

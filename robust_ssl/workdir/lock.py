@@ -113,12 +113,18 @@ def check_held(workdir: str | os.PathLike) -> None:
     held = _held.get(path)
     if held is None or not held.writes:
         return
-    holder = _read(pathlib.Path(path) / FILE)
-    if holder is None or holder.get("token") != held.token:
-        by = "somebody" if holder is None else _words(holder)
+    file = pathlib.Path(path) / FILE
+    holder = _read(file)
+    if holder is None:
+        state = "is not there any more" if not file.exists() else "cannot be read"
         raise WorkdirError(
-            f"{path} was taken over by {by}: this process did not answer for {WATCH} s; "
-            "it stops, so that two do not write into one directory"
+            f"{file} {state}: the directory was moved, removed or changed under a run, which "
+            "stops. Bring it back, or give its new place, and run the same command again"
+        )
+    if holder["token"] != held.token:
+        raise WorkdirError(
+            f"{path} was taken over by {_words(holder)}: this process did not answer for {WATCH} "
+            "s; it stops, so that two do not write into one directory"
         )
 
 
@@ -132,7 +138,8 @@ def _take(path: pathlib.Path, token: str) -> None:
             holder = _read(file)
             if holder is None or _is_gone(holder):
                 return _write(file, token, holder)
-        if _same_machine(holder):
+        # Nobody touches a copy; but on some disks a file has another number for each who looks.
+        if _same_machine(holder) and not _is_copy(holder, file):
             raise WorkdirError(_refusal(path, holder))
         _log.warning(
             "%s is held by %s; watching for up to %d s whether it lives",
@@ -147,7 +154,9 @@ def _take(path: pathlib.Path, token: str) -> None:
 
 def _write(file: pathlib.Path, token: str, before: dict[str, Any] | None) -> None:
     if before is not None:
-        _log.warning("took %s over: it was held by %s, which is gone", file.parent, _words(before))
+        copied = _is_copy(before, file) and not _is_gone(before)
+        why = "whose directory was copied here" if copied else "which is gone"
+        _log.warning("took %s over: it was held by %s, %s", file.parent, _words(before), why)
     holder = {
         "host": platform.node(),
         "process": os.getpid(),
@@ -155,6 +164,7 @@ def _write(file: pathlib.Path, token: str, before: dict[str, Any] | None) -> Non
         "machine": _machine(),
         "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "token": token,
+        "file": file.stat().st_ino,
     }
     with open(file, "r+", encoding="utf-8") as stream:  # in place: others may wait for this file
         stream.truncate()
@@ -206,6 +216,11 @@ def _read(file: pathlib.Path) -> dict[str, Any] | None:
 
 
 # --- The holder ---------------------------------------------------------------------------------
+
+
+def _is_copy(holder: dict[str, Any], file: pathlib.Path) -> bool:
+    """Whether a lock seems to be copied with its directory: its file has another number."""
+    return holder.get("file", file.stat().st_ino) != file.stat().st_ino
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:

@@ -20,6 +20,8 @@ class WorkdirError(ValueError):
 def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
     """Returns the path of a working directory, ``~`` replaced.
 
+    A link is followed now, once: whoever points it elsewhere later does not move a run.
+
     Raises:
       WorkdirError: If it is the address of a bucket or a site, empty, or no text.
 
@@ -44,9 +46,10 @@ def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
             f"--workdir {text!r} is no UTF-8, which files inside it must name; take another name"
         )
     try:
-        return pathlib.Path(text).expanduser()
+        path = pathlib.Path(text).expanduser()
     except RuntimeError as error:  # no home directory
         raise WorkdirError(f"--workdir {text!r}: {error}; write the whole path") from error
+    return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def check_place(path: pathlib.Path) -> None:
