@@ -76,7 +76,8 @@ TIMM = {
         "global_pool": "avg", "class_token": False, "no_embed_class": True, "reg_tokens": 4,
         "init_values": 0.1,
     },
-    "registers, DINOv2": {"no_embed_class": True, "reg_tokens": 4, "init_values": 0.1},
+    # With four, 3 x 3 positions might be of 2 x 2 patches and five tokens.
+    "registers, DINOv2": {"no_embed_class": True, "reg_tokens": 3, "init_values": 0.1},
     "registers with positions": {"reg_tokens": 2},
     "SigLIP": {"global_pool": "map", "class_token": False, "act_layer": "gelu_tanh"},
     "DeiT III": {"no_embed_class": True, "init_values": 0.1},
