@@ -121,7 +121,8 @@ def secure(
     if left < devices:
         raise ValueError(f"{left} images are left to train on, fewer than the {devices} devices")
     common = {
-        **{"epochs": epochs, "batch_size": min(batch_size, left - left % devices)},
+        "epochs": epochs,
+        "batch_size": min(batch_size, left - left % devices),
         "head": "mlp" if head is None else head,
     }
     name, recipes = _recipes(recipe, options, common, epsilon)

@@ -163,11 +163,11 @@ def _advice(inputs: Any, error: Exception) -> str:
     if isinstance(error, KeyError) and error.args[0] not in inputs.clean.taps:
         known = ", ".join(inputs.clean.taps)
         return f"; the made-up outputs have the layers {known}: pass taps=, those of your encoder"
-    if "NoneType" in str(error):
-        return "; " + (
-            "the public encoder has no logits: inputs.pretrained.logits is None"
-            if isinstance(inputs, LossInputs)
-            else "inputs.labels is None unless needs_label=True, and no downstream-agnostic attack "
-            "has labels"
-        )
-    return ""
+    if "NoneType" not in str(error):
+        return ""
+    if isinstance(inputs, LossInputs):
+        return "; the public encoder has no logits: inputs.pretrained.logits is None"
+    return (
+        "; inputs.labels is None unless needs_label=True, and no downstream-agnostic attack has "
+        "labels"
+    )

@@ -174,7 +174,7 @@ def _right(
 def _white_box(context: Context) -> list[float]:
     """Returns the Linf budgets of who knows the model: the widest at which an attack sees labels.
 
-    Those below it are his as well, and what needs no labels there.
+    Whoever has that one has those below it, too, and what needs no labels there.
     """
     budgets = [b for b in context.plan.scoring.per_image.scored if threat_name(b.threat) == "Linf"]
     seeing = [

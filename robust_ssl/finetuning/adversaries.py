@@ -7,7 +7,6 @@ weights, and both move.  Its state is a part of the training state and is checkp
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -67,13 +66,9 @@ def check_inner(attack: Any) -> None:
             f"{name} cannot attack in training: it must be called as attack(key, model, image, "
             "label), or have the methods of finetuning.Adversary"
         )
-    fields = [field.name for field in dataclasses.fields(attack)] if _is_ours(attack) else []
+    fields = [*getattr(attack, "__dataclass_fields__", ())]
     if "threat" in fields[1:] and hasattr(getattr(attack, fields[0]), "project"):
         raise ValueError(f"the first field of {name} must be its threat, and is {fields[0]!r}")
-
-
-def _is_ours(attack: Any) -> bool:
-    return dataclasses.is_dataclass(attack) and not isinstance(attack, type)
 
 
 def by_image(attack: Any) -> bool:

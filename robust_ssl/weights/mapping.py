@@ -85,8 +85,7 @@ class Network(NamedTuple):
     assumed: tuple[str, ...] = ()
 
 
-def _as_they_are(tensors: dict[str, np.ndarray], image_size: int | None) -> dict[str, np.ndarray]:
-    del image_size
+def _as_they_are(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:
     return tensors
 
 

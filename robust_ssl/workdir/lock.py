@@ -138,8 +138,9 @@ def _take(path: pathlib.Path, token: str) -> None:
             holder = _read(file)
             if holder is None or _is_gone(holder):
                 return _write(file, token, holder)
+            copied = _is_copy(holder, file)  # asked here, where the holder cannot remove the file
         # Nobody touches a copy; but on some disks a file has another number for each who looks.
-        if _same_machine(holder) and not _is_copy(holder, file):
+        if _same_machine(holder) and not copied:
             raise WorkdirError(_refusal(path, holder))
         _log.warning(
             "%s is held by %s; watching for up to %d s whether it lives",
