@@ -12,7 +12,7 @@ import tiny
 
 import robust_ssl
 from robust_ssl import attacks, data, experiment, models, progress, struct, threats
-from robust_ssl.api import choice, measuring, securing
+from robust_ssl.api import choice, inputs, measuring, securing
 from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, universal
 from robust_ssl.evaluation import checks
@@ -612,13 +612,34 @@ def test_a_function_and_an_attack_without_a_threat_can_be_measured(classifier):
     assert plain.robust_accuracy == value.robust_accuracy
 
 
-def test_a_batch_divides_over_the_devices_unless_it_was_given():
+def test_few_images_make_the_same_batches_on_any_usual_number_of_devices():
     images, labels = tiny.images(n=25)
-    encoder = tiny.encoder()
-    two = Parallel.create(num_devices=2)
-    options = {"recipe": "linear_probe", "parallel": two, **SMALL}
-    options["batch_size"] = 64  # 23 are left
-    assert robust_ssl.secure(encoder, images, labels, **options).num_classes == 4
+    encoder, counts = tiny.encoder(), (1, 2)
+    options = {"recipe": "linear_probe", **SMALL, "batch_size": 64}  # 23 are left
+    heads, deltas = [], []
+    for parallel in (Parallel.create(num_devices=count) for count in counts):
+        net = robust_ssl.secure(encoder, images, labels, parallel=parallel, **options)
+        heads.append(jax.tree.leaves(net.head_variables))
+        fitted = robust_ssl.attack(encoder, images, num_steps=2, parallel=parallel, **QUIET)
+        deltas.append(np.asarray(fitted.value.delta))
+    for one, other in zip(*heads, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert np.abs(deltas[0] - deltas[1]).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "batch"), [(64, 4, 64), (63, 4, 32), (5, 1, 4), (5, 3, 3), (2, 2, 2)]
+)
+def test_a_batch_is_as_large_as_the_images_allow(images, devices, batch):
+    parallel = Parallel.create(num_devices=devices)
+    assert inputs.batch_of(64, images, parallel) == batch
+
+
+def test_fewer_images_than_devices_and_what_are_no_devices_are_refused():
+    with pytest.raises(ValueError, match=r"3 images cannot be shared by 4 devices; take fewer"):
+        inputs.batch_of(64, 3, Parallel.create(num_devices=4))
+    with pytest.raises(ValueError, match=r"parallel= is a robust_ssl.parallel.Parallel.*got 4"):
+        inputs.devices_of(4)
 
 
 def test_attacks_of_one_name_are_all_measured(perturbation):

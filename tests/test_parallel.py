@@ -182,6 +182,15 @@ def test_a_wrong_number_of_devices_is_refused(devices):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match=r"kind must be one of .*'shard_map'.*got 'xmap'"):
         Parallel.create(kind="xmap")
+    with pytest.raises(ValueError, match="kind must be one of"):
+        Parallel(jax.devices(), "xmap")
+    with pytest.raises(ValueError, match="devices is empty"):
+        Parallel(())
+
+
+def test_devices_may_be_a_list():
+    layout = Parallel(jax.devices()[:2])
+    assert {layout: 1}[Parallel.create(num_devices=2)] == 1
 
 
 @pytest.mark.parametrize("size", [0, 3, 6])

@@ -155,7 +155,7 @@ def attack(
       attack: A name of ``robust_ssl.list("attacks")`` that is universal, ``"module:function"``,
         or an `attacks.UniversalAttack`.
       num_steps: Steps of the fit.
-      batch_size: Images a step.
+      batch_size: Images a step; of fewer images the largest power of two.
       threat: Makes a threat of the budget: `threats.Linf`, `threats.L2`, `threats.Patch` (of an
         area).
       seed: Of the start and of the batches.
@@ -191,7 +191,7 @@ def attack(
     resizing = inputs.resizing_of(encoder)
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)
-    batch_size = min(batch_size, len(surrogate) - len(surrogate) % len(parallel.devices))
+    batch_size = inputs.batch_of(batch_size, len(surrogate), parallel)
     keys, epsilons = attacks.members(seeds=(seed,), epsilons=(epsilon,))
     begun = time.perf_counter()
     name = getattr(fitted, "name", type(fitted).__name__)

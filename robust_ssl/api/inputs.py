@@ -173,5 +173,33 @@ def pixels_of(images: Any) -> np.ndarray:
 
 
 def devices_of(parallel: Parallel | None) -> Parallel:
-    """Returns the devices: what is given, or the first one."""
-    return parallel or Parallel.create(num_devices=1)
+    """Returns the devices: what is given, or the first one.
+
+    Raises:
+      ValueError: If something else is given.
+    """
+    if parallel is None:
+        return Parallel.create(num_devices=1)
+    if not isinstance(parallel, Parallel):
+        raise ValueError(
+            "parallel= is a robust_ssl.parallel.Parallel, for example "
+            f"Parallel.create(num_devices=2); got {parallel!r}"
+        )
+    return parallel
+
+
+def batch_of(batch_size: int, images: int, parallel: Parallel) -> int:
+    """Returns the batch size that so many images allow: at most what is asked for.
+
+    Fewer images make it a power of two: 1, 2, 4 and 8 devices share that, and so train alike.
+
+    Raises:
+      ValueError: If there are fewer images than devices.
+    """
+    devices = len(parallel.devices)
+    if images < devices:
+        raise ValueError(f"{images} images cannot be shared by {devices} devices; take fewer")
+    if batch_size <= images:
+        return batch_size
+    power = 1 << images.bit_length() - 1
+    return images - images % devices if power % devices else power

@@ -88,7 +88,7 @@ def secure(
       epsilon: Budget of every attack of training and validation, pixel units.  None is what the
         recipe says, 8/255 for those of the package, and 8/255 for validation.
       epochs: Passes over the images, of each recipe on the way.
-      batch_size: Images of an update.
+      batch_size: Images of an update; of fewer images the largest power of two.
       validation: Share of the images by which epochs are chosen.
       seed: Of the head's first weights, the batches and the keys.
       parallel: The devices; None is the first one.
@@ -117,12 +117,10 @@ def secure(
     examples = inputs.examples_of(images, labels, encoder.image_size, "train", resizing)
     epochs, batch_size = inputs.count(epochs, "epochs"), inputs.count(batch_size, "batch_size")
     validation = read(Annotated[float, Range(0, 1, below=True)], validation, "validation")
-    left, devices = len(examples) - round(len(examples) * validation), len(parallel.devices)
-    if left < devices:
-        raise ValueError(f"{left} images are left to train on, fewer than the {devices} devices")
+    left = len(examples) - round(len(examples) * validation)
     common = {
         "epochs": epochs,
-        "batch_size": min(batch_size, left - left % devices),
+        "batch_size": inputs.batch_of(batch_size, left, parallel),
         "head": "mlp" if head is None else head,
     }
     name, recipes = _recipes(recipe, options, common, epsilon)

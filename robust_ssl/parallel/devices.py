@@ -65,6 +65,13 @@ class Parallel:
     devices: tuple[Any, ...]
     kind: str = "pmap"
 
+    def __post_init__(self):
+        object.__setattr__(self, "devices", tuple(self.devices))  # `jax.devices()` is a list
+        if not self.devices:
+            raise ValueError("devices is empty; take jax.devices(), or Parallel.create()")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+
     @classmethod
     def create(cls, *, num_devices: int | None = None, kind: str = "pmap") -> Parallel:
         """Takes all devices, or the first `num_devices`.
@@ -75,8 +82,6 @@ class Parallel:
           ValueError: If there are fewer devices than asked for, or the kind is not known.
         """
         devices = jax.devices()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         if kind == "pmap" and not hasattr(jax, "pmap"):
             _log.warning("this jax has no pmap; shard_map is used, the results agree")
         if num_devices is not None and not 1 <= num_devices <= len(devices):
