@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -395,6 +396,50 @@ def test_a_twin_is_attacked_by_what_was_crafted_on_the_other_seed(finished):
                 right &= np.asarray(answers == labels)
         assert rows["full", seed]["robust_twin"] == pytest.approx(right.mean())
     assert "| twin |" in (workdir / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("made", "twins"),
+    [
+        ((3, 4, 5), {3: 5, 4: 3, 5: 4}),
+        ((3, 5), {3: 5, 5: 3}),  # the one between has failed
+        ((4,), {}),
+        ((), {}),
+    ],
+)
+def test_each_seed_attacks_one_other(made, twins):
+    changed = few({"full": {}})
+    changed.stages, changed.training.seeds, changed.scoring.twin = ("score",), (3, 4, 5), True
+    run = types.SimpleNamespace(plan=experiment.plan(changed))
+    models = {f"full-seed{seed}": None for seed in made}
+    named = {f"full-seed{seed}": f"full-seed{twin}" for seed, twin in twins.items()}
+    assert train.twins_of(run, models) == named
+
+
+@slow
+def test_a_seed_that_comes_later_gives_the_first_one_another_twin(tmp_path):
+    changed = few({"full": {}})
+    changed.stages, changed.scoring.twin = STAGES[:3], True
+    changed.training.seeds = (0, 1)
+    go(changed, tmp_path)
+    twin_of = {seed: _twin_group(tmp_path, seed) for seed in (0, 1)}
+    before = {seed: file.read_bytes() for seed, file in twin_of.items()}
+    changed.training.seeds = (0, 1, 2)
+    go(changed, tmp_path)
+    assert twin_of[1].read_bytes() == before[1] and twin_of[0].read_bytes() != before[0]
+    run = context(changed, tmp_path)
+    model, other = (train.load_trained(run, run.plan.recipes["full"], seed) for seed in (0, 2))
+    crafted = attack_stage.attack(run, "attack_full-seed2", other.encoder, curve=False)
+    some = [
+        one for one in attack_stage.load_perturbations(run, crafted) if one.attack != "random_noise"
+    ]
+    entry = entry_of(tmp_path, "full-seed0", "twin")
+    assert entry["robust_accuracy"] == pytest.approx(right_under(model, some))
+
+
+def _twin_group(workdir, seed):
+    [file] = (workdir / "score" / "groups").glob(f"full-seed{seed}-twin-universal-*.npz")
+    return file
 
 
 LABELLED = {

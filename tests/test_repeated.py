@@ -202,25 +202,66 @@ def test_announced_claims_are_judged_together_on_unseen_images():
     fresh = np.arange(500) >= 100
     unseen = {("clean", 100): fresh, ("robust_worst", 0): np.ones(500, bool),
               ("clean", 0): np.ones(500, bool)}  # fmt: skip
-    one, two, three = announced.sentences(CLAIMS, by_seed, unseen, claims.PLACES)
+    judged = announced.judge(CLAIMS, by_seed, unseen, claims.PLACES)
+    one, two, three = (claim.sentence for claim in judged)
     found = advantage(first[:3, 100:], second[:3, 100:])
     assert one.startswith("a has more than b without an attack: holds. ")
     assert f"{100 * found.mean:+.1f} points" in one and "seeds: 3, images: 400" in one
     assert f"p = {2 * found.p:.2g} after Holm over 2" in one
     assert two.startswith("b has at most 2 points less than a under both suites: is not shown.")
     assert three.endswith("cannot be judged, it was not measured.")
+    numbers = judged[0].measured
+    assert [numbers[name] for name in ("difference", "low", "high", "p")] == [*found]
+    assert numbers["p_holm"] == pytest.approx(2 * found.p)
+    assert (numbers["seeds"], numbers["images"]) == (3, 400) and judged[2].measured is None
+
+
+def _of_set(*p, **entries):
+    shares = zip(("clean", "robust_public", "robust_twin"), p, strict=False)
+    return {
+        "claims": [
+            *({"claim": {"more": "a", "than": "b", "by": by, **entries}, "measured": {"p": one}}
+              for by, one in shares),
+            {"claim": {"order": ["a", "b"]}, "sentence": "The order of someone: not confirmed."},
+        ]
+    }  # fmt: skip
+
+
+def test_a_claim_of_every_set_is_as_good_as_on_the_worst():
+    sets = [_of_set(0.001, 0.04, 0.02), _of_set(0.03, 0.001, 0.01, seen=100)]
+    claims_, p = zip(*announced.on_every_set(sets), strict=True)
+    assert claims_[0] == {"more": "a", "than": "b", "by": "clean"}
+    # The largest are 0.03, 0.04, 0.02.
+    np.testing.assert_allclose(p, [0.06, 0.06, 0.06])
+    each = [[one["measured"]["p"] for one in of["claims"][:3]] for of in sets]
+    naive = np.max([holm(some) for some in each], axis=0)
+    assert (naive <= p).all() and (naive < p).any()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([], "every set needs the same claims"),
+        ([_of_set(0.1, 0.2), _of_set(0.1)], "every set needs the same claims"),
+        ([_of_set()], "one at least"),
+        ([{"claims": [{"claim": {"more": "a"}}]}], "run the stage compare again"),
+    ],
+)
+def test_sets_of_other_claims_are_not_put_together(sets, message):
+    with pytest.raises(ValueError, match=message):
+        announced.on_every_set(sets)
 
 
 def test_one_seed_shows_nothing_of_others():
     """Two equal recipes are apart by their seeds, and images alone would decide."""
     by_seed = {("a", "clean"): {0: np.arange(500) < 400}, ("b", "clean"): {0: np.arange(500) < 300}}
-    (claim,) = announced.sentences(
+    (claim,) = announced.judge(
         [{"more": "a", "than": "b", "by": "clean"}],
         by_seed,
         {("clean", 0): np.ones(500, bool)},
         claims.PLACES,
     )
-    assert "holds for this one seed, which says nothing of others." in claim
+    assert "holds for this one seed, which says nothing of others." in claim.sentence
 
 
 @pytest.mark.parametrize(

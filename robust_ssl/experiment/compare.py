@@ -206,12 +206,15 @@ def _judged(
             by_seed.setdefault((recipe.name, share), {})[seed] = images
     asked = {(claim.get("by", "robust_worst"), claim.get("seen", 0)) for claim in claims}
     unseen = {one: _unseen(context, *one) for one in asked}
-    tested = iter(report.announced.sentences(announced, by_seed, unseen, report.claims.PLACES))
+    tested = iter(report.announced.judge(announced, by_seed, unseen, report.claims.PLACES))
     judged = []
     for claim in claims:
         entry: dict[str, Any] = {"claim": text_of(claim)}
         if "more" in claim:
-            entry["sentence"] = next(tested) + report.claims.mark(claim, summary)
+            found = next(tested)
+            entry["sentence"] = found.sentence + report.claims.mark(claim, summary)
+            if found.measured is not None:
+                entry["measured"] = found.measured
         else:
             gains = report.gain_shares(claim, by_seed, unseen) if "reach" in claim else None
             entry["sentence"] = report.claims.judge(claim, summary, gains)

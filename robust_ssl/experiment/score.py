@@ -210,8 +210,11 @@ def score(context: Context) -> StageDirectory:
         "attack": public.fingerprint,
         "test": context.test.fingerprint(),
     }
+    # A seed that comes later gives the first one another twin: not a change of the old one.
+    twins = {f"twin/{name}": stage.path.name for name, stage in made["twin"].items()}
+    told = {f"{n}/{twins[n]}" if n in twins else n: value for n, value in inputs.items()}
     how = {"collects": True, "places": _ATTACKERS, "redo": True, "made": "scored"}
-    with context.open("score", {"scoring": scoring}, inputs, **how) as stage:
+    with context.open("score", {"scoring": scoring}, told, **how) as stage:
         if stage.done:
             return stage
         results, verdicts, right = [], {}, {}

@@ -286,14 +286,17 @@ def scored(context: Context, done: Trained) -> list[tuple[Recipe, int]]:
 def twins_of(context: Context, models: Mapping[str, Any]) -> dict[str, str]:
     """Returns the model of another seed for each recipe's, where that is asked for and made.
 
-    It is that of the first seed, and of the second for the first: so seeds may come later.
+    It is that of the seed before, and of the last seed for the first, so each seed attacks one.
+    Were one of them to attack all, seeds would not be independent.  A seed that comes later gives
+    the first one another twin.
     """
-    twins = {}
+    twins: dict[str, str] = {}
     if context.plan.scoring.twin and context.plan.scoring.adaptive:
         for recipe in context.plan.scored:
             names = [model_name(recipe, seed) for seed in context.plan.training.seeds]
-            twins |= dict.fromkeys(names[1:], names[0]) | {names[0]: names[1]}
-    return {name: twin for name, twin in twins.items() if {name, twin} <= {*models}}
+            made = [name for name in names if name in models]
+            twins |= dict(zip(made, [*made[-1:], *made[:-1]], strict=True))
+    return {name: twin for name, twin in twins.items() if name != twin}
 
 
 def train_all(context: Context, recipes: list[Recipe], seeds: Any = None) -> Trained:
