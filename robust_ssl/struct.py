@@ -22,7 +22,7 @@ import jax
 from flax.struct import field
 from jax.tree_util import GetAttrKey
 
-__all__ = ["Value", "dataclass", "field"]
+__all__ = ["Value", "as_floats", "dataclass", "field"]
 
 T = TypeVar("T")
 
@@ -163,3 +163,29 @@ def lines(*lines: str) -> str:
     """Joins lines, of which none is longer than `COLUMNS` nor has a line break in it."""
     whole = [line if "\n" not in line else " ".join(line.split()) for line in lines]
     return "\n".join(x if len(x) <= COLUMNS else x[: COLUMNS - 3] + "..." for x in whole)
+
+
+def as_floats(tree: T) -> T:
+    """Returns a pytree with whole numbers as floats, but those of fields that say ``int``.
+
+    Example:
+      >>> @dataclass
+      ... class Steps:
+      ...     length: float
+      ...     times: int
+      >>> as_floats(Steps(1, 2))
+      Steps(length=1.0, times=2)
+    """
+
+    def leaf_as_float(path: Sequence[Any], leaf: Any) -> Any:
+        if type(leaf) is not int or _says_int(tree, [getattr(step, "name", "") for step in path]):
+            return leaf
+        return float(leaf)
+
+    return jax.tree_util.tree_map_with_path(leaf_as_float, tree)
+
+
+def _says_int(tree: Any, names: Sequence[str]) -> bool:
+    owner = functools.reduce(lambda value, name: getattr(value, name, None), names[:-1], tree)
+    fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+    return any(f.name == names[-1] and f.type in (int, "int") for f in fields)

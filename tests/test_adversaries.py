@@ -345,6 +345,17 @@ def test_a_replay_of_a_batch_is_augmented_as_before():
     assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4]
 
 
+def test_an_augmentation_keeps_the_shape_of_images():
+    smaller = lambda key, x: x[:4]  # noqa: E731
+    arguments = {"losses": {"ce": ("robust_ssl.losses:clean_cross_entropy", 1.0)}}
+    arguments |= {"batch_statistics": "clean", "augment": smaller}
+    state, step = one_step(None, optax.sgd(0.0), **arguments)
+    with pytest.raises(
+        ValueError, match=r"augment must return images as it gets them, .*\(4, 8, 3"
+    ):
+        step(state, batch())
+
+
 @pytest.mark.parametrize("adversary", [
     UniversalPool(threats.Linf(0.1), size=1, renew_every=1), FreeReplays(threats.L2(0.5))
 ])  # fmt: skip

@@ -670,3 +670,12 @@ def test_an_attack_under_l2_goes_as_far_as_its_budget():
     attack = attacks.L4ABase()
     assert attack.step_size is None
     assert universal.usual_length(threats.Band(threats.L2(2.0), high=0.1), 2e-4) < 0.02
+
+
+def test_secure_names_no_state_that_is_gone(monkeypatch):
+    images, labels = tiny.images(n=32)
+    losses = {"nan": {"function": "tiny_recipes:not_a_number"}}
+    with pytest.raises(FloatingPointError) as caught:
+        robust_ssl.secure(tiny.encoder(), images, labels, recipe={"losses": losses}, **SMALL)
+    assert "secure keeps nothing on disk" in caught.value.__notes__[-1]
+    assert not any("goes on" in note for note in caught.value.__notes__)

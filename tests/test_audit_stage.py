@@ -17,7 +17,15 @@ from tiny_recipes import FROZEN, go, snapshot
 from robust_ssl import experiment, inspection, models, provenance, settings, weights
 from robust_ssl.audit import decision, document, pages
 from robust_ssl.cli import main
-from robust_ssl.experiment import audit, audit_baseline, audit_provenance, groups, sections
+from robust_ssl.experiment import (
+    audit,
+    audit_baseline,
+    audit_provenance,
+    audit_screening,
+    groups,
+    sections,
+)
+from robust_ssl.workdir import open_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
@@ -205,6 +213,49 @@ def test_an_audit_without_a_stage_is_of_the_last_one(tmp_path, monkeypatch):
     assert (stage(), stage("staged")) == ("full", "staged")
     given.stage = "pilot"
     assert stage() == "pilot"
+
+
+ONE_GATE = """gates:
+  - id: only-pilot
+    measure: /measured/provenance/failed
+    comparison: at_most
+    limit: {pilot: 0}
+    unit: count
+    title: {en: t, ja: t}
+    reason: {en: r, ja: r}
+"""
+
+
+def test_a_policy_without_a_gate_at_the_stage_is_refused_first_and_forgets_no_stage(
+    measured, capsys, monkeypatch
+):
+    from robust_ssl.cli import audit as commands
+
+    answers = f"--answers={measured / 'mine.yaml'}"
+    assert command(capsys, "decide", measured, answers, FULL)[0] == 0
+    (measured / "pilot.yaml").write_text(ONE_GATE, encoding="utf-8")
+    section = types.SimpleNamespace(answers=None, policy=measured / "pilot.yaml", stage="full")
+    context = types.SimpleNamespace(plan=types.SimpleNamespace(audit=section), workdir=measured)
+    monkeypatch.setattr(audit_provenance, "check", lambda context: None)
+    for step in (audit.check, lambda run: audit._decide(run, cases.sealed()["measured"])):
+        with pytest.raises(
+            settings.SettingsError, match="no gate has a limit for the stage 'full'"
+        ):
+            step(context)
+        assert commands._last_stage(measured) == "full"
+
+
+@pytest.mark.parametrize(("model", "shown"), [("full", True), ("other", False)])
+def test_a_screening_is_shown_if_it_is_of_the_audited_classifier(tmp_path, caplog, model, shown):
+    plan = types.SimpleNamespace(
+        audit=types.SimpleNamespace(secured="full"), suite=types.SimpleNamespace(epsilon=0.1)
+    )
+    context = types.SimpleNamespace(workdir=tmp_path, plan=plan)
+    with open_stage(tmp_path, "screen", {}, {}, seed=0) as stage:
+        stage.finish({"model": model, "detectors": []})
+    found = audit_screening.read_screening(context)
+    assert (found is not None) == shown
+    assert ("the screening is of other and the audit of full" in caplog.text) != shown
 
 
 def test_a_recipe_that_is_not_scored_cannot_be_decided_on():

@@ -62,6 +62,24 @@ def test_a_function_on_the_host_is_attacked_as_the_same_one_in_jax():
     np.testing.assert_allclose(on_host(IMAGES[0]).logits, ours(IMAGES[0]).logits, atol=1e-6)
 
 
+def test_a_function_on_the_host_may_write_into_its_images():
+    def normalize(images):
+        images -= 0.5
+        images /= 0.25
+        return linear(images)
+
+    def gradient(images, cotangent):
+        images[:] = transposed(images, cotangent) / 0.25
+        return images
+
+    model = host(normalize, SIZE, gradient=gradient)
+    for _ in range(2):
+        logits, pull = jax.vjp(lambda x: model(x).logits, jnp.asarray(IMAGES))
+        np.testing.assert_allclose(logits, linear((IMAGES - 0.5) / 0.25), rtol=1e-4, atol=1e-5)
+        expected = transposed(IMAGES, np.ones_like(logits)) / 0.25
+        np.testing.assert_allclose(pull(jnp.ones_like(logits))[0], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 def test_all_mapped_axes_are_one_call(platform, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **forms: forms[platform](*x))

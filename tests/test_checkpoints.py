@@ -239,6 +239,15 @@ def test_another_order_of_rates_is_another_config_where_it_means_something(tmp_p
             open_stage(tmp_path, "stage1", {"rates": other}, {}, seed=0)
 
 
+@pytest.mark.parametrize("some", ["encoder/block[12]/**", "encoder/block?/**"])
+def test_every_wildcard_of_a_pattern_is_one(tmp_path, some):
+    rates = {"**": 0.1, some: "freeze", "encoder/block1/**": 0.2}
+    open_stage(tmp_path, "stage1", {"rates": rates}, {}, seed=0).wait()
+    other = {"**": 0.1, "encoder/block1/**": 0.2, some: "freeze"}
+    with pytest.raises(ConfigChangedError, match=r"config\.rates, in this order: "):
+        open_stage(tmp_path, "stage1", {"rates": other}, {}, seed=0)
+
+
 def test_metrics_have_no_nan_no_half_line_and_no_step_twice(stage):
     for step in range(4):
         stage.log(step, loss=jnp.float32(step), norm=float("inf"))

@@ -415,6 +415,12 @@ def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
     numbers = ["--mean=1/2,1/2,1/2", "--std=0.5,0.5,0.5", *FLAGS[1:]]
     assert main.main(["encoder", "convert", str(file), f"--out={target}", *numbers]) == 0
     assert weights.load_encoder(target).mean == (0.5, 0.5, 0.5)
+    before = {each: each.read_bytes() for each in target.iterdir()}
+    (tmp_path / "another").mkdir()
+    other = write(tmp_path / "another", {name: x + 1 for name, x in TENSORS.items()})
+    assert main.main(["encoder", "convert", str(other), f"--out={target}", *numbers]) == 2
+    assert "holds something else already (encoder.json)" in capsys.readouterr().err
+    assert {each: each.read_bytes() for each in target.iterdir()} == before
 
 
 @pytest.mark.parametrize(

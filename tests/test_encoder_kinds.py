@@ -72,6 +72,17 @@ def empty(*names, shape=(2,)):
 
 LS = {"blocks.0.ls1.gamma": (384,)}
 REGISTERS = {"register_tokens": (1, 4, 384)}
+GAP, SIGLIP_GAP = (
+    {"config.json": {"pretrained_cfg": {}, "architecture": f"vit_base_patch16_{kind}_224"}}
+    for kind in ("gap", "siglip_gap")
+)
+GELU = {"options": {"activation": "gelu"}}
+
+
+def bare(**more):
+    """Of patches alone: no class token, and no position of one."""
+    tensors = vit(768, pos_embed=(1, 4, 768), **more)
+    return {name: x for name, x in tensors.items() if name != "cls_token"}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,12 @@ REGISTERS = {"register_tokens": (1, 4, 384)}
         ("timm-vit", vit(1536), {}, None),  # SigLIP2's 16 or, gated, DINOv2's 24
         ("timm-vit", vit(384), {"config.json": {"num_heads": 4}}, 4),
         ("timm-vit", vit(768, **{"blocks.0.mlp.fc1.weight": (2304, 768)}), {}, None),
+        ("timm-vit", bare(), {}, None),  # 12 or, in one of timm's, 16
+        ("timm-vit", bare(), GAP, 16),
+        ("timm-vit", bare(), {**SIGLIP_GAP, **GELU}, 12),
+        ("timm-vit", bare(**{"fc_norm.weight": (768,)}), {}, 12),
+        ("timm-vit", bare(register_tokens=(1, 4, 768)), {}, 12),
+        ("timm-vit", bare(**{"attn_pool.latent": (1, 1, 768)}), GELU, 12),
         ("dino", vit(384), {}, None),  # anybody's backbone
         ("dino", vit(384), {"names": {"head.last_layer.weight_g"}}, 6),
         ("mae", vit(384), {}, None),
@@ -113,7 +130,7 @@ def test_heads_are_the_writers_or_asked_for(layout, tensors, beside, heads):
     _, options, assumed = LAYOUTS[layout].network(tensors, beside)
     assert options["heads"] == heads
     said = any(f"{heads} attention heads" in text for text in assumed)
-    assert said == ("num_heads" not in beside.get("config.json", {}))
+    assert said == (beside is not GAP and "num_heads" not in beside.get("config.json", {}))
 
 
 def test_what_is_assumed_is_noted_until_it_is_named(tmp_path):
@@ -137,7 +154,8 @@ def test_what_is_assumed_is_noted_until_it_is_named(tmp_path):
     "name",
     ["resnetblur50-84f4748f.pth", "resnetaa50_a1h.pth", "resnet50_msra.pth", "resnet50-caffe.pth",
      "resnet101_os8.pth", "detectron2_r50.pth", "resnet50_lpf4.pth", "resnet18_aa.pth",
-     "r50-bgr.pth", "resnet50d.pth"],
+     "r50-bgr.pth", "resnet50d.pth", "fcn_resnet50_coco-1167a1af.pth", "detr-r50-dc5-f0fb7ef5.pth",
+     "pspnet_r50.pth"],
 )  # fmt: skip
 def test_a_name_that_speaks_of_a_variant_is_refused(name):
     with pytest.raises(ValueError, match="--variant plain"):
@@ -148,7 +166,9 @@ def test_a_name_that_speaks_of_a_variant_is_refused(name):
 @pytest.mark.parametrize(
     "name",
     ["resnet50-0676ba61.pth", "moco_v2_800ep_pretrain.pth.tar", "resnet50_a1h.pth", "simclr_v1.pth",
-     "swav_800ep_pretrain.pth.tar", "aardvark.pth", "resnet50.tv_in1k", "blurred_views_byol.pth"],
+     "swav_800ep_pretrain.pth.tar", "aardvark.pth", "resnet50.tv_in1k", "blurred_views_byol.pth",
+     "fcos_resnet50_fpn_coco-99b0c9b7.pth", "resnet50_fc.pth", "fcnet_probe.pth",
+     "resnet50-0dc5a1b2.pth", "resnet50-3dc57e11.pth", "resnet50-1e2dc504.pth"],
 )  # fmt: skip
 def test_other_names_are_not(name):
     variants.check({"path": name})
@@ -169,6 +189,17 @@ def test_other_names_are_not(name):
 def test_what_stands_beside_speaks_of_variants_too(beside):
     with pytest.raises(ValueError, match=r"variant|plain ResNet"):
         variants.check(beside)
+
+
+@pytest.mark.parametrize("part", ["classifier.4.weight", "aux_classifier.4.weight"])
+def test_a_network_of_segmentation_is_refused_by_its_other_parts(part, tmp_path):
+    tensors = under("backbone.", PLAIN)
+    file = write(tmp_path, {**tensors, **empty(part, shape=(3, 4, 1, 1))})
+    with pytest.raises(ValueError, match=rf"{part} is a convolution .* --variant plain"):
+        weights.import_encoder(file, **FACTS)
+    assert_same(weights.import_encoder(file, **FACTS, variant="plain"), RESNET)
+    file = write(tmp_path, {**tensors, **empty("classifier.1.weight", shape=(3, 4))})
+    assert_same(weights.import_encoder(file, **FACTS), RESNET)  # of images
 
 
 def test_a_vit_that_norms_elsewhere_is_refused():
@@ -291,6 +322,108 @@ def test_positions_that_may_be_of_registers_too_need_the_image_size(first):
 def test_what_features_a_distilled_deit_has_is_said():
     assumed = LAYOUTS["timm-vit"].network(vit(192), {"names": {"dist_token"}})[2]
     assert any("distillation token" in text for text in assumed)
+
+
+# --- open_clip's own file ------------------------------------------------------------------------
+
+
+def tower(folder, tensors, architecture, pool="", **beside):
+    """A folder as open_clip writes it, with a tower of timm's."""
+    vision = {"timm_model_name": architecture, "timm_pool": pool, "timm_proj": "linear"}
+    config = {"model_cfg": {"vision_cfg": vision}}
+    trunk = under("visual.trunk.", tensors)
+    write(folder, trunk, "open_clip_model.safetensors", open_clip_config=config, **beside)
+    return folder
+
+
+def test_architecture_and_pooling_of_open_clips_timm_tower_are_read(tmp_path):
+    for pool, pooling in (("avg", "mean"), ("token", "token"), ("", "token"), (None, "token")):
+        # Of another form of the same weights, for transformers.
+        folder = tower(tmp_path, VIT, "vit_tiny_patch16_224", pool, config={"model_type": "clip"})
+        found = weights.inspect_file(folder, **FACTS)
+        assert not found.problems and found.options["pooling"] == pooling
+        assert ("features are" in str(found.notes)) == (not pool)
+    encoder = weights.import_encoder(folder, **{**FACTS, "image_size": 48})
+    assert_same(encoder, resize_positions(TINY, 48, "antialias"))
+    clip = random_encoder(
+        models.vision_transformer, width=192, heads=3, **SIZES, pre_norm=True, patch_bias=False
+    )
+    tensors = tensors_of(clip, "timm-vit")
+    for name, activation in (("clip", "gelu"), ("clip_quickgelu", "quick_gelu")):
+        found = weights.inspect_file(tower(tmp_path, tensors, f"vit_x_{name}_224"), **FACTS)
+        assert found.options["activation"] == activation
+    eva = random_encoder(
+        models.vision_transformer, width=192, heads=3, **SIZES, mlp_width=8, activation="swiglu",
+        rotary=1e4, rotary_reference=16,
+    )  # fmt: skip
+    folder = tower(tmp_path, tensors_of(eva, "timm-eva02"), "eva02_tiny_patch14_224", "avg")
+    assert weights.inspect_file(folder, **FACTS).options["pooling"] == "mean"
+    convnext = tensors_of(random_encoder(models.convnext, **CONVNEXT), "timm-convnext")
+    found = weights.inspect_file(tower(tmp_path, convnext, "convnext_xxlarge.tag"), **FACTS)
+    assert (found.options["norm_epsilon"], found.options["inner_epsilon"]) == (1e-5, 1e-5)
+    assert "assumed" not in str(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "pool", "message"),
+    [
+        ("vit", "vit_tiny_patch16_rpn_224", "", "norms after its branches"),
+        ("vit", "vit_pe_core_tiny_patch16_384", "map", "rotary positions besides"),
+        ("vit", "vit_base_patch16_siglip_gap_224", "avg", "--activation gelu_tanh"),
+        (
+            "vit",
+            "vit_tiny_patch16_224",
+            "rot_attn",
+            "timm_pool.* is 'rot_attn'; known here: avg, token",
+        ),
+        ("convnext", "convnext_tiny", "rot_attn", "timm_pool.* is 'rot_attn'; known here: avg"),
+        (
+            "swin",
+            "swin_tiny_patch4_window7_224",
+            "token",
+            "timm_pool.* is 'token'; known here: avg",
+        ),
+        ("resnet", "resnet18d", "avg", "'resnet18d'"),
+    ],
+)
+def test_what_open_clips_timm_tower_is_besides_is_refused(
+    kind, architecture, pool, message, tmp_path
+):
+    tensors = {
+        "vit": lambda: VIT,
+        "resnet": lambda: PLAIN,
+        "convnext": lambda: tensors_of(
+            random_encoder(models.convnext, **CONVNEXT), "timm-convnext"
+        ),
+        "swin": lambda: tensors_of(random_encoder(models.swin_transformer, **SWIN), "timm-swin"),
+    }[kind]()
+    with pytest.raises(ValueError, match=message):
+        weights.import_encoder(tower(tmp_path, tensors, architecture, pool), **FACTS)
+
+
+def test_arguments_of_open_clips_layers_are_read_or_refused():
+    encoder = random_encoder(
+        models.vision_transformer, width=192, heads=3, **SIZES, pre_norm=True, patch_bias=False
+    )
+    tensors = tensors_of(encoder, "open-clip-vision")
+
+    def options(quick=False, **layers):
+        model = {"vision_cfg": {"width": 192, "patch_size": 16, **layers}, "quick_gelu": quick}
+        beside = {"open_clip_config.json": {"model_cfg": model}}
+        return LAYOUTS["open-clip-vision"].network(tensors, beside)[1]
+
+    told = options(norm_kwargs={"eps": 1e-3}, act_kwargs={"approximate": "tanh"})
+    assert (told["norm_epsilon"], told["activation"]) == (1e-3, "gelu_tanh")
+    told = options(norm_kwargs=None, act_kwargs=None)
+    assert (told["norm_epsilon"], told["activation"]) == (1e-5, "gelu")
+    for wrong in (
+        {"act_kwargs": {"inplace": True}}, {"act_kwargs": {"approximate": "sigmoid"}},
+        {"act_kwargs": {"approximate": "tanh"}, "quick": True},
+        {"norm_kwargs": {"eps": 1e-5, "elementwise_affine": False}},
+        {"norm_kwargs": {"eps": "small"}}, {"norm_kwargs": {"eps": -1}},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"open_clip_config\.json: {next(iter(wrong))} is"):
+            options(**wrong)
 
 
 # --- what stands beside --------------------------------------------------------------------------
@@ -456,6 +589,18 @@ def test_timms_clip_convnext_has_another_epsilon_by_its_name():
         told = {"config.json": {"pretrained_cfg": {}, "architecture": name}}
         options = LAYOUTS["timm-convnext"].network(tensors, told)[1]
         assert (options["norm_epsilon"], options.get("inner_epsilon", 1e-6)) == (epsilon, epsilon)
+
+
+def test_a_convnexts_epsilon_is_of_all_norms_where_its_writers_have_one(tmp_path):
+    encoder = random_encoder(models.convnext, **CONVNEXT)
+    file = write(tmp_path, tensors_of(encoder, "timm-convnext"))
+    assert "every norm (--norm-epsilon)" in str(weights.inspect_file(file, **FACTS).notes)
+    named = weights.import_encoder(file, **FACTS, norm_epsilon=1e-3).module
+    assert (named.norm_epsilon, named.inner_epsilon) == (1e-3, 1e-3)
+    # Of Hugging Face's the last norm alone has another one, which our own header keeps.
+    apart = random_encoder(models.convnext, **CONVNEXT, norm_epsilon=1e-12)
+    back = weights.import_encoder(weights.export_safetensors(apart, tmp_path / "own.safetensors"))
+    assert back.module == apart.module
 
 
 def test_clips_resnet_comes_back_and_what_is_missing_is_named(tmp_path):

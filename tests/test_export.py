@@ -1,5 +1,6 @@
 """What goes out is what PyTorch or a bare JAX expects, and comes back bit by bit."""
 
+import importlib.util
 import json
 
 import jax
@@ -206,3 +207,14 @@ def test_an_export_takes_red_first_whatever_stands_beside_it(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**beside, "size": size}))
     assert_same = np.testing.assert_array_equal
     jax.tree.map(assert_same, weights.import_encoder(tmp_path).variables, alone.variables)
+
+
+def test_where_one_target_cannot_be_written_none_is(tmp_path, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnx" else found(name, *a)
+    )
+    places = [f"--torch={tmp_path}/secured", f"--onnx={tmp_path}/secured.onnx"]
+    assert main.main(["encoder", "export", "simclr-cifar10-r18w24", *places]) != 0
+    assert "not installed: " in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]

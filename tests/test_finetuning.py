@@ -221,6 +221,15 @@ def test_wrong_arguments_are_errors(arguments, message):
         make_step(tiny(), optax.sgd(0.1), key=KEY, **arguments)
 
 
+@pytest.mark.parametrize(
+    "name", ["step", "epoch", "loss", "gradient_norm", "clean_accuracy", "validation_mine"]
+)
+def test_a_loss_is_not_named_as_what_is_logged_besides(name):
+    losses = {name: ("robust_ssl.losses:clean_cross_entropy", 1.0)}
+    with pytest.raises(ValueError, match=f"losses has '{name}'.*such as my_{name}"):
+        make_step(tiny(), optax.sgd(0.1), losses=losses, key=KEY)
+
+
 @pytest.mark.parametrize("adv_ratio", [-0.1, 1.1, float("nan")])
 def test_an_adv_ratio_outside_the_unit_interval_is_an_error(adv_ratio):
     with pytest.raises(ValueError, match="adv_ratio must be in"):

@@ -419,3 +419,22 @@ def test_bad_input_is_refused_before_it_is_counted(two):
         run(good, {"closure": lambda key, model, image, label: image})
     with pytest.raises(ValueError, match="integer labels"):
         run([{**good[0], "labels": np.array([0.0, 1.0])}], nobody)
+
+
+@struct.dataclass
+class ShiftThen:
+    """A shift by one pixel, and a threat around what is shifted."""
+
+    threat: threats.Linf
+
+    def project(self, candidate, image):
+        return self.threat.project(candidate, jnp.roll(image, 1, axis=0))
+
+
+def test_a_threat_of_ones_own_is_asked_itself_whatever_it_holds():
+    images = jax.random.uniform(jax.random.key(0), (2, 6, 6, 3))
+    threat = ShiftThen(threats.Linf(0.05))
+    allowed = jax.vmap(threat.project)(jnp.roll(images, 1, axis=1) + 0.03, images)
+    np.testing.assert_allclose(evaluation.metrics.excess(threat, allowed, images), 0.0, atol=1e-6)
+    low = threats.Band(threats.Linf(0.05), 0.0, 0.125)  # of a band the budget inside
+    assert evaluation.metrics.excess(low, images / 2 + 0.06, images / 2).max() < 0.0101

@@ -18,7 +18,7 @@ from robust_ssl.parallel import Parallel
 from robust_ssl.pretraining import augmentation
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
-from robust_ssl.workdir import fingerprint
+from robust_ssl.workdir import ConfigChangedError, fingerprint
 
 RANDOM = np.random.default_rng(0)
 FIRST, SECOND = (RANDOM.normal(size=(6, 5)).astype(np.float32) for _ in range(2))
@@ -496,6 +496,18 @@ def test_a_method_from_a_users_file_pretrains_an_encoder(tmp_path):
     assert manifest["fingerprint"] == fingerprint(encoder.variables)
     pixels = tiny.images("test")[0][:5].astype(np.float32) / 255
     assert np.isfinite(encoder(pixels).features).all()
+
+    # Later stages are of what was trained, and of nothing that the config says now.
+    later = pretrain_config(method={"function": name, "noise": 0.3}, epochs=3)
+    later |= {
+        "stages": ["attack"],
+        "suite": {"attacks": {"random_noise": "robust_ssl.attacks:RandomNoise"}},
+        "surrogate": {"function": "tiny:images"},
+    }
+    with pytest.raises(
+        ConfigChangedError, match=r"(?s)config\.epochs: 2 -> 3.*noise: 0\.2 -> 0\.3"
+    ):
+        experiment.run(later, tmp_path / "run", parallel=layout, progress=Progress("quiet"))
 
     lines = [line for line in _metrics(tmp_path / "run") if "knn_accuracy" in line]
     assert [line["epoch"] for line in lines] == [1, 2]

@@ -1,5 +1,6 @@
 """The stage `screen`, what it leaves, what it refuses, and the screen that is served."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny_recipes import FROZEN, config, go, manifest, put, snapshot
+from tiny_recipes import FROZEN, config, context, go, manifest, put, snapshot
 
 import robust_ssl
-from robust_ssl import experiment, models, screening
+from robust_ssl import experiment, models, screening, struct
 from robust_ssl.experiment import UsageError
 from robust_ssl.experiment import screen as stage
 from robust_ssl.screening import Calibrated, Fused, Screen, Surprise
 from robust_ssl.stopping import Stopped
 from robust_ssl.weights import cards
+from robust_ssl.workdir import ConfigChangedError
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -92,6 +94,30 @@ def test_what_is_loaded_screens_as_what_was_saved(saved):
     np.testing.assert_array_equal(before.suspicious, before.score > 4.0)
     assert before.reason == after.reason
     assert after.reason[-1] == "spectrum"
+
+
+@struct.dataclass
+class Spectrum(screening.Spectrum):
+    """A detector of one's own by the name of one of the package's."""
+
+    def score(self, key, model, image):
+        return 100 * jnp.mean(image)
+
+
+def test_a_detector_of_ones_own_is_loaded_as_that_or_refused(tmp_path):
+    made = a_screen()
+    mine = made.fused.members["spectrum"]
+    fields = {f.name: getattr(mine.detector, f.name) for f in dataclasses.fields(mine.detector)}
+    members = {"mine": Calibrated(Spectrum(**fields), mine.surprise)}
+    robust_ssl.save_screen(
+        dataclasses.replace(made, fused=Fused(members)), tmp_path, builder=tiny.encoder
+    )
+    with pytest.raises(ValueError, match="'test_screen:Spectrum', which is not one of"):
+        load(tmp_path)
+    for name in ("test_screen:Spectrum", "Spectrum"):
+        detectors = {name: Spectrum}
+        loaded = robust_ssl.load_screen(tmp_path, builder=tiny.encoder, detectors=detectors)
+        assert type(loaded.fused.members["mine"].detector) is Spectrum
 
 
 @pytest.mark.parametrize(
@@ -218,8 +244,13 @@ def test_the_stage_leaves_figures_and_a_screen_and_goes_on_where_it_was(tmp_path
     go(screened(), tmp_path)
     assert snapshot(tmp_path / "screen") == before
     (tmp_path / "screening.json").unlink()
-    go(screened(), tmp_path)
+    more = screened()  # what comes later is not meant while the other is there
+    more.recipes.last = {**FROZEN, "epochs": 1}
+    go(more, tmp_path)
     assert json.loads((tmp_path / "screening.json").read_text()) == document
+    del more.recipes.other
+    with pytest.raises(ConfigChangedError, match="the screening of 'other', and 'last' is to be"):
+        stage.check(context(more, tmp_path))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tiny_recipes import BROKEN, FROZEN, UNIVERSAL, context, go, manifest
 from robust_ssl import evaluation, experiment, progress, settings, stopping
 from robust_ssl.cli import flags, main
 from robust_ssl.cli import run as cli_run
-from robust_ssl.experiment import fitting, sweep, trace, train
+from robust_ssl.experiment import costs, fitting, sweep, trace, train
 from robust_ssl.finetuning import cost
 from robust_ssl.stopping import Stopped
 from robust_ssl.workdir import ConfigChangedError
@@ -91,6 +91,17 @@ def test_a_point_that_the_workdir_has_with_other_values_is_named(tmp_path):
         with_points(0.020001)
     assert f"a point {POINTS[0]!r} with other settings" in str(caught.value)
     assert "config.recipe.attack.epsilon: 0.02 -> 0.020001" in str(caught.value)
+
+
+@pytest.mark.parametrize(("stage", "entry"), [("sweep", "max_cost"), ("sweep_cost", "rounds")])
+def test_settings_of_a_finished_sweep_are_compared_before_a_point_is_made(tmp_path, stage, entry):
+    run, *_ = sweep.with_points(context(config(), tmp_path))
+    told = sweep._told(run.plan) if stage == "sweep" else costs._timing(run)
+    run.open(stage, told, {}, run.plan.seed).close()
+    changed = config()
+    changed.compare[entry] = 7
+    with pytest.raises(ConfigChangedError, match=rf"{entry}: .* -> 7"):
+        sweep.with_points(context(changed, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from robust_ssl.parallel import Parallel
 from robust_ssl.stopping import Stopped
 from robust_ssl.workdir import ConfigChangedError, fingerprint
 
-LAYERS = {"images": 16, "num_steps": 1, "layers": 1, "rate": 1e-2}
+LAYERS = {"images": 16, "num_steps": 2, "layers": 1, "rate": 1e-2}
 DRIFT = {"function": f"{ATTACKS}DriftPGD", "epsilon": 4 / 255, "step_size": 1 / 255, "num_steps": 2}
 NO_MOVE = {"rates": {"**": 1e-12}, "batch_statistics": "frozen"}
 RECIPES = {
@@ -216,6 +216,7 @@ def test_what_is_counted_is_what_was_done(trained):
     layers = manifest(trained[0].workdir, "recipes/rift-seed0-layers")["results"]
     measured = layers["gradient_evaluations"] / 48
     assert gradients(trained, "rift") == each["pgd_at"] + each["rift"] + measured
+    # PGD, the gradient that all layers share, and one more for each; none after the last step.
     assert measured == 16 * (2 + 1 + len(layers["scores"])) / 48
 
 

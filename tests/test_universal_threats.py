@@ -309,3 +309,57 @@ def test_a_budget_that_no_perturbation_can_use_is_refused_with_advice():
 def test_uap_counts_a_gradient_for_each_cluster_it_really_makes():
     assert attacks.UAP(num_clusters=10).gradients_per_batch(4) == 16
     assert attacks.UAP(num_clusters=10).gradients_per_batch(64) == 640
+
+
+@struct.dataclass
+class Ball:
+    """An L2 ball that does not say that it is one."""
+
+    epsilon: jax.Array | float
+
+    def check(self, image_shape=None):
+        threats.L2(self.epsilon).check(image_shape)
+
+    def norm(self, change):
+        return threats.L2(self.epsilon).norm(change)
+
+    def project(self, candidate, image):
+        return threats.L2(self.epsilon).project(candidate, image)
+
+    def sample(self, key, image):
+        return threats.L2(self.epsilon).sample(key, image)
+
+    def steepest(self, gradient):
+        return threats.L2(self.epsilon).steepest(gradient)
+
+
+def test_a_ball_of_ones_own_is_gone_through_as_the_packages():
+    ours, theirs = (_fit(universal.UniversalPGD(), ball, (2.0,)) for ball in (threats.L2, Ball))
+    np.testing.assert_allclose(ours.member(0).delta, theirs.member(0).delta, atol=1e-6)
+    assert universal.usual_length(threats.Linf(0.3), 2e-3) == 2e-3
+    assert universal.usual_length(threats.Patch(0.1), 2e-3) == 2e-3
+
+
+@struct.dataclass
+class Shift:
+    """Any shift by one pixel: nothing on a gray image."""
+
+    epsilon: jax.Array | float
+
+    def _all(self, image):
+        return jnp.stack([jnp.roll(image, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
+
+    def project(self, candidate, image):
+        shifted = self._all(image)
+        return shifted[jnp.argmin(jnp.sum((shifted - candidate[None]) ** 2, axis=(1, 2, 3)))]
+
+    def sample(self, key, image):
+        return self._all(image)[jax.random.randint(key, (), 0, 9)]
+
+    def steepest(self, gradient):
+        return jnp.sign(gradient)
+
+
+def test_a_threat_that_leaves_a_gray_image_alone_fits_nothing_and_says_so():
+    with pytest.raises(ValueError, match=r"Shift allows no change of a gray image.*project_delta"):
+        _fit(universal.UniversalPGD(), Shift, (0.1,))

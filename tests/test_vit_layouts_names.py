@@ -25,6 +25,7 @@ DINOV3 = {
 }  # fmt: skip
 NINE = {"image_size": 12, "patch_size": 4}
 DINOV2 = {"layer_scale": True, "registers": 3, "activation": "swiglu"}
+SIGLIP2 = {"model_type": "siglip2", "vision_config": CONFIG}
 PERCEPTION = {"pre_norm": True, "pooling": "attention", "norm_epsilon": 1e-5}
 SIGLIP_GAP = {"pretrained_cfg": {}, "architecture": "vit_base_patch32_siglip_gap_256"}
 
@@ -161,6 +162,7 @@ def test_what_is_lost_is_missing_and_not_an_option():
                 mapping.join(entries, rest, shapes, "it")
 
 
+ASKED = {"options": {"image_size": 24}}
 REFUSED = [
     ("timm-vit", {}, {}, {}, "how many attention heads it has, and 24 is no published width"),
     ("timm-vit", CLIP, HEADS, {}, "name --activation quick_gelu"),
@@ -169,6 +171,20 @@ REFUSED = [
     ("timm-vit", PERCEPTION, HEADS, {}, "a Perception Encoder, whose rotary positions"),
     ("timm-vit", {}, {**HEADS, "path": "pe_core_base.pth"}, {}, "rotary positions besides"),
     ("timm-vit", {}, {**HEADS, "config.json": SIGLIP_GAP}, {}, "--activation gelu_tanh"),
+    (
+        "huggingface-siglip-vision",
+        SIGLIP,
+        {**config(num_patches=9), **ASKED},
+        {},
+        "of 12 pixels only",
+    ),
+    (
+        "huggingface-siglip-vision",
+        SIGLIP,
+        {"config.json": SIGLIP2, **ASKED},
+        {},
+        "of 12 pixels only",
+    ),
     ("huggingface-vit", {}, {}, {}, "no config.json.*how many attention heads"),
     ("huggingface-vit", {}, config(model_type="deit"), {}, "model_type is 'deit'"),
     ("huggingface-vit", {}, config(qkv_bias=False), {}, "qkv_bias is False"),
@@ -183,6 +199,14 @@ def test_what_cannot_be_computed_is_refused(layout, options, beside, changed, me
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in changed.items()}
     with pytest.raises(ValueError, match=message):
         LAYOUTS[layout].network(tensors, beside)
+
+
+def test_siglip2_takes_the_size_of_its_positions_and_the_first_version_others():
+    _, tensors = foreign("huggingface-siglip-vision", skeleton(**SIGLIP))
+    network = LAYOUTS["huggingface-siglip-vision"].network
+    same = {"config.json": SIGLIP2, "options": {"image_size": 12}}
+    first = {**config(model_type="siglip_vision_model"), **ASKED}
+    assert [network(tensors, beside)[1]["image_size"] for beside in (same, first)] == [12, 12]
 
 
 def test_a_wild_block_number_builds_no_giant():

@@ -146,7 +146,16 @@ def secure(
             given=encoder,
             images=parts,
         )
-        return load_trained(run, recipes[name], seed)
+        try:
+            return load_trained(run, recipes[name], seed)
+        except FloatingPointError as error:
+            error.__notes__ = []  # of going on from what is on disk
+            error.add_note("secure keeps nothing on disk: no state is left to go on from")
+            raise
+        except OSError as error:
+            if folder in str(error):
+                error.add_note(f"{folder} is temporary; TMPDIR names a disk with more room")
+            raise
 
 
 def _recipes(

@@ -68,15 +68,16 @@ def usual_length(threat: Threat, pixels: float) -> jax.Array | float:
     """Returns the step of a universal attack where none is given.
 
     `pixels`, by which every pixel moves.  Under `L2` that would be the length of the whole move,
-    and no number of steps would go far; there it is the share of the budget that `pixels` is of
-    10/255.
+    and no number of steps would go far; there, and under any other threat with an `epsilon` but
+    `Linf`, it is the share of the budget that `pixels` is of 10/255.
 
     Example:
       >>> usual_length(threats.Linf(8 / 255), 2e-3), round(usual_length(threats.L2(3.0), 2e-3), 3)
       (0.002, 0.153)
     """
     inner = threat.threat if isinstance(threat, threats.Band) else threat
-    return inner.epsilon * (pixels * 255 / 10) if isinstance(inner, threats.L2) else pixels
+    by_pixel = isinstance(inner, threats.Linf) or not hasattr(inner, "epsilon")
+    return pixels if by_pixel else inner.epsilon * (pixels * 255 / 10)
 
 
 @struct.dataclass
@@ -272,6 +273,7 @@ def fit(
     name = getattr(attack, "name", type(attack).__name__)
     _check_finite(name, curve, np.asarray(deltas))
     _check_budgets(name, deltas, budgets)
+    _check_moved(name, deltas, budgets)
     return FittedUniversal(UniversalPerturbation(deltas, budgets, name=name), curve)
 
 
@@ -300,6 +302,17 @@ def _check_budgets(name: str, deltas: jax.Array, budgets: Threat) -> None:
         raise ValueError(
             f"{name}: the perturbation of member(s) {over.tolist()} is larger than its budget: "
             f"{sizes_over}; its `delta` must return an allowed one, as `within_budget` does"
+        )
+
+
+def _check_moved(name: str, deltas: jax.Array, budgets: Threat) -> None:
+    """Raises ValueError if a threat of a user's own leaves nothing of a perturbation."""
+    known = hasattr(budgets, "norm") or hasattr(budgets, "project_delta")
+    if not known and not np.asarray(deltas).any():
+        raise ValueError(
+            f"{name}: {type(budgets).__name__} allows no change of a gray image, on which a "
+            "perturbation for all images is judged, so none was fitted; give it sample_delta, "
+            "project_delta and apply, as threats.Patch has them, or attack each image by itself"
         )
 
 

@@ -59,13 +59,7 @@ def decide(
         "risk": assess(whole["measured"], answers),
     }
     document_ = {**whole, "decided": decided}
-    # A limit of the company's own stands, even where the policy has none at this stage.
-    held = [gate for gate in limits if stage in gate.limits or gate.id in answers.limits]
-    if not held:
-        raise settings.SettingsError(
-            f"{limits[0].where.split(',')[0]}: no gate has a limit for the stage {stage!r}, so "
-            "nothing would be decided"
-        )
+    held = at(stage, limits, answers)
     decided["gates"] = [gates.judge(gate, document_, stage, answers, date) for gate in held]
     decided["outcome"] = gates.overall(decided["gates"])
     decided["counts"] = {
@@ -84,6 +78,22 @@ def decide(
     decided["frameworks"] = frameworks.as_json()
     document.check(document_)
     return document_
+
+
+def at(stage: str, limits: Sequence[policy.Gate], answers: Answers) -> list[policy.Gate]:
+    """Returns the gates that decide on a stage.
+
+    Raises:
+      SettingsError: If there is none.
+    """
+    # A limit of the company's own stands, even where the policy has none at this stage.
+    held = [gate for gate in limits if stage in gate.limits or gate.id in answers.limits]
+    if not held:
+        raise settings.SettingsError(
+            f"{limits[0].where.split(',')[0]}: no gate has a limit for the stage {stage!r}, so "
+            "nothing would be decided"
+        )
+    return held
 
 
 def assess(measured: Mapping[str, Any], answers: Answers) -> dict[str, Any] | None:

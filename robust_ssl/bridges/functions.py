@@ -146,12 +146,14 @@ def _on_host(function, gradient, output, traits: Traits, kind: str) -> Encoder |
         return pulled
 
     images = traits.probe()
-    first, again, alone = (forward(x)[0] for x in (images, images.copy(), images[:1]))
+    # Copies, as at run time: a function may normalize what it is given in place.
+    first, again, alone = (forward(x.copy())[0] for x in (images, images, images[:1]))
     probing.check_output(first, 2, kind)
     probing.check_output(alone, 1, kind)
     probing.check_numbers(first, again, alone, kind)
     if gradient is not None:
-        probing.check_gradient(backward(images, (np.ones_like(first, np.float32),)), kind)
+        pulled = backward(images.copy(), (np.ones_like(first, np.float32),))
+        probing.check_gradient(pulled, kind)
     shapes, backward = [first.shape[1:]], None if gradient is None else backward
     call = differentiable(forward, backward, shapes, rank=3, kind=kind)
     bridge = Bridge(functools.partial(_features, call), kind, traits.shape)

@@ -149,7 +149,9 @@ def _add_names(command: argparse.ArgumentParser) -> None:
     network.add_argument("--heads", type=int, metavar="N", help="attention heads of a ViT")
     network.add_argument("--pooling", help="of a ViT: token or mean")
     network.add_argument("--activation", help="of a ViT: gelu or quick_gelu")
-    network.add_argument("--norm-epsilon", type=float, metavar="X", help="of a ViT's norms")
+    network.add_argument(
+        "--norm-epsilon", type=float, metavar="X", help="of a ViT's or a ConvNeXt's norms"
+    )
     network.add_argument(
         "--rotary-reference", type=int, metavar="N", help="of EVA-02: patches a side it counts by"
     )
@@ -231,12 +233,36 @@ def _card(name_or_path: str) -> str:
 def _convert(arguments: argparse.Namespace) -> int:
     from robust_ssl import weights
 
+    _check_same(arguments)
     place = weights.convert_encoder(
         arguments.file, arguments.out, name=arguments.name, **_named(arguments)
     )
     words.say(f"written: {place}")
     provenance.write_beside(place)
     return DONE
+
+
+def _check_same(arguments: argparse.Namespace) -> None:
+    """Raises ValueError if another encoder is there; one of the same file is made again."""
+    from robust_ssl import weights
+    from robust_ssl.weights import hub
+
+    place = pathlib.Path(arguments.out)
+    there = [card for card in _CARDS if (place / card).exists()]
+    if not there:
+        return
+    made_from = {}
+    if there == ["encoder.json"]:
+        made_from = (weights.encoder_card(place)["card"] or {}).get("imported_from", {})
+    address, file = hub.located(arguments.file, arguments.allow_moving or False)
+    same = made_from.get("source") == str(address) if address else False
+    if not address and "sha256" in made_from:
+        same = weights.inspect_file(file, **_named(arguments)).file.sha256 == made_from["sha256"]
+    if not same:
+        raise ValueError(
+            f"--out={place} holds something else already ({', '.join(there)}); remove it, or name "
+            "another directory"
+        )
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -254,7 +280,10 @@ def _export(arguments: argparse.Namespace) -> int:
     for flag, place in places.items():
         _check_free(flag, pathlib.Path(place))
     from robust_ssl import weights
+    from robust_ssl.weights import torch_export
 
+    if arguments.onnx:  # before another target is written
+        torch_export.check_onnx()
     # Of a finished recipe it is the classifier's, as elsewhere.
     trained = pathlib.Path(arguments.encoder) / "classifier"
     if (trained / "encoder.json").is_file():
@@ -266,19 +295,19 @@ def _export(arguments: argparse.Namespace) -> int:
             f"{arguments.encoder} --out DIR"
         )
     encoder = weights.load_encoder(arguments.encoder)
+    origins = tuple(filter(None, (arguments.encoder, arguments.classifier)))
     model = _fine_tuned(encoder, arguments.classifier) if arguments.classifier else encoder
     if arguments.out:
         # PyTorch's layouts have no place for our heads.
         only = model.encoder if arguments.classifier else encoder
         file = weights.export_safetensors(only, arguments.out)
         words.say(f"written: {file}")
-    _export_whole(arguments, model)
+        provenance.write_beside(file, made_from=origins)
+    _export_whole(arguments, model, origins)
     if arguments.stablehlo:
         file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
         words.say(f"written: {file}")
-    origins = tuple(filter(None, (arguments.encoder, arguments.classifier)))
-    for place in places.values():
-        provenance.write_beside(place, made_from=origins)
+        provenance.write_beside(file, made_from=origins)
     return DONE
 
 
@@ -292,7 +321,7 @@ def _check_free(flag: str, place: pathlib.Path) -> None:
         raise ValueError(f"{flag}={place} lies among an encoder's own files; name another folder")
 
 
-def _export_whole(arguments: argparse.Namespace, model: Any) -> None:
+def _export_whole(arguments: argparse.Namespace, model: Any, origins: tuple[str, ...]) -> None:
     """Writes a model with its head and its normalization, and says how exact it is."""
     from robust_ssl import weights
 
@@ -304,6 +333,7 @@ def _export_whole(arguments: argparse.Namespace, model: Any) -> None:
             if difference is None:
                 exact = "not compared: torch is not installed"
             words.say(f"written: {path} ({exact})")
+            provenance.write_beside(path, made_from=origins)
 
 
 def _fine_tuned(encoder, directory: str):

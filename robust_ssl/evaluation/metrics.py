@@ -129,7 +129,7 @@ def excess(threat: Any, adversarial: jax.Array, images: jax.Array) -> jax.Array:
       [0.25]
     """
     # A band is left a little where the cut to [0, 1] bites: its inner budget is what must hold.
-    threat = getattr(threat, "threat", threat)
+    threat = threat.threat if isinstance(threat, threats.Band) else threat
     nearest = jax.vmap(threat.project)(adversarial, images)
     return jnp.max(jnp.abs(adversarial - nearest), axis=(1, 2, 3))
 

@@ -42,7 +42,8 @@ def check(context: Context) -> None:
     audit_pages.check_installed()
     section = context.plan.audit
     given = files.chosen(context.workdir, section.answers, section.policy)
-    decision.rules(given.policy, given.answers)
+    limits, _, answers = decision.rules(given.policy, given.answers)
+    decision.at(section.stage, limits, answers)
     audit_provenance.check(context)
 
 
@@ -74,9 +75,8 @@ def _decide(context: Context, measured: Mapping[str, Any]) -> None:
     section = context.plan.audit
     given = files.chosen(context.workdir, section.answers, section.policy)
     limits, items, answers = decision.rules(given.policy, given.answers)
+    # Written once, with the decision: the next one is for the same stage, if nobody says another.
     whole = document.sealed(measured)
-    # Measured figures are safe before anything is decided on them.
-    document.write(context.workdir / document.NAME, whole)
     decided = decision.decide(whole, section.stage, limits, items, answers)
     files.keep(context.workdir, given)
     audit_pages.write(context.workdir, decided)

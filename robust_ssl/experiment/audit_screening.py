@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from robust_ssl.experiment.context import Context
 from robust_ssl.workdir import read_manifest
+
+_log = logging.getLogger(__name__)
 
 
 def read_screening(context: Context) -> dict[str, Any] | None:
@@ -16,6 +19,14 @@ def read_screening(context: Context) -> dict[str, Any] | None:
         return None
     manifest = read_manifest(folder)
     if manifest["status"] != "done":
+        return None
+    screened, audited = manifest["results"]["model"], context.plan.audit.secured
+    if screened != audited:
+        _log.warning(
+            "the screening is of %s and the audit of %s: the page is without it; set "
+            "screening.model=%s and run the stage screen in another working directory",
+            *(screened, audited, audited),
+        )
         return None
     return screening_of(manifest["results"], float(context.plan.suite.epsilon))
 

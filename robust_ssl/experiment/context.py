@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import types
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -126,6 +127,8 @@ class Context:
         if not (stage / "manifest.json").exists():
             raise WorkdirError(f"there is no encoder in {stage}; {way_out}")
         manifest = read_manifest(stage)
+        if self.plan.pretrain is not None:  # it would be told of what was not trained
+            self.check_unchanged("pretrain", self.plan.pretrain)
         check_left(stage, manifest, made="trained")
         try:
             encoder = weights.load_encoder(stage / "encoder", builder=builder)
@@ -327,6 +330,6 @@ def _kinds(model: Any) -> list[Any]:
     for owner in (model, getattr(model, "encoder", None)):
         for name in ("module", "head", "preprocess"):
             value = getattr(owner, name, None)
-            if value is not None:
-                kinds += [value, type(value)]
+            if value is not None:  # a function is its own code; its type is Python's
+                kinds += [value] if isinstance(value, types.FunctionType) else [value, type(value)]
     return kinds

@@ -17,9 +17,9 @@ OWN = ("seconds_per_step", "seconds_per_image", "gradients_per_epoch", "peak_byt
 _LONG_EPOCH = 10**6  # updates: none that is timed leaves the phase of a ramp that it began in
 
 
-def check(context: Context) -> None:
+def check(context: Context, stages: str = "cost*") -> None:
     """Raises ConfigChangedError if the workdir has costs that were measured otherwise."""
-    for path in sorted(context.workdir.glob("cost*")):
+    for path in sorted(context.workdir.glob(stages)):
         # Each has the seed of what it measured.
         context.check_unchanged(path.name, _timing(context), any_seed=True)
 

@@ -27,10 +27,12 @@ from robust_ssl.screening.bench import Arrays
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import (
+    ConfigChangedError,
     StageDirectory,
     digest,
     json_ready,
     load_arrays,
+    read_manifest,
     save_arrays,
     write_atomically,
 )
@@ -51,6 +53,12 @@ def check(context: Context) -> None:
     context.check_unchanged("screen", _told(context))
     context.parallel.check_batch(settings.batch_size)
     name, _ = _names(context)
+    last = _last_screened(context)
+    if last not in (None, name):
+        raise ConfigChangedError(
+            f"{context.workdir / 'screen'} holds the screening of {last!r}, and {name!r} is to be "
+            f"screened; set screening.model={last}, or take another --workdir; nothing was changed"
+        )
     recipe = context.plan.recipes.get(name)
     model = saved_classifiers(context)[name] if recipe is None else train.untrained(context, recipe)
     images = jax.random.uniform(jax.random.key(0), (4, *context.test.image_shape))
@@ -138,11 +146,22 @@ def _names(context: Context) -> tuple[str, str | None]:
     names = [recipe.name for recipe in planned.scored] + list(planned.classifiers)
     if not names:
         raise ValueError("config.screening: no recipe is scored, so there is nothing to screen")
-    name = settings.model or names[-1]
+    audited = planned.audit.secured if "audit" in planned.stages else None
+    # A recipe that comes after the stage is finished is not meant.
+    usual = [each for each in (audited, _last_screened(context)) if each in names]
+    name = settings.model or [*usual, names[-1]][0]
     public = settings.public
     if public is None and planned.compare.baseline in planned.recipes:
         public = planned.compare.baseline
     return name, None if public == name else public
+
+
+def _last_screened(context: Context) -> str | None:
+    """Returns what the finished stage has screened; None where there is none."""
+    folder = context.workdir / "screen"
+    if not (folder / "manifest.json").is_file():
+        return None
+    return (read_manifest(folder)["results"] or {}).get("model")
 
 
 def _model(context: Context, name: str | None) -> Classifier | None:

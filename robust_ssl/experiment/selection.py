@@ -60,7 +60,7 @@ def choose_layers(
         )
         selected = selection.choose(scores)
         _log.info("robust-redundant layers: %s", ", ".join(selected))
-        ascents = 1 + len(scores) * selection.num_steps
+        ascents = 1 + len(scores) * (selection.num_steps - 1)  # after the last step there is none
         gradients = len(images) * (attack.gradient_evaluations + ascents)
         results = {"scores": scores, "selected": selected, "gradient_evaluations": gradients}
         stage.finish(results)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from robust_ssl import attacks, finetuning, threats
+from robust_ssl import attacks, finetuning, struct, threats
 from robust_ssl.attacks.perturbation import check_fits_gray
 from robust_ssl.build import (
     Count,
@@ -165,7 +165,7 @@ class InnerAttack:
             self.threat
         )
         # A whole number among the leaves would be an integer, and another program than a fraction.
-        return jax.tree.map(lambda leaf: float(leaf) if isinstance(leaf, int) else leaf, attack)
+        return struct.as_floats(attack)
 
     def check(self, image_shape: tuple[int, ...]) -> None:
         """Raises ValueError if the budget makes no sense for images of this shape."""

@@ -16,9 +16,11 @@ from robust_ssl.experiment.attack import at_main_budget, attack
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.grid import Points, points
 from robust_ssl.experiment.loop import stage_key
-from robust_ssl.experiment.plan import check_recipe_text, with_recipes
+from robust_ssl.experiment.plan import Plan, check_recipe_text, with_recipes
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.workdir import ConfigChangedError, StageDirectory, WorkdirError, write_atomically
+
+_CLAIMS = ("compare.claims",)  # may come and go: nothing that is measured depends on one
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ def with_points(context: Context) -> tuple[Context, Points, dict[str, str]]:
 
 def _tried(context: Context) -> tuple[Context, Points, dict[str, str]]:
     planned = context.plan
+    context.check_unchanged("sweep", _told(planned), _CLAIMS)
+    costs.check(context, "sweep_cost")
     grid = points(planned.recipes[planned.sweep.recipe], planned.sweep.grid)
     seeds = dataclasses.replace(planned.training, seeds=(planned.seed,))
     planned = dataclasses.replace(planned, training=seeds)
@@ -103,10 +107,7 @@ def sweep(context: Context) -> StageDirectory:
     measured = costs.measure(context, timed, seed, "sweep_cost")
     inputs = {recipe.name: json.dumps(score) for recipe, score in scores.items()}
     inputs |= {f"{name}, left out": "failed" for name in failed}  # it may be made another time
-    settings = {"recipe": planned.sweep.recipe, "compare": planned.compare}
-    # Nothing measured here depends on a claim.
-    how = {"collects": True, "places": ("compare.claims",)}
-    with context.open("sweep", settings, inputs, **how) as stage:
+    with context.open("sweep", _told(planned), inputs, collects=True, places=_CLAIMS) as stage:
         if not stage.done:
             rows = [
                 {"point": recipe.name, **score, "cost": measured[recipe.name]["factor"]}
@@ -115,6 +116,10 @@ def sweep(context: Context) -> StageDirectory:
             stage.finish({"rows": rows, "failed": failed})
     _write(context, stage.results, _csv_rows(stage.results, grid.values, measured))
     return stage
+
+
+def _told(planned: Plan) -> dict[str, Any]:
+    return {"recipe": planned.sweep.recipe, "compare": planned.compare}
 
 
 def _score(context: Context, recipe: Recipe, fitted: Mapping[str, Any]) -> dict[str, float]:

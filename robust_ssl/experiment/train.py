@@ -95,6 +95,11 @@ def _assemble(context: Context, recipe: Recipe, seed: int, get) -> Classifier:
         head = recipe.build_head(context.num_classes)
         classifier = context.classifier(public_encoder(context, recipe), head, seed)
     if recipe.preprocess:
+        if classifier.encoder.preprocess is not None:
+            raise ValueError(
+                f"preprocess of {recipe.name} would replace that of what it starts from, "
+                f"{classifier.encoder.preprocess!r}; leave it out, or make one that does both"
+            )
         encoder = classifier.encoder.replace(preprocess=recipe.preprocess())
         classifier = classifier.replace(encoder=encoder)
     if recipe.prune:
@@ -239,7 +244,10 @@ def train(context: Context) -> StageDirectory:
 def _check_there(context: Context, stage: StageDirectory) -> None:
     """Makes again what is gone of a finished `train`; says what had failed."""
     for model, why in stage.results["failed"].items():
-        _log.warning("%s failed, and is left out: %s", model, why)
+        _log.warning(
+            "%s failed, and is left out: %s; changed, or without %s, it is tried again",
+            *(model, why, stage.path / "manifest.json"),
+        )
     for recipe, seed in itertools.product(
         context.plan.recipes.values(), context.plan.training.seeds
     ):

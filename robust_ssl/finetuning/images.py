@@ -50,7 +50,13 @@ def clean_images(
     replays = getattr(attack, "replays", 1)
     key = step_keys(key, step // replays).augmentation
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(batch["indices"])
-    return jax.vmap(augment)(keys, images)
+    augmented = jax.vmap(augment)(keys, images)
+    if (augmented.shape, augmented.dtype) != (images.shape, images.dtype):
+        raise ValueError(
+            f"augment must return images as it gets them, {images.dtype} {images.shape[1:]}, and "
+            f"returned {augmented.dtype} {augmented.shape[1:]}"
+        )
+    return augmented
 
 
 def attacked_images(

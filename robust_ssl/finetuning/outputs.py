@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from robust_ssl.finetuning.parts import in_parts
 from robust_ssl.losses.inputs import advice
+from robust_ssl.optimizers.finite import check_metrics
 from robust_ssl.parallel import gather
 from robust_ssl.types import Classifier, Encoder, Loss, LossInputs, Outputs, Variables
 
@@ -176,6 +177,7 @@ def outputs_read(
     """
     if not losses:
         raise ValueError("there is nothing to minimize: losses is empty")
+    check_metrics(losses, "losses")
     size = template.image_size
     images = jax.ShapeDtypeStruct((_BATCH, size, size, 3), jnp.float32)
     outputs = jax.eval_shape(template, images)

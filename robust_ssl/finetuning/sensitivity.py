@@ -37,7 +37,7 @@ def layer_sensitivity(
     the ball after every step.  0 means robust-redundant: the layer can be moved without harm.
 
     All layers share one compiled step, and its first one is shared by all layers, so the cost is
-    ``1 + layers * num_steps`` evaluations of loss and gradient.
+    ``1 + layers * (num_steps - 1)`` evaluations of loss and gradient, and one of the loss a layer.
 
     Args:
       classifier: In evaluation mode; its weights are not changed.

@@ -1,9 +1,15 @@
-"""What a network must be to be an encoder here, and what to do where it is not."""
+"""What a network must be to be an encoder or a head here, and what to do where it is not."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robust_ssl.types import Encoder
 
@@ -21,6 +27,41 @@ _ADVICE = {  # by a part of the error's message
 }
 
 
+def check_head(head: nn.Module, variables: Mapping[str, Any], dim: int, classes: int) -> None:
+    """Raises ValueError unless a head makes ``[batch, classes]`` logits, in training too.
+
+    Args:
+      head: The module.
+      variables: What its ``init`` returned.
+      dim: Number of features.
+      classes: Number of logits.
+    """
+    name = type(head).__name__
+    if other := sorted({*variables} - {"params"}):
+        raise ValueError(
+            f"the head {name} keeps {', '.join(other)}, which nothing updates; it may have params "
+            "alone: take layer norm for batch norm"
+        )
+    features = jax.ShapeDtypeStruct((_BATCH, dim), jnp.float32)
+    for train in (False, True):
+        call = functools.partial(head.apply, train=train, rngs={"dropout": jax.random.key(0)})
+        try:
+            logits = jax.eval_shape(call, variables, features)
+        except Exception as error:
+            hint = "; it is called as head(features, train=...), and draws under dropout alone"
+            raise ValueError(f"the head {name} cannot be called: {_first(error)}{hint}") from error
+        if getattr(logits, "shape", None) != (_BATCH, classes):
+            got = getattr(logits, "shape", type(logits).__name__)
+            raise ValueError(
+                f"the head {name} must return logits [batch, {classes}], and returned {got} for "
+                f"{_BATCH} images"
+            )
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def advice(error: Exception) -> str:
     """Returns what to do about an error that a network raised, ``"; ..."``, or nothing.
 
@@ -33,20 +74,30 @@ def advice(error: Exception) -> str:
 
 
 def check_network(encoder: Encoder) -> None:
-    """Raises ValueError unless an encoder gives ``[batch, dim]`` features; nothing is computed.
+    """Raises ValueError unless an encoder can be trained; nothing is computed.
+
+    It gives ``[batch, dim]`` features, in training too, and its weights are float32.
 
     Args:
       encoder: Its variables may be shapes.
     """
     images = jax.ShapeDtypeStruct((_BATCH, encoder.image_size, encoder.image_size, 3), jnp.float32)
+    train = functools.partial(encoder.apply_train, key=jax.random.key(0))
     try:
         shape = jax.eval_shape(encoder, images).features.shape
+        if not type(encoder.module).__module__.startswith("robust_ssl."):  # those are known
+            jax.eval_shape(train, images)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"the encoder {encoder.name!r} cannot be called: {type(error).__name__}: {first}"
-            f"{advice(error)}"
+            f"the encoder {encoder.name!r} cannot be called: {_first(error)}{advice(error)}"
         ) from error
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(encoder.variables)}
+    floats = {np.dtype(kind).name for kind in kinds if jnp.issubdtype(kind, jnp.floating)}
+    if other := sorted(floats - {"float32"}):
+        raise ValueError(
+            f"the encoder {encoder.name!r} has weights of {', '.join(other)}; training takes "
+            "float32 alone: keep them in that, and compute in another by the module's own dtype"
+        )
     if shape != (_BATCH, encoder.dim):
         raise ValueError(
             f"the encoder {encoder.name!r} has dim={encoder.dim}, and its features of {_BATCH} "

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.models.contract import check_head
 from robust_ssl.types import Classifier, Encoder
 
 
@@ -155,6 +156,8 @@ def classifier(
         head = HEADS[head](num_classes)
     # The features' number is all that a head needs of its encoder, which is therefore not run.
     variables = _init(head, key, encoder.dim)
+    if type(head).__module__ != __name__:
+        check_head(head, variables, encoder.dim, num_classes)
     return Classifier(encoder, variables, head, num_classes, class_names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +15,29 @@ from robust_ssl.types import TrainState
 def no_skips() -> dict[str, jax.Array]:
     """Returns the counters of a new state: updates skipped because something was not finite."""
     return {name: jnp.zeros((), jnp.int32) for name in ("skipped", "skipped_in_a_row")}
+
+
+# What a step and the loop around it log besides.
+_TAKEN = ("step", "epoch", "loss", "gradient_norm", "budget", "skipped", "skipped_in_a_row")
+_TAKEN += ("clean_accuracy", "robust_accuracy")
+
+
+def check_metrics(names: Iterable[str], what: str) -> None:
+    """Raises ValueError if one would be logged by a name that is something else's.
+
+    Args:
+      names: By which a user's values are logged.
+      what: What has them, for the message: ``"losses"``.
+
+    Example:
+      >>> check_metrics(["ce", "pull"], "losses")
+    """
+    for name in names:
+        if name in _TAKEN or name.startswith("validation_"):
+            raise ValueError(
+                f"{what} has {name!r}, by which something else is logged; take another name, "
+                f"such as my_{name}"
+            )
 
 
 def take_if_finite(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from robust_ssl import parallel
-from robust_ssl.optimizers.finite import no_skips, take_if_finite
+from robust_ssl.optimizers.finite import check_metrics, no_skips, take_if_finite
 from robust_ssl.pretraining.method import Method, MethodUpdate, PretrainInputs
 from robust_ssl.types import Encoder, TrainState, Variables
 
@@ -129,6 +129,7 @@ def make_step(
         )
         online = trained_encoder(encoder, variables)
         losses, update = method.loss(_of_method(variables), online, inputs)
+        check_metrics(update.metrics, f"update.metrics of {type(method).__name__}")
         return jnp.mean(losses), update
 
     def gradients_of(variables, batch, step_key, progress):

@@ -230,6 +230,7 @@ def _examine(path, layout, under, arguments) -> tuple[Inspection, Encoder | None
     place = {key: arguments.pop(key) for key in ("prefix", "drop") if key in arguments}
     channels = arguments.pop("channels", None)
     file = read_weights(path, under=under, **reading)
+    file = dataclasses.replace(file, configs=mapping.with_timm_tower(file.configs, file.tensors))
     report = Report(list(file.notes))
     inspection, encoder = Inspection(file), None
     with report.collecting():
@@ -347,7 +348,7 @@ def _with_network(
     try:
         sources = {
             **configs, "options": {**stored, **arguments}, "layout": layout, "path": file.path,
-            "names": file.tensors.keys(),
+            "names": file.tensors.keys(), "shapes": {n: x.shape for n, x in file.tensors.items()},
         }  # fmt: skip
         name, options, assumed = inspection.known_layout.network(tensors, sources)
     except NONSENSE as error:

@@ -13,6 +13,7 @@ from flax import traverse_util
 from robust_ssl.types import Encoder
 from robust_ssl.weights import mapping
 from robust_ssl.weights.mapping import CONV, COPY, DENSE, Entry, Kind, Layout, Network
+from robust_ssl.weights.normalization import own_record
 from robust_ssl.weights.vit_names import rename_below
 
 
@@ -188,16 +189,19 @@ def _network(names: _Names) -> Callable:
         options = _shapes(tensors, names)
         config = configs.get("config.json") or {}
         model = mapping.timm_arguments(config, _TOLD)
-        named = mapping.named_options(configs, "norm_epsilon")
-        # Of all norms; timm's own CLIP tower has another one by its name alone.
+        mapping.timm_pooling(config, {"avg": "mean"})
+        named = mapping.named_options(configs, "norm_epsilon", "inner_epsilon")
+        # timm's CLIP tower has another one by its name alone.
         xxlarge = "convnext_xxlarge" in str(config.get("architecture", ""))
-        epsilon = model.get("norm_eps", 1e-5 if xxlarge else None)
-        if epsilon is not None:
-            named = {"inner_epsilon": epsilon, "norm_epsilon": epsilon, **named}
+        usual = model.get("norm_eps", 1e-5 if xxlarge else 1e-6)
+        options["norm_epsilon"] = named.get("norm_epsilon", usual)
+        # These writers have one for all norms.  Our own header tells the last from the others.
+        if not own_record(configs):
+            options["inner_epsilon"] = options["norm_epsilon"]
         assumed = () if "pretrained_cfg" in config or "norm_epsilon" in named else (
-            "a norm of the pooled features with 1e-06 under its root (--norm-epsilon), exact GELU",
+            "1e-06 under the root of every norm (--norm-epsilon), exact GELU",
         )  # fmt: skip
-        return Network("convnext", options | {"norm_epsilon": 1e-6} | named, assumed)
+        return Network("convnext", options | named, assumed)
 
     return network
 

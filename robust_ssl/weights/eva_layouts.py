@@ -110,14 +110,11 @@ def _check_gated(tensors: Tensors) -> None:
 def _told(config: Mapping[str, Any]) -> dict[str, Any]:
     """What timm's config says of what shapes do not."""
     model = mapping.timm_arguments(config, _TOLD)
-    pool = {"token": "token", "avg": "mean"}
     told = {}
     if model.get("num_heads") is not None:
         told["heads"] = model["num_heads"]
-    if (chosen := config.get("global_pool", model.get("global_pool"))) not in (None, ""):
-        if chosen not in pool:
-            raise ValueError(f"config.json: global_pool is {chosen!r}; token and avg are known")
-        told["pooling"] = pool[chosen]
+    if pooling := mapping.timm_pooling(config, {"token": "token", "avg": "mean"}):
+        told["pooling"] = pooling
     if (reference := model.get("ref_feat_shape")) is not None:
         sides = set(reference) if isinstance(reference, list | tuple) else {reference}
         if len(sides) != 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,9 +105,10 @@ class Layout:
         what is dropped on purpose (projector, classifier, momentum copy, counters).  A name it
         does not know comes back as it is, and `join` reports it.
       network: The network, worked out from the renamed tensors' shapes and what is said beside
-        them: JSON files by file name, ``"options"`` that are named, the ``"names"`` in the file,
-        its ``"path"``.  Raises ValueError that says what must be named where they do not tell
-        (stem padding, attention heads) and where this layout's writers differ.
+        them: JSON files by file name, ``"options"`` that are named, the ``"names"`` and
+        ``"shapes"`` in the file, its ``"path"``.  Raises ValueError that says what must be named
+        where they do not tell (stem padding, attention heads) and where this layout's writers
+        differ.
       entries: Every variable of such an encoder.
       prepare: Brings renamed tensors into the form that `entries` has, where writers differ in it;
         told the image size, pixels, where one is known.
@@ -147,6 +148,63 @@ def timm_arguments(config: Mapping[str, Any], known: Set[str]) -> Mapping[str, A
     if changed:
         raise ValueError(f"config.json: model_args changes the network: {changed}")
     return model
+
+
+def timm_pooling(config: Mapping[str, Any], poolings: Mapping[str, str]) -> str | None:
+    """Returns what timm's config says of pooling, in our words.
+
+    Args:
+      config: timm's ``config.json``.
+      poolings: Those that a layout knows, timm's words to ours.
+
+    Returns:
+      One of ours; None where the architecture's own is meant.
+
+    Raises:
+      ValueError: If it is not among the known ones.
+
+    Example:
+      >>> timm_pooling({"global_pool": "avg"}, {"avg": "mean"})
+      'mean'
+    """
+    pool = config.get("global_pool", (config.get("model_args") or {}).get("global_pool"))
+    if pool in (None, ""):
+        return None
+    if pool not in poolings:
+        raise ValueError(
+            f"config.json: global_pool (open_clip's timm_pool) is {pool!r}; known here: "
+            f"{', '.join(poolings)}"
+        )
+    return poolings[pool]
+
+
+def with_timm_tower(configs: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
+    """Returns what stands beside the weights, and timm's config where open_clip has a tower of it.
+
+    open_clip names architecture and pooling in its own file.  Layouts read them as timm's.
+
+    Args:
+      configs: JSON files by file name.
+      names: Of the file's tensors.
+
+    Example:
+      >>> vision = {"timm_model_name": "convnext_xxlarge", "timm_pool": ""}
+      >>> beside = {"open_clip_config.json": {"model_cfg": {"vision_cfg": vision}}}
+      >>> with_timm_tower(beside, ["visual.trunk.stem.0.weight"])["config.json"]["architecture"]
+      'convnext_xxlarge'
+    """
+    vision: Any = configs
+    for key in ("open_clip_config.json", "model_cfg", "vision_cfg"):
+        vision = vision.get(key) if isinstance(vision, Mapping) else None
+    tower = any("visual.trunk." in name for name in names)
+    if not (tower and isinstance(vision, Mapping) and vision.get("timm_model_name")):
+        return configs
+    config = {
+        "architecture": str(vision["timm_model_name"]).partition(".")[0],  # the rest is a tag
+        "global_pool": vision.get("timm_pool", "avg"),  # open_clip's default
+        "pretrained_cfg": (configs.get("config.json") or {}).get("pretrained_cfg", {}),
+    }
+    return {**configs, "config.json": config}
 
 
 def named_options(configs: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -135,6 +135,10 @@ def load_screen(
         )
     _check_members(record["members"], where)
     known = {**_KINDS, **(detectors or {})}
+    # A class of one's own is saved by its module too, and may be given by its name alone.
+    for kind in {entry["kind"] for entry in record["members"].values()} - known.keys():
+        if (name := kind.rpartition(":")[2]) in (detectors or {}):
+            known[kind] = detectors[name]
     try:
         flat = cards.flatten(_read_arrays(folder, record))
         members = {
@@ -177,12 +181,20 @@ def _describe(name: str, member: Calibrated):
     arrays[f"{name}.quantiles"] = np.asarray(surprise.quantiles, np.float32)
     arrays[f"{name}.excess"] = np.asarray(surprise.excess, np.float32)
     entry = {
-        "kind": type(detector).__name__,
+        "kind": _kind_of(detector),
         "options": plain,
         "models": sorted(models),
         "shapes": {path: list(array.shape) for path, array in arrays.items()},
     }
     return entry, arrays, models
+
+
+def _kind_of(detector: Any) -> str:
+    kind = type(detector)
+    # By identity: a user's class may be called Spectrum, or be a subclass of it.
+    if _KINDS.get(kind.__name__) is kind:
+        return kind.__name__
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _read_arrays(folder: pathlib.Path, record: Mapping[str, Any]) -> dict[str, Any]:

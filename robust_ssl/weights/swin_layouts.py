@@ -151,10 +151,8 @@ def _window(table: np.ndarray) -> int:
 
 def _timm_network(tensors: Mapping[str, np.ndarray], configs: Mapping[str, Any]) -> Network:
     config = configs.get("config.json") or {}
-    model = mapping.timm_arguments(config, _TOLD)
-    pool = config.get("global_pool", model.get("global_pool"))
-    if pool not in (None, "", "avg"):
-        raise ValueError(f"config.json: global_pool is {pool!r}; avg is known")
+    mapping.timm_arguments(config, _TOLD)
+    mapping.timm_pooling(config, {"avg": "mean"})
     named = mapping.named_options(configs, "norm_epsilon")
     return Network("swin_transformer", _shapes(tensors, _TIMM) | named)
 

@@ -59,6 +59,7 @@ _MOCO_HEADS = {_SMALL: 12, 768: 12, 1024: 16, 1280: 16}
 # solo-learn has timm's networks and its own of MAE and MoCo v3, tiny and small with 12 heads.
 _SOLO_HEADS = {width: heads for width, heads in _PUBLISHED.items() if width != 192}
 _SIX_HEADS = re.compile(r"deit|dino|ibot|vit_small_patch|vits(8|14|16)", re.IGNORECASE)
+_GAP = "vit_base_patch16_gap_224"  # heads of 48 features, and a ViT-B's tensors
 # What timm's model_args may say: the tensors tell it, or it is of training alone.
 _TOLD = {
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
@@ -145,7 +146,7 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
             configs, "heads", "pooling", "activation", "norm_epsilon"
         )
         if "heads" not in told:
-            options["heads"] = _heads(options, gated, configs, heads)
+            options["heads"] = _heads(options | told, gated, configs, heads)
         if "activation" not in told and not gated:
             options["activation"] = _activation(
                 clip, pooled or variants.is_called(configs, "siglip")
@@ -163,7 +164,7 @@ def _network(heads: Mapping[int, int], writer: str) -> Callable[[Tensors, Config
 def _told(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
     """What the config beside the file, and names in the file, say of what shapes do not."""
     model = mapping.timm_arguments(config, _TOLD)
-    told = {}
+    told: dict[str, Any] = {"heads": 16} if config.get("architecture") == _GAP else {}
     for key in ("num_heads", "num_attention_heads"):
         if (value := model.get(key, config.get(key))) is not None:
             told["heads"] = value
@@ -171,11 +172,8 @@ def _told(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
         told["pooling"] = "mean"
     if "attn_pool.latent" in tensors:
         told["pooling"] = "attention"
-    pool = config.get("global_pool", model.get("global_pool"))
-    if pool not in (None, "", *_POOLS):
-        raise ValueError(f"config.json: global_pool is {pool!r}; {', '.join(_POOLS)} are known")
-    if pool:
-        told["pooling"] = _POOLS[pool]
+    if pooling := mapping.timm_pooling(config, _POOLS):
+        told["pooling"] = pooling
     if "pretrained_cfg" in config and "norm_pre.weight" in tensors:
         quick = "quickgelu" in str(config.get("architecture", ""))
         told["activation"] = "quick_gelu" if quick else "gelu"
@@ -186,8 +184,13 @@ def _told(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
 
 def _heads(options, gated: bool, configs: Configs, heads: Mapping[int, int]) -> int:
     """The published number for a width, where all writers of this layout have the same."""
-    width = options["width"]
-    if "pretrained_cfg" in (configs.get("config.json") or {}):
+    width, config = options["width"], configs.get("config.json") or {}
+    if width == 768 and "architecture" not in config and _is_bare(options):
+        raise ValueError(
+            "the file does not say how many attention heads it has, and networks of 768 without a "
+            f"class token differ: {_GAP} has 16, others 12; name heads, for example --heads 12"
+        )
+    if "pretrained_cfg" in config:
         heads = {**heads, **_TIMM_HEADS}
     elif width == _SMALL and width not in heads and _has_six_heads(options, configs):
         heads = {**heads, _SMALL: 6}
@@ -207,6 +210,12 @@ def _heads(options, gated: bool, configs: Configs, heads: Mapping[int, int]) -> 
         f"the file does not say how many attention heads it has, and {width} is no "
         f"published width ({sorted(heads)}): name heads, for example --heads 6"
     )
+
+
+def _is_bare(options: Mapping[str, Any]) -> bool:
+    """Whether a network takes the mean of patches and has nothing besides, as `_GAP` does."""
+    further = options["class_token"] or options["registers"] or options["norm_after_pooling"]
+    return not further and options["pooling"] != "attention"
 
 
 def _has_six_heads(options: Mapping[str, Any], configs: Configs) -> bool:

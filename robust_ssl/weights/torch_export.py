@@ -102,7 +102,7 @@ def export_onnx(model: Encoder | Classifier, file: str | os.PathLike) -> Exporte
       ValueError: As `export_torch`, and if ONNX cannot hold the model.
       ModuleNotFoundError: If a package of the extra `onnx` is not installed.
     """
-    _need("torch", "onnx", "onnxscript", "onnxruntime")
+    check_onnx()
     text, weights = _files(model)
     what = "logits" if isinstance(model, Classifier) else "features"
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,9 @@ def export_onnx(model: Encoder | Classifier, file: str | os.PathLike) -> Exporte
     return Exported(pathlib.Path(file), difference)
 
 
-def _need(*packages: str) -> None:
+def check_onnx() -> None:
+    """Raises ModuleNotFoundError, with what to do, unless ONNX files can be written."""
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(

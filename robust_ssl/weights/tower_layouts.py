@@ -111,7 +111,7 @@ def _open_clip_network(tensors: Tensors, configs: Configs) -> Network:
     told: dict[str, Any] = {}
     if vision:
         told["heads"] = vision.get("width", 768) // vision.get("head_width", 64)
-        told["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        told |= _open_clip_layers(vision, "quick_gelu" if model.get("quick_gelu") else "gelu")
     told |= mapping.named_options(configs, "heads", "activation", "norm_epsilon", "pooling")
     assumed = []
     if "heads" not in told:
@@ -126,6 +126,28 @@ def _open_clip_network(tensors: Tensors, configs: Configs) -> Network:
     fixed = {"norm_epsilon": 1e-5, "pre_norm": True, "patch_bias": False, "layer_scale": scaled}
     assumed.append("features are the class token after the last norm, not projected")
     return Network("vision_transformer", options | fixed | told, tuple(assumed))
+
+
+def _open_clip_layers(vision: Mapping[str, Any], activation: str) -> dict[str, Any]:
+    """The tower's activation, and what is under the root of its norms.
+
+    Raises:
+      ValueError: If these layers are made with anything that no network of this package has.
+    """
+    act, norm = vision.get("act_kwargs") or {}, vision.get("norm_kwargs") or {}
+    if act == {"approximate": "tanh"} and activation == "gelu":
+        activation = "gelu_tanh"
+    elif act:
+        raise ValueError(
+            f"open_clip_config.json: act_kwargs is {act!r} for {activation}; only "
+            "{'approximate': 'tanh'} for gelu is known"
+        )
+    epsilon = norm.get("eps", 1e-5)
+    if set(norm) - {"eps"} or type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise ValueError(
+            f"open_clip_config.json: norm_kwargs is {norm!r}; only eps, from 0 to 1, is known"
+        )
+    return {"activation": activation, "norm_epsilon": epsilon}
 
 
 def _published(heads: Mapping[int, int], width: int) -> int:
@@ -148,25 +170,38 @@ def _torchvision_network(tensors: Tensors, configs: Configs) -> Network:
 
 
 def _siglip_network(tensors: Tensors, configs: Configs) -> Network:
-    config = mapping.read_config(configs, "how many attention heads the network has")
-    config = config.get("vision_config", config)
+    whole = mapping.read_config(configs, "how many attention heads the network has")
+    config = whole.get("vision_config", whole)
     kinds = ("siglip_vision_model", "siglip2_vision_model")
     choices = {"model_type": kinds, "num_channels": (3,), "vision_use_head": (True,)}
     mapping.check_config(config, choices)
+    shapes = shape_options(tensors, _SIGLIP)
     if "image_size" in config:
-        check_sizes(config, shape_options(tensors, _SIGLIP))
+        check_sizes(config, shapes)
+    asked = configs.get("options", {}).get("image_size")
+    if asked not in (None, shapes["image_size"]) and _is_siglip2(whole, config):
+        raise ValueError(
+            f"SigLIP2's positions are for images of {shapes['image_size']} pixels only, and "
+            f"image_size={asked} is asked for: leave it out"
+        )
     act = config.get("hidden_act", "gelu_pytorch_tanh")
     activation = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}.get(act)
     if activation is None:
         raise ValueError(
             f"config.json: hidden_act is {act!r}; gelu_pytorch_tanh and gelu are known"
         )
-    options = shape_options(tensors, _SIGLIP) | {
+    options = shapes | {
         "pooling": "attention", "activation": activation,
         "heads": config.get("num_attention_heads", 12),
         "norm_epsilon": config.get("layer_norm_eps", 1e-6),
     }  # fmt: skip
     return Network("vision_transformer", options)
+
+
+def _is_siglip2(*tables: Mapping[str, Any]) -> bool:
+    """Whether patches are rows of pixels, with positions that follow each image's sides."""
+    # SigLIP2's weights for one size have the first version's form, and are resized as it is.
+    return any("siglip2" in str(x.get("model_type")) or "num_patches" in x for x in tables)
 
 
 def _siglip_prepare(tensors: dict[str, np.ndarray], _: int | None) -> dict[str, np.ndarray]:

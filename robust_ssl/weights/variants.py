@@ -1,8 +1,8 @@
 """Networks that have a plain ResNet's tensors and compute something else.
 
-A stride in another convolution, a blur before it or dilation leave no trace in a file of weights.
-What a file's name, its own words or its JSON say of them is therefore looked at; where nothing
-speaks of them a plain network is assumed, and said to be.
+A stride in another convolution, a blur before it or dilation leave no trace in a ResNet's tensors.
+What a file's name, its own words, its other tensors or its JSON say of them is therefore looked at;
+where nothing speaks of them a plain network is assumed, and said to be.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 # A word in a name of timm, of Caffe's or of TensorFlow's networks.
 _NAMES = re.compile(
     r"(?<![a-z])(resnet-?(blur|aa|rs|v2)\w*|blur-?pool\w*|aa|antialias\w*|lpf\d|caffe\d?|msra|bgr"
-    r"|detectron\d?|dilated|deeplab\w*|os(8|16)|resnet-?\d+[cdst])(?![a-z])",
+    r"|detectron\d?|dilated|deeplab\w*|fcn|pspnet|(?<!\d)dc5(?!\d)|os(8|16)"
+    r"|resnet-?\d+[cdst])(?![a-z])",
     re.IGNORECASE,
 )
+# A convolution of a network of segmentation, beside its ResNet.
+_SEGMENTATION = re.compile(r"(^|.*\.)(aux_)?classifier\.\d+\.weight")
 _PLAIN = re.compile(r"(tv_)?resnet(18|34|50|101|152)")
 # Entries of a network's options that change it and leave its tensors as they are, and what each
 # must be.
@@ -55,7 +58,7 @@ def _is_told(configs: Mapping[str, Any]) -> bool:
 
 
 def check(configs: Mapping[str, Any]) -> None:
-    """Raises ValueError where a file's name, words or JSON speak of a variant.
+    """Raises ValueError where a file's name, words, tensors or JSON speak of a variant.
 
     Args:
       configs: As `Layout.network` takes them.
@@ -66,9 +69,9 @@ def check(configs: Mapping[str, Any]) -> None:
     _check_timm(configs.get("config.json") or {})
     if _is_told(configs):
         return
-    _check_words(
-        configs, _NAMES, "has a plain ResNet's tensors and strides, blurs or pools otherwise"
-    )
+    otherwise = "strides, dilates, blurs or pools otherwise"
+    _check_words(configs, _NAMES, f"has a plain ResNet's tensors and {otherwise}")
+    _check_segmentation(configs.get("shapes") or {})
     wrong = [
         f"{key} is {value!r}"
         for key, value in _entries(configs.get("config.json") or {})
@@ -97,6 +100,18 @@ def _check_words(configs: Mapping[str, Any], words: re.Pattern, what: str) -> No
             raise ValueError(f"{where} is {text!r}: {word[0]!r} is a variant that {what}; {_NAMED}")
 
 
+def _check_segmentation(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A classifier of places, not of images, stands beside a ResNet that is mostly dilated."""
+    if not any(re.search(r"(^|\.)backbone\.", name) for name in shapes):
+        return
+    for name, shape in shapes.items():
+        if len(shape) == 4 and _SEGMENTATION.fullmatch(name):
+            raise ValueError(
+                f"{name} is a convolution beside a backbone: networks of segmentation dilate "
+                f"theirs, which no tensor tells; {_NAMED}"
+            )
+
+
 def _check_timm(config: Mapping[str, Any]) -> None:
     """A config of timm says for certain what the network is."""
     if "pretrained_cfg" not in config:
@@ -104,7 +119,8 @@ def _check_timm(config: Mapping[str, Any]) -> None:
     architecture = str(config.get("architecture", ""))
     if not _PLAIN.fullmatch(architecture):
         raise ValueError(
-            f"config.json: architecture {architecture!r} is no plain ResNet-18, 34, 50, 101 or 152"
+            f"the JSON beside the weights: architecture {architecture!r} is no plain ResNet-18, "
+            "34, 50, 101 or 152"
         )
     # Options such as another stem or stride leave the tensors' names as they are.
     changed = {
@@ -131,7 +147,7 @@ def _texts(configs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     config = configs.get("config.json") or {}
     for key in ("architecture", "arch", "model_name", "backbone"):
         if isinstance(config.get(key), str):
-            yield f"{key} in config.json", config[key]
+            yield f"{key} in the JSON beside the weights", config[key]
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _RECORD = ("versions", "devices", "started", "finished", "before")
 
 _log = logging.getLogger(__name__)
 
+_WILD = r"[*?\[]"  # what `fnmatch` takes for more than itself
 _REASON = 300  # characters of another library's error
 _SHOWN = 12  # directories named in one error
 _WAY_OUT = "take another --workdir, or finish this one with robust_ssl 0.1; nothing was changed"
@@ -230,7 +232,7 @@ def _dotted(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, Mapping) or (prefix and not value):
         return {prefix: json.dumps(value)}
     leaves: dict[str, str] = {}  # as text, since 1 == True == 1.0 in Python
-    if any("*" in str(name) for name in value):
+    if any(re.search(_WILD, str(name)) for name in value):
         leaves[f"{prefix}, in this order"] = json.dumps(_order_of_patterns(value))
     for key, entry in value.items():
         leaves |= _dotted(entry, f"{prefix}.{key}" if prefix else key)
@@ -246,7 +248,7 @@ def _order_of_patterns(patterns: Iterable[str]) -> list[str]:
     rest, order = list(patterns), []
 
     def may_meet(one: str, other: str) -> bool:
-        one, other = one.partition("*")[0], other.partition("*")[0]
+        one, other = (re.split(_WILD, pattern, maxsplit=1)[0] for pattern in (one, other))
         return one.startswith(other) or other.startswith(one)
 
     while rest:
