@@ -14,10 +14,10 @@ epochs.  Universal attacks are scored on all test images, attacks on single imag
 two on a thousand.  EmbedAttack on the public encoder is the attacker who perturbs each image and
 sees no label.
 
-The twin is the attacker who follows the published recipe with a seed of his own.  The half twin
-does so on half of the training images: each recipe costs half of a training and a fit of the suite
-more, however many seeds there are.  Who attacks with labels fits one perturbation on the classifier
-and its labelled training images: each model costs one fit more.
+The twin is the attacker who follows the published recipe with another seed: each seed attacks the
+next one.  The half twin does so on half of the training images: each recipe costs half of a
+training and a fit of the suite more, however many seeds there are.  Who attacks with labels fits
+one perturbation on the classifier and its labelled training images: each model costs one fit more.
 
 With ``stress=yes`` nothing is compared.  The recipes of ``recipes`` are attacked as hard as it
 goes: PGD-50 with ten restarts at 8/255 and 12/255, in an L2 ball and in a patch; EmbedAttack on

@@ -679,3 +679,21 @@ def test_secure_names_no_state_that_is_gone(monkeypatch):
         robust_ssl.secure(tiny.encoder(), images, labels, recipe={"losses": losses}, **SMALL)
     assert "secure keeps nothing on disk" in caught.value.__notes__[-1]
     assert not any("goes on" in note for note in caught.value.__notes__)
+
+
+def test_a_preprocessing_that_cannot_be_saved_is_refused_before_training(monkeypatch):
+    images, labels = tiny.images(n=32)
+    encoder = models.resnet18(jax.random.key(0), width=4, image_size=8)
+    monkeypatch.setattr(securing, "load_trained", None)  # nothing is trained
+    with pytest.raises(ValueError, match="a frozen dataclass with __call__"):
+        halved = encoder.replace(preprocess=lambda pixels: pixels / 2)
+        robust_ssl.secure(halved, images, labels, recipe="linear_probe", **SMALL)
+
+
+def test_a_function_may_be_the_preprocessing_of_ones_own_encoder():
+    images, labels = tiny.images(n=32)
+    halved = tiny.encoder().replace(preprocess=lambda pixels: pixels / 2)
+    net = robust_ssl.secure(halved, images, labels, recipe="linear_probe", **SMALL)
+    pixels = images[:4] / np.float32(255)
+    plain = net.replace(encoder=net.encoder.replace(preprocess=None))
+    np.testing.assert_allclose(net(pixels).logits, plain(pixels / 2).logits, rtol=1e-5)

@@ -1,11 +1,23 @@
 """An edited function is another function, whatever kind of function it is."""
 
+import functools
+import os
+import subprocess
 import sys
+import types
 
 import pytest
+import tiny
 
 from robust_ssl.build import code_of
+from robust_ssl.experiment import context
 
+HELPER = "def g(x):\n    return 1 * x\n"
+PARTIAL = "import functools\ndef g(x, a):\n    return a * x\nP = functools.partial(g, a=1)\n"
+OBJECT = (
+    "class S:\n    def __init__(s, w):\n        s.w = w\n"
+    "    def go(s, x):\n        return s.w * x\nK = S(1.0)\n"
+)
 # What the module says, what is edited in it, and into what.
 KINDS = {
     "body": ("def f(x):\n    return 1 * x\n", "1 *", "2 *"),
@@ -49,6 +61,81 @@ KINDS = {
         "2 *",
     ),
     "default": ("D = 3\ndef f(x, a=D):\n    return a * x\n", "D = 3", "D = 4"),
+    "flag": (
+        "A = True\nB = False\nC = True\ndef f(x):\n    return x if A and B and C else 0\n",
+        "C = True",
+        "C = False",
+    ),
+    "entry": ("C = (1, 2, 1)\ndef f(x):\n    return C[2] * x\n", "2, 1)", "2, 2)"),
+    "nested": ("C = ((1, 2), 3)\ndef f(x):\n    return C[0]\n", "(1, 2), 3", "(1,), 2, 3"),
+    "frozen dataclass": (
+        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass S:\n    w: float = 1.0\n"
+        "C = S(w=2.0)\ndef f(x):\n    return C.w * x\n",
+        "w=2.0",
+        "w=9.0",
+    ),
+    "slots": (
+        "class S:\n    __slots__ = ('w',)\nC = S()\nC.w = 2.0\ndef f(x):\n    return C.w * x\n",
+        "w = 2.0",
+        "w = 9.0",
+    ),
+    "rule backward": (
+        "import jax\n@jax.custom_vjp\ndef g(x):\n    return x\ndef fwd(x):\n    return x, 0\n"
+        "def bwd(r, d):\n    return (1 * d,)\ng.defvjp(fwd, bwd)\ndef f(x):\n    return g(x)\n",
+        "1 *",
+        "2 *",
+    ),
+    "rule forward": (
+        "import jax\n@jax.custom_jvp\ndef g(x):\n    return x\n@g.defjvp\n"
+        "def rule(p, t):\n    return p[0], 1 * t[0]\ndef f(x):\n    return g(x)\n",
+        "1 *",
+        "2 *",
+    ),
+    "module's partial": (f"{PARTIAL}def f(x):\n    return P(x)\n", "a=1", "a=2"),
+    "module's partial's body": (f"{PARTIAL}def f(x):\n    return P(x)\n", "a * x", "a + x"),
+    "namespace": (
+        "import types\nC = types.SimpleNamespace(w=2.0)\ndef f(x):\n    return C.w * x\n",
+        "2.0",
+        "9.0",
+    ),
+    "config": (
+        "import ml_collections\nC = ml_collections.ConfigDict({'w': 2.0})\n"
+        "def f(x):\n    return C.w * x\n",
+        "2.0",
+        "9.0",
+    ),
+    "path": ("import pathlib\nC = pathlib.Path('a')\ndef f(x):\n    return C\n", "'a'", "'b'"),
+    "field": (f"{OBJECT}def f(x):\n    return K.go(x)\n", "S(1.0)", "S(2.0)"),
+    "method": (f"{OBJECT}def f(x):\n    return K.go(x)\n", "s.w *", "s.w +"),
+    "tuple of functions": (f"{HELPER}T = (g,)\ndef f(x):\n    return T[0](x)\n", "1 *", "2 *"),
+    "dict of tuples": (
+        f"{HELPER}T = {{0: (g, 2)}}\ndef f(x):\n    return T[0][0](x)\n",
+        "1 *",
+        "2 *",
+    ),
+    "dict of dicts": (
+        f"{HELPER}T = {{0: {{1: g}}}}\ndef f(x):\n    return T[0][1](x)\n",
+        "1 *",
+        "2 *",
+    ),
+    "appended": ("T = []\nT.append(1.0)\ndef f(x):\n    return T[0] * x\n", "1.0", "9.0"),
+    "listed name": ("W = 1.0\nT = [W]\ndef f(x):\n    return T[0] * x\n", "1.0", "9.0"),
+    "library's, renamed": (
+        "import jax\nACT = jax.nn.relu\ndef f(x):\n    return ACT(x)\n",
+        "relu",
+        "gelu",
+    ),
+    "cannot be followed": (
+        "import numpy\nR = numpy.random.default_rng(1)\ndef f(x):\n    return R.normal() * x\n",
+        "(1)",
+        "(2)",
+    ),
+    "loop": (
+        "class S:\n    pass\nK = S()\nK.me = K\nK.all = [K, 1.0]\nT = [K.all]\nT.append(T)\n"
+        "def f(x):\n    return K.all[1] * x, T\n",
+        "1.0",
+        "9.0",
+    ),
 }
 
 
@@ -82,6 +169,9 @@ def test_an_edit_is_noticed(kind, tmp_path, monkeypatch):
     [
         "from users_other import g\ndef f(x):\n    return g(x)\n",
         "import users_other\ndef f(x):\n    return users_other.g(x)\n",
+        "def f(x):\n    import users_other\n    return users_other.g(x)\n",
+        "def f(x):\n    from users_other import g\n    return g(x)\n",
+        "import users_other\ndef f(x):\n    return getattr(users_other, 'g')(x)\n",
     ],
 )
 def test_an_edit_in_another_file_is_noticed(text, tmp_path, monkeypatch):
@@ -94,3 +184,89 @@ def test_what_is_filled_while_running_is_no_edit(tmp_path, monkeypatch):
     sys.modules["users_own"].f(0)
     assert code_of("users_own:f") == first
     assert code_of("robust_ssl.losses:trades_kl") == {}
+
+
+def test_a_module_imported_within_is_not_imported_by_looking(tmp_path, monkeypatch):
+    text = "def f(x):\n    import users_other\n    return users_other.g(x)\n"
+    first = digest(tmp_path, monkeypatch, text)
+    assert "users_other" not in sys.modules
+    sys.modules["users_own"].f(0)
+    assert "users_other" in sys.modules and code_of("users_own:f") == first
+
+
+# As it was before objects and wrappers were followed: directories of then are still those.
+LASTING = {
+    "body": "b153bda87a1e127b",
+    "helper": "6c6bab272f468a9e",
+    "number": "c4b649a450e6bc3d",
+    "list": "338b37e462aa2822",
+    "table": "aa606d231c3c2e2f",
+    "array": "fa38c3da493a48cf",
+    "partial": "5a23e864c9ef8862",
+    "closure": "200a4c593ea7bce3",
+    "decorator": "a83c77d6f8ca8e25",
+    "jitted": "ae47656b87bb85e6",
+    "base class": "2723d95de2e1c565",
+    "default": "2493bd3973c9a05e",
+}
+
+
+@pytest.mark.parametrize("kind", LASTING)
+def test_a_digest_stays(kind, tmp_path, monkeypatch):
+    text = KINDS[kind][0]
+    assert list(digest(tmp_path, monkeypatch, text).values()) == [LASTING[kind]]
+
+
+SAME = """
+import dataclasses, functools, flax.linen as nn
+@dataclasses.dataclass(frozen=True)
+class S:
+    names: frozenset
+class M(nn.Module):
+    n: int = 1
+class K:
+    def __call__(s, x):
+        return x
+C = S(frozenset({"a", "b", "c", "d"}))
+E = frozenset({lambda x: x, lambda x: x + 1})
+k = K()
+k.names = {"a", "b", "c", "d"}
+k.module = M()
+def g(x, t):
+    return C, E, k(x), x in {"a", "b", "c"}
+P = functools.partial(g, t=(C, k, object))
+def f(x):
+    return P(x)
+"""
+
+
+def test_a_fresh_process_finds_the_same(tmp_path):
+    (tmp_path / "users_own.py").write_text(SAME)
+    line = "from flax.linen import Dense; [Dense(1) for _ in range({})]; {}; print(code_of({}))"
+    have = "from robust_ssl.build import code_of"
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", line.format(number, have, "'users_own:f'")],
+            env={**os.environ, "PYTHONHASHSEED": str(number), "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for number in (1, 2)
+    ]
+    assert outputs[0] == outputs[1] and "users_own:f" in outputs[0]
+
+
+@pytest.mark.parametrize("kind", [types.FunctionType, types.MethodType, functools.partial])
+def test_types_of_functions_have_no_code(kind):
+    assert list(code_of([kind])) == [f"{kind.__module__}:{kind.__qualname__}"]
+
+
+def test_an_encoder_is_also_its_preprocessing_function(tmp_path, monkeypatch):
+    own = {}
+    for text in ("def f(x):\n    return 1 * x\n", "def f(x):\n    return 2 * x\n"):
+        digest(tmp_path, monkeypatch, text)
+        encoder = tiny.encoder().replace(preprocess=sys.modules["users_own"].f)
+        own[text] = context.identity(encoder)
+    assert len({*own.values(), context.identity(tiny.encoder())}) == 3

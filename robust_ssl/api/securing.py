@@ -21,6 +21,7 @@ from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.recipes import pgd
 from robust_ssl.types import Classifier, Encoder
+from robust_ssl.weights.cards import describe_preprocess
 
 _RECIPES = "robust_ssl.recipes:"
 
@@ -146,6 +147,8 @@ def secure(
             given=encoder,
             images=parts,
         )
+        if run.own_builder[0] is None:  # what is saved on the way is said first
+            describe_preprocess(encoder.preprocess)
         try:
             return load_trained(run, recipes[name], seed)
         except FloatingPointError as error:

@@ -1,4 +1,4 @@
-"""Who attacks with one perturbation for all images: whose weights he has, what he crafts there."""
+"""Who attacks with one perturbation for all images: whose weights are known, what is crafted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from robust_ssl.workdir import StageDirectory
 
 # Whose weights an attacker may have besides; see `groups.Group`.
 MORE = ("twin", "half", "labelled")
-# Added to the run's.  Not one past the defender's: seeds may come to a run, and he must not change.
+# Added to the run's.  Not one past the defender's: seeds may come to a run, and that one must stay.
 HALF_SEED = 1000
 
 

@@ -184,7 +184,7 @@ class Context:
     def halved(self) -> Context:
         """The run of an attacker who has half of the downstream images, which are read once.
 
-        What he makes lies in a directory of its own, ``half/``.
+        What it makes lies in a directory of its own, ``half/``.
         """
         return dataclasses.replace(self, workdir=self.workdir / "half", half=True)
 

@@ -50,9 +50,9 @@ class Scoring:
       per_image: Attacks on single images.
       autoattack: The ensemble.
       twin: Whether a recipe is attacked by what was crafted on its encoder of another seed, too:
-        by an attacker who knows how it was made, and has made one himself.
+        by who knows how it was made, and has made one too.  Each seed attacks one other.
       half_twin: Whether by one who has half of the training images, and has made it from those
-        with a seed of his own.  It costs about half of a training and a fit of the suite for each
+        with a seed of its own.  It costs about half of a training and a fit of the suite for each
         recipe, however many seeds there are.
       labelled: Attacks on all images at once that know head and labels, fitted on each classifier
         and its training images; entries as of ``config.suite``.  None leaves them out.

@@ -16,7 +16,7 @@ MARGIN = 14 / 64  # AdvEncoder-PAT: 14 pixels from the lower and the right edge 
 
 @struct.dataclass
 class Patch:
-    """The attacker replaces a square of the image by pixels of his own, any in [0, 1].
+    """The attacker replaces a square of the image by any pixels in [0, 1].
 
     A *delta* is a canvas ``[H, W, 3]`` that holds the patch's pixel *values* at the canonical place
     and zeros elsewhere.  The canonical place is AdvEncoder's, near the lower right corner (a patch

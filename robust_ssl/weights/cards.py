@@ -273,8 +273,8 @@ def describe_preprocess(preprocess: Any) -> dict[str, Any]:
     ours = _STEPS.get(kind.__name__) is kind
     if not dataclasses.is_dataclass(preprocess) or isinstance(preprocess, type):
         raise ValueError(
-            f"a card cannot name the input transformation {preprocess!r}: it must be a dataclass, "
-            "whose fields are its options"
+            f"a card cannot name the input transformation {preprocess!r}: write a frozen dataclass "
+            "with __call__, whose fields are its options"
         )
     options = dataclasses.asdict(preprocess)
     try:
