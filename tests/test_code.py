@@ -270,3 +270,18 @@ def test_an_encoder_is_also_its_preprocessing_function(tmp_path, monkeypatch):
         encoder = tiny.encoder().replace(preprocess=sys.modules["users_own"].f)
         own[text] = context.identity(encoder)
     assert len({*own.values(), context.identity(tiny.encoder())}) == 3
+
+
+def test_a_finder_that_fails_is_passed_over(tmp_path, monkeypatch):
+    class Failing:
+        def find_spec(self, name, path=None, target=None):
+            raise KeyError("setuptools")
+
+    (tmp_path / "finder_loss.py").write_text(
+        "def loss(x):\n    import finder_other\n    return x\n"
+    )
+    (tmp_path / "finder_other.py").write_text("A = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = code_of("finder_loss:loss")
+    monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
+    assert code_of("finder_loss:loss") == before != {}

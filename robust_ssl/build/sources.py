@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -217,9 +218,13 @@ def _file_of(name: str) -> pathlib.Path | None:
 
 def _spec(name: str, path: Any) -> Any:
     for finder in sys.meta_path:
-        spec = getattr(finder, "find_spec", lambda *_: None)(name, path)
-        if spec is not None:
-            return spec
+        find = getattr(finder, "find_spec", None)
+        if find is None or type(finder).__module__ == "_distutils_hack":  # it imports setuptools
+            continue
+        with contextlib.suppress(Exception):  # others' finders may fail as they like
+            spec = find(name, path)
+            if spec is not None:
+                return spec
     # A user's modules find those of the working directory too.
     return None if path else importlib.machinery.PathFinder.find_spec(name, [os.getcwd()])
 
