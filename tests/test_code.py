@@ -285,3 +285,17 @@ def test_a_finder_that_fails_is_passed_over(tmp_path, monkeypatch):
     before = code_of("finder_loss:loss")
     monkeypatch.setattr(sys, "meta_path", [Failing(), *sys.meta_path])
     assert code_of("finder_loss:loss") == before != {}
+
+
+def test_packages_of_another_environment_are_not_the_users(tmp_path, monkeypatch):
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "their_library.py").write_text("def f(x):\n    return x\n")
+    (tmp_path / "my_loss.py").write_text(
+        "import their_library\n\n\ndef loss(x):\n    return their_library.f(x)\n"
+    )
+    for place in (folder, tmp_path):
+        monkeypatch.syspath_prepend(place)
+    before = code_of("my_loss:loss")
+    sys.modules["their_library"].f = lambda x: 2 * x
+    assert code_of("my_loss:loss") == before != {}

@@ -18,6 +18,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+# Where packages are installed, in this environment or in one that it builds on.
+_OTHERS = {"site-packages", "dist-packages"}
+
 
 def source_of(function: Any) -> str:
     """Returns the source of a function or a class; without one, its compiled code."""
@@ -243,7 +246,7 @@ def is_users_file(name: str, file: Any, home: str) -> bool:
         return False
     if top in (home, "__main__"):
         return True
-    if file is None:
+    if file is None or _OTHERS & {*pathlib.Path(file).parts}:
         return False
     return not any(pathlib.Path(file).is_relative_to(folder) for folder in _installed())
 
