@@ -147,18 +147,23 @@ def secure(
             given=encoder,
             images=parts,
         )
-        if run.own_builder[0] is None:  # what is saved on the way is said first
-            describe_preprocess(encoder.preprocess)
-        try:
-            return load_trained(run, recipes[name], seed)
-        except FloatingPointError as error:
-            error.__notes__ = []  # of going on from what is on disk
-            error.add_note("secure keeps nothing on disk: no state is left to go on from")
-            raise
-        except OSError as error:
-            if folder in str(error):
-                error.add_note(f"{folder} is temporary; TMPDIR names a disk with more room")
-            raise
+        return _trained(run, recipes[name], seed)
+
+
+def _trained(run: _Given, recipe: Recipe, seed: int) -> Classifier:
+    """Trains in a directory that is gone afterwards; no error advises to go on from there."""
+    if run.own_builder[0] is None:  # what is saved on the way is said first
+        describe_preprocess(run.given.preprocess)
+    try:
+        return load_trained(run, recipe, seed)
+    except FloatingPointError as error:
+        error.__notes__ = []  # of going on from what is on disk
+        error.add_note("secure keeps nothing on disk: no state is left to go on from")
+        raise
+    except OSError as error:
+        if str(run.workdir) in str(error):
+            error.add_note(f"{run.workdir} is temporary; TMPDIR names a disk with more room")
+        raise
 
 
 def _recipes(

@@ -255,9 +255,12 @@ def _check_same(arguments: argparse.Namespace) -> None:
     if there == ["encoder.json"]:
         made_from = (weights.encoder_card(place)["card"] or {}).get("imported_from", {})
     address, file = hub.located(arguments.file, arguments.allow_moving or False)
-    same = made_from.get("source") == str(address) if address else False
-    if not address and "sha256" in made_from:
-        same = weights.inspect_file(file, **_named(arguments)).file.sha256 == made_from["sha256"]
+    if address:
+        same = made_from.get("source") == str(address)
+    else:
+        before = made_from.get("sha256")
+        named = _named(arguments)
+        same = before is not None and weights.inspect_file(file, **named).file.sha256 == before
     if not same:
         raise ValueError(
             f"--out={place} holds something else already ({', '.join(there)}); remove it, or name "

@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from robust_ssl.experiment.context import Context
-from robust_ssl.workdir import read_manifest
+from robust_ssl.experiment.screen import finished
 
 _log = logging.getLogger(__name__)
 
 
 def read_screening(context: Context) -> dict[str, Any] | None:
     """Returns what the stage `screen` left for the page; None where it was not run to its end."""
-    folder = context.workdir / "screen"
-    if not (folder / "manifest.json").is_file():
+    results = finished(context)
+    if results is None:
         return None
-    manifest = read_manifest(folder)
-    if manifest["status"] != "done":
-        return None
-    screened, audited = manifest["results"]["model"], context.plan.audit.secured
+    screened, audited = results["model"], context.plan.audit.secured
     if screened != audited:
         _log.warning(
             "the screening is of %s and the audit of %s: the page is without it; set "
@@ -28,7 +25,7 @@ def read_screening(context: Context) -> dict[str, Any] | None:
             *(screened, audited, audited),
         )
         return None
-    return screening_of(manifest["results"], float(context.plan.suite.epsilon))
+    return screening_of(results, float(context.plan.suite.epsilon))
 
 
 def screening_of(results: Mapping[str, Any], epsilon: float) -> dict[str, Any]:

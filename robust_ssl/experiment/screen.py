@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -156,12 +156,17 @@ def _names(context: Context) -> tuple[str, str | None]:
     return name, None if public == name else public
 
 
-def _last_screened(context: Context) -> str | None:
-    """Returns what the finished stage has screened; None where there is none."""
+def finished(context: Context) -> Mapping[str, Any] | None:
+    """Returns the results of the stage; None where it was not run to its end."""
     folder = context.workdir / "screen"
     if not (folder / "manifest.json").is_file():
         return None
-    return (read_manifest(folder)["results"] or {}).get("model")
+    manifest = read_manifest(folder)
+    return manifest["results"] if manifest["status"] == "done" else None
+
+
+def _last_screened(context: Context) -> str | None:
+    return (finished(context) or {}).get("model")
 
 
 def _model(context: Context, name: str | None) -> Classifier | None:
