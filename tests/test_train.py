@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_recipes
 from flax.traverse_util import flatten_dict
+from jax.errors import JaxRuntimeError
 from tiny_recipes import (
     ATTACKS,
     BROKEN,
@@ -399,6 +400,29 @@ def test_whatever_is_wrong_with_one_recipe_the_others_are_made(tmp_path, monkeyp
     results = go(config, tmp_path)["train"]
     assert results["failed"] == {"full-seed0": "no such thing"}
     assert set(results["trained"]) == {"baseline-seed0"}
+
+
+def test_what_the_device_stopped_is_tried_again_by_the_next_run(tmp_path, monkeypatch, caplog):
+    train, tries = fitting.train, []
+
+    def dies(stage, *args, **kwargs):
+        if stage.path.name == "full-seed0":
+            tries.append(stage.path)
+            raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return train(stage, *args, **kwargs)
+
+    monkeypatch.setattr(fitting, "train", dies)
+    recipes = {"full": {}, "after": {**FROZEN, "start": "full"}, "baseline": FROZEN}
+    config = tiny_recipes.config(recipes)
+    config.stages = ("attack", "train", "score")
+    stopped = go(config, tmp_path)["train"]
+    assert set(stopped["failed"]) == {"full-seed0", "after-seed0"}
+    assert len(tries) == 1  # `score` asks for what is trained, and tries nothing again
+    assert "RESOURCE_EXHAUSTED: Out of memory; the next run tries it again" in caplog.text
+    monkeypatch.undo()
+    after = go(config, tmp_path)["train"]
+    assert after["failed"] == {} and len(after["trained"]) == 3
+    assert after["trained"]["baseline-seed0"] == stopped["trained"]["baseline-seed0"]
 
 
 def test_recipes_may_come_to_a_finished_train(tmp_path):

@@ -43,10 +43,18 @@ class Trained(NamedTuple):
     Attributes:
       results: Of each recipe with a seed, by `model_name`.
       failed: Why the others failed, likewise.
+      passing: Those of `failed` that the device stopped, as when its memory is full; the next run
+        tries them again.
     """
 
     results: Mapping[str, Mapping[str, Any]]
     failed: Mapping[str, str]
+    passing: frozenset[str] = frozenset()
+
+
+class _Failure(NamedTuple):
+    why: str
+    passing: bool
 
 
 def model_name(recipe: Recipe, seed: int) -> str:
@@ -207,7 +215,8 @@ def train(context: Context) -> StageDirectory:
     """Makes every recipe with every seed; one that fails is reported, and the others go on.
 
     Recipes and seeds may come to those of a finished stage.  What has failed is tried again when
-    something comes, or when its recipe is changed: what it left is then set aside.
+    something comes, or when its recipe is changed: what it left is then set aside.  What the
+    device stopped is tried again by the next run, from its last checkpoint.
 
     Returns:
       The stage's directory; its results are those of `Trained`.
@@ -220,12 +229,14 @@ def train(context: Context) -> StageDirectory:
         "validation": validation,
     }
     before, recipes = collected(context), list(context.plan.recipes.values())
+    stopped = context.once("stopped by the device", set)  # a later stage does not try them again
     for recipe, seed in itertools.product(recipes, training.seeds):
         settings = fitting.settings_of(context, recipe)
         text = digest([json_ready(settings), code_inputs(settings)])
         model = model_name(recipe, seed)
         failed_with = before.get(FAILED + model)
-        inputs[FAILED + model if failed_with == text else model] = text
+        if model not in stopped:
+            inputs[FAILED + model if failed_with == text else model] = text
         if failed_with not in (None, text):
             _set_aside(context, recipe, seed)
     settings = {"validation": training.validation}
@@ -235,7 +246,8 @@ def train(context: Context) -> StageDirectory:
             if not trained.results:
                 reasons = "\n".join(f"  {model}: {why}" for model, why in trained.failed.items())
                 raise FloatingPointError(f"every recipe failed:\n{reasons}")
-            stage.manifest["inputs"] = _marked(stage.manifest["inputs"], trained.failed)
+            stopped |= trained.passing
+            stage.manifest["inputs"] = _marked(stage.manifest["inputs"], trained)
             stage.finish({"trained": trained.results, "failed": trained.failed})
     _check_there(context, stage)
     return stage
@@ -244,10 +256,10 @@ def train(context: Context) -> StageDirectory:
 def _check_there(context: Context, stage: StageDirectory) -> None:
     """Makes again what is gone of a finished `train`; says what had failed."""
     for model, why in stage.results["failed"].items():
-        _log.warning(
-            "%s failed, and is left out: %s; changed, or without %s, it is tried again",
-            *(model, why, stage.path / "manifest.json"),
-        )
+        again = f"changed, or without {stage.path / 'manifest.json'}, it is tried again"
+        if FAILED + model not in stage.manifest["inputs"]:
+            again = "the next run tries it again"
+        _log.warning("%s failed, and is left out: %s; %s", model, why, again)
     for recipe, seed in itertools.product(
         context.plan.recipes.values(), context.plan.training.seeds
     ):
@@ -263,12 +275,16 @@ def _check_there(context: Context, stage: StageDirectory) -> None:
             train_recipe(context, recipe, seed)
 
 
-def _marked(inputs: Mapping[str, str], failed: Mapping[str, str]) -> dict[str, str]:
-    """Inputs in which recipes are marked that failed this time, and no others."""
+def _marked(inputs: Mapping[str, str], trained: Trained) -> dict[str, str]:
+    """Inputs in which recipes are marked that failed this time, and no others.
+
+    What the device stopped is not among them, so that it comes to the next run as a new one.
+    """
     marked = {}
     for name, text in inputs.items():
         model = name.removeprefix(FAILED)
-        marked[FAILED + model if model in failed else model] = text
+        if model not in trained.passing:
+            marked[FAILED + model if model in trained.failed else model] = text
     return marked
 
 
@@ -314,12 +330,14 @@ def train_all(context: Context, recipes: list[Recipe], seeds: Any = None) -> Tra
     recipe, and are raised.
     """
     results: dict[str, Any] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, _Failure] = {}
     for seed in context.plan.training.seeds if seeds is None else seeds:
         for recipe in recipes:
             for other in reversed(recipe.chain()):
                 _try(context, other, seed, results, failed)
-    return Trained(results, failed)
+    reasons = {model: failure.why for model, failure in failed.items()}
+    passing = frozenset(model for model, failure in failed.items() if failure.passing)
+    return Trained(results, reasons, passing)
 
 
 def _try(context: Context, recipe: Recipe, seed: int, results: dict, failed: dict) -> None:
@@ -329,7 +347,8 @@ def _try(context: Context, recipe: Recipe, seed: int, results: dict, failed: dic
     for other in recipe.needs:
         _try(context, other, seed, results, failed)
         if model_name(other, seed) in failed:
-            failed[model] = f"it is made from {model_name(other, seed)}, which failed"
+            why = f"it is made from {model_name(other, seed)}, which failed"
+            failed[model] = _Failure(why, failed[model_name(other, seed)].passing)
             return
     try:
         results[model] = train_recipe(context, recipe, seed).results
@@ -338,7 +357,7 @@ def _try(context: Context, recipe: Recipe, seed: int, results: dict, failed: dic
     except (FloatingPointError, ValueError, TypeError, KeyError, JaxRuntimeError) as error:
         if jax.process_count() > 1 and not isinstance(error, FloatingPointError):
             raise  # another process may be gone, which says nothing of the recipe
-        failed[model] = str(error)
+        failed[model] = _Failure(str(error), passing=isinstance(error, JaxRuntimeError))
         _log.error("%s failed, the others go on: %s", model, error)
 
 
