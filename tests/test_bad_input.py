@@ -69,6 +69,11 @@ def batch_mean(inputs):
     return inputs.clean.logits.mean()
 
 
+def normalized(key, image):
+    """An augmentation that returns what a network of PyTorch would be given."""
+    return (image - 0.5) / 0.25
+
+
 def needs_attack(inputs):
     """A loss that looks at adversarial images, which clean training has not."""
     return inputs.adversarial.logits.sum(axis=1)
@@ -166,6 +171,10 @@ CASES = {
     "an augmentation that is not there": (
         recipe(augment="robust_ssl.pretraining:flip_and_shif"),
         ["did you mean flip_and_shift", "config.recipes.mine.augment"],
+    ),
+    "an augmentation that normalizes": (
+        recipe(augment="test_bad_input:normalized"),
+        ["pixels from -", "normalization to the encoder", "config.recipes.mine"],
     ),
     "an attack that is not there": (
         {"suite.attacks": {"uap": "robust_ssl.attacks:UniversalPDG"}},

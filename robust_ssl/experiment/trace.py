@@ -6,6 +6,7 @@ import tempfile
 from typing import Any
 
 import jax
+import numpy as np
 
 from robust_ssl import data, weights
 from robust_ssl.build import inside
@@ -22,6 +23,7 @@ from robust_ssl.experiment.train import (
     untrained,
     untrained_teacher,
 )
+from robust_ssl.finetuning.images import clean_images
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import check_unchanged, json_ready, read_manifest
 
@@ -58,6 +60,7 @@ def _trace(context: Context, recipe: Recipe) -> None:
     classifier = untrained(context, recipe)
     if not recipe.is_trained:
         return
+    _check_augmentation(context, recipe)
     if recipe.accumulate == AUTO:
         batch_parts.limit(context, recipe)
     alone = recipe.select is not None or recipe.accumulate == AUTO  # the step is another one then
@@ -70,6 +73,22 @@ def _trace(context: Context, recipe: Recipe) -> None:
     # The very program that is trained with: it is not traced again.
     program = step.computation.program(context.parallel).bind(step.settings)
     program.lower(state, batch_parts.of_all(batch, len(context.parallel.devices)))
+
+
+def _check_augmentation(context: Context, recipe: Recipe) -> None:
+    """Raises ValueError unless a recipe's augmentation keeps the first images in [0, 1]."""
+    if recipe.augment is None:
+        return
+    rows = np.arange(min(16, len(context.downstream[0])))
+    batch = {"images": context.downstream[0].read(rows)["images"], "indices": rows}
+    key = jax.random.key(context.plan.seed)
+    augmented = clean_images(recipe.augment.bound, 0, batch, key, None)
+    low, high = float(augmented.min()), float(augmented.max())
+    if not (low >= 0 and high <= 1):  # not a number is neither
+        raise ValueError(
+            f"augment returns pixels from {low:.3g} to {high:.3g}; images are in [0, 1]: clip "
+            "them, and leave normalization to the encoder, which has its own"
+        )
 
 
 def step_of(context: Context, recipe: Recipe, classifier: Classifier):
