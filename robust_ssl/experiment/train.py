@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -221,25 +221,10 @@ def train(context: Context) -> StageDirectory:
     Returns:
       The stage's directory; its results are those of `Trained`.
     """
-    training = context.plan.training
-    train_set, validation = (part.fingerprint() for part in context.downstream)
-    inputs = {
-        **model_inputs("encoder", context.encoder),
-        "train": train_set,
-        "validation": validation,
-    }
-    before, recipes = collected(context), list(context.plan.recipes.values())
+    recipes = list(context.plan.recipes.values())
     stopped = context.once("stopped by the device", set)  # a later stage does not try them again
-    for recipe, seed in itertools.product(recipes, training.seeds):
-        settings = fitting.settings_of(context, recipe)
-        text = digest([json_ready(settings), code_inputs(settings)])
-        model = model_name(recipe, seed)
-        failed_with = before.get(FAILED + model)
-        if model not in stopped:
-            inputs[FAILED + model if failed_with == text else model] = text
-        if failed_with not in (None, text):
-            _set_aside(context, recipe, seed)
-    settings = {"validation": training.validation}
+    inputs = _inputs(context, stopped)
+    settings = {"validation": context.plan.training.validation}
     with context.open("train", settings, inputs, collects=True) as stage:
         if not stage.done:
             trained = train_all(context, recipes)
@@ -251,6 +236,29 @@ def train(context: Context) -> StageDirectory:
             stage.finish({"trained": trained.results, "failed": trained.failed})
     _check_there(context, stage)
     return stage
+
+
+def _inputs(context: Context, stopped: Set[str]) -> dict[str, str]:
+    """Digests of what `train` reads and of its recipes; sets aside what changed ones have left."""
+    train_set, validation = (part.fingerprint() for part in context.downstream)
+    inputs = {
+        **model_inputs("encoder", context.encoder),
+        "train": train_set,
+        "validation": validation,
+    }
+    before = collected(context)
+    for recipe, seed in itertools.product(
+        context.plan.recipes.values(), context.plan.training.seeds
+    ):
+        settings = fitting.settings_of(context, recipe)
+        text = digest([json_ready(settings), code_inputs(settings)])
+        model = model_name(recipe, seed)
+        failed_with = before.get(FAILED + model)
+        if model not in stopped:
+            inputs[FAILED + model if failed_with == text else model] = text
+        if failed_with not in (None, text):
+            _set_aside(context, recipe, seed)
+    return inputs
 
 
 def _check_there(context: Context, stage: StageDirectory) -> None:
