@@ -25,7 +25,7 @@ from robust_ssl.experiment import (
     groups,
     sections,
 )
-from robust_ssl.workdir import open_stage
+from robust_ssl.workdir import ConfigChangedError, open_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
@@ -419,6 +419,14 @@ def test_the_stage_measures_once_and_decides_again(tmp_path):
     changed = {name for name in after if after[name][1] != before.get(name, (0, b""))[1]}
     assert changed == {"audit.json", "audit.html", "audit.ja.html", "checklist.csv", "junit.xml"}
     assert document.read_workdir(tmp_path)["measured"] == measured
+
+    other = config()
+    other.audit.update(usual="full", secured="baseline")
+    with pytest.raises(ConfigChangedError, match='config.secured: "full" -> "baseline"'):
+        go(other, tmp_path)
+    assert {name: kept for name, (_, kept) in snapshot(tmp_path).items()} == {
+        name: kept for name, (_, kept) in after.items()
+    }
 
     text = (tmp_path / "results.json").read_text().replace("not examined", "believable")
     (tmp_path / "results.json").write_text(text)

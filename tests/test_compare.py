@@ -348,6 +348,22 @@ def test_a_recipe_that_failed_is_named_and_not_compared(tmp_path):
 
 
 @slow
+def test_what_others_start_from_may_be_scored_later(tmp_path):
+    recipes = {"baseline": FROZEN, "full": {}, "more": {"start": "first", "epochs": 1}}
+    go(few({**recipes, "first": {"epochs": 1, "scored": False}}), tmp_path)
+    cost = manifest(tmp_path, "cost")
+    results = go(few({**recipes, "first": {"epochs": 1}}), tmp_path)
+    rows = {row["recipe"]: row["cost_factor"] for row in results["compare"]["rows"]}
+    assert set(rows) == {"baseline", "full", "more", "first"} and rows["first"] < rows["more"]
+    assert manifest(tmp_path, "cost") == cost  # it was measured with what starts from it
+    # A directory that has not: it is measured now.
+    del cost["results"]["first"]
+    (tmp_path / "cost" / "manifest.json").write_text(json.dumps(seal(cost)))
+    again = go(few({**recipes, "first": {"epochs": 1}}), tmp_path)
+    assert {row["recipe"] for row in again["compare"]["rows"]} == set(rows)
+
+
+@slow
 def test_without_the_reference_there_are_no_cost_factors(tmp_path):
     results = go(few({"baseline": FROZEN, "full": BROKEN}), tmp_path)
     [row] = results["compare"]["rows"]

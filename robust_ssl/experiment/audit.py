@@ -45,6 +45,12 @@ def check(context: Context) -> None:
     limits, _, answers = decision.rules(given.policy, given.answers)
     decision.at(section.stage, limits, answers)
     audit_provenance.check(context)
+    context.check_unchanged("audit", _settings(context))
+
+
+def _settings(context: Context) -> dict[str, Any]:
+    """What is measured; what a decision goes by may change without measuring anything again."""
+    return {name: getattr(context.plan.audit, name) for name in ("usual", "secured", "examples")}
 
 
 def audit(context: Context) -> StageDirectory:
@@ -53,15 +59,12 @@ def audit(context: Context) -> StageDirectory:
     Returns:
       The stage's directory; its results are ``measured`` of ``audit.json``.
     """
-    section = context.plan.audit
     compared = compare(context)
     pages.write(context, compared)
     barrier("audit")  # one process has written the results that all read
     models = _models(context)
-    # What a decision goes by may change without anything being measured again.
-    settings = {name: getattr(section, name) for name in ("usual", "secured", "examples")}
     inputs = {role: identity(model) for role, model in models.items()}
-    with context.open("audit", settings, inputs, collects=True) as stage:
+    with context.open("audit", _settings(context), inputs, collects=True) as stage:
         kept = stage.results.get("cost") if stage.done else None
         measured = json_ready(_measure(context, compared, models, kept))
         if not stage.done or stage.results != measured:

@@ -52,12 +52,14 @@ def measure(
       where nothing was trained.
     """
     reference = context.plan.recipes[context.plan.compare.reference]
-    chains = {recipe: recipe.chain() for recipe in dict.fromkeys(recipes)}
-    everything = list(dict.fromkeys(other for chain in chains.values() for other in chain))
+    everything = list(dict.fromkeys(other for recipe in recipes for other in recipe.chain()))
+    # Also of what others start from: who asks for one of those later finds it.
+    chains = {recipe: recipe.chain() for recipe in everything}
     stages = {recipe: train.train_recipe(context, recipe, seed) for recipe in everything}
     inputs = {recipe.name: stage.fingerprint for recipe, stage in stages.items()}
     with context.open(stage, _timing(context), inputs, seed, collects=True) as directory:
-        if not directory.done:
+        lacking = {recipe.name for recipe in recipes} - {*directory.results}
+        if not directory.done or lacking:
             results = {recipe: stage.results for recipe, stage in stages.items()}
             trained = [recipe for recipe in everything if results[recipe]["epochs"]]
             steps = _measure_steps(context, trained, results)
