@@ -85,7 +85,8 @@ MEASURED = {
     "encoder": {"name": "an-encoder", "fingerprint": "0123456789abcdef"},
     "data": {
         **{"name": "parts", "train": 1500, "validation": 200, "test": 2000, "classes": 3},
-        **{"test_among_train": 0, "surrogate": "photo_crops", "surrogate_images": 5000},
+        **{"test_among_train": 0, "test_distinct": 2000},
+        **{"surrogate": "photo_crops", "surrogate_images": 5000},
         "largest_class": share(0.4),
     },
     "epsilon": 8 / 255,

@@ -185,6 +185,23 @@ def test_the_shipped_config_takes_a_classifier_from_elsewhere():
     assert list(loaded.recipes) == ["baseline"]
 
 
+@pytest.mark.parametrize(
+    ("elsewhere", "shared", "known"), [(False, 0, 0), (True, 0, None), (False, 3, 3), (True, 3, 3)]
+)
+def test_what_a_classifier_from_elsewhere_was_trained_on_is_not_known(elsewhere, shared, known):
+    names = ("train", "validation", "classes")
+    split = {"name": "parts", "test": 240, "test_among_train": shared, "test_distinct": 4}
+    run = {"downstream": {**dict.fromkeys(names, 9), **split}}
+    measured = audit._data(run, elsewhere=elsewhere)
+    assert measured["test_among_train"] == known and measured["test_distinct"] == 4
+    whole = cases.sealed(data={**cases.MEASURED["data"], **measured})
+    decided = decision.decide(whole, "pilot", *decision.rules(None, None))
+    outcomes = {gate["id"]: gate["outcome"] for gate in decided["decided"]["gates"]}
+    expected = {0: "passed", 3: "failed", None: "not decidable"}[known]
+    assert outcomes["no-leakage"] == expected
+    assert outcomes["enough-images"] == "failed"  # four, however many copies
+
+
 def test_what_is_typed_of_an_encoder_stays_beside_its_path(tmp_path):
     """A file of somebody's weights does not say how its images were normalized."""
     from robust_ssl.cli import audit
@@ -422,7 +439,7 @@ def test_the_stage_measures_once_and_decides_again(tmp_path):
 
     other = config()
     other.audit.update(usual="full", secured="baseline")
-    with pytest.raises(ConfigChangedError, match='config.secured: "full" -> "baseline"'):
+    with pytest.raises(ConfigChangedError, match=r'config\.secured: "full" -> "baseline"'):
         go(other, tmp_path)
     assert {name: kept for name, (_, kept) in snapshot(tmp_path).items()} == {
         name: kept for name, (_, kept) in after.items()

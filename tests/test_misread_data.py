@@ -362,7 +362,7 @@ def test_test_images_among_the_training_images_are_counted():
     images = pixels(20)
     train, validation = (data.from_arrays(part) for part in (images[:10], images[10:12]))
     test = data.from_arrays(np.concatenate([images[8:11], images[15:], images[8:9]]))
-    assert data.shared(test, train, validation) == (4, 9, 12)  # each copy counts
+    assert data.shared(test, train, validation) == (4, 9, 12, 8)  # each copy counts
     changed = images[:10].copy()
     changed[:, 0, 0, 0] ^= 1
     assert data.shared(data.from_arrays(changed), train).count == 0
@@ -375,7 +375,7 @@ def test_a_streamed_set_is_hashed_while_it_is_read_and_never_twice():
     assert not data.are_known(train, test)
     train.read(np.arange(6))
     reads.clear()
-    assert data.shared(test, train) == (2, 6, 8) and reads == [6, 7]
+    assert data.shared(test, train) == (2, 6, 8, 6) and reads == [6, 7]
     reads.clear()
     assert data.are_known(train, test) and data.shared(test, train).count == 2 and not reads
     assert data.shared(test, whole.take([9, 3])).count == 1 and {*reads} == {9}
@@ -394,7 +394,18 @@ def test_the_same_picture_in_another_format_is_found(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             image.rotate(0 if name == "a" else 180).save(tmp_path / split / name / f"0.{kind}")
     train, test = (data.load(tmp_path, split=split) for split in ("train", "test"))
-    assert data.shared(test, train) == (2, 2, 2)
+    assert data.shared(test, train) == (2, 2, 2, 2)
+
+
+def test_copies_of_a_test_image_are_no_images_more():
+    images = pixels(5)
+    shared = data.shared(
+        data.from_arrays(np.tile(images[:4], (60, 1, 1, 1))), data.from_arrays(images[4:])
+    )
+    assert shared == (0, 240, 1, 4)
+    [note] = shared.notes
+    assert note.startswith("of 240 test images 4 are different ones, pixel by pixel")
+    assert not data.shared(data.from_arrays(images[:4]), data.from_arrays(images[4:])).notes
 
 
 # --- class names that travel ---------------------------------------------------------------

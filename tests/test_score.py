@@ -254,6 +254,8 @@ def test_autoattack_and_the_verdict(tmp_path):
         assert {entry["n"] for entry in turns} == {16}
         assert {entry["verdict"] for entry in turns} == {verdict["verdict"]}
     assert {check["number"] for check in verdict["checks"]} == set(range(1, 30))
+    [leakage] = [check for check in verdict["checks"] if check["name"] == "leakage"]
+    assert leakage["status"] == "not run"  # nobody here knows what it was trained on
     assert "images" in verdict["examined"]
     # Its encoder is the public one, so what was crafted again is what was crafted: not a bit less.
     [again] = [check for check in verdict["checks"] if check["number"] == 25]

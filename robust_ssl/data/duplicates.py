@@ -1,4 +1,4 @@
-"""Images that are in two splits, found by a digest of their pixels."""
+"""Images that are in two splits or twice in one, found by a digest of their pixels."""
 
 from __future__ import annotations
 
@@ -13,33 +13,44 @@ _CHUNK = 1024  # images that are read at a time
 
 
 class Shared(NamedTuple):
-    """How many test images are among the training images.
+    """How many test images are among the training images, and how many there are at all.
 
     Attributes:
       count: That many.
       test: Of so many test images.
       train: Compared with so many training images, validation images among them.
+      distinct: So many of the test images are different ones.
     """
 
     count: int
     test: int
     train: int
+    distinct: int
 
     @property
     def share(self) -> float:
         """Of the test images, in [0, 1]."""
         return self.count / self.test
 
-    def __str__(self) -> str:
-        """Says it in a sentence."""
-        return (
-            f"{self.count:,} of {self.test:,} test images are among the {self.train:,} training "
-            "images, pixel by pixel (duplicates)"
-        )
+    @property
+    def notes(self) -> list[str]:
+        """Says in a sentence each what is wrong with the split; nothing is the usual."""
+        notes = []
+        if self.count:
+            notes.append(
+                f"{self.count:,} of {self.test:,} test images are among the {self.train:,} "
+                "training images, pixel by pixel (duplicates)"
+            )
+        if self.distinct < self.test:
+            notes.append(
+                f"of {self.test:,} test images {self.distinct:,} are different ones, pixel by "
+                "pixel: shares are known less well than their intervals say"
+            )
+        return notes
 
 
 def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExamples) -> Shared:
-    """Counts the test images whose pixels are those of a training image.
+    """Counts the test images whose pixels are those of a training image, and the different ones.
 
     Pixels are compared as a model sees them, after decoding and resizing, so a copy in another
     lossless format is found.  One that was compressed or cut again is not.
@@ -51,13 +62,18 @@ def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExample
     Example:
       >>> from robust_ssl.data import from_arrays
       >>> images = np.arange(4 * 48, dtype=np.uint8).reshape(4, 4, 4, 3)
-      >>> print(shared(from_arrays(images[:3]), from_arrays(images[2:])))
-      1 of 3 test images are among the 2 training images, pixel by pixel (duplicates)
+      >>> shared(from_arrays(images[:3]), from_arrays(images[2:])).notes
+      ['1 of 3 test images are among the 2 training images, pixel by pixel (duplicates)']
+      >>> shared(from_arrays(images[[0, 0, 1]]), from_arrays(images[2:])).distinct
+      2
     """
     known = np.concatenate([digests(part) for part in train])
     known = known[known != 0]  # what cannot be read has none
-    count = int(np.isin(digests(test), known).sum())
-    return Shared(count, len(test), len(known))
+    tested = digests(test)
+    count = int(np.isin(tested, known).sum())
+    readable = tested[tested != 0]
+    copies = len(readable) - len(np.unique(readable))
+    return Shared(count, len(test), len(known), len(test) - copies)
 
 
 def digests(examples: Examples | StreamedExamples) -> np.ndarray:

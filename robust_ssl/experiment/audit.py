@@ -115,7 +115,7 @@ def _measure(
     kept: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Returns ``measured`` of ``audit.json``; see its schema."""
-    scored, names = score(context), _names(context)
+    section, scored, names = context.plan.audit, score(context), _names(context)
     results = report.results.read(context.workdir / "results.json")
     right = {role: _right(context, read_outcomes(scored), name) for role, name in names.items()}
     public = at_main_budget(context, attack(context))
@@ -126,19 +126,19 @@ def _measure(
     return {
         "date": scored.manifest["finished"][:10],
         "encoder": results["run"]["encoder"],
-        "data": _data(results["run"]),
+        "data": _data(results["run"], elsewhere=section.secured in context.plan.classifiers),
         "epsilon": float(context.plan.suite.epsilon),
         "models": _named(context, results, names, models["usual"]),
         "clean": _clean(right),
         "attacked": {role: each and _attacked(each) for role, each in right.items()},
         "rows": _rows(results["results"], names),
         "curve": {role: _curve(results["results"], name) for role, name in names.items() if name},
-        "trade_off": _trade_off(results["comparison"]["rows"], context.plan.audit),
+        "trade_off": _trade_off(results["comparison"]["rows"], section),
         "layers": {role: audit_pictures.layers(look) for role, look in looks.items()},
         "bands": audit_pictures.bands(looks["usual"]),
         "cost": _cost(context, compared.results["rows"], models, kept),
         "trust": {role: name and _trust(results["verdicts"], name) for role, name in names.items()},
-        "examples": audit_pictures.examples(looks["usual"], context.plan.audit.examples),
+        "examples": audit_pictures.examples(looks["usual"], section.examples),
         "provenance": audit_provenance.examine(context),
         "screening": read_screening(context),
         "inspection": write_baseline(context, models["secured"]) if names["secured"] else None,
@@ -268,10 +268,15 @@ def _trade_off(rows: Sequence[Mapping[str, Any]], section: Audit) -> list[dict[s
 # --- What they rest on --------------------------------------------------------------------------
 
 
-def _data(run: Mapping[str, Any]) -> dict[str, Any]:
+def _data(run: Mapping[str, Any], *, elsewhere: bool) -> dict[str, Any]:
+    """Returns the images by number; `elsewhere` is whether the secured one was trained there."""
     downstream, surrogate = run["downstream"], run.get("surrogate") or {}
     largest = downstream.get("largest_class")
     numbers = ("name", "train", "validation", "test", "classes", "test_among_train")
+    numbers += ("test_distinct",)
+    if elsewhere and not downstream["test_among_train"]:
+        # None of them is among this run's training images; among its own, nobody knows.
+        downstream = {**downstream, "test_among_train": None}
     right = largest and np.arange(downstream["test"]) < largest["images"]
     return {
         **{name: downstream[name] for name in numbers},

@@ -63,7 +63,9 @@ def examine(
     begun = time.perf_counter()
     examined, verdict = _per_image(scorer, model, scored)
     verdict += _universal(scorer, model, scored)
-    verdict += checks.Verdict((_unchanged(model, known_as), *_of_data(scorer.context, scored)))
+    verdict += checks.Verdict(
+        (_unchanged(model, known_as), *_of_data(scorer.context, name, scored))
+    )
     document = verdict.as_dict() | {
         "examined": examined,
         "seconds": round(time.perf_counter() - begun, 3),
@@ -105,10 +107,13 @@ def _unchanged(model: Classifier, known_as: str) -> checks.Check:
     return checks.model_unchanged(before, before if identity(model) == known_as else changed)
 
 
-def _of_data(context: Context, scored: Sequence[Scored]) -> tuple[checks.Check, ...]:
+def _of_data(context: Context, name: str, scored: Sequence[Scored]) -> tuple[checks.Check, ...]:
     """Runs the checks of the images themselves, on the whole test split."""
     shared = context.shared
     leakage = checks.leakage(shared.count, shared.test, shared.train)
+    if name in context.plan.classifiers and not shared.count:
+        reason = "It was trained elsewhere, on images that are not known here."
+        [leakage] = checks.not_run("leakage", reason)
     whole = next((s.worst.clean_correct for s in scored if s.rows is None), None)
     if whole is None:
         reason = "No attack was scored on the whole test split."

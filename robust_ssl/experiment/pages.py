@@ -156,6 +156,7 @@ def _document(
             "classes": context.num_classes,
             "largest_class": _largest_class(context),
             "test_among_train": scored.results.get("test_among_train"),
+            "test_distinct": scored.results.get("test_distinct"),
             "notes": [
                 f"{part.split}: {n}" for part in (train_set, context.test) for n in part.notes
             ],

@@ -253,8 +253,12 @@ def score(context: Context) -> StageDirectory:
         if jax.process_index() == 0:
             save_arrays(stage.path / OUTCOMES, right, OUTCOMES)
         # Kept, since a set that is read on demand would have to be read again to say so.
-        shared = context.shared.count if scoring.checks else None
-        stage.finish({"results": results, "verdicts": verdicts, "test_among_train": shared})
+        shared = context.shared if scoring.checks else None
+        split = {
+            "test_among_train": shared and shared.count,
+            "test_distinct": shared and shared.distinct,
+        }
+        stage.finish({"results": results, "verdicts": verdicts, **split})
     return stage
 
 

@@ -200,8 +200,9 @@ def check_data(context: Context) -> None:
     """Reads the downstream images; nothing is scored on the test split here."""
     _within("config.downstream", lambda: (context.downstream, context.test))
     # A set that is read on demand is compared once it has been read: see `examine`.
-    if data.are_known(*context.downstream, context.test) and context.shared.count:
-        _log.warning("config.downstream: %s", context.shared)
+    if data.are_known(*context.downstream, context.test):
+        for note in context.shared.notes:
+            _log.warning("config.downstream: %s", note)
 
 
 def _within(section: str, read: Callable[[], Any]) -> None:

@@ -302,12 +302,15 @@ def _data_notes(downstream: Mapping[str, Any]) -> list[str]:
     if downstream.get("test_among_train") is not None:
         shared, test = downstream["test_among_train"], downstream["test"]
         lines.append(f"Test images among the training images: {shared:,} of {test:,}.")
+    distinct = downstream.get("test_distinct")
+    if distinct is not None and distinct < downstream["test"]:
+        lines.append(f"Different test images: {distinct:,} of {downstream['test']:,}.")
     return lines
 
 
 def _basics(downstream: Mapping[str, Any]) -> dict[str, Any]:
     """Name and numbers of images; the rest of the entry is said elsewhere."""
-    said = ("largest_class", "test_among_train", "notes")
+    said = ("largest_class", "test_among_train", "test_distinct", "notes")
     return {name: entry for name, entry in downstream.items() if name not in said}
 
 
