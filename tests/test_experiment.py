@@ -57,6 +57,15 @@ def test_data_are_read_once_and_carved_by_index(tmp_path):
     assert len(np.unique(both.reshape(64, -1), axis=0)) == 64
 
 
+def test_images_that_a_function_makes_get_the_encoders_size(tmp_path):
+    config = tiny.config().unlock()
+    config.surrogate = {"function": "robust_ssl.data:photo_crops", "n": 4}
+    assert context(config, tmp_path).surrogate.image_shape == (tiny.SIZE, tiny.SIZE, 3)
+    config.surrogate.image_size = 2 * tiny.SIZE  # what is said is not overruled
+    with pytest.raises(ValueError, match=f"the encoder takes {tiny.SIZE}x{tiny.SIZE}"):
+        _ = context(config, tmp_path).surrogate
+
+
 def test_limits_and_split_names_are_the_configs(tmp_path):
     config = tiny.config()
     config.downstream.update(train_limit=20, test_limit=8, test_split="test2")

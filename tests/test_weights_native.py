@@ -326,7 +326,7 @@ def test_an_edit_of_ones_own_is_accepted_by_name_and_a_card_of_before_is_noted(t
     record = json.loads(file.read_text())
     record["card"]["note"] = "mine"
     file.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="checksum does not agree"):
+    with pytest.raises(ValueError, match=r"checksum does not agree.*edited .*seal_card\("):
         weights.load_encoder(tmp_path)
     cards.seal_card(tmp_path)
     weights.load_encoder(tmp_path)
@@ -334,6 +334,14 @@ def test_an_edit_of_ones_own_is_accepted_by_name_and_a_card_of_before_is_noted(t
     file.write_text(json.dumps({n: v for n, v in record.items() if n != "sha256"}))
     weights.load_encoder(tmp_path)
     assert "has no checksum of itself" in caplog.text
+
+
+def test_of_a_lock_or_a_baseline_nobody_is_told_to_seal_a_card(caplog):
+    """Sealing would change the cards beside it, and leave the lock as it is."""
+    with pytest.raises(ValueError, match=r"encoder\.lock\.json is not .* or make it again$"):
+        cards.check_seal({"schema": 1, "sha256": "0"}, "a/encoder.lock.json")
+    cards.check_seal({"schema": 1}, "a/baseline.json")
+    assert "make it again" in caplog.text and "seal_card" not in caplog.text
 
 
 def test_a_card_with_numbers_for_keys_is_read_again(tmp_path):

@@ -188,6 +188,11 @@ class Function:
         parameters, _ = _parameters(self.function)
         return parameters is not None and name in parameters
 
+    def with_defaults(self, **values: Any) -> Function:
+        """Returns it with those of the options that it takes and was not given."""
+        lacking = {n: v for n, v in values.items() if n not in self.options and self.takes(n)}
+        return dataclasses.replace(self, options={**self.options, **lacking}) if lacking else self
+
     def without(self, *names: str) -> Function:
         """Returns it without some of its options."""
         left = {name: option for name, option in self.options.items() if name not in names}

@@ -204,9 +204,13 @@ def _check_range(images: np.ndarray, where: str) -> None:
 
 
 def _scale_hint(low: float, high: float) -> str:
-    if low >= 0 and high <= 255:
+    if low >= -0.1 and high <= 1.1:
+        return "clip what resampling or rounding has left there: images.clip(0, 1)"
+    if low >= 0 and 64 < high <= 255:
         return "divide by 255: images / 255"
-    if low >= -1 and high <= 1:
+    if low >= 0:
+        return "divide by the value that is white, which is 255 in 8 bits and 65535 in 16"
+    if low >= -1.1 and high <= 1.1:
         return "rescale them; if black is -1: (images + 1) / 2"
     return "rescale them; if they are normalized: images * std + mean"
 

@@ -251,13 +251,17 @@ class Context:
     ):
         """Returns a split; a folder's pictures get the encoder's size, unless told otherwise.
 
-        What is resized is resized as the public encoder's card says, unless told otherwise.
+        So do images that a function makes, where it has an option ``image_size``.  What is resized
+        is resized as the public encoder's card says, unless told otherwise.
 
         Args:
           source: Where it comes from.
           split: Which one.
           encoder: Whose size; None is the public one.
         """
+        if encoder is None and source.function is not None:
+            function = source.function.with_defaults(image_size=self.image_size)
+            source = dataclasses.replace(source, function=function)
         if not self._is_resized(source):
             return self.load(source, split)
         if encoder is None:

@@ -39,7 +39,8 @@ class Data:
 
     Attributes:
       source: As `robust_ssl.data.load` takes it.
-      function: Called as `robust_ssl.data.load` calls a function.
+      function: Called as `robust_ssl.data.load` calls a function; an option ``image_size`` that it
+        is not given is the public encoder's.
       image_size: Height and width that images are brought to, pixels; None leaves them, but for a
         folder, whose pictures get the encoder's, and where `resizing` is given.
       train_split: Name of the training split.

@@ -60,16 +60,19 @@ def check_seal(record: Mapping[str, Any], where: str | os.PathLike) -> None:
     A card without a checksum, which version 0.1 wrote, is taken with a note: its weights have one,
     and what others have published stays usable.
     """
+    path = pathlib.PurePath(str(where))
+    seal = f"robust_ssl.weights.seal_card({str(path.parent)!r})"
+    is_card = path.name in CARDS  # a lock or a baseline is made again in a moment
     if "sha256" not in record:
+        advice = f"{seal} adds one once you have looked at it" if is_card else "make it again"
         _log.warning(
-            "%s has no checksum of itself, so an edited entry would not be seen; "
-            "robust_ssl.weights.seal_card(%r) adds one once you have looked at it",
-            *(where, str(pathlib.PurePath(str(where)).parent)),
+            "%s has no checksum of itself, so an edited entry would not be seen; %s", where, advice
         )
     elif record["sha256"] != _sum(record):
+        edited = f" (or, if you have edited it yourself, {seal} accepts it as it is)"
         raise ValueError(
-            f"{where} is not what was written: its checksum does not agree; fetch or save it again "
-            "(or, if you have edited it yourself, robust_ssl.weights.seal_card accepts it as it is)"
+            f"{where} is not what was written: its checksum does not agree; bring it back from a "
+            f"copy, or make it again{edited if is_card else ''}"
         )
 
 
