@@ -80,6 +80,42 @@ WRONG = {
 }
 
 
+def wide(text):
+    """As a Japanese keyboard types it."""
+    return "".join(chr(ord(letter) + 0xFEE0) for letter in text)
+
+
+DECIMAL = "no number; write a decimal point and set no thousands apart"
+ZERO = "a zero begins a number only before a decimal point"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        *((typed, DECIMAL) for typed in ("0,001", "12,5", "1.000,50", "1234,567", "1,00", "0 001")),
+        *((typed, DECIMAL) for typed in ("-0,5", wide("0,001"), wide("0.9"), "1,0000")),
+        *((typed, ZERO) for typed in ("0001", "09", "-09", "00.5", "0_001", wide("0001"))),
+        ("1,000,000", "no number; write 1000000$"),
+        ("12 500.75", "no number; write 12500.75$"),
+        ("12,500", "no number; write 12500, or 12.500 if that is meant$"),
+        (wide("1,000"), "no number; write 1000, or"),
+    ],
+)
+def test_no_hint_makes_another_number_of_what_was_typed(typed, message):
+    # A comma that is left out makes a share of attacks a thousand times as large.
+    for text in (
+        cases.answers_text(attacked_share=f"'{typed}'"),
+        f"limits: {{robust-accuracy: {{limit: '{typed}', reason: r}}}}",
+    ):
+        with pytest.raises(lines.EntryError, match=f"line [14]: .* is '{typed}'.*{message}"):
+            read(text)
+
+
+@pytest.mark.parametrize("typed", ["0", "0.001", "-0.5", "0e3", "10", "1_000", wide("12")])
+def test_a_number_that_means_one_thing_is_read(typed):
+    assert lines.parse(f"a: '{typed}'", "f").get("a").number() == float(typed)
+
+
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_a_mistake_is_named_with_its_line(text):
     with pytest.raises(lines.EntryError, match=WRONG[text]) as error:

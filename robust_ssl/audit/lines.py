@@ -11,6 +11,7 @@ import datetime
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ MOST_BYTES = 2**20
 MOST_NESTED = 16
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _TRUE, _FALSE = ("true", "yes"), ("false", "no")
+# Groups of three after a first that is not 0, set apart alike: 1,000 and 12 500.75, never 0,001.
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}([, '])\d{3}(?:\1\d{3})*(?:\.\d+)?", re.ASCII)
+_SET_APART = re.compile(r"[+-]?\d[\d., '_]*", re.ASCII)
 
 
 class EntryError(settings.SettingsError):
@@ -106,6 +110,11 @@ class Entry:
             value = float(text)
         except ValueError:
             raise self.error(f"is {text!r}, no number{_number_hint(text)}") from None
+        # 0001 is 0,001 without its comma more often than it is 1.
+        if (begin := re.match(r"[+-]?(\d)_?\d", text)) and int(begin[1]) == 0:
+            raise self.error(
+                f"is {text!r}; a zero begins a number only before a decimal point, as in 0.001"
+            )
         if not math.isfinite(value):
             raise self.error(f"is {text}; a finite number is needed")
         if value < low:
@@ -148,9 +157,22 @@ class Entry:
 
 
 def _number_hint(text: str) -> str:
-    plain = text.replace(",", "").replace("_", "").replace(" ", "")
-    if plain != text and plain.replace(".", "", 1).isdigit():
-        return f"; write {plain}"
+    """Returns what to write instead, a number only where no other can be meant.
+
+    Example:
+      >>> _number_hint("1,000,000"), _number_hint("2 %")
+      ('; write 1000000', '; write a share, 0.01 for 1 %')
+      >>> _number_hint("0,001")
+      '; write a decimal point and set no thousands apart, as in 0.001 and 12500'
+    """
+    text = unicodedata.normalize("NFKC", text)  # a Japanese keyboard has commas of its own
+    if thousands := _THOUSANDS.fullmatch(text):
+        plain = text.replace(thousands[1], "")
+        # In half of the world 12,500 is twelve and a half.
+        decimal = text.replace(",", ".") if text.count(",") == 1 and "." not in text else ""
+        return f"; write {plain}" + (f", or {decimal} if that is meant" if decimal else "")
+    if _SET_APART.fullmatch(text):
+        return "; write a decimal point and set no thousands apart, as in 0.001 and 12500"
     if text.endswith("%"):
         return "; write a share, 0.01 for 1 %"
     return ""
