@@ -10,7 +10,17 @@ import audit_cases as cases
 import numpy as np
 import pytest
 
-from robust_ssl.audit import answers, checklists, decision, document, gates, lines, policy, risk
+from robust_ssl.audit import (
+    answers,
+    checklists,
+    decision,
+    document,
+    gates,
+    lines,
+    measures,
+    policy,
+    risk,
+)
 from robust_ssl.audit.answers import AMOUNTS, Triangle
 
 POLICY, ITEMS = policy.read(), checklists.read()
@@ -391,6 +401,81 @@ def test_a_limit_that_just_can_be_reached_is_taken():
         assert read(text).limits[gate].value == limit
     plain = GATE % ("/measured/clean/usual/value", "at_least", 1)
     assert policy.parse(lines.parse(plain, "policy.yaml"))
+
+
+OF_ROWS = "/measured/rows/0/success/high"
+UNIT_GATE = "gates: [{id: a, measure: %s, comparison: %s, limit: %s, title: t, reason: r%s}]"
+
+
+@pytest.mark.parametrize("unit", [None, *measures.UNITS])
+@pytest.mark.parametrize(
+    ("pointer", "comparison", "limit", "message"),
+    [
+        ("/measured/attacked/secured/success", "at_most", 10, "a share of 10 % is written 0.1"),
+        ("/measured/attacked/secured/success", "at_most", 1, "which every figure keeps"),
+        ("/measured/attacked/usual/per_image/value", "at_most", 30, "is written 0.3"),
+        ("/measured/clean/secured", "at_most", 20, "a share of 20 % is written 0.2"),
+        ("/measured/clean/secured", "at_least", 20, "a share of 20 % is written 0.2"),
+        ("/measured/clean/secured/low", "at_least", 1, "which no figure can reach"),
+        ("/measured/clean/secured", "at_least", -1, "which every figure keeps"),
+        ("/measured/clean/loss", "at_most", 5, "three points are written 0.03"),
+        ("/measured/clean/loss/high", "at_most", 1, "which every figure keeps"),
+        ("/measured/clean/loss", "at_least", -1, "which every figure keeps"),
+        ("/measured/data/test", "at_least", 1, "which every figure keeps"),
+        ("/measured/data/test", "at_least", 0.5, "a count is a whole number"),
+        ("/measured/data/test_among_train", "at_most", 0.5, "a count is a whole number"),
+        ("/measured/provenance/failed", "at_most", 10, "which every figure keeps"),
+        ("/measured/bands/0/share", "at_most", 70, "must be at most 1"),
+        ("/measured/trade_off/1/robust", "at_least", 0, "which every figure keeps"),
+        ("/measured/screening/rows/0/auc", "at_most", 1, "which every figure keeps"),
+        ("/decided/risk/probability_worth_it", "at_least", 50, "must be at most 1"),
+        (OF_ROWS, "at_most", 0, "which no figure can reach"),
+    ],
+)
+def test_what_a_figure_can_be_does_not_depend_on_the_unit(
+    pointer, comparison, limit, message, unit
+):
+    typed = f", unit: {unit}" if unit else ""
+    text = UNIT_GATE % (pointer, comparison, limit, typed)
+    with pytest.raises(lines.EntryError, match=f"line 1: .*{message}"):
+        policy.parse(lines.parse(text, "policy.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("pointer", "comparison", "limit", "unit"),
+    [
+        ("/measured/clean/secured", "at_least", 0.9, "share"),
+        ("/measured/clean/loss", "at_most", -0.01, "points"),
+        ("/measured/data/test", "at_least", 2, "count"),
+        ("/measured/provenance/absent", "at_most", 9, "count"),
+        ("/decided/risk/net/p10", "at_least", 0, "money"),
+        ("/measured/cost/factor", "at_most", 30, "factor"),
+        ("/measured/provenance/checks/2/outcome", "is", "pass", "factor"),
+    ],
+)
+def test_a_gate_without_a_unit_has_that_of_its_figure(pointer, comparison, limit, unit):
+    text = UNIT_GATE % (pointer, comparison, limit, "")
+    [gate] = policy.parse(lines.parse(text, "policy.yaml"))
+    assert (gate.unit, gate.limit_at("full")) == (unit, limit)
+
+
+def test_of_every_figure_with_an_interval_it_is_known_what_it_can_be():
+    pointers = [("/measured", cases.MEASURED)]
+    estimates = []
+    while pointers:
+        pointer, value = pointers.pop()
+        if isinstance(value, dict) and {"low", "high", "n"} <= value.keys():
+            estimates.append(pointer)
+        elif isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            pointers += [(f"{pointer}/{name}", entry) for name, entry in inner]
+    assert len(estimates) > 30
+    for pointer in estimates:
+        loss = pointer == "/measured/clean/loss"
+        assert measures.measure_at(pointer).unit == ("points" if loss else "share"), pointer
+        assert measures.is_estimated(pointer, "low") != loss
+    for gate in POLICY:
+        assert gate.unit in ("word", measures.measure_at(gate.measure).unit), gate.id
 
 
 @pytest.mark.parametrize("word", ["fail", "passd", "absent"])

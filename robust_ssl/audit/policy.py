@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from robust_ssl.audit import lines
+from robust_ssl.audit import lines, measures
 from robust_ssl.audit.answers import LANGUAGES, STAGES
 from robust_ssl.audit.lines import Entry
 
 COMPARISONS = ("at_least", "at_most", "is")
-UNITS = ("share", "points", "factor", "count", "money", "word")
-_RANGES = {"share": (0, 1), "points": (-1, 1), "factor": (0, math.inf), "count": (0, math.inf)}
-# Figures with Wilson's interval, whose ends are never 1 below and never 0 above.
-_ESTIMATED = re.compile(
-    r"/measured/(clean/(usual|secured)|data/largest_class|attacked/\w+/\w+"
-    r"|rows/\d+/(accuracy|success)|curve/\w+/\d+/accuracy|screening/rows/\d+/tpr_\d)"
-)
-_BEYOND = {"at_least": 1, "at_most": 0}
+# The end of its interval that a figure is held to a limit by, and the limit which no end reaches.
+_BEYOND = {"at_least": ("low", 1), "at_most": ("high", 0)}
 _TRUTHS = {"yes": "true", "no": "false"}  # as the page writes them
 _WAIVE = "; to let it open, write a waiver, which has a name and an end"
 _ENTRIES = ("id", "measure", "comparison", "limit", "unit", "title", "reason")
@@ -37,7 +29,7 @@ class Gate:
       measure: A JSON pointer into ``audit.json``.
       comparison: One of `COMPARISONS`.
       limits: By stage; a stage that is not named has no such gate.
-      unit: How its figure is written, one of `UNITS`.
+      unit: How its figure is written, one of `measures.UNITS`.
       title: In each language.
       reason: Why there is this limit, in each language.
       where: File and line, for errors.
@@ -56,9 +48,9 @@ class Gate:
         """Reads a limit of this gate, the policy's or somebody's own.
 
         Raises:
-          EntryError: If it is no number where one is needed, or none that the unit can have: of
-            20 % the share is 0.2, and a gate at 20 would be open for good; or if it is a word that
-            the policy does not ask for here.
+          EntryError: If it is no number where one is needed, or none that its figure can have:
+            of 20 % the share is 0.2, and a gate at 20 would be open for good; or if it is a word
+            that the policy does not ask for here.
         """
         limit = _limit(entry, self.comparison, self.unit, self.measure)
         asked = {*self.limits.values()}
@@ -106,8 +98,8 @@ def _gate(entry: Entry) -> Gate:
         raise entry.get("measure").error(
             f"is {measure!r}; a JSON pointer begins with /measured/ or /decided/risk"
         )
-    # Shown as a count is, and may have parts: nobody has said that it is one.
-    unit = entries["unit"].one_of(UNITS) if "unit" in entries else "factor"
+    unit = entries["unit"].one_of(measures.UNITS) if "unit" in entries else None
+    unit = unit or measures.measure_at(measure).unit
     return Gate(
         id=name,
         measure=measure,
@@ -131,19 +123,21 @@ def _limits(entry: Entry, *kind: str) -> dict[str, Any]:
 def _limit(entry: Entry, comparison: str, unit: str, measure: str) -> float | str:
     if comparison == "is":
         return _TRUTHS.get(entry.text().lower(), entry.text())
-    number, (low, high) = entry.number(), _RANGES.get(unit, (-math.inf, math.inf))
-    if unit == "points" and abs(number) > high:
+    number, known = entry.number(), measures.measure_at(measure, unit)
+    if known.unit == "points" and abs(number) > known.high:
         raise entry.error(f"is {entry.text()}; three points are written 0.03")
-    if number == {"at_least": low, "at_most": high}[comparison]:
+    if "count" in (unit, known.unit) and not number.is_integer():
+        raise entry.error(f"is {entry.text()}; a count is a whole number")
+    # Above a greatest value the error says what was meant: of 20 % the share is 0.2.
+    if number <= known.low if comparison == "at_least" else number == known.high:
         raise entry.error(f"is {entry.text()}, which every figure keeps{_WAIVE}")
-    if number == _BEYOND[comparison] and _ESTIMATED.fullmatch(measure):
+    end, beyond = _BEYOND[comparison]
+    if number == beyond and measures.is_estimated(measure, end):
         raise entry.error(
             f"is {entry.text()}, which no figure can reach: the end of its interval is compared, "
             "and images are finitely many"
         )
-    if unit == "count" and not number.is_integer():
-        raise entry.error(f"is {entry.text()}; a count is a whole number")
-    return entry.number(low, high)
+    return entry.number(known.low, known.high)
 
 
 def texts(entry: Entry) -> dict[str, str]:
