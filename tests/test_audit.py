@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
@@ -511,6 +512,75 @@ def test_a_limit_that_is_looser_than_the_policys_is_said():
         decided = decide(cases.sealed(), text=text % limit)
         [gate] = [g for g in decided["gates"] if g["id"] == "robust-accuracy"]
         assert gate["policy_limit"] == loosened
+
+
+def own_policy(*changed, without=()):
+    """The shipped policy with other limits or measures, and without some of its gates."""
+    kept = [gate for gate in POLICY if gate.id not in {*without, *(one.id for one in changed)}]
+    return policy.Policy((*kept, *changed), "own.yaml", "f" * 64)
+
+
+def shipped_gate(name, limit=None, **changed):
+    [gate] = [gate for gate in POLICY if gate.id == name]
+    limits = gate.limits if limit is None else dict.fromkeys(answers.STAGES, limit)
+    return dataclasses.replace(gate, limits=limits, **changed)
+
+
+ROBUST, SAFE = "robust-accuracy", "safe-format"
+
+
+@pytest.mark.parametrize(
+    ("limits", "beyond"),
+    [
+        (own_policy(), {}),
+        (own_policy(shipped_gate(ROBUST, 0.9)), {}),
+        (own_policy(shipped_gate(ROBUST, 0.2)), {ROBUST: 0.2}),
+        (own_policy(shipped_gate("attack-success", 0.9)), {"attack-success": 0.9}),
+        (own_policy(shipped_gate(SAFE, "absent")), {SAFE: "absent"}),
+        (own_policy(without=(ROBUST, "worth-it")), {ROBUST: None, "worth-it": None}),
+        # An id can be anything: what counts is what is compared.
+        (own_policy(dataclasses.replace(shipped_gate(ROBUST), id="a"), without=(ROBUST,)), {}),
+        (own_policy(shipped_gate(ROBUST, measure="/measured/clean/usual")), {ROBUST: None}),
+        (own_policy(shipped_gate(ROBUST, 0.2), shipped_gate(ROBUST, 0.9, id="b")), {}),
+    ],
+)
+def test_what_the_shipped_policy_asks_beyond_an_own_one_is_recorded(limits, beyond):
+    decided = decide(cases.sealed(), "full", limits=limits)
+    said = decided["policy"]
+    assert (said["origin"], said["file"], said["sha256"]) == ("own", "own.yaml", "f" * 64)
+    assert {gate["id"]: gate["own_limit"] for gate in said["shipped_beyond"]} == beyond
+    shipped = {gate.id: gate.limits["full"] for gate in POLICY}
+    for gate in said["shipped_beyond"]:
+        assert gate["limit"] == shipped[gate["id"]]
+
+
+def test_only_gates_of_the_stage_and_limits_of_the_policy_are_held_against_the_shipped_one():
+    without = own_policy(without=("hashes-locked", "single-image-attack"))
+    assert decide(cases.sealed(), "pilot", limits=without)["policy"]["shipped_beyond"] == []
+    text = "limits: {robust-accuracy: {limit: %s, reason: r}}"
+    limits = own_policy(shipped_gate(ROBUST, 0.2))
+    # The company's own limit is the stricter one: nothing is looser.
+    decided = decide(cases.sealed(), "full", text % 0.88, limits)
+    assert decided["policy"]["shipped_beyond"] == []
+    # A limit that is looser than its policy's is named as that, and only once.
+    decided = decide(cases.sealed(), "full", text % 0.1, own_policy())
+    assert decided["policy"]["shipped_beyond"] == []
+    assert [g["id"] for g in decided["gates"] if g["policy_limit"] is not None] == [ROBUST]
+
+
+def test_a_copy_of_the_shipped_policy_is_the_shipped_one_until_it_is_changed(tmp_path):
+    shipped = document.pathlib.Path(policy.__file__).with_name("policy.yaml").read_bytes()
+    copy = tmp_path / "copy.yaml"
+    for content, origin in ((shipped, "shipped"), (shipped + b"# ours\n", "own")):
+        copy.write_bytes(content)
+        said = decide(cases.sealed(), limits=policy.read(copy))["policy"]
+        digest = hashlib.sha256(content).hexdigest()
+        assert said == {
+            "origin": origin,
+            "file": "copy.yaml",
+            "sha256": digest,
+            "shipped_beyond": [],
+        }
 
 
 def test_a_limit_of_the_companys_own_stands_where_the_policy_has_none_yet():

@@ -1,6 +1,7 @@
 """The pages of an audit: nothing but what `audit.json` holds, the same in both languages."""
 
 import base64
+import dataclasses
 import datetime
 import hashlib
 import html.parser
@@ -13,7 +14,7 @@ import audit_cases as cases
 import pytest
 
 from robust_ssl import settings
-from robust_ssl.audit import answers, checklists, decision, document, pages, policy
+from robust_ssl.audit import answers, checklists, decision, document, junit, pages, policy
 from robust_ssl.audit.pages import catalog, drawing, numbers
 from robust_ssl.evaluation.checks.table import CHECKS
 from robust_ssl.experiment.audit_screening import screening_of
@@ -65,10 +66,10 @@ SCREENED = {  # as the stage `screen` leaves it
 SCREENING = screening_of(SCREENED, 8 / 255)
 
 
-def decide(whole, stage, text):
-    ids = {gate.id: gate.read_limit for gate in POLICY}, [item.id for item in ITEMS]
+def decide(whole, stage, text, limits=POLICY):
+    ids = {gate.id: gate.read_limit for gate in limits}, [item.id for item in ITEMS]
     read = answers.parse(cases.entry(text), *ids)
-    return decision.decide(whole, stage, POLICY, ITEMS, read, datetime.date(2026, 11, 28))
+    return decision.decide(whole, stage, limits, ITEMS, read, datetime.date(2026, 11, 28))
 
 
 def leaking():
@@ -91,6 +92,16 @@ def failed_recipe():
     return cases.sealed(**gone)
 
 
+def own_policy(*, limit):
+    """The shipped policy with another limit of accuracy under attack, and without money."""
+    gates = [
+        dataclasses.replace(gate, limits={"full": limit}) if gate.id == "robust-accuracy" else gate
+        for gate in POLICY
+        if gate.id != "worth-it"
+    ]
+    return policy.Policy(tuple(gates), "ours.yaml", "f" * 64)
+
+
 DECIDED = {
     "good": decide(cases.sealed(), "full", cases.answers_text()),
     "waived": decide(leaking(), "pilot", cases.answers_text(tail=TAIL)),
@@ -99,6 +110,7 @@ DECIDED = {
     "no money": decide(cases.sealed(provenance=cases.provenance((2,))), "pilot", ""),
     "bare": decide(bare(), "full", cases.answers_text()),
     "failed recipe": decide(failed_recipe(), "pilot", cases.answers_text()),
+    "own policy": decide(cases.sealed(), "full", cases.answers_text(), own_policy(limit=0.2)),
 }
 each = pytest.mark.parametrize("name", DECIDED)
 
@@ -341,6 +353,47 @@ def test_the_scanners_warning_is_shown_as_an_opinion():
         assert catalog.messages(language)["provenance.opinion"] not in pages.html(
             DECIDED["good"], language
         )
+
+
+def test_a_page_names_an_own_policy_and_what_the_shipped_one_asks_beyond_it():
+    titles = {gate.id: gate.title for gate in POLICY}
+    for language in answers.LANGUAGES:
+        messages = catalog.messages(language)
+        shown = re.sub("<[^>]*>", "", pages.html(DECIDED["own policy"], language))
+        assert messages["policy.own"].format(file="ours.yaml") in shown
+        assert messages["policy.own.keeps"] not in shown and "f" * 64 in shown
+        left_out, looser = messages["gate.left_out"], messages["gate.below_shipped"]
+        colon = messages["colon"]
+        assert f"{left_out} {titles['worth-it'][language]}{colon}" in shown
+        assert f"{looser} {titles['robust-accuracy'][language]}{colon}20.0 %" in shown
+        limit = messages["comparison.at_least"].format(limit="85.0 %")
+        assert messages["in_shipped"] + limit in shown
+        shipped = re.sub("<[^>]*>", "", pages.html(DECIDED["good"], language))
+        assert messages["policy.shipped"] in shipped
+        for text in ("ours.yaml", left_out, looser):
+            assert text not in shipped
+    stricter = policy.Policy(tuple(POLICY), "ours.yaml", "f" * 64)
+    page = pages.html(decide(cases.sealed(), "full", cases.answers_text(), stricter), "en")
+    assert catalog.messages("en")["policy.own.keeps"] in page
+
+
+def test_a_shipped_gate_that_is_left_out_or_looser_is_a_skipped_test_of_a_build_server():
+    suite = ElementTree.fromstring(junit.xml(DECIDED["own policy"]["decided"]).encode())
+    assert (suite.get("skipped"), suite.get("failures")) == ("2", "0")
+    assert int(suite.get("tests")) == len(suite.findall("testcase"))
+    said = {
+        case.get("name"): case.find("skipped").get("message")
+        for case in suite.findall("testcase")
+        if case.find("skipped") is not None
+    }
+    assert said == {
+        "robust-accuracy": "looser, 0.2; in the shipped policy at_least 0.85",
+        "worth-it": "left out; in the shipped policy at_least 0.8",
+    }
+    values = [one.get("value") for one in suite.find("properties")]
+    assert values == ["ours.yaml", "f" * 64]
+    shipped = ElementTree.fromstring(junit.xml(DECIDED["good"]["decided"]).encode())
+    assert shipped.get("skipped") == "0" and shipped.find("properties") is None
 
 
 def test_amber_is_what_is_not_decidable():

@@ -61,6 +61,28 @@ def test_a_decision_is_an_exit_code(measured, capsys):
     assert code == 3 and "not decidable: robust-accuracy (untrusted: secured)" in out
 
 
+OWN = """gates:
+- {id: two, measure: /measured/data/test, comparison: at_least, limit: 2, title: t, reason: r}
+- {id: robust-accuracy, measure: /measured/attacked/secured/accuracy, comparison: at_least,
+   limit: 0.2, title: t, reason: r}
+"""
+
+
+def test_an_own_policy_is_named_with_each_decision_that_it_made(measured, capsys):
+    document.write(measured / "audit.json", cases.sealed(provenance=cases.provenance((1,))))
+    (measured / "pol.yaml").write_text(OWN, encoding="utf-8")
+    own = f"--policy={measured / 'pol.yaml'}"
+    for argv, name in (((own, FULL), "pol.yaml"), ((), "policy.yaml")):
+        code, out, _ = command(capsys, "decide", measured, *argv)
+        assert code == 0 and f"  own policy: {name}, SHA-256 " in out
+        assert "  left out: no-provenance-failure, in the shipped policy at_most 0\n" in out
+        assert "  looser, 0.2: robust-accuracy, in the shipped policy at_least 0.85\n" in out
+        assert "  looser, 2: enough-images, in the shipped policy at_least 1000\n" in out
+    (measured / "policy.yaml").unlink()
+    code, out, _ = command(capsys, "decide", measured)
+    assert code == 1 and "own policy" not in out and "shipped" not in out
+
+
 def test_without_answers_money_is_not_decided(measured, capsys):
     code, out, _ = command(capsys, "decide", measured, STAGED)
     assert code == 3 and "not decidable: worth-it (not measured)" in out

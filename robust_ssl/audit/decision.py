@@ -17,7 +17,7 @@ def rules(policy_file: str | os.PathLike | None, answers_path: str | os.PathLike
     """Reads what a decision goes by, before anything is measured.
 
     Returns:
-      The gates of the policy, the items of the checklist, and the answers.
+      The policy, the items of the checklist, and the answers.
 
     Raises:
       EntryError: Naming file and line of what is wrong.
@@ -31,7 +31,7 @@ def rules(policy_file: str | os.PathLike | None, answers_path: str | os.PathLike
 def decide(
     whole: Mapping[str, Any],
     stage: str,
-    limits: Sequence[policy.Gate],
+    limits: policy.Policy,
     items: Sequence[checklists.Item],
     answers: Answers,
     date: datetime.date | None = None,
@@ -61,6 +61,7 @@ def decide(
     document_ = {**whole, "decided": decided}
     held = at(stage, limits, answers)
     decided["gates"] = [gates.judge(gate, document_, stage, answers, date) for gate in held]
+    decided["policy"] = _origin(limits, decided["gates"], stage)
     decided["outcome"] = gates.overall(decided["gates"])
     decided["counts"] = {
         outcome.replace(" ", "_"): sum(g["outcome"] == outcome for g in decided["gates"])
@@ -80,7 +81,20 @@ def decide(
     return document_
 
 
-def at(stage: str, limits: Sequence[policy.Gate], answers: Answers) -> list[policy.Gate]:
+def _origin(
+    limits: policy.Policy, judged: Sequence[Mapping[str, Any]], stage: str
+) -> dict[str, Any]:
+    """Returns which policy decided, and what the shipped one asks for beyond it."""
+    beyond = gates.beyond(judged, policy.shipped(), stage) if limits.is_own else []
+    return {
+        "origin": "own" if limits.is_own else "shipped",
+        "file": limits.file,
+        "sha256": limits.sha256,
+        "shipped_beyond": beyond,
+    }
+
+
+def at(stage: str, limits: policy.Policy, answers: Answers) -> list[policy.Gate]:
     """Returns the gates that decide on a stage.
 
     Raises:
@@ -90,8 +104,8 @@ def at(stage: str, limits: Sequence[policy.Gate], answers: Answers) -> list[poli
     held = [gate for gate in limits if stage in gate.limits or gate.id in answers.limits]
     if not held:
         raise settings.SettingsError(
-            f"{limits[0].where.split(',')[0]}: no gate has a limit for the stage {stage!r}, so "
-            "nothing would be decided"
+            f"{limits.gates[0].where.split(',')[0]}: no gate has a limit for the stage "
+            f"{stage!r}, so nothing would be decided"
         )
     return held
 

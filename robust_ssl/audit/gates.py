@@ -8,7 +8,7 @@ not open a gate.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robust_ssl import settings
@@ -189,8 +189,53 @@ def _loosened(gate: Gate, limit: float | str, stage: str) -> float | str | None:
     policys = gate.limits.get(stage)
     if policys is None or gate.comparison == "is":
         return None
-    looser = limit < policys if gate.comparison == "at_least" else limit > policys
-    return policys if looser else None
+    return policys if _is_looser(limit, policys, gate.comparison) else None
+
+
+def _is_looser(limit: Any, than: Any, comparison: str) -> bool:
+    if comparison == "is":
+        return limit != than
+    return limit < than if comparison == "at_least" else limit > than
+
+
+def beyond(
+    judged: Sequence[Mapping[str, Any]], shipped: Iterable[Gate], stage: str
+) -> list[dict[str, Any]]:
+    """Returns the shipped gates of a stage that a policy leaves out or holds to a looser limit.
+
+    A gate is the same where it compares the same figure in the same way: an id can be anything.
+
+    Args:
+      judged: The gates of the policy that decided, as `judge` returns them.
+      shipped: Those of the shipped one.
+      stage: Which is decided on.
+    """
+    entries = []
+    for gate in shipped:
+        if stage not in gate.limits:
+            continue
+        limit, kind = gate.limit_at(stage), (gate.measure, gate.comparison)
+        own = [_policy_limit(g) for g in judged if (g["measure"], g["comparison"]) == kind]
+        if not all(_is_looser(one, limit, gate.comparison) for one in own):
+            continue
+        strictest = max if gate.comparison == "at_least" else min
+        entries.append(
+            {
+                "id": gate.id,
+                "measure": gate.measure,
+                "unit": gate.unit,
+                "comparison": gate.comparison,
+                "limit": limit,
+                "own_limit": strictest(own, default=None),
+                "title": dict(gate.title),
+            }
+        )
+    return entries
+
+
+def _policy_limit(judged: Mapping[str, Any]) -> float | str:
+    """Returns a gate's limit; where the answers have a looser one, which is named, the policy's."""
+    return judged["limit"] if judged["policy_limit"] is None else judged["policy_limit"]
 
 
 def _shown(figure: Any) -> Any:

@@ -1,4 +1,7 @@
-"""The gates as JUnit XML, which build servers show: one that is not decidable is an error there."""
+"""The gates as JUnit XML, which build servers show: one that is not decidable is an error there.
+
+A shipped gate that a company's own policy leaves out or loosens is a test that was skipped.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,36 @@ def xml(decided: Mapping[str, Any]) -> str:
     """Returns the gates of a decision as a test suite.
 
     Example:
-      >>> xml({"stage": "pilot", "gates": []}).splitlines()[1].split(" tests=")[1]
-      '"0" failures="0" errors="0" />'
+      >>> policy = {"origin": "shipped", "shipped_beyond": []}
+      >>> suite = xml({"stage": "pilot", "gates": [], "policy": policy}).splitlines()[1]
+      >>> suite.split(" tests=")[1]
+      '"0" failures="0" errors="0" skipped="0" />'
     """
+    policy = decided["policy"]
     outcomes = [gate["outcome"] for gate in decided["gates"]]
     suite = ElementTree.Element(
         "testsuite",
         name=f"robust-ssl audit, {decided['stage']}",
-        tests=str(len(outcomes)),
+        tests=str(len(outcomes) + len(policy["shipped_beyond"])),
         failures=str(outcomes.count(gates.FAILED)),
         errors=str(outcomes.count(gates.NOT_DECIDABLE)),
+        skipped=str(len(policy["shipped_beyond"])),
     )
+    if policy["origin"] == "own":
+        properties = ElementTree.SubElement(suite, "properties")
+        for name, key in (("own policy", "file"), ("SHA-256 of the policy", "sha256")):
+            ElementTree.SubElement(properties, "property", name=name, value=words.line(policy[key]))
     for gate in decided["gates"]:
         case = ElementTree.SubElement(suite, "testcase", classname="audit", name=gate["id"])
         _outcome(case, gate)
+    for gate in policy["shipped_beyond"]:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="audit.shipped_policy", name=gate["id"]
+        )
+        own = gate["own_limit"]
+        word = "left out" if own is None else f"looser, {own}"
+        said = f"{word}; in the shipped policy {gate['comparison']} {gate['limit']}"
+        ElementTree.SubElement(case, "skipped", message=words.line(said))
     ElementTree.indent(suite)
     return (
         "<?xml version='1.0' encoding='utf-8'?>\n" + ElementTree.tostring(suite, "unicode") + "\n"

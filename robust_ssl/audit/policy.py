@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import importlib.resources
 import os
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from robust_ssl import disk
 from robust_ssl.audit import lines, measures
 from robust_ssl.audit.answers import LANGUAGES, STAGES
 from robust_ssl.audit.lines import Entry
@@ -64,19 +68,52 @@ class Gate:
         return self.limits[stage]
 
 
-def read(path: str | os.PathLike | None = None) -> tuple[Gate, ...]:
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The gates of a policy, and where it is from.
+
+    Attributes:
+      gates: As they stand in the file.
+      file: Its name.
+      sha256: Of the file's bytes; empty where it was read from no file.
+    """
+
+    gates: tuple[Gate, ...]
+    file: str
+    sha256: str = ""
+
+    def __iter__(self) -> Iterator[Gate]:
+        return iter(self.gates)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is another than the shipped one; an unchanged copy is not."""
+        return self.sha256 != shipped().sha256
+
+
+def read(path: str | os.PathLike | None = None) -> Policy:
     """Reads a policy; None is the one that is shipped.
 
     Raises:
       EntryError: Naming the line of what is wrong.
     """
-    if path is not None:
-        return parse(lines.read(path))
+    if path is None:
+        return shipped()
+    return _parse_bytes(disk.read_bytes(path, lines.MOST_BYTES), os.fspath(path))
+
+
+@functools.cache
+def shipped() -> Policy:
+    """Returns the policy that comes with the package."""
     file = importlib.resources.files("robust_ssl.audit") / "policy.yaml"
-    return parse(lines.parse(file.read_bytes(), "policy.yaml"))
+    return _parse_bytes(file.read_bytes(), "policy.yaml")
 
 
-def parse(entry: Entry) -> tuple[Gate, ...]:
+def _parse_bytes(content: bytes, file: str) -> Policy:
+    return parse(lines.parse(content, file), hashlib.sha256(content).hexdigest())
+
+
+def parse(entry: Entry, sha256: str = "") -> Policy:
     """Reads the entries of a policy; see `read`."""
     entry.mapping(("gates",))
     gates: dict[str, Gate] = {}
@@ -87,7 +124,7 @@ def parse(entry: Entry) -> tuple[Gate, ...]:
         gates[gate.id] = gate
     if not gates:
         raise entry.error("has no gate; a policy without one decides nothing")
-    return tuple(gates.values())
+    return Policy(tuple(gates.values()), pathlib.Path(entry.file).name, sha256)
 
 
 def _gate(entry: Entry) -> Gate:

@@ -23,10 +23,24 @@ def lines(workdir: str | os.PathLike) -> list[str]:
         if (policys := gate.get("policy_limit")) is not None:
             own = _limit(gate["limit"])
             shown.append(f"  own limit: {gate['id']} {own}, in the policy {_limit(policys)}")
+    shown += _policy(decided["policy"])
     if decided["risk"] is None:
         missing = ", ".join(decided["answers"]["missing"])
         shown.append(f"  money: not computed; answers.yaml lacks {missing or 'nothing'}")
     return [*shown, f"pages: {folder / 'audit.html'}, {folder / 'audit.ja.html'}"]
+
+
+def _policy(policy: Mapping[str, Any]) -> list[str]:
+    """Returns what has to be known of a policy that is not the shipped one."""
+    if policy["origin"] == "shipped":
+        return []
+    shown = [f"  own policy: {policy['file']}, SHA-256 {policy['sha256'][:12]}"]
+    for gate in policy["shipped_beyond"]:
+        limit = f"{gate['comparison']} {_limit(gate['limit'])}"
+        own = gate["own_limit"]
+        word = "left out" if own is None else f"looser, {_limit(own)}"
+        shown.append(f"  {word}: {gate['id']}, in the shipped policy {limit}")
+    return shown
 
 
 def _gate(gate: Mapping[str, Any]) -> str:
