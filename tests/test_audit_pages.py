@@ -14,7 +14,7 @@ import audit_cases as cases
 import pytest
 
 from robust_ssl import settings
-from robust_ssl.audit import answers, checklists, decision, document, junit, pages, policy
+from robust_ssl.audit import answers, checklists, decision, document, junit, pages, policy, summary
 from robust_ssl.audit.pages import catalog, drawing, numbers
 from robust_ssl.evaluation.checks.table import CHECKS
 from robust_ssl.experiment.audit_screening import screening_of
@@ -394,6 +394,31 @@ def test_a_shipped_gate_that_is_left_out_or_looser_is_a_skipped_test_of_a_build_
     assert values == ["ours.yaml", "f" * 64]
     shipped = ElementTree.fromstring(junit.xml(DECIDED["good"]["decided"]).encode())
     assert shipped.get("skipped") == "0" and shipped.find("properties") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "unmeasured", "lacks"),
+    [
+        (cases.answers_text(), True, ()),
+        (cases.answers_text(one_off_cost=""), True, ("one_off_cost",)),
+        (cases.answers_text(one_off_cost=""), False, ("one_off_cost",)),
+    ],
+)
+def test_why_money_is_not_computed_is_what_is_missing(tmp_path, text, unmeasured, lacks):
+    whole = decide(failed_recipe() if unmeasured else cases.sealed(), "pilot", text)
+    assert whole["decided"]["risk"] is None
+    pages.write(tmp_path, whole)
+    [line] = [line for line in summary.lines(tmp_path) if "money:" in line]
+    why = [f"answers.yaml lacks {', '.join(lacks)}"] if lacks else []
+    why += ["the secured classifier was not measured"] if unmeasured else []
+    assert line == f"  money: not computed; {'; '.join(why)}"
+    for language, name in pages.PAGES.items():
+        page, messages = (tmp_path / name).read_text(encoding="utf-8"), catalog.messages(language)
+        for key in ("risk.not_measured", "four.money.not_measured"):
+            assert (messages[key] in page) == unmeasured, key
+        for key in ("risk.missing", "four.money.fill"):
+            assert (messages[key] in page) == bool(lacks), key
+        assert all(f"<code>{name}</code>" in page for name in lacks)
 
 
 def test_amber_is_what_is_not_decidable():

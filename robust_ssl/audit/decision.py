@@ -110,13 +110,16 @@ def at(stage: str, limits: policy.Policy, answers: Answers) -> list[policy.Gate]
     return held
 
 
+def is_secured_measured(measured: Mapping[str, Any]) -> bool:
+    """Whether there are shares of the secured classifier: its recipe may have failed."""
+    return all(measured[name]["secured"] is not None for name in ("attacked", "clean"))
+
+
 def assess(measured: Mapping[str, Any], answers: Answers) -> dict[str, Any] | None:
-    """Returns the risk section; None where amounts are missing."""
-    if any(name not in answers.amounts for name in AMOUNTS):
+    """Returns the risk section; None where amounts are missing or nothing secured was measured."""
+    if any(name not in answers.amounts for name in AMOUNTS) or not is_secured_measured(measured):
         return None
     attacked, clean, cost = (measured[name] for name in ("attacked", "clean", "cost"))
-    if any(part["secured"] is None for part in (attacked, clean)):
-        return None
 
     def share(figure: Mapping[str, Any]) -> tuple[float, int]:
         return figure["value"], figure["n"]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from robust_ssl.audit import document, gates
+from robust_ssl.audit import decision, document, gates
 
 
 def lines(workdir: str | os.PathLike) -> list[str]:
@@ -15,7 +15,8 @@ def lines(workdir: str | os.PathLike) -> list[str]:
     not passed.
     """
     folder = pathlib.Path(workdir)
-    decided = document.read(folder / document.NAME)["decided"]
+    whole = document.read(folder / document.NAME)
+    decided = whole["decided"]
     counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in decided["counts"].items())
     shown = [f"{decided['stage']}: {decided['outcome'].upper()} ({counts})"]
     shown += [_gate(gate) for gate in decided["gates"] if gate["outcome"] != gates.PASSED]
@@ -26,7 +27,10 @@ def lines(workdir: str | os.PathLike) -> list[str]:
     shown += _policy(decided["policy"])
     if decided["risk"] is None:
         missing = ", ".join(decided["answers"]["missing"])
-        shown.append(f"  money: not computed; answers.yaml lacks {missing or 'nothing'}")
+        why = [f"answers.yaml lacks {missing}"] if missing else []
+        if not decision.is_secured_measured(whole["measured"]):
+            why.append("the secured classifier was not measured")
+        shown.append(f"  money: not computed; {'; '.join(why)}")
     return [*shown, f"pages: {folder / 'audit.html'}, {folder / 'audit.ja.html'}"]
 
 
