@@ -254,6 +254,29 @@ def test_what_rests_on_the_usual_classifier_alone_is_marked_too():
     assert messages["figures.doubted"] not in text
 
 
+@pytest.mark.parametrize("language", answers.LANGUAGES)
+@pytest.mark.parametrize("doubted", [(), ("usual",), ("secured",), ("usual", "secured")])
+def test_every_figure_under_attack_of_a_classifier_that_is_not_trusted_is_marked(language, doubted):
+    verdicts = {role: cases.verdict(role not in doubted) for role in ("usual", "secured")}
+    whole = cases.sealed(trust=verdicts, screening=SCREENING)
+    messages = catalog.messages(language)
+    page = html.unescape(pages.html(decide(whole, "staged", ""), language))
+    marks = {"usual": messages["figures.doubted.usual"], "secured": messages["figures.doubted"]}
+    shown = {  # by the sentence with a figure, of whom it is
+        "image.rows": ("usual",),
+        "budget.caption": ("usual", "secured"),
+        "layers.caption": ("usual", "secured"),
+        "screening.intro": ("secured",),
+    }
+    for key, roles in shown.items():
+        caption = re.split("</(?:p|figcaption)>", page.partition(messages[key])[2])[0]
+        for role, mark in marks.items():
+            assert (mark in caption) == (role in doubted and role in roles), (key, role)
+    assert sum(page.count(mark) for mark in marks.values()) == sum(
+        role in doubted for roles in shown.values() for role in roles
+    )
+
+
 def test_a_figure_of_the_trade_off_that_is_not_trusted_is_marked():
     points = [{**point, "trusted": False} for point in cases.MEASURED["trade_off"]]
     svg = str(_figures().trade_off(points))

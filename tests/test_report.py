@@ -437,6 +437,34 @@ def test_figures_leave_png_svg_and_their_numbers(tmp_path):
     assert rows_of(png.with_suffix(".csv"))[0]["relative_drift"] == "0.2"
 
 
+def test_a_figure_under_attack_that_is_not_believable_says_so(tmp_path):
+    verdicts = {"theirs": {"verdict": "not believable"}, "baseline": {"verdict": "believable"}}
+    images = np.zeros((2, 4, 4, 3))
+    drifts = {name: {"stem": {"cosine": 1.0, "relative_drift": 0.2}} for name in CURVES}
+    drawn = {
+        "epsilon": lambda folder, **said: report.figure_epsilon(folder, CURVES, **said),
+        "stability": lambda folder, **said: report.figure_stability(folder, drifts, **said),
+    }
+    for name, draw in drawn.items():
+        png, plain = draw(tmp_path / "marked", verdicts=verdicts), draw(tmp_path / "plain")
+        words = {row["model"]: row["verdict"] for row in rows_of(png.with_suffix(".csv"))}
+        assert words == {"theirs": "not believable", "baseline": "believable"}, name
+        words = {row["verdict"] for row in rows_of(plain.with_suffix(".csv"))}
+        assert words == {"not examined"}, name
+        assert png.read_bytes() != plain.read_bytes(), name
+    marked = report.figure_examples(tmp_path / "marked", images, images, verdict="not believable")
+    plain = report.figure_examples(tmp_path / "plain", images, images)
+    assert {r["verdict"] for r in rows_of(marked.with_suffix(".csv"))} == {"not believable"}
+    assert {r["verdict"] for r in rows_of(plain.with_suffix(".csv"))} == {"not examined"}
+    assert _texts(report.draw_examples(images, images, verdict="not believable")) >= {
+        "under attack\nNOT BELIEVABLE"
+    }
+
+
+def _texts(figure):
+    return {axis.get_ylabel() for axis in figure.axes}
+
+
 CURVES = {
     "baseline": [(0.0, 0.9, 0.8, 0.95), (8 / 255, 0.1, 0.05, 0.2)],
     "theirs": [(0.0, 1, 0, 1)],

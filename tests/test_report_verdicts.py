@@ -1,11 +1,14 @@
 """A figure that is not believable is never shown without its mark."""
 
 import csv
+import types
 
+import numpy as np
 import pytest
 from test_report import a_document, entry, printed, three, write
 
 from robust_ssl import report
+from robust_ssl.experiment import pages
 from robust_ssl.report import results, sentences, tables
 
 
@@ -115,3 +118,24 @@ def test_budgets_of_all_threats_have_their_unit(tmp_path):
     report.write_report(tmp_path, document)
     text = (tmp_path / "report.md").read_text()
     assert "| public encoder | 3 % of the area |" in text and "| 0.5 (L2) |" in text
+
+
+def test_the_figures_of_a_run_have_the_verdict_of_each_model(tmp_path):
+    training = types.SimpleNamespace(seeds=(0,))
+    context = types.SimpleNamespace(workdir=tmp_path, plan=types.SimpleNamespace(training=training))
+    words = {"a": "not believable", "b": "believable", "c": "not examined"}
+    models = {f"{name}-seed0": {"recipe": name, "seed": 0} for name in words}
+    verdicts = {f"{name}-seed0": {"verdict": words[name]} for name in ("a", "b")}
+    images = np.zeros((2, 4, 4, 3))
+    look = {
+        **{"clean": images, "attacked": images, "answers": np.array([["x", "y"]] * 2)},
+        **{"taps": np.array(["stem"]), "measures": np.array(["cosine", "relative_drift"])},
+        "drift": np.array([[1.0, 0.2]]),
+    }
+    document = {"models": models, "verdicts": verdicts}
+    paths = pages._figures(context, document, dict.fromkeys(models, look), {})
+    assert [path.stem for path in paths] == ["examples", "stability"]
+    with open(tmp_path / "figures" / "stability.csv", newline="") as file:
+        assert {row["model"]: row["verdict"] for row in csv.DictReader(file)} == words
+    with open(tmp_path / "figures" / "examples.csv", newline="") as file:
+        assert {row["verdict"] for row in csv.DictReader(file)} == {"not believable"}  # a's

@@ -146,7 +146,7 @@ def test_the_numbers_are_there_whatever_becomes_of_the_figures(finished, tmp_pat
         go(config(), workdir)
     assert entries_of(workdir) == entries_of(finished[0])
     monkeypatch.undo()
-    monkeypatch.setattr(report, "figure_stability", lambda *args: 1 / 0)
+    monkeypatch.setattr(report, "figure_stability", lambda *args, **kwargs: 1 / 0)
     go(config(), workdir)
     page = (workdir / "report.md").read_text()
     assert "examples.png" in page and "stability.png" not in page

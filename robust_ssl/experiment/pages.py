@@ -218,12 +218,17 @@ def _figures(
     layers: Mapping[str, Mapping[str, Any]],
 ) -> list[pathlib.Path]:
     folder, shown = context.workdir / "figures", _shown(context, document)
-    first = looks[next(iter(shown))]
+    verdicts = {shown[n]: v for n, v in document["verdicts"].items() if n in shown}
+    judged = report.figures.verdict_words(shown.values(), verdicts)
+    model = next(iter(shown))
+    first, verdict = looks[model], judged[shown[model]]
     answers = [tuple(pair) for pair in first["answers"].tolist()]
     examples = (first["clean"], first["attacked"])
-    paths = report.attempt(report.figure_examples, folder, *examples, predictions=answers)
+    paths = report.attempt(
+        report.figure_examples, folder, *examples, predictions=answers, verdict=verdict
+    )
     drifts = {label: drift(looks[name]) for name, label in shown.items()}
-    paths += report.attempt(report.figure_stability, folder, drifts)
+    paths += report.attempt(report.figure_stability, folder, drifts, verdicts=verdicts)
     for recipe, results in layers.items():
         chosen, name = (results["scores"], results["selected"]), f"sensitivity-{recipe}"
         paths += report.attempt(report.figure_sensitivity, folder, *chosen, name=name)

@@ -120,38 +120,47 @@ def attempt(draw: Callable[..., pathlib.Path], *args: Any, **kwargs: Any) -> lis
 
 @styled
 def figure_examples(
-    directory: Folder, clean, adversarial, *, predictions=None, name: str = "examples"
+    directory: Folder,
+    clean,
+    adversarial,
+    *,
+    predictions=None,
+    name: str = "examples",
+    verdict: str = NOT_EXAMINED,
 ) -> pathlib.Path:
     """Draws images, the same images under attack, and the perturbation made visible.
 
     The perturbation is amplified until its largest change fills the range around middle gray.
     Images are pixels in [0, 1], ``[n, H, W, 3]``, of which the first eight are drawn.
     `predictions` is what the model says of each, (clean, under attack); a change is bold.
+    `verdict` is of the model's figures under attack; where they are not believable that is said.
 
     Raises:
       ValueError: If the shapes differ or there is no image.
     """
-    figure = draw_examples(clean, adversarial, predictions=predictions)
+    figure = draw_examples(clean, adversarial, predictions=predictions, verdict=verdict)
     delta = _change(clean, adversarial)
     texts = [("", "")] * len(delta) if predictions is None else list(predictions)
     numbers = [
-        (i, *texts[i], np.abs(d).max() * 255, np.abs(d).mean() * 255) for i, d in enumerate(delta)
+        (i, *texts[i], np.abs(d).max() * 255, np.abs(d).mean() * 255, verdict)
+        for i, d in enumerate(delta)
     ]
-    header = ("image", "clean", "under_attack", "largest_change_255", "mean_change_255")
+    header = ("image", "clean", "under_attack", "largest_change_255", "mean_change_255", "verdict")
     return save_figure(figure, directory, name, header, numbers)
 
 
 @styled
-def draw_examples(clean, adversarial, *, predictions=None):
+def draw_examples(clean, adversarial, *, predictions=None, verdict: str = NOT_EXAMINED):
     """Returns the figure that `figure_examples` writes."""
     delta = _change(clean, adversarial)
     clean, adversarial = np.asarray(clean)[:8], np.asarray(adversarial)[:8]
     largest = np.abs(delta).max()
     gain = 0.5 / largest if largest > 0 else 1.0  # no change is plain gray, not NaN
     texts = [("", "")] * len(clean) if predictions is None else list(predictions)[: len(clean)]
+    said = [(str(after), after != before) for before, after in texts]
     rows = (
         ("clean", clean, [(str(before), False) for before, _ in texts]),
-        ("under attack", adversarial, [(str(after), after != before) for before, after in texts]),
+        (f"under attack{_mark(verdict)}", adversarial, said),
         (f"change\n(x {gain:.0f})", np.clip(0.5 + gain * delta, 0, 1), [("", False)] * len(clean)),
     )
     return _draw_images(rows, len(clean), has_text=predictions is not None)
@@ -193,10 +202,7 @@ def figure_epsilon(
     `curves` are by model ``(epsilon, accuracy, low, high)``, pixel units and shares.  With
     `verdicts`, by model as in ``results.json``, a curve that is not believable says so.
     """
-    unknown, verdicts = {"verdict": NOT_EXAMINED}, verdicts or {}
-    words = {model: verdicts.get(model, unknown)["verdict"] for model in curves}
-    marks = {NOT_BELIEVABLE: f"\n{MARK}"}
-    shown = {model: label(model) + marks.get(word, "") for model, word in words.items()}
+    judged = verdict_words(curves, verdicts)
 
     def draw(axis, model, style):
         epsilon, accuracy, low, high = np.asarray(curves[model], float).T
@@ -205,16 +211,36 @@ def figure_epsilon(
         # Unclipped: the marks at epsilon 0 and at 0 % would lose half of themselves.
         axis.plot(x, 100 * accuracy, ms=5, clip_on=False, **style)
 
-    figure, axes = _draw_curves(shown, draw)
+    figure, axes = _draw_curves(_legend(judged), draw)
     for axis in axes:
         axis.set_ylim(0, 102)  # all of it: a cut axis makes small falls look large
         axis.set_xlim(left=0)
         axis.margins(x=0.02)
     figure.supxlabel("attack budget epsilon (/255)", fontsize=10)
     figure.supylabel("accuracy under attack (%)", fontsize=10)
-    numbers = [(model, *p, words[model]) for model, points in curves.items() for p in points]
+    numbers = [(model, *p, judged[model]) for model, points in curves.items() for p in points]
     header = ("model", "epsilon", "accuracy", "ci95_low", "ci95_high", "verdict")
     return save_figure(figure, directory, name, header, numbers)
+
+
+def verdict_words(models: Iterable[str], verdicts: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns by model the verdict on its figures under attack.
+
+    Example:
+      >>> verdict_words(["a", "b"], {"a": {"verdict": "believable"}})
+      {'a': 'believable', 'b': 'not examined'}
+    """
+    unknown, verdicts = {"verdict": NOT_EXAMINED}, verdicts or {}
+    return {model: verdicts.get(model, unknown)["verdict"] for model in models}
+
+
+def _legend(judged: Mapping[str, str]) -> dict[str, str]:
+    return {model: label(model) + _mark(verdict) for model, verdict in judged.items()}
+
+
+def _mark(verdict: str) -> str:
+    """Returns the line under a name that says that its figures are not believable."""
+    return f"\n{MARK}" if verdict == NOT_BELIEVABLE else ""
 
 
 @styled
@@ -255,28 +281,32 @@ def figure_sensitivity(
 
 
 @styled
-def figure_stability(directory: Folder, drifts: Numbers, *, name: str = "stability"):
+def figure_stability(
+    directory: Folder, drifts: Numbers, *, name: str = "stability", verdicts=None
+) -> pathlib.Path:
     """Draws how far the attack moves each layer's output.
 
-    `drifts` are by model what `robust_ssl.evaluation.per_layer_stability` returns.
+    `drifts` are by model what `robust_ssl.evaluation.per_layer_stability` returns.  With
+    `verdicts`, by model as in ``results.json``, a curve that is not believable says so.
     """
+    judged = verdict_words(drifts, verdicts)
 
     def draw(axis, model, style):
         drift = [values["relative_drift"] for values in drifts[model].values()]
         axis.plot(list(drifts[model]), drift, ms=5, **style)
 
-    figure, axes = _draw_curves({model: label(model) for model in drifts}, draw)
+    figure, axes = _draw_curves(_legend(judged), draw)
     for axis in axes:
         axis.set_ylim(bottom=0)
         slant(axis)
     figure.supylabel("change of the output (relative)", fontsize=10)
     measures = ("cosine", "relative_drift")
     numbers = [
-        (model, tap, *(values[measure] for measure in measures))
+        (model, tap, *(values[measure] for measure in measures), judged[model])
         for model, taps in drifts.items()
         for tap, values in taps.items()
     ]
-    header = ("model", "tap", *measures)
+    header = ("model", "tap", *measures, "verdict")
     return save_figure(figure, directory, name, header, numbers)
 
 
