@@ -44,7 +44,7 @@ _KNOWN = {
     r"/measured/screening/rows/\d+/auc": _OF_UNIT["share"],
     r"/decided/risk/(probability_worth_it|break_even_share)": _OF_UNIT["share"],
     r"/measured/clean/loss" + _END: _OF_UNIT["points"],
-    r"/measured/data/test": Measure("count", 1),  # without one nothing is measured
+    r"/measured/data/test(_distinct)?": Measure("count", 1),  # without one nothing is measured
     r"/measured/data/(train|validation|classes|test_among_train|surrogate_images)": (
         _OF_UNIT["count"]
     ),
