@@ -62,7 +62,8 @@ def test_a_decision_is_an_exit_code(measured, capsys):
 
 
 OWN = """gates:
-- {id: two, measure: /measured/data/test_distinct, comparison: at_least, limit: 2, title: t, reason: r}
+- {id: two, measure: /measured/data/test_distinct, comparison: at_least,
+   limit: 2, title: t, reason: r}
 - {id: robust-accuracy, measure: /measured/attacked/secured/accuracy, comparison: at_least,
    limit: 0.2, title: t, reason: r}
 """
