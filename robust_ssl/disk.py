@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import stat
 import zipfile
@@ -22,6 +23,7 @@ import numpy as np
 MOST_JSON = 2**26  # bytes; the longest results.json of a comparison has 2**22
 MOST_RATIO, SMALL = 64, 2**26  # times its size that a file unpacks to, where that is not little
 MOST_NESTED = 64  # lists in lists; Python's own readers end at about 1,000, in a RecursionError
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -29,6 +31,43 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+
+def is_address(text: str) -> bool:
+    """Whether a text names a bucket or a site, such as ``gs://bucket/run``, and no file."""
+    return _ADDRESS.match(text) is not None
+
+
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a path with the home directory in place of a ``~`` that it begins with.
+
+    ``./~u`` is a folder here whose name begins so; it comes back whole, to stay that folder.
+
+    Raises:
+      RuntimeError: If there is no such home.
+
+    Example:
+      >>> expanded("runs/~u"), expanded("./~u") == pathlib.Path.cwd() / "~u"
+      (PosixPath('runs/~u'), True)
+    """
+    place = pathlib.Path(path)
+    if not str(place).startswith("~"):
+        return place
+    return place.expanduser() if os.fspath(path).startswith("~") else place.absolute()
+
+
+def rooted(typed: str) -> str:
+    """Returns a typed path so that it stays the same place when the process changes directory.
+
+    What is no path from here stays as it is: nothing, a home's ``~``, an address.
+
+    Example:
+      >>> rooted("~/runs"), rooted("gs://runs"), rooted("runs") == os.path.join(os.getcwd(), "runs")
+      ('~/runs', 'gs://runs', True)
+    """
+    if not typed.strip() or typed.startswith(("~", "/")) or is_address(typed):
+        return typed
+    return os.path.join(os.getcwd(), typed)
 
 
 @contextlib.contextmanager

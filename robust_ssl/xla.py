@@ -19,6 +19,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from robust_ssl import disk
+
 MOST_CPU_DEVICES = 16  # with more, a device of a batch of 64 has too little to do
 MOST_MEMORY_MAPS = 20_000  # of the 65,530 that Linux gives a process
 PATIENCE = 600  # seconds that one CPU device waits for another
@@ -147,7 +149,7 @@ def private_directory(path: str | os.PathLike, *, tighten: bool = False) -> str:
       OSError: If it cannot be made, belongs to somebody else, holds something of somebody else, or
         others could write it or put another in its place.
     """
-    path = pathlib.Path(path).expanduser()
+    path = disk.expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
     path = path.resolve(strict=True)

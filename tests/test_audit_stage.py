@@ -37,6 +37,18 @@ def command(capsys, *argv):
     return (code, *capsys.readouterr())
 
 
+def _context(**values):
+    """A stand-in for a run's context, which makes each value once."""
+    made = {}
+
+    def once(key, make):
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    return types.SimpleNamespace(once=once, **values)
+
+
 @pytest.fixture
 def measured(tmp_path):
     """A working directory in which everything was measured."""
@@ -266,6 +278,38 @@ ONE_GATE = """gates:
 """
 
 
+def test_files_of_an_audit_are_the_same_when_the_process_has_moved(measured, monkeypatch):
+    monkeypatch.chdir(measured)
+    (measured / "elsewhere").mkdir()
+    kept = measured / "run"
+    kept.mkdir()
+    weights.save_encoder(_encoder(), "encoder")
+    provenance.write_lock(provenance.lock("encoder"), "encoder.lock.json")
+    section = types.SimpleNamespace(
+        answers="mine.yaml", policy=None, lock="encoder.lock.json", stage="full", secured="own"
+    )
+    source = types.SimpleNamespace(is_pretrained=False, path=measured / "encoder", options={})
+    plan = types.SimpleNamespace(audit=section, encoder=source, recipes={"own": None})
+    context = _context(
+        plan=plan, workdir=kept, encoder=_encoder(), check_unchanged=lambda *given: None
+    )
+    monkeypatch.setattr(audit, "_settings", lambda context: {})
+    monkeypatch.setattr(audit_provenance, "_other_encoder", lambda context: "")
+    audit.check(context)
+    monkeypatch.chdir(measured / "elsewhere")
+    assert _outcomes(audit_provenance.examine(context))["files"] == "pass"
+    audit._decide(context, cases.sealed()["measured"])
+    assert (kept / "answers.yaml").read_text("utf-8") == (measured / "mine.yaml").read_text("utf-8")
+
+
+def test_a_lock_that_is_none_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "lock.json").write_text("{}")
+    for name, error in (("lock.json", ValueError), ("none.json", OSError)):
+        section = types.SimpleNamespace(lock=str(tmp_path / name))
+        with pytest.raises(error, match=name):
+            audit_provenance.check(_context(plan=types.SimpleNamespace(audit=section)))
+
+
 def test_a_policy_without_a_gate_at_the_stage_is_refused_first_and_forgets_no_stage(
     measured, capsys, monkeypatch
 ):
@@ -275,7 +319,7 @@ def test_a_policy_without_a_gate_at_the_stage_is_refused_first_and_forgets_no_st
     assert command(capsys, "decide", measured, answers, FULL)[0] == 0
     (measured / "pilot.yaml").write_text(ONE_GATE, encoding="utf-8")
     section = types.SimpleNamespace(answers=None, policy=measured / "pilot.yaml", stage="full")
-    context = types.SimpleNamespace(plan=types.SimpleNamespace(audit=section), workdir=measured)
+    context = _context(plan=types.SimpleNamespace(audit=section), workdir=measured)
     monkeypatch.setattr(audit_provenance, "check", lambda context: None)
     for step in (audit.check, lambda run: audit._decide(run, cases.sealed()["measured"])):
         with pytest.raises(
@@ -336,7 +380,7 @@ def _audited(monkeypatch, tmp_path, encoder, deployed, lock=None):
     monkeypatch.setattr(
         audit_provenance, "saved_classifiers", lambda context: {"secured": classifier}
     )
-    return types.SimpleNamespace(plan=plan, encoder=encoder)
+    return _context(plan=plan, encoder=encoder)
 
 
 def _outcomes(found):

@@ -1,6 +1,8 @@
 """The story of a run: skipped when finished, bit-equal when resumed, refused when changed."""
 
 import json
+import os
+import pathlib
 import re
 import shutil
 
@@ -99,6 +101,23 @@ def test_a_recipe_shows_itself_by_name():
 
 
 # --- One training -----------------------------------------------------------------------------
+
+
+def wandering(split="train"):
+    """Images of a function that changes the process's directory."""
+    os.chdir("/")
+    return tiny.images(split)
+
+
+def test_a_data_function_that_changes_directory_moves_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny, "wandering", wandering, raising=False)
+    config = training_everything()
+    config.unlock().downstream = {"function": "tiny:wandering"}
+    go(config, "run")
+    assert pathlib.Path.cwd() == pathlib.Path("/")
+    assert (tmp_path / "run" / ONE / "manifest.json").is_file()
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 @pytest.fixture(scope="module")

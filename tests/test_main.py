@@ -213,6 +213,37 @@ def test_run_hands_over_config_workdir_and_devices(experiment, config_file, tmp_
     assert len(seen["parallel"].devices) == 2 and seen["parallel"].kind == "jit"
 
 
+MOVING = CONFIG.replace("    chosen =", "    __import__('os').chdir('/')\n    chosen =")
+
+
+def test_a_config_that_changes_directory_moves_no_place_that_was_typed(
+    experiment, config_file, tmp_path, capsys, monkeypatch
+):
+    from robust_ssl.cli import zoo
+
+    pathlib.Path(config_file).write_text(MOVING)
+    places = []
+    experiment.run = lambda config, workdir, *, parallel: places.append(workdir)
+
+    def build(configs, out, *, parallel):
+        places.append(out)
+        pathlib.Path(out).mkdir()
+        (pathlib.Path(out) / "README.md").write_text("the table\n")
+        return {}
+
+    monkeypatch.setattr(zoo, "build", build)
+    for command in (
+        ("run", config_file, "--workdir=run"),
+        ("zoo", "build", config_file, "--out=zoo"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert main.main([*command, "--cache-dir=cache"]) == 0, command
+        assert pathlib.Path.cwd() == pathlib.Path("/")
+    assert places == [str(tmp_path / "run"), str(tmp_path / "zoo")]
+    out, err = capsys.readouterr()
+    assert out == "the table\n" and "done: run\n" in err
+
+
 def test_describe_prints_every_setting(experiment, config_file, tmp_path, capsys):
     assert _call("describe", config_file, tmp_path, "--config.seed=4") == 0
     out = capsys.readouterr().out

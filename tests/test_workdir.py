@@ -188,6 +188,27 @@ def test_a_home_that_is_not_known_is_named(monkeypatch):
         workdir_path("~/runs")
 
 
+def test_a_tilde_is_the_home_only_where_the_text_begins_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert workdir_path("~/runs") == tmp_path / "home" / "runs"
+    for name in ("./~u", "./~/x", "a/~u", pathlib.Path("a/~")):
+        assert workdir_path(name) == tmp_path / name
+        assert workdir_path(workdir_path(name)) == tmp_path / name
+
+
+def test_a_working_directory_stays_where_it_was_when_the_process_moves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with open_stage("run", "s", {}, {}, 0) as stage, hold("run"):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        stage.log(0, loss=1.0)
+        stage.finish({})
+    assert (tmp_path / "run" / "s" / "manifest.json").is_file()
+    assert not (tmp_path / "run" / lock.FILE).exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 # --- The log ----------------------------------------------------------------------------------
 
 

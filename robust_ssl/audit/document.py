@@ -112,7 +112,7 @@ def read_workdir(workdir: str | os.PathLike) -> dict[str, Any]:
     Raises:
       AuditFileError: If there is none, or if ``results.json`` has been edited since.
     """
-    folder = pathlib.Path(workdir).expanduser()
+    folder = disk.expanded(workdir)
     if not (folder / NAME).is_file():
         raise AuditFileError(
             f"there is no {NAME} in {folder}; first: robust-ssl audit run --workdir={folder}"

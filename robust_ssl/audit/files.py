@@ -27,12 +27,15 @@ class Given(NamedTuple):
 def chosen(
     workdir: pathlib.Path, answers: str | os.PathLike | None, policy: str | os.PathLike | None
 ) -> Given:
-    """Returns the files that were given, or else those kept in a working directory."""
+    """Returns the files that were given, or else those kept in a working directory.
+
+    With their whole paths: an audit reads them again when a function may have left the directory.
+    """
 
     def one(path: str | os.PathLike | None, name: str) -> pathlib.Path | None:
         kept = workdir / name
         if path is not None:
-            return pathlib.Path(path).expanduser()
+            return disk.expanded(path).absolute()
         return kept if kept.is_file() else None
 
     return Given(one(answers, ANSWERS), one(policy, POLICY))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from robust_ssl import settings, stopping, words
+from robust_ssl import disk, settings, stopping, words
 from robust_ssl.audit import decision, document, files, gates, pages, summary
 from robust_ssl.audit.answers import LANGUAGES, STAGES, template
 from robust_ssl.cli import run as run_command
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         sys.stdout.write(template(arguments.lang))
         return DONE
     pages.check_installed()
-    workdir = pathlib.Path(arguments.workdir).expanduser()
+    workdir = disk.expanded(disk.rooted(arguments.workdir))
     try:
         given = files.chosen(workdir, arguments.answers, arguments.policy)
         rules = decision.rules(given.policy, given.answers)

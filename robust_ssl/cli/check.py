@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robust_ssl import settings, words
+from robust_ssl import disk, settings, words
 from robust_ssl.cli import run as running
 from robust_ssl.cli.flags import DONE, add_command, add_config
 
@@ -50,6 +50,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Prints what was asked and returns the exit code."""
+    given = None if arguments.command == "describe" else arguments.workdir
+    given = None if given is None else disk.rooted(given)  # a config may change the directory
     config = settings.load_config(arguments.config, overrides)
     if arguments.command == "describe":
         from robust_ssl import experiment
@@ -62,7 +64,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     planned = experiment.plan(config)
     with tempfile.TemporaryDirectory() as nowhere:
-        given = arguments.workdir
         workdir = pathlib.Path(nowhere) if given is None else workdir_path(given)
         context = experiment.Context(planned, workdir, layout, progress.Progress())
         experiment.check(context)

@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import Any
 
-from robust_ssl import settings, shipped, words
+from robust_ssl import disk, settings, shipped, words
 from robust_ssl.cli.flags import DONE, add_command, add_debug
 
 _EXAMPLES = """\
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise settings.SettingsError(
             f"there is no shipped config {arguments.name!r}{settings.near(arguments.name, known)}"
         )
-    target = pathlib.Path(arguments.target).expanduser()
+    target = disk.expanded(arguments.target)
     for file in copy(known[arguments.name], target):
         words.say(f"written: {file}")
     return DONE

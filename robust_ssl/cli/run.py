@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pathlib
 import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from robust_ssl import progress, settings, stopping, words
+from robust_ssl import disk, progress, settings, stopping, words
 from robust_ssl.cli.flags import DONE, FAILED, add_command, add_config
 
 _EXAMPLES = """\
@@ -116,6 +115,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _run_config(
     arguments: argparse.Namespace, overrides: list[str], start: Callable[[], Any]
 ) -> int:
+    workdir = _rooted(arguments, "workdir")
     config = settings.load_config(arguments.config, overrides)
     if arguments.command == "sweep":
         if config.get("sweep") is None:
@@ -126,7 +126,7 @@ def _run_config(
     layout = start()
     from robust_ssl import experiment
 
-    experiment.run(config, arguments.workdir, parallel=layout)
+    experiment.run(config, workdir, parallel=layout)
     words.say(f"done: {arguments.workdir}")
     return DONE
 
@@ -134,16 +134,24 @@ def _run_config(
 def _build_zoo(
     arguments: argparse.Namespace, overrides: list[str], start: Callable[[], Any]
 ) -> int:
+    out = _rooted(arguments, "out")
     configs = [settings.load_config(file, overrides) for file in arguments.config]
     layout = start()
     from robust_ssl.cli import zoo
 
-    failures = zoo.build(configs, arguments.out, parallel=layout)
+    failures = zoo.build(configs, out, parallel=layout)
     for name, failure in failures.items():
         words.say(f"robust-ssl: {name} was not made: {failure}")
-    table = pathlib.Path(arguments.out, "README.md").read_text(encoding="utf-8")
+    table = (disk.expanded(out) / "README.md").read_text(encoding="utf-8")
     words.say(table.rstrip("\n"), sys.stdout, margin="")
     return FAILED if failures else DONE
+
+
+def _rooted(arguments: argparse.Namespace, name: str) -> str:
+    """Returns the place that a flag names, before a config may change the process's directory."""
+    if arguments.cache_dir:
+        arguments.cache_dir = disk.rooted(arguments.cache_dir)
+    return disk.rooted(getattr(arguments, name))
 
 
 def started(arguments: argparse.Namespace, several: bool, install: Callable[[], None]) -> Any:

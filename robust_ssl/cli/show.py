@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from robust_ssl import settings, words
+from robust_ssl import disk, settings, words
 from robust_ssl.cli.flags import DONE, add_command, add_debug
 from robust_ssl.progress import duration
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
       SettingsError: If the directory is not one of a run.
       WorkdirError: If a version of before wrote it.
     """
-    folder = pathlib.Path(arguments.run).expanduser()
+    folder = disk.expanded(arguments.run)
     check_run(folder)
     found = sorted(stages(folder), key=lambda stage: (stage.started, stage.name))
     for line in lines(found):

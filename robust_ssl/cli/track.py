@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from robust_ssl import settings
+from robust_ssl import disk, settings
 from robust_ssl.cli.flags import DONE, add_command, add_debug
 from robust_ssl.cli.show import check_run
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Raises:
       SettingsError: If the directory is no run's, or the tracker is not installed.
     """
-    folder = pathlib.Path(arguments.run).expanduser()
+    folder = disk.expanded(arguments.run)
     check_run(folder)
     _check_installed(arguments.to)
     from robust_ssl.report import trackers

@@ -6,11 +6,13 @@ import os
 import pathlib
 import re
 
+from robust_ssl import disk
+
 
 def data_directory(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """Returns where data sets are: what is named, ``$TFDS_DATA_DIR``, or TFDS's own default."""
     named = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(named).expanduser()
+    return disk.expanded(named)
 
 
 def find(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:

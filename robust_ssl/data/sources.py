@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from robust_ssl import disk
 from robust_ssl.build import resolve
 from robust_ssl.data import checks, folders, hub, pictures, tfds_source
 from robust_ssl.data.addresses import refuse_addresses
@@ -103,7 +104,7 @@ def load(
         value, name = _called(source, split, seed, image_size, options)
         examples, resizing = _of_one_size(value, split, name, image_size, resizing)
     elif is_folder(source):
-        examples = folders.open_split(pathlib.Path(source).expanduser(), split, image_size)
+        examples = folders.open_split(disk.expanded(source), split, image_size)
     elif isinstance(source, str) and source.startswith(hub.PREFIX):
         examples = hub.open_hub(source, split, image_size)
     elif isinstance(source, str):

@@ -41,11 +41,19 @@ def check(context: Context) -> None:
     """Raises unless pages can be written, files can be read, and classifier and encoder fit."""
     audit_pages.check_installed()
     section = context.plan.audit
-    given = files.chosen(context.workdir, section.answers, section.policy)
+    given = _given(context)
     limits, _, answers = decision.rules(given.policy, given.answers)
     decision.at(section.stage, limits, answers)
     audit_provenance.check(context)
     context.check_unchanged("audit", _settings(context))
+
+
+def _given(context: Context) -> files.Given:
+    section = context.plan.audit
+    return context.once(
+        "audit files",
+        lambda: files.chosen(context.workdir, section.answers, section.policy),
+    )
 
 
 def _settings(context: Context) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def audit(context: Context) -> StageDirectory:
 
 def _decide(context: Context, measured: Mapping[str, Any]) -> None:
     section = context.plan.audit
-    given = files.chosen(context.workdir, section.answers, section.policy)
+    given = _given(context)
     limits, items, answers = decision.rules(given.policy, given.answers)
     # Written once, with the decision: the next one is for the same stage, if nobody says another.
     whole = document.sealed(measured)

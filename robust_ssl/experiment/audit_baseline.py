@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from robust_ssl import evaluation, inspection
+from robust_ssl import disk, evaluation, inspection
 from robust_ssl.build import name_of
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import at_main_budget, attack
@@ -45,7 +44,7 @@ def write_baseline(context: Context, model: Classifier) -> dict[str, Any] | None
         saved = context.plan.classifiers[place]
         source = model
         if saved.path:
-            source, code = pathlib.Path(saved.path).expanduser(), saved.own
+            source, code = disk.expanded(saved.path), saved.own
             place = os.path.relpath(source, context.workdir)
     done = (folder / baselines.CARD).is_file() or jax.process_index() > 0
     if not (done or _write(context, source, saved, folder, code)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from robust_ssl import provenance, settings
+from robust_ssl import disk, provenance, settings
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.score import saved_classifiers
 from robust_ssl.models import ensembles
@@ -20,11 +21,14 @@ _log = logging.getLogger(__name__)
 
 
 def check(context: Context) -> None:
-    """Raises unless a classifier from elsewhere may be one of the encoder that is audited.
+    """Raises unless the lock can be read and a classifier from elsewhere may fit the encoder.
 
     Raises:
-      SettingsError: If its encoder is another network.
+      SettingsError: If the classifier's encoder is another network.
+      ValueError: If the lock is none.
+      OSError: If the lock cannot be read.
     """
+    _lock(context)
     classifier = _from_elsewhere(context)
     if classifier is None or _source(context) is None:
         return
@@ -48,8 +52,8 @@ def examine(context: Context) -> dict[str, Any] | None:
     source = _source(context)
     if source is None:
         return None
-    lock, options = context.plan.audit.lock, context.plan.encoder.options
-    checks = list(provenance.examine(source, lock=lock, **options))
+    options = context.plan.encoder.options
+    checks = list(provenance.examine(source, lock=_lock(context), **options))
     reason = _other_encoder(context)
     # Files of another encoder say nothing of those that are deployed, unless they are bad as well.
     if reason and checks[_FILES].outcome == "pass":
@@ -62,6 +66,19 @@ def examine(context: Context) -> dict[str, Any] | None:
         "failed": deciding.count("fail"),
         "absent": outcomes.count("absent"),
     }
+
+
+def _lock(context: Context) -> pathlib.Path | None:
+    """Returns the whole path of the encoder's lock, which is read before anything is trained."""
+    given = context.plan.audit.lock
+
+    def readable() -> pathlib.Path | None:
+        path = None if given is None else disk.expanded(given).absolute()
+        if path is not None:
+            provenance.read_lock(path)
+        return path
+
+    return context.once("audit lock", readable)
 
 
 def _source(context: Context) -> str | None:

@@ -88,10 +88,11 @@ def run(
       WorkdirError: If the workdir cannot be written.
       progress.Stopped: If a stop was asked for; run again to go on.
     """
+    workdir = workdir_path(workdir)  # before a function of the config may change the directory
     planned = config if isinstance(config, Plan) else plan(config)
     context = Context(
         plan=planned,
-        workdir=workdir_path(workdir),
+        workdir=workdir,
         parallel=parallel or Parallel.create(),
         progress=progress or Progress(),
     )

@@ -281,7 +281,7 @@ def read_baseline(folder: str | os.PathLike, threat: Any = None) -> Baseline:
       FileNotFoundError: If there is none.
       ValueError: If it is of a newer version, or not what was written.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = disk.expanded(folder)
     if not (folder / CARD).is_file() and (folder / "baseline" / CARD).is_file():
         folder = folder / "baseline"
     if not (folder / CARD).is_file():

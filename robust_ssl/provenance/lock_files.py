@@ -31,7 +31,7 @@ def write_lock(
     source = dict(record["source"])
     if source["kind"] != "shipped" and not hub.is_address(source["given"]):
         # A lock beside its encoder stays right where both are moved together.
-        place = pathlib.Path(source["given"]).expanduser().resolve()
+        place = disk.expanded(source["given"]).resolve()
         try:
             relative = os.path.relpath(place, file.resolve().parent)
         except ValueError:  # another drive

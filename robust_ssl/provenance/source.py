@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from robust_ssl import weights
+from robust_ssl import disk, weights
 from robust_ssl.weights import beside, classifiers, hub, native
 from robust_ssl.workdir import versions
 
@@ -89,7 +89,7 @@ def open_source(
         folder = pathlib.Path(str(importlib.resources.files("robust_ssl.zoo") / source))
         return Source(given, "shipped", folder, _listed(folder), folder, options=options)
     address, place = hub.located(source, allow_moving)
-    path = pathlib.Path(place).expanduser()
+    path = disk.expanded(place)
     if address is not None:
         moved = hub.parse(given, allow_moving=True)
         kind: Kind = "encoder" if (path / native.CARD_FILE).is_file() else "foreign"

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robust_ssl import disk
 from robust_ssl.build import resolve
 from robust_ssl.models import ensembles, heads
 from robust_ssl.models.bridge import refuse_bridge
@@ -245,7 +246,7 @@ def encoder_record(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def _folder(directory: str | os.PathLike) -> pathlib.Path:
-    folder = pathlib.Path(directory).expanduser()
+    folder = disk.expanded(directory)
     inner = folder / "classifier"
     return inner if not (folder / CARD_FILE).is_file() and (inner / CARD_FILE).is_file() else folder
 

@@ -60,6 +60,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[None]:
     Raises:
       WorkdirError: If another run holds it, or the processes do not share it.
     """
+    workdir = os.path.realpath(workdir)  # the same place to the end, wherever the process goes
     acquire(workdir)
     try:
         yield

@@ -8,7 +8,8 @@ import pathlib
 import re
 import tempfile
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+from robust_ssl import disk
+
 # Orbax globs with the whole path in the pattern, and tensorstore takes a backslash for a slash.
 _PATTERN = re.compile(r"[\[\]*?\\]")
 
@@ -18,12 +19,15 @@ class WorkdirError(ValueError):
 
 
 def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
-    """Returns the path of a working directory, ``~`` replaced.
+    """Returns the whole path of a working directory, ``~`` at its beginning replaced.
 
-    A link is followed now, once: whoever points it elsewhere later does not move a run.
+    Whole, since a config or a function in it may change the process's directory: what is locked
+    and what is written stay one place.  A link is followed now, once: whoever points it elsewhere
+    later does not move a run.
 
     Raises:
-      WorkdirError: If it is the address of a bucket or a site, empty, or no text.
+      WorkdirError: If it is the address of a bucket or a site, empty, or no text, or if there is
+        no directory that it begins in.
 
     Example:
       >>> workdir_path("gs://bucket/run")
@@ -36,7 +40,7 @@ def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
         text = os.fsdecode(text)
     if not text.strip():
         raise WorkdirError("--workdir is empty; name a directory (is a variable not set?)")
-    if _URL.match(text):
+    if disk.is_address(text):
         raise WorkdirError(
             f"--workdir {text!r} is an address; only directories of a file system are written: "
             "mount the bucket, or take a local directory and copy it when the run is done"
@@ -46,8 +50,8 @@ def workdir_path(workdir: str | os.PathLike) -> pathlib.Path:
             f"--workdir {text!r} is no UTF-8, which files inside it must name; take another name"
         )
     try:
-        path = pathlib.Path(text).expanduser()
-    except RuntimeError as error:  # no home directory
+        path = disk.expanded(text).absolute()
+    except (RuntimeError, FileNotFoundError) as error:  # no home, or this directory was removed
         raise WorkdirError(f"--workdir {text!r}: {error}; write the whole path") from error
     return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path
 

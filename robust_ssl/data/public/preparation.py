@@ -71,7 +71,7 @@ def prepare(
     folder = prepared.find(f"{public.stored}:{public.version}", directory)
     if folder is not None and not overwrite:
         return Prepared(folder, _recorded(folder), new=False)
-    source = None if source is None else pathlib.Path(source).expanduser()
+    source = None if source is None else disk.expanded(source)
     files = obtain(public, directory / "downloads", source, progress=progress, say=say)
     try:
         return _write(public, files, directory, progress)
