@@ -24,6 +24,7 @@ MOST_JSON = 2**26  # bytes; the longest results.json of a comparison has 2**22
 MOST_RATIO, SMALL = 64, 2**26  # times its size that a file unpacks to, where that is not little
 MOST_NESTED = 64  # lists in lists; Python's own readers end at about 1,000, in a RecursionError
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_PARTIAL = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -228,6 +229,16 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def is_partial(path: str | os.PathLike) -> bool:
+    """Whether a name is one that `replacing` makes and a killed process leaves.
+
+    Example:
+      >>> is_partial("zoo/.encoder.json.0123456789abcdef.tmp"), is_partial("zoo/mine.tmp")
+      (True, False)
+    """
+    return _PARTIAL.fullmatch(pathlib.PurePath(path).name) is not None
 
 
 def replace(path: str | os.PathLike, content: str | bytes) -> None:

@@ -218,3 +218,35 @@ def test_where_one_target_cannot_be_written_none_is(tmp_path, capsys, monkeypatc
     assert main.main(["encoder", "export", "simclr-cifar10-r18w24", *places]) != 0
     assert "not installed: " in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the numbers differ")])
+def test_what_ends_half_way_is_removed_and_the_same_command_goes(
+    error, tmp_path, capsys, monkeypatch
+):
+    builder, options = ENCODERS["cifar"]
+    place = weights.save_encoder(random_encoder(builder, **options), tmp_path / "mine")
+    (tmp_path / "e.safetensors-notes").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+
+    def half_way(model, file, **how):
+        (tmp_path / "t" / ".model.py.0123456789abcdef.tmp").write_text("")
+        raise error
+
+    flags = [f"--{n}={tmp_path / f}" for n, f in (("out", "e.safetensors"), ("torch", "t"))]
+    command = ["encoder", "export", str(place), *flags, f"--stablehlo={tmp_path / 'p'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "export_stablehlo", half_way)
+        assert main.main(command) == (75 if isinstance(error, KeyboardInterrupt) else 2)
+    assert sorted(tmp_path.rglob("*")) == before
+    said = capsys.readouterr().err
+    assert f"removed: {tmp_path / 'e.safetensors'}\n" in said and "checkpoint" not in said
+    assert main.main(command) == 0
+
+
+def test_what_a_killed_export_was_writing_is_in_nobodys_way(tmp_path):
+    builder, options = ENCODERS["cifar"]
+    place = weights.save_encoder(random_encoder(builder, **options), tmp_path / "mine")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".model.safetensors.0123456789abcdef.tmp").write_text("half")
+    assert main.main(["encoder", "export", str(place), f"--torch={tmp_path / 't'}"]) == 0

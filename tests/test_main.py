@@ -315,6 +315,23 @@ def test_a_second_interrupt_says_where_it_was(experiment, config_file, tmp_path,
     )
 
 
+def test_what_has_no_checkpoint_promises_none(config_file, tmp_path, capsys, monkeypatch):
+    def interrupted(arguments, overrides):
+        raise KeyboardInterrupt
+
+    for command in (
+        ["describe", config_file],
+        ["show", str(tmp_path)],
+        ["encoder", "inspect", "x"],
+    ):
+        monkeypatch.setattr(main._COMMANDS[command[0]], "run", interrupted)
+        assert main.main(command) == 75
+        assert capsys.readouterr().err == "robust-ssl: interrupted\n"
+    monkeypatch.setattr(main._COMMANDS["audit"], "run", interrupted)
+    assert main.main(["audit", "run", f"--workdir={tmp_path}"]) == 75
+    assert "the last checkpoint is kept; run the same command again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from robust_ssl import settings, words
-from robust_ssl.cli import provenance
+from robust_ssl.cli import export, provenance
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
 
 _EXAMPLES = """\
@@ -69,37 +69,7 @@ def add_parser(commands: Any) -> None:
     convert.add_argument("--out", required=True, metavar="DIR", help="the encoder's new directory")
     convert.add_argument("--name", help="for tables and manifests (default: the file's)")
     provenance.add_parsers(actions, _add_names)
-    text = "write an encoder or a whole model for PyTorch, ONNX or StableHLO"
-    export = add_command(actions, "export", text, _EXAMPLES)
-    add_debug(export)
-    export.add_argument(
-        "encoder", metavar="NAME_OR_DIR", help="a shipped encoder, or a directory of one"
-    )
-    export.add_argument(
-        "--classifier",
-        metavar="DIR",
-        help="a finished recipe of a run that started from this encoder, such as "
-        "runs/gen_af/recipes/gen_af-seed0: its weights, and its head for all but --out",
-    )
-    export.add_argument(
-        "--out", metavar="FILE", help="safetensors with torchvision's names (ResNet), timm's (ViT)"
-    )
-    export.add_argument(
-        "--torch",
-        metavar="DIR",
-        help="model.safetensors and a model.py that loads it: encoder, head and normalization",
-    )
-    export.add_argument(
-        "--onnx", metavar="FILE", help="the same as one ONNX file, compared by onnxruntime"
-    )
-    export.add_argument(
-        "--stablehlo",
-        metavar="FILE",
-        help="one program for CPU, CUDA and TPU, weights and normalization inside",
-    )
-    export.add_argument(
-        "--batch", type=int, metavar="N", help="images per call of the program (default: any)"
-    )
+    export.add_parser(actions, _EXAMPLES)
 
 
 def _add_names(command: argparse.ArgumentParser) -> None:
@@ -248,7 +218,7 @@ def _check_same(arguments: argparse.Namespace) -> None:
     from robust_ssl.weights import hub
 
     place = pathlib.Path(arguments.out)
-    there = [card for card in _CARDS if (place / card).exists()]
+    there = [card for card in export.CARDS if (place / card).exists()]
     if not there:
         return
     made_from = {}
@@ -268,104 +238,14 @@ def _check_same(arguments: argparse.Namespace) -> None:
         )
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    places = {f"--{name}": getattr(arguments, name) for name in _TARGETS}
-    places = {flag: place for flag, place in places.items() if place}
-    if not places:
-        raise ValueError(
-            "say where to: --out FILE.safetensors, --torch DIR, --onnx FILE or --stablehlo FILE"
-        )
-    if arguments.batch is not None and arguments.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
-    # One would replace the other without a word.
-    if len({pathlib.Path(place).absolute() for place in places.values()}) < len(places):
-        raise ValueError(f"{' and '.join(places)} name one place")
-    for flag, place in places.items():
-        _check_free(flag, pathlib.Path(place))
-    from robust_ssl import weights
-    from robust_ssl.weights import torch_export
-
-    if arguments.onnx:  # before another target is written
-        torch_export.check_onnx()
-    # Of a finished recipe it is the classifier's, as elsewhere.
-    trained = pathlib.Path(arguments.encoder) / "classifier"
-    if (trained / "encoder.json").is_file():
-        arguments.encoder = str(trained)
-    # Exported from our own format only, where normalization and image size are known.
-    if weights.is_foreign(arguments.encoder):
-        raise ValueError(
-            f"{arguments.encoder} is a foreign file; first: robust-ssl encoder convert "
-            f"{arguments.encoder} --out DIR"
-        )
-    encoder = weights.load_encoder(arguments.encoder)
-    origins = tuple(filter(None, (arguments.encoder, arguments.classifier)))
-    model = _fine_tuned(encoder, arguments.classifier) if arguments.classifier else encoder
-    if arguments.out:
-        # PyTorch's layouts have no place for our heads.
-        only = model.encoder if arguments.classifier else encoder
-        file = weights.export_safetensors(only, arguments.out)
-        words.say(f"written: {file}")
-        provenance.write_beside(file, made_from=origins)
-    _export_whole(arguments, model, origins)
-    if arguments.stablehlo:
-        file = weights.export_stablehlo(model, arguments.stablehlo, batch=arguments.batch)
-        words.say(f"written: {file}")
-        provenance.write_beside(file, made_from=origins)
-    return DONE
-
-
-def _check_free(flag: str, place: pathlib.Path) -> None:
-    """Raises ValueError if something is there: it may be what is exported, or a run's work."""
-    if place.is_dir() and flag != "--torch":
-        raise ValueError(f"{flag}={place} is a folder; name a file in it")
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ValueError(f"{flag}={place} is there already; remove it, or name another place")
-    if any((place.parent / card).exists() for card in _CARDS):
-        raise ValueError(f"{flag}={place} lies among an encoder's own files; name another folder")
-
-
-def _export_whole(arguments: argparse.Namespace, model: Any, origins: tuple[str, ...]) -> None:
-    """Writes a model with its head and its normalization, and says how exact it is."""
-    from robust_ssl import weights
-
-    for place, export in ((arguments.torch, weights.export_torch),
-                          (arguments.onnx, weights.export_onnx)):  # fmt: skip
-        if place:
-            path, difference = export(model, place)
-            exact = f"same outputs to {difference:.0e} of the largest"
-            if difference is None:
-                exact = "not compared: torch is not installed"
-            words.say(f"written: {path} ({exact})")
-            provenance.write_beside(path, made_from=origins)
-
-
-def _fine_tuned(encoder, directory: str):
-    """The classifier in a directory, which must be built on this encoder."""
-    import jax
-
-    from robust_ssl import weights
-
-    classifier = weights.load_classifier(directory)
-    # Compared whole: one built on another encoder could fit in its head alone.
-    expected, stored = (
-        jax.tree.map(jax.numpy.shape, dict(part.variables))
-        for part in (encoder, classifier.encoder)
-    )
-    if expected != stored:
-        raise ValueError(f"{directory} was not fine-tuned from this encoder: the shapes differ")
-    return classifier
-
-
 def _lock(arguments: argparse.Namespace) -> int:
     return provenance.lock(arguments, _named(arguments))
 
 
-_CARDS = ("encoder.json", "classifier.json", "manifest.json")  # beside them nothing is exported
-_TARGETS = ("out", "torch", "onnx", "stablehlo")
 _ACTIONS = {
     "inspect": _inspect,
     "convert": _convert,
-    "export": _export,
+    "export": export.run,
     "lock": _lock,
     "verify": provenance.verify,
 }

@@ -101,6 +101,7 @@ def _answer(argv: list[str], ends_process: bool) -> int:
     except BrokenPipeError:  # of the help, or of a message
         return _reader_left(DONE)
     arguments.ends_process = ends_process
+    trains = getattr(arguments, "trains", False)
     _log_to_stderr()
     try:
         overrides = take_settings(arguments, unknown, argv)
@@ -109,10 +110,13 @@ def _answer(argv: list[str], ends_process: bool) -> int:
         return code
     except BrokenPipeError:
         # What trains is not done: its next call goes on.
-        return _reader_left(STOPPED if _COMMANDS[arguments.command] is run else DONE)
+        return _reader_left(STOPPED if trains else DONE)
     except KeyboardInterrupt as interrupt:
         where = " ".join(["interrupted", *getattr(interrupt, "__notes__", ())])
-        return _say_stopped(f"{where}; the last checkpoint is kept")
+        if trains:
+            return _say_stopped(f"{where}; the last checkpoint is kept")
+        words.say(f"robust-ssl: {where}")
+        return STOPPED
     except stopping.Stopped as stopped:
         return _say_stopped(str(stopped))
     except Exception as error:

@@ -74,7 +74,8 @@ def _add_run(commands: Any, name: str, text: str) -> None:
 
 
 def add_run_flags(command: argparse.ArgumentParser) -> None:
-    """Adds the flags of everything that trains."""
+    """Adds the flags of everything that trains, and says that it does."""
+    command.set_defaults(trains=True)
     command.add_argument(
         "--devices", type=int, metavar="N", help="how many devices to use (default: all)"
     )
