@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,6 +90,54 @@ def test_what_is_made_is_not_made_again(built, monkeypatch):
         load_encoder(out / "one").variables["params"]["stem"]["conv"]["kernel"],
         before[1].variables["params"]["stem"]["conv"]["kernel"],
     )
+
+
+@pytest.mark.parametrize("text", ['{"name": "al', "[]", "{}"])
+def test_a_damaged_card_beside_them_ends_no_build(built, text, caplog, tmp_path):
+    out = tmp_path / "zoo"
+    shutil.copytree(built[0], out)
+    (out / "alien").mkdir()
+    (out / "alien" / "encoder.json").write_text(text)
+    (out / "apart" / "encoder.json").mkdir(parents=True)
+    assert build([named("one")], out) == {}
+    assert "alien is not in the table: " in caplog.text
+    assert (out / "README.md").read_text() == (built[0] / "README.md").read_text()
+
+
+def test_what_else_lies_beside_an_encoder_is_not_published(built, tmp_path):
+    out = tmp_path / "zoo"
+    shutil.copytree(built[0], out)
+    expected = sorted(file.name for file in (out / "one").iterdir())
+    shutil.rmtree(out / "one")
+    left = out / "runs" / "one" / "pretrain" / "encoder"
+    (left / ".encoder.safetensors.0123456789abcdef.tmp").write_text("half")
+    (left / "__pycache__").mkdir()
+    assert build([named("one")], out) == {}
+    assert sorted(file.name for file in (out / "one").iterdir()) == expected
+
+
+def test_two_builds_are_kept_apart(tmp_path):
+    out = tmp_path / "zoo"
+    out.mkdir()
+    another = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert another.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(WorkdirError, match="in use by another run"):
+            build([named("one")], out)
+        assert [file.name for file in out.iterdir()] == [".lock"]
+    finally:
+        another.communicate()
+
+
+HOLDING = """
+import sys
+from robust_ssl.workdir import hold
+with hold(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.mark.parametrize("names", [("one", "one"), ("a/b",), ("runs",), ("",)])

@@ -15,7 +15,8 @@ from robust_ssl import disk, experiment, provenance, settings, weights, words
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.stopping import Stopped
-from robust_ssl.workdir import make_directory, read_metrics
+from robust_ssl.weights import native
+from robust_ssl.workdir import hold, make_directory, read_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -60,11 +61,21 @@ def build(
     Raises:
       UsageError: If two configs make encoders of the same name, one names none, or none of them can
         be used.
-      WorkdirError: If `out` cannot be made or written.
+      WorkdirError: If `out` cannot be made or written, or another build writes there.
       Stopped: If a stop was asked for; call again to go on.
     """
     named = _by_name(configs)
     out = make_directory(out)
+    with hold(out):  # two builds would write one table, and one would fail on the other's runs
+        return _build(named, out, parallel, progress)
+
+
+def _build(
+    named: Mapping[str, Mapping[str, Any]],
+    out: pathlib.Path,
+    parallel: Parallel | None,
+    progress: Progress | None,
+) -> dict[str, str]:
     errors: dict[str, Exception] = {}
     for name, config in named.items():
         work = out / "runs" / name
@@ -88,17 +99,13 @@ def build(
 
 def table(out: str | os.PathLike) -> str:
     """Returns a Markdown table of all encoders in a folder, the best k-NN first."""
-    cards = [
-        weights.encoder_card(file.parent)
-        for file in sorted(pathlib.Path(out).glob("*/encoder.json"))
-    ]
     rows = []
-    for card in cards:
+    for file in sorted(pathlib.Path(out).glob("*/encoder.json")):
         try:
-            rows.append(_row(card))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            rows.append(_row(weights.encoder_card(file.parent)))
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # Of somebody else: it must not end a build of hours at its last line.
-            _log.warning("zoo: %s is not in the table: %s", card["name"], error)
+            _log.warning("zoo: %s is not in the table: %s", file.parent.name, error)
     rows.sort(key=lambda row: -float(row["knn_accuracy"]))
     head = "| " + " | ".join(title for title, _ in _COLUMNS) + " |"
     line = "| " + " | ".join("---:" if name in _NUMBERS else "---" for _, name in _COLUMNS) + " |"
@@ -156,8 +163,8 @@ def _publish(work: pathlib.Path, folder: pathlib.Path) -> None:
     """Copies a finished run's encoder, log and config, and writes its model card."""
     folder.mkdir(parents=True, exist_ok=True)
     stage = work / "pretrain"
-    for file in (stage / "encoder").iterdir():
-        disk.replace(folder / file.name, file.read_bytes())
+    for name in (native.WEIGHTS_FILE, native.CARD_FILE):  # what else lies there is no part of it
+        disk.replace(folder / name, (stage / "encoder" / name).read_bytes())
     entries = read_metrics(stage / "metrics.jsonl")
     epochs = [json.dumps(entry) for entry in entries if "epoch" in entry]
     disk.replace(folder / "training_log.jsonl", "\n".join(epochs) + "\n")

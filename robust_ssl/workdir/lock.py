@@ -292,7 +292,7 @@ def _words(holder: dict[str, Any]) -> str:
 def _refusal(path: pathlib.Path, holder: dict[str, Any]) -> str:
     return (
         f"{path} is in use by another run, {_words(holder)}; wait for it to end, or take another "
-        "--workdir; nothing was changed"
+        "directory; nothing was changed"
     )
 
 
