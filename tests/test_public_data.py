@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -236,6 +237,59 @@ def test_what_ends_half_way_leaves_what_was_there(tmp_path, failure, error, mess
     else:
         with pytest.raises(FileNotFoundError, match="robust-ssl data prepare eurosat"):
             data.load("eurosat", data_dir=tmp_path / "sets")
+
+
+KILLED = """
+import pathlib, sys
+from robust_ssl.data.public.scratch import scratch
+directory = pathlib.Path(sys.argv[1])
+with scratch(directory, directory / "eurosat" / "rgb" / "2.0.0") as folder:
+    (folder / "half").write_text("made")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def _preparing(sets):
+    """A process that prepares, and its folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, sets], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    return process, pathlib.Path(process.stdout.readline().decode().strip())
+
+
+def test_what_a_killed_process_was_preparing_goes_and_what_another_prepares_stays(tmp_path):
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    (killed, gone), (alive, kept) = _preparing(sets), _preparing(sets)
+    elsewhere = sets / ".preparing-elsewhere"
+    elsewhere.mkdir()
+    owner = {"host": "another", "target": "eurosat/2.0.0"}
+    (elsewhere / "owner.json").write_text(json.dumps(owner))
+    (sets / ".preparing-begins").mkdir()
+    killed.kill()
+    killed.communicate()
+    bodies, content = made.eurosat()
+    try:
+        assert prepared(tmp_path, made.tiny("eurosat", bodies, counts(content)), bodies).new
+        left = {file.name for file in sets.glob(".preparing-*")}
+        assert left == {kept.name, ".preparing-elsewhere", ".preparing-begins"}
+    finally:
+        alive.communicate()
+    assert not gone.exists() and not kept.exists()
+
+
+def test_a_set_that_a_killed_process_had_put_aside_gets_its_place_back(tmp_path):
+    bodies, content = made.eurosat()
+    described = made.tiny("eurosat", bodies, counts(content))
+    first = prepared(tmp_path, described, bodies)
+    killed, folder = _preparing(tmp_path / "sets")
+    assert first.folder == tmp_path / "sets" / "eurosat" / "rgb" / "2.0.0"
+    first.folder.rename(folder / "replaced")
+    killed.kill()
+    killed.communicate()
+    again = prepared(tmp_path, described, bodies)
+    assert not again.new and again.pixels == first.pixels and not folder.exists()
 
 
 def test_another_number_of_images_is_an_error(tmp_path):

@@ -19,6 +19,7 @@ from robust_ssl.workdir import (
     load_arrays,
     lock,
     open_stage,
+    paths,
     save_arrays,
     workdir_path,
 )
@@ -170,6 +171,18 @@ def test_a_name_that_reads_as_a_pattern_is_a_name(name, tmp_path):
     begun(tmp_path / name)
     step, state = begun(tmp_path / name).restore_latest(STATE)
     assert step == 1 and state["w"].tolist() == [0, 1, 2]
+
+
+def test_a_way_around_a_pattern_goes_with_its_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.tempfile, "gettempdir", lambda: str(tmp_path / "links"))
+    (tmp_path / "links").mkdir()
+    for name in ("a[1]", "a[2]"):
+        begun(tmp_path / name)
+    assert len(list((tmp_path / "links").iterdir())) == 2
+    shutil.rmtree(tmp_path / "a[1]")
+    begun(tmp_path / "a[3]")
+    ends = {os.readlink(link) for link in (tmp_path / "links").iterdir()}
+    assert ends == {str(tmp_path / name / "s" / "checkpoints") for name in ("a[2]", "a[3]")}
 
 
 @pytest.mark.parametrize(

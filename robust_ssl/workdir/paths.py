@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -114,6 +115,7 @@ def plain(path: pathlib.Path) -> pathlib.Path:
 def _links(link: pathlib.Path, target: str) -> bool:
     try:
         link.symlink_to(target, target_is_directory=True)
+        _remove_dangling(link.parent)
     except FileExistsError:
         pass
     except OSError:
@@ -122,3 +124,11 @@ def _links(link: pathlib.Path, target: str) -> bool:
         return link.lstat().st_uid == os.getuid() and os.readlink(link) == target
     except OSError:
         return False
+
+
+def _remove_dangling(place: pathlib.Path) -> None:
+    """Removes links to directories that are gone: nobody works in those."""
+    for link in place.glob(f"robust_ssl-{os.getuid()}-*"):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            if link.is_symlink() and not link.exists():
+                link.unlink()

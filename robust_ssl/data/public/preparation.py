@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 
 from robust_ssl import disk
@@ -15,6 +14,7 @@ from robust_ssl.build import near
 from robust_ssl.data import prepared
 from robust_ssl.data.public.digests import file_digests
 from robust_ssl.data.public.obtain import Say, obtain
+from robust_ssl.data.public.scratch import put, remove_stale, scratch
 from robust_ssl.data.public.table import SETS, find_set
 from robust_ssl.data.public.values import Files, PublicSet
 from robust_ssl.data.public.write import write
@@ -68,6 +68,7 @@ def prepare(
     """
     public = named(which) if isinstance(which, str) else which
     directory = prepared.data_directory(data_dir)
+    remove_stale(directory)
     folder = prepared.find(f"{public.stored}:{public.version}", directory)
     if folder is not None and not overwrite:
         return Prepared(folder, _recorded(folder), new=False)
@@ -99,9 +100,8 @@ def named(name: str) -> PublicSet:
 def _write(public: PublicSet, files: Files, directory: pathlib.Path, progress) -> Prepared:
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / public.stored / public.version
-    # In the same file system, so that the last step is one renaming.
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=directory) as scratch:
-        made, digests = write(public, public.read(files), pathlib.Path(scratch), progress=progress)
+    with scratch(directory, target) as folder:
+        made, digests = write(public, public.read(files), folder, progress=progress)
         _compare(public, digests)
         record = {
             "set": public.name,
@@ -109,22 +109,8 @@ def _write(public: PublicSet, files: Files, directory: pathlib.Path, progress) -
             "pixels": digests,
         }
         (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _put(made, target, pathlib.Path(scratch) / "replaced")
+        put(made, target, folder)
     return Prepared(target, digests, new=True)
-
-
-def _put(made: pathlib.Path, target: pathlib.Path, aside: pathlib.Path) -> None:
-    """Renames the new set to its place; what is there now goes only if that succeeds."""
-    there = target.exists()  # with --overwrite, or left half-made by other means
-    if there:
-        os.replace(target, aside)
-    try:
-        os.replace(made, target)
-    except BaseException:
-        if there:
-            os.replace(aside, target)
-        raise
 
 
 def _compare(public: PublicSet, digests: Mapping[str, str]) -> None:
