@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import pathlib
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tiny_recipes
 from tiny_recipes import FROZEN, go, snapshot
 
 from robust_ssl import experiment, inspection, models, provenance, settings, weights
-from robust_ssl.audit import decision, document, pages
+from robust_ssl.audit import decision, document, gates, pages
 from robust_ssl.cli import main
 from robust_ssl.experiment import (
     audit,
@@ -25,7 +26,7 @@ from robust_ssl.experiment import (
     groups,
     sections,
 )
-from robust_ssl.workdir import ConfigChangedError, open_stage
+from robust_ssl.workdir import ConfigChangedError, WorkdirError, open_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 PILOT, STAGED, FULL = ("--stage=pilot", "--stage=staged", "--stage=full")
@@ -265,6 +266,46 @@ def test_an_audit_without_a_stage_is_of_the_last_one(tmp_path, monkeypatch):
     assert (stage(), stage("staged")) == ("full", "staged")
     given.stage = "pilot"
     assert stage() == "pilot"
+
+
+def cut(text):
+    return text[:300]
+
+
+def edited(text):
+    return text.replace('"epsilon": 0.', '"epsilon": 1.', 1)
+
+
+@pytest.mark.parametrize("damage", [cut, edited])
+def test_a_damaged_audit_is_no_reason_to_make_none(damage, measured, capsys, monkeypatch, caplog):
+    from robust_ssl.cli import run as running
+
+    monkeypatch.setattr(logging.getLogger("robust_ssl"), "propagate", True)
+    assert command(capsys, "decide", measured, FULL)[0] in gates.EXIT_CODES.values()
+    whole = (measured / "audit.json").read_text()
+    (measured / "audit.json").write_text(damage(whole))
+    assert (measured / "audit.json").read_text() != whole
+    code, _, err = command(capsys, "decide", measured)
+    assert code == 2 and "run `robust-ssl audit run` again" in err
+    stages = []
+
+    def run_again(config, workdir, *, parallel):
+        stages.append(config.audit.stage)
+        (measured / "audit.json").write_text(whole)
+
+    monkeypatch.setattr(experiment, "run", run_again)
+    monkeypatch.setattr(running, "started", lambda *given: None)
+    assert command(capsys, "run", f"--workdir={measured}")[0] in gates.EXIT_CODES.values()
+    assert stages == ["pilot"] and "the stage of the last time is not known" in caplog.text
+    command(capsys, "run", f"--workdir={measured}")
+    assert stages == ["pilot", "full"]
+
+
+def test_a_directory_in_the_way_of_a_page_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "audit.json").mkdir()
+    with pytest.raises(WorkdirError, match=r"audit\.json is a directory, and a file of this name"):
+        go(config(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
 
 
 ONE_GATE = """gates:

@@ -17,6 +17,10 @@ from robust_ssl import disk, schemas, settings
 
 SCHEMA = 1
 NAME = "audit.json"
+_WAY_OUT = (
+    "bring it back from a copy, or run `robust-ssl audit run` again, which writes it anew: "
+    "finished stages are kept"
+)
 
 
 class AuditFileError(settings.SettingsError):
@@ -47,12 +51,21 @@ def check(document: Any, file: str = NAME) -> None:
     Raises:
       AuditFileError: Naming the offending field, such as ``measured.clean.usual.value``.
     """
+    _check_version(document, file)
+    _check_content(document, file)
+    _check_seal(document, file)
+
+
+def _check_version(document: Any, file: str) -> None:
     version = document.get("schema") if isinstance(document, Mapping) else None
     if isinstance(version, int) and version != SCHEMA:
         raise AuditFileError(
             f"{file}, schema: {version}; this version of the package reads {SCHEMA}. "
             + ("Take a newer package" if version > SCHEMA else "Run the audit again")
         )
+
+
+def _check_content(document: Any, file: str) -> None:
     _refuse_nan(document, file)
     error = schemas.problem("audit", document)
     if error is not None:
@@ -61,11 +74,13 @@ def check(document: Any, file: str = NAME) -> None:
     for role, verdict in document["measured"]["trust"].items():
         if verdict is not None:
             _check_verdict(verdict, f"{file}, measured.trust.{role}")
+
+
+def _check_seal(document: Mapping[str, Any], file: str) -> None:
     if document["seal"] != digest(document["measured"]):
         raise AuditFileError(
             f"{file} is not what was written there: what was measured does not agree with its "
-            "seal. Bring it back from a copy, or run `robust-ssl audit run` again: finished "
-            "stages are kept"
+            f"seal; {_WAY_OUT}"
         )
 
 
@@ -98,11 +113,19 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
       AuditFileError: If it breaks its contract or its seal, naming the field.
       OSError: If it cannot be read.
     """
+    file = os.fspath(path)
     try:
         document = disk.read_json(path)
+        _check_version(document, file)
+    except AuditFileError:
+        raise
     except ValueError as error:
-        raise AuditFileError(str(error)) from error
-    check(document, os.fspath(path))
+        raise AuditFileError(f"{error}; {_WAY_OUT}") from error
+    try:
+        _check_content(document, file)
+    except AuditFileError as error:
+        raise AuditFileError(f"{error}; {_WAY_OUT}") from error
+    _check_seal(document, file)
     return document
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pathlib
 import shlex
 import sys
@@ -17,6 +18,8 @@ from robust_ssl.audit import decision, document, files, gates, pages, summary
 from robust_ssl.audit.answers import LANGUAGES, STAGES, template
 from robust_ssl.cli import run as run_command
 from robust_ssl.cli.flags import DONE, add_command, add_debug
+
+_log = logging.getLogger(__name__)
 
 _EXAMPLES = """\
 examples:
@@ -128,8 +131,18 @@ def _decide(workdir: pathlib.Path, stage: str | None, given: files.Given, rules:
 
 
 def _last_stage(workdir: pathlib.Path) -> str:
-    file = workdir.expanduser() / document.NAME
-    return _decided_stage(document.read(file)) if file.is_file() else STAGES[0]
+    file = workdir / document.NAME
+    if not file.is_file():
+        return STAGES[0]
+    try:
+        return _decided_stage(document.read(file))
+    except (document.AuditFileError, OSError) as error:  # it is about to be written anew
+        _log.warning(
+            "the stage of the last time is not known (%s); this is for the %s, if --stage names no "
+            "other",
+            *(error, STAGES[0]),
+        )
+        return STAGES[0]
 
 
 def _decided_stage(whole: Mapping[str, Any]) -> str:
@@ -174,7 +187,7 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> Any:
         if getattr(arguments, name):
             config.audit[name] = getattr(arguments, name)
     if arguments.stage or not any(o.startswith("--config.audit.stage=") for o in overrides):
-        config.audit.stage = arguments.stage or _last_stage(pathlib.Path(arguments.workdir))
+        config.audit.stage = arguments.stage or _last_stage(disk.expanded(arguments.workdir))
     config.audit.command = _typed(arguments, overrides)
     return config
 

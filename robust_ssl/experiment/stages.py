@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from robust_ssl import data, report, words
+from robust_ssl.audit import pages as audit_pages
 from robust_ssl.audit import summary
 from robust_ssl.experiment import forecast, pages, sweep
 from robust_ssl.experiment.analyze import analyze
@@ -27,6 +28,8 @@ from robust_ssl.experiment.pretrain import check as check_pretrain
 from robust_ssl.experiment.pretrain import pretrain
 from robust_ssl.experiment.score import check as check_score
 from robust_ssl.experiment.score import score
+from robust_ssl.experiment.screen import FILE as SCREENING
+from robust_ssl.experiment.screen import PAGE as SCREENING_PAGE
 from robust_ssl.experiment.screen import check as check_screen
 from robust_ssl.experiment.screen import screen
 from robust_ssl.experiment.trace import check as check_train
@@ -38,6 +41,7 @@ from robust_ssl.workdir import (
     ConfigChangedError,
     StageDirectory,
     WorkdirError,
+    check_files,
     check_layout,
     check_place,
     hold,
@@ -58,6 +62,17 @@ _RUN: dict[str, Callable[[Context], StageDirectory]] = {
     "audit": audit,
     "sweep": sweep.sweep,
     "analyze": analyze,
+}
+
+
+_REPORT = ("results.json", "report.md")
+# Files beside the stages' directories, written when hours have gone by.
+_LEAVES: dict[str, tuple[str, ...]] = {
+    "score": _REPORT,
+    "compare": _REPORT,
+    "screen": (SCREENING, SCREENING_PAGE),
+    "audit": (*_REPORT, *audit_pages.NAMES),
+    "sweep": ("sweep.csv", "sweep.md"),
 }
 
 
@@ -158,6 +173,7 @@ def check(context: Context) -> None:
     """
     check_place(context.workdir)
     check_layout(context.workdir)
+    check_files(context.workdir, (n for s in context.plan.stages for n in _LEAVES.get(s, ())))
     try:
         for examine in _checks(context):
             examine(context)

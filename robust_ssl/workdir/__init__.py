@@ -29,7 +29,7 @@ from robust_ssl.workdir.manifest import (
 )
 from robust_ssl.workdir.metrics import read_metrics
 from robust_ssl.workdir.opening import check_left, open_stage
-from robust_ssl.workdir.paths import WorkdirError, check_place, workdir_path
+from robust_ssl.workdir.paths import WorkdirError, check_files, check_place, workdir_path
 from robust_ssl.workdir.stage import StageDirectory
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "WorkdirError",
     "WrongTreeError",
     "changed_files",
+    "check_files",
     "check_layout",
     "check_left",
     "check_place",

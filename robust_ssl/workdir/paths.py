@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterable
 
 from robust_ssl import disk
 
@@ -75,6 +76,16 @@ def check_place(path: pathlib.Path) -> None:
         f"cannot write to {path}: {'it' if place == path.absolute() else place} {reason}; "
         "give --workdir a directory that you may write to"
     )
+
+
+def check_files(workdir: pathlib.Path, names: Iterable[str]) -> None:
+    """Raises WorkdirError where a directory is in the way of a file that a run ends with."""
+    for name in names:
+        if (workdir / name).is_dir():
+            raise WorkdirError(
+                f"{workdir / name} is a directory, and a file of this name is to be written; move "
+                "it away, or take another --workdir"
+            )
 
 
 def _is_text(text: str) -> bool:

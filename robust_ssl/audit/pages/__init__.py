@@ -26,6 +26,7 @@ from robust_ssl.audit.pages.numbers import Numbers
 
 PAGES = {"en": "audit.html", "ja": "audit.ja.html"}
 CHECKLIST, JUNIT = "checklist.csv", "junit.xml"
+NAMES = (document.NAME, *PAGES.values(), CHECKLIST, JUNIT)  # all that `write` writes
 _COLUMNS = ("phase", "item_en", "item_ja", "state", "by", "date", "evidence", "note")
 
 
