@@ -476,6 +476,28 @@ def test_a_tracker_that_is_not_installed_is_named(work, capsys, monkeypatch):
     assert "pip install 'robust-ssl[wandb]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("installed", "code"),
+    [
+        ({"torch.utils.tensorboard"}, 2),
+        ({"tensorboard"}, 2),
+        ({"tensorboard", "torch.utils.tensorboard"}, 0),
+        ({"tensorboardX"}, 0),
+    ],
+)
+def test_torchs_writer_needs_the_package_that_it_imports(
+    installed, code, work, capsys, monkeypatch
+):
+    from robust_ssl.report import trackers
+
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if name in installed else None
+    )
+    monkeypatch.setattr(trackers.Sender, "send", lambda self: False)
+    assert main.main(["track", str(work), "--to=tensorboard"]) == code
+    assert ("pip install 'robust-ssl[tensorboard]'" in capsys.readouterr().err) == (code == 2)
+
+
 def test_no_stage_reads_what_tracking_remembers(work, tracker):
     _, _, call = tracker
     before = {file: file.read_bytes() for file in work.rglob("*") if file.is_file()}

@@ -27,12 +27,13 @@ examples:
 Reads files only, so it works on finished runs and harms none.  What was sent is remembered in
 RUN/tracked/, and is not sent twice."""
 
-# Tracker: the packages of which one is needed.
-_PACKAGES = {
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
-    "tensorboard": ("tensorboardX", "torch.utils.tensorboard"),
+# Tracker: the sets of packages of which one is needed, whole.
+_PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "wandb": (("wandb",),),
+    "trackio": (("trackio",),),
+    "mlflow": (("mlflow",),),
+    # PyTorch has the module also where the package that it imports is not installed.
+    "tensorboard": (("tensorboardX",), ("tensorboard", "torch.utils.tensorboard")),
 }
 _QUIET = 10  # looks without news after which a run whose stages are done is taken to be over
 
@@ -86,9 +87,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _check_installed(tracker: str) -> None:
-    if not any(_is_there(package) for package in _PACKAGES[tracker]):
+    if not any(all(map(_is_there, packages)) for packages in _PACKAGES[tracker]):
         raise settings.SettingsError(
-            f"{_PACKAGES[tracker][0]} is not installed: pip install 'robust-ssl[{tracker}]'"
+            f"{_PACKAGES[tracker][0][0]} is not installed: pip install 'robust-ssl[{tracker}]'"
         )
 
 
