@@ -14,7 +14,10 @@ import pathlib
 import re
 import secrets
 import stat
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -25,6 +28,13 @@ MOST_RATIO, SMALL = 64, 2**26  # times its size that a file unpacks to, where th
 MOST_NESTED = 64  # lists in lists; Python's own readers end at about 1,000, in a RecursionError
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
+# What zipfile and NumPy raise for bytes that are no .npz.  A want of memory, or a library that
+# cannot be imported, says nothing of the file.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+    *(EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError),
+    RuntimeError,  # of an "encrypted" or otherwise compressed member: a flipped bit in its header
+)
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -175,6 +185,7 @@ def read_npz(file: BinaryIO, most: int) -> dict[str, np.ndarray]:
 
     Raises:
       ValueError: If it is no such file, is damaged, or an array is not as large as it says.
+      MemoryError: If there is no room for it.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -190,7 +201,7 @@ def read_npz(file: BinaryIO, most: int) -> dict[str, np.ndarray]:
             return {name: stored[name] for name in stored.files}
     except ValueError:
         raise
-    except Exception as error:  # a damaged zip has many names
+    except _DAMAGE as error:
         raise ValueError(f"it is damaged: {error or type(error).__name__}") from error
 
 

@@ -100,6 +100,27 @@ def test_no_flipped_bit_of_an_array_file_is_believed(tmp_path):
     assert (tmp_path / "part.npz.damaged").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("no lzma")])
+def test_what_is_no_damage_sets_nothing_aside(error, tmp_path, monkeypatch):
+    def fails(*given, **options):
+        raise error
+
+    file = tmp_path / "part.npz"
+    save_arrays(file, {"a": np.arange(3)}, "mine")
+    stage = begun(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", fails)
+        patch.setattr("robust_ssl.workdir.stage.read_tree", fails)
+        with pytest.raises(type(error)):
+            load_arrays(file, "mine")
+        with pytest.raises(type(error)):
+            stage.restore_latest(STATE)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert load_arrays(file, "mine")["a"].tolist() == [0, 1, 2]
+    assert begun(tmp_path / "run").restore_latest(STATE)[0] == 1
+
+
 def test_a_digit_in_a_manifest_is_noticed_with_the_way_out(tmp_path):
     file = done(tmp_path).path / "manifest.json"
     file.write_text(file.read_text().replace('"accuracy": 0.5', '"accuracy": 0.9'))

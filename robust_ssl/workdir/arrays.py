@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robust_ssl import disk
 from robust_ssl.parallel import everywhere
 from robust_ssl.workdir.manifest import digest, write_atomically
 from robust_ssl.workdir.paths import plain
@@ -285,9 +286,8 @@ def _read_arrays(file: pathlib.Path, origin: str = "") -> dict[str, np.ndarray] 
     except OSError:
         return None  # what cannot be read is made again
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except Exception:  # a truncated zip has many names
+        arrays = disk.read_npz(io.BytesIO(content), disk.memory())
+    except ValueError:  # a want of memory, say, is another error: the file may be intact
         return set_aside(file, "damaged", "is damaged")
     own = {name: str(arrays.pop(name, "")) for name in _OWN}
     if own["__sha256__"] != _sum(arrays, file, own["__origin__"]):

@@ -240,8 +240,8 @@ class StageDirectory:
                 foreign = record["origin"] != self._origin_of_step(step)
                 if not foreign:
                     tree = read_tree(self.checkpoints / str(step), like)
-            except WrongTreeError:
-                raise  # no damage: the state before it would not fit either
+            except (WrongTreeError, MemoryError, ImportError):
+                raise  # no damage: the state before it would not fit, or not be read, either
             except Exception as caught:  # orbax has many words for a damaged file
                 error = caught
             if not everywhere(not foreign):
