@@ -555,6 +555,33 @@ def test_a_reader_that_leaves_is_no_error(what):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize(
+    ("argv", "printed", "code"),
+    [
+        (["list", "configs"], False, 0),
+        (["audit", "decide", "w"], False, 75),  # nobody knows what it was about to say
+        (["audit", "decide", "w"], True, 3),
+        (["encoder", "verify", "lock.json"], False, 75),
+        (["encoder", "verify", "lock.json"], True, 1),
+        (["inspect", "net", "--baseline=b"], False, 75),
+    ],
+)
+def test_an_answer_is_never_0_because_its_reader_left(argv, printed, code, monkeypatch):
+    class Left(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    def answers(arguments, overrides):
+        if not printed:
+            raise BrokenPipeError
+        return code
+
+    monkeypatch.setattr(sys, "stdout", Left())
+    monkeypatch.setattr(main.streams, "silence", lambda: None)
+    monkeypatch.setattr(main._COMMANDS[argv[0]], "run", answers)
+    assert main.main(argv) == code
+
+
 def test_another_encoding_prints_what_it_can(monkeypatch, capsysbinary):
     class Terminal(io.TextIOWrapper):
         pass

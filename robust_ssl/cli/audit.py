@@ -53,6 +53,7 @@ def add_parser(commands: Any) -> None:
     _add_run(add_command(actions, "run", text, _EXAMPLES))
     text = "decide again on what was measured, in a second"
     decide = add_command(actions, "decide", text, _EXAMPLES)
+    decide.set_defaults(decides=True)
     decide.add_argument("workdir", metavar="WORKDIR", help="of an `audit run`")
     _add_rules(decide)
     add_debug(decide)

@@ -42,6 +42,7 @@ def add_parser(commands: Any) -> None:
     command = add_command(
         commands, "inspect", "compare a deployed classifier with what was approved", _EXAMPLES
     )
+    command.set_defaults(decides=True)
     command.add_argument(
         "model", metavar="MODEL", help="the directory of a saved classifier, or a finished recipe's"
     )

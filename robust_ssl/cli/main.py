@@ -102,6 +102,9 @@ def _answer(argv: list[str], ends_process: bool) -> int:
         return _reader_left(DONE)
     arguments.ends_process = ends_process
     trains = getattr(arguments, "trains", False)
+    # What trains is not done where its reader leaves: its next call goes on.  Nor may 0 be the
+    # answer of a command that answers by its exit code.
+    code = STOPPED if trains or getattr(arguments, "decides", False) else DONE
     _log_to_stderr()
     try:
         overrides = take_settings(arguments, unknown, argv)
@@ -109,8 +112,7 @@ def _answer(argv: list[str], ends_process: bool) -> int:
         sys.stdout.flush()  # here, where a closed pipe is no error yet
         return code
     except BrokenPipeError:
-        # What trains is not done: its next call goes on.
-        return _reader_left(STOPPED if trains else DONE)
+        return _reader_left(code)
     except KeyboardInterrupt as interrupt:
         where = " ".join(["interrupted", *getattr(interrupt, "__notes__", ())])
         if trains:

@@ -64,6 +64,7 @@ def add_parsers(actions: Any, add_names: Callable[[argparse.ArgumentParser], Non
         "--bom", action="store_true", help="write bom.cdx.json beside it, a CycloneDX ML-BOM"
     )
     verify = add_command(actions, "verify", "check an encoder against its lock", _EXAMPLES)
+    verify.set_defaults(decides=True)
     verify.add_argument("lock", metavar="LOCK", help="what `encoder lock` wrote")
     verify.add_argument(
         "source", nargs="?", metavar="SOURCE", help="the encoder (default: the one the lock names)"
