@@ -6,9 +6,11 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 import tiny
 
+from robust_ssl import models
 from robust_ssl.build import code_of
 from robust_ssl.experiment import context
 
@@ -177,6 +179,91 @@ def test_an_edit_is_noticed(kind, tmp_path, monkeypatch):
 def test_an_edit_in_another_file_is_noticed(text, tmp_path, monkeypatch):
     first = digest(tmp_path, monkeypatch, text)
     assert digest(tmp_path, monkeypatch, text, "def g(x):\n    return 2 * x\n") != first
+
+
+# A network's `__call__`, which flax wraps, and what else is beside a class; C = 1.0 is edited.
+NET = """
+import flax.linen as nn
+C = 1.0
+class N(nn.Module):
+    @nn.compact
+    def __call__(s, x):
+        return C * x
+"""
+OTHER = NET.replace("class N", "class M")
+NETWORKS = {
+    "constant": NET,
+    "helper": NET.replace("C * x", "g(x)") + "def g(x):\n    return C * x\n",
+    "sub-module": OTHER + NET.replace("C * x", "M()(x)"),
+    "checkpointed sub-module": f"{OTHER}R = nn.remat(M)\n" + NET.replace("C * x", "R()(x)"),
+    "base": f"{OTHER}class N(M):\n    pass\n",
+    "compiled method": NET.replace("@nn.compact", "@nn.jit\n    @nn.compact"),
+    "checkpointed": f"{OTHER}N = nn.remat(M)\n",
+    "property": NET.replace("@nn.compact", "@property").replace("__call__", "scale"),
+    "user's decorator": """
+import functools
+import flax.linen as nn
+C = 1.0
+def scaled(f):
+    @functools.wraps(f)
+    def g(s, x):
+        return C * f(s, x)
+    return g
+class N(nn.Module):
+    @scaled
+    def __call__(s, x):
+        return x
+""",
+    "wrapped dataclass": """
+from robust_ssl import struct
+C = 1.0
+@struct.dataclass
+class N:
+    scale: float = C
+""",
+    "named tuple": "import typing\nC = 1.0\nclass N(typing.NamedTuple):\n    scale: float = C\n",
+    "enum": "import enum\nC = 1.0\nclass N(enum.Enum):\n    SCALE = C\n",
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_a_class_with_wrapped_methods_uses_is_a_part_of_it(kind, tmp_path, monkeypatch):
+    def digests(text):
+        made = digest(tmp_path, monkeypatch, f"{text}def f(key):\n    return N\n")
+        return made, code_of([sys.modules["users_own"].N])
+
+    first = digests(NETWORKS[kind])
+    edited = digests(NETWORKS[kind].replace("C = 1.0", "C = 2.0"))
+    assert all(first) and digests(NETWORKS[kind]) == first
+    assert first[0] != edited[0] and first[1] != edited[1]
+
+
+HEAD = """
+import flax.linen as nn
+import users_other
+class N(nn.Module):
+    num_classes: int = 2
+    axis_name: str | None = None
+    @nn.compact
+    def __call__(s, x, *, train=False):
+        return users_other.act(nn.Dense(s.num_classes)(x))
+"""
+
+
+@pytest.mark.parametrize("part", ["head", "encoder"])
+def test_a_network_is_also_what_it_uses_of_another_file(part, tmp_path, monkeypatch):
+    own = set()
+    for other in ("def act(x):\n    return 1.0 * x\n", "def act(x):\n    return 0.0 * x\n"):
+        digest(tmp_path, monkeypatch, HEAD, other)
+        module = sys.modules["users_own"].N()
+        encoder = tiny.encoder()
+        if part == "head":
+            model = models.classifier(jax.random.key(0), encoder, 2, head="linear")
+            model = model.replace(head=module)
+        else:
+            model = encoder.replace(module=module)
+        own.add(context.identity(model))
+    assert len(own) == 2
 
 
 def test_what_is_filled_while_running_is_no_edit(tmp_path, monkeypatch):

@@ -301,9 +301,24 @@ def _module_of(value: Any) -> str:
 
 def _namespace(function: Callable[..., Any] | type) -> Mapping[str, Any]:
     """The names that a function or a class sees in its module."""
-    if isinstance(function, type):
-        methods = [value for value in vars(function).values() if hasattr(value, "__globals__")]
-        module = sys.modules.get(function.__module__)
-        return methods[0].__globals__ if methods else vars(module) if module else {}
     # Not by `sys.modules`: a file that is loaded anew is not the module of its first loading.
-    return getattr(function, "__globals__", {})
+    if not isinstance(function, type):
+        return getattr(function, "__globals__", {})
+    methods = [names for value in vars(function).values() for names in _namespaces(value)]
+    own = [names for names in methods if names.get("__name__") == function.__module__]
+    module = sys.modules.get(function.__module__)
+    # What a library has written into a class, such as flax or `enum`, sees the library's names.
+    by_name = [vars(module)] if getattr(module, "__file__", None) else []
+    return [*own, *by_name, *methods, vars(module) if module else {}][0]
+
+
+def _namespaces(member: Any) -> Iterator[Mapping[str, Any]]:
+    """The names that a class's member sees, and those that each function within it sees."""
+    for _ in range(_DEEPEST):
+        if hasattr(member, "__globals__"):
+            yield member.__globals__
+        # Of functools.wraps, which flax uses, of properties, and of functools.cached_property.
+        parts = (getattr(member, n, None) for n in ("__wrapped__", "__func__", "fget", "func"))
+        member = next((part for part in parts if callable(part)), None)
+        if member is None:
+            return

@@ -174,7 +174,7 @@ def imported(source: str, names: Mapping[str, Any], home: str) -> list[str]:
     while waiting:
         name = waiting.pop(0)
         file = _file_of(name)
-        if file in texts or not is_users_file(name, file, home):
+        if file is None or file in texts or not is_users_file(name, file, home):
             continue
         texts[file] = text = _read(file)
         inner = name if file.stem == "__init__" else name.rpartition(".")[0]
