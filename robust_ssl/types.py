@@ -150,9 +150,11 @@ class Encoder(struct.Value):
 
     def __call__(self, images: jax.Array) -> Outputs:
         """Returns features and taps in evaluation mode, for a batch or for one image."""
+        stale = getattr(self.module, "closes_over", False)  # perhaps, what was traced before
+        evaluated = _evaluated.__wrapped__ if stale else _evaluated  # type: ignore[attr-defined]
 
         def apply(batch):
-            features, taps = _evaluated(self, batch)
+            features, taps = evaluated(self, batch)
             return Outputs(features=features, taps=taps)
 
         return _with_batch_axis(images, apply)

@@ -19,6 +19,7 @@ from robust_ssl.api import inputs
 from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.build import Function, near
+from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.experiment.attack import surrogate_batches
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
@@ -148,7 +149,8 @@ def attack(
     It needs no labels and no downstream task: this is what someone can do who has the encoder.
 
     Args:
-      encoder: An `Encoder` (or any model of this package), a shipped name, or a path.
+      encoder: An `Encoder` (or any model of this package), a shipped name, a path, or a function of
+        images that returns `Outputs`; what it closes over is read anew by each call.
       images: Surrogate images, which need not be those of the task: ``uint8`` or float in
         [0, 1], ``[n, H, W, 3]``; `data.Examples`; or a name, such as ``"photo_crops"``.
       epsilon: Budget, pixel units; what `threat` takes.
@@ -192,6 +194,7 @@ def attack(
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)
     batch_size = inputs.batch_of(batch_size, len(surrogate), parallel)
+    encoder, parallel = as_value(encoder), parallel.anew_for(encoder, fitted, threat)
     keys, epsilons = attacks.members(seeds=(seed,), epsilons=(epsilon,))
     begun = time.perf_counter()
     name = getattr(fitted, "name", type(fitted).__name__)

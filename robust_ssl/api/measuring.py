@@ -161,7 +161,8 @@ def measure(
     figure?), and the verdict says whether the figure can be believed.
 
     Args:
-      classifier: A `Classifier`, or the directory of a saved one.
+      classifier: A `Classifier`, the directory of a saved one, or a function of images that returns
+        `Outputs`; what it closes over is read anew by each call.
       images: ``uint8`` or float in [0, 1], ``[n, H, W, 3]``; `data.Examples`; or a name, such as
         ``"digits"``, whose test split is taken.
       labels: Integers ``[n]``; None where `images` has its own.
@@ -201,6 +202,7 @@ def measure(
     _check_answers(classifier, examples)
     num_classes = _classes(classifier, examples)
     named = choice.named(attacks)
+    parallel = parallel.anew_for(classifier, named)
     epsilon = choice.largest_budget(named) if epsilon is None else epsilon
     epsilon = inputs.one_budget(epsilon, "call measure once for each")
     groups = choice.grouped(named, epsilon, num_classes)

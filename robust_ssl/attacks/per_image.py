@@ -150,7 +150,7 @@ class PGD(Tries):
     Attributes:
       threat: What the attacker may do.
       step_size: Length of a step, pixel units; None is `usual_step_size`.
-      objective: What is raised.
+      objective: What is raised; of the same function one program is kept (docs/attacks.md).
       num_steps: Gradient steps, at least 1.
       random_start: Start at a random allowed image, not at the image itself.  Needed where the
         objective is stationary at the image, as feature distances are.

@@ -95,7 +95,7 @@ class UniversalPGD:
     Attributes:
       step_size: Length of a step, pixel units; None is `usual_length` of 2e-3.
       momentum: Share of the last direction that is kept, in [0, 1).
-      objective: What is maximized.
+      objective: What is maximized; of the same function one program is kept (docs/attacks.md).
 
     References:
       Moosavi-Dezfooli et al., "Universal Adversarial Perturbations", CVPR 2017 (the problem);
@@ -252,6 +252,7 @@ def fit(
     threats.check(budgets, tuple(image_shape))
     check_fits_gray(budgets, tuple(image_shape))
     states = _init_members(attack, tuple(image_shape), keys, budgets)
+    parallel = parallel.anew_for(model)
     constants = parallel.replicate((attack, model, budgets, keys))
     states, step, curve = parallel.replicate((states, jnp.int32(0))), _fit_step(parallel), []
     for number, batch in enumerate(batches):
@@ -326,10 +327,12 @@ def _deltas_of_members(attack, states, budgets):
     return jax.vmap(attack.delta)(states, budgets)
 
 
-@functools.lru_cache(maxsize=16)
 def _fit_step(parallel: Parallel) -> Callable:
     """Returns the compiled step; kept, so that the next fit finds it compiled."""
+    return parallel.made_once(_compiled_step)
 
+
+def _compiled_step(parallel: Parallel) -> Callable:
     def step(state, batch):
         (attack, model, budgets, keys), (states, number) = state
         clean = model(batch["images"])  # once for all members

@@ -42,7 +42,8 @@ def from_callable(
         image by itself, with operations of JAX; with `variables` it is
         ``function(variables, images)``.
       image_size: Height and width, pixels.
-      variables: A tree of arrays; without it, what the function closes over is compiled in.
+      variables: A tree of arrays; without it, what the function closes over is compiled in, anew
+        for each call of `measure` or `attack`.
       on_host: The function takes and returns NumPy arrays: a call of another library, or of a
         service.
       gradient: With `on_host`: ``gradient(images, cotangent)``, of the sum of the outputs times
@@ -83,7 +84,7 @@ def from_callable(
         return _on_host(function, gradient, output, traits, kind)
     taken = {"params": {} if variables is None else variables}
     call = _with(function, variables is not None)
-    return over_jax(call, taken, output, traits, kind)
+    return over_jax(call, taken, output, traits, kind, closes_over=variables is None)
 
 
 def _with(function: Callable[..., Any], has_variables: bool) -> Callable[[Any, Any], Any]:
@@ -98,6 +99,8 @@ def over_jax(
     output: str | int | None,
     traits: Traits,
     kind: str,
+    *,
+    closes_over: bool = False,
 ) -> Encoder | Classifier:
     """Returns the model over ``call(variables, images)``, once it has been tried."""
 
@@ -124,7 +127,7 @@ def over_jax(
     weights = jnp.cos(jnp.arange(shape.shape[1]))[None]  # the plain sum of [-x, x] has no gradient
     gradient = jax.jit(jax.grad(lambda images: (run(images) * weights).sum()))(images)
     probing.check_gradient(gradient if np.any(gradient) else None, kind)
-    bridge = Bridge(features, kind, traits.shape)
+    bridge = Bridge(features, kind, traits.shape, closes_over)
     return traits.model(bridge, variables, shape.shape[1])
 
 

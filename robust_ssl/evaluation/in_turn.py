@@ -118,6 +118,7 @@ def clean_correct(
     Of a randomized model (`robust_ssl.attacks.apgd.draw`) the key gives one draw for each image.
     The batch size changes nothing but speed and memory.
     """
+    parallel = parallel.anew_for(classifier)
     constants = parallel.replicate((key, classifier))
     right = np.zeros(len(examples["labels"]), bool)
     function = compiled(parallel, _is_right)
@@ -195,6 +196,7 @@ def strike(
             f"{alive.dtype} {alive.shape}"
         )
     check_threats(_members(attack), examples["images"].shape[1:])
+    parallel = parallel.anew_for(classifier)
     function = compiled(parallel, _ATTACKED[eight_bit])
     for number, member in enumerate(_members(attack)):
         # The first gets the key of a single attack, so that a list of one is that attack.
@@ -249,6 +251,7 @@ def score_in_turn(
     examples = gathered(batches)
     for members in parts.values():  # all of them before the first one costs anything
         check_threats(members, examples["images"].shape[1:])
+    parallel = parallel.anew_for(classifier)  # once, for all of them
     shared = {"key": key, "parallel": parallel, "batch_size": batch_size}
     clean = alive = clean_correct(classifier, examples, **shared)
     results = {}

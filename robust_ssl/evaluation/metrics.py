@@ -6,7 +6,6 @@ and the worst case over several attacks is taken image by image.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -134,11 +133,10 @@ def excess(threat: Any, adversarial: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(adversarial - nearest), axis=(1, 2, 3))
 
 
-@functools.lru_cache(maxsize=64)
 def compiled(parallel, function):
     """Returns ``parallel.map(function)``, cached: a second call compiles nothing."""
     # By the function itself, so two equal partials or lambdas are compiled twice: make them once.
-    return parallel.map(function)
+    return parallel.made_once(type(parallel).map, function)
 
 
 def padded(batches: Iterable[Mapping[str, np.ndarray]]):
@@ -284,6 +282,7 @@ def score(
       TypeError: If an attack is not a pytree value.
     """
     check_attacks(attacks)
+    parallel = parallel.anew_for(classifier)
     classify, strike = (compiled(parallel, f) for f in (_clean_answers, _attacked_answers))
     unattacked = parallel.replicate((key, classifier))
     constants = {

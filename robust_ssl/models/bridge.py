@@ -22,6 +22,7 @@ class Bridge:
       function: ``function(variables, inputs)`` returns what the module's ``apply`` would.
       kind: What it is, for messages, such as ``"the torch module ResNet"``.
       shape: Of one input, such as ``(32, 32, 3)``.
+      closes_over: Whether the function reads more than its arguments, which may change.
 
     Example:
       >>> head = Bridge(lambda variables, features: 2 * features, "a function", (2,))
@@ -32,6 +33,7 @@ class Bridge:
     function: Callable[[Any, jax.Array], Any]
     kind: str
     shape: tuple[int, ...]
+    closes_over: bool = False
 
     def apply(self, variables: Any, inputs: jax.Array, *, train: bool = False, **_: Any) -> Any:
         """Returns what the function returns.

@@ -3,6 +3,7 @@
 `devices` spreads a step; `processes` is what several processes tell each other without a device.
 """
 
+from robust_ssl.parallel.alone import reads_more
 from robust_ssl.parallel.devices import (
     AXIS,
     KINDS,
@@ -36,5 +37,6 @@ __all__ = [
     "first_process",
     "gather",
     "prefetch",
+    "reads_more",
     "to_host",
 ]

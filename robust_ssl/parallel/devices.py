@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from robust_ssl.parallel import alone
 from robust_ssl.parallel.processes import barrier
 from robust_ssl.xla import limit_in_flight
 
@@ -64,6 +65,7 @@ class Parallel:
 
     devices: tuple[Any, ...]
     kind: str = "pmap"
+    _programs: alone.Programs | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "devices", tuple(self.devices))  # `jax.devices()` is a list
@@ -118,6 +120,22 @@ class Parallel:
     def replicated(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, P())
+
+    def anew_for(self, *brought: Any) -> Parallel:
+        """Returns the layout to run models and attacks with, so that none is stale.
+
+        Where one may read more than it holds (`reads_more`), no program of before is taken, and
+        those that are made are not kept; else it is this one.
+        """
+        if self._programs is not None or not alone.reads_more(brought):
+            return self
+        return dataclasses.replace(self, _programs=alone.Programs())
+
+    def made_once(self, make: Callable, *arguments: Any) -> Any:
+        """Returns ``make(self, *arguments)``, made once for all equal layouts and arguments."""
+        if self._programs is None:
+            return alone.kept(make, self, *arguments)
+        return self._programs.made(make, self, *arguments)
 
     def check_batch(self, size: int) -> None:
         """Raises ValueError unless a batch of `size` images divides over the devices."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from robust_ssl.evaluation.metrics import to_pixels
+from robust_ssl.parallel import reads_more
 from robust_ssl.types import Model
 
 HEAD = "head"  # the name of a classifier's head among the taps of its encoder
@@ -18,7 +19,8 @@ def as_value(model: Model) -> Model:
     """Returns a model that can be an argument of a compiled function.
 
     An `Encoder`, a `Classifier` or any other pytree is one already; a plain function becomes one,
-    with the weights it closes over as constants.
+    with the weights it closes over as constants.  They may change between two calls, so what is
+    compiled for it is compiled by `Parallel.anew_for` the model.
     """
     whole = jax.tree.structure(0)
     return jax.tree_util.Partial(model) if jax.tree.structure(model) == whole else model
@@ -121,7 +123,8 @@ def per_layer_stability(
             f"{adversarial_images.shape}"
         )
     encoder = as_value(encoder)
-    measured = jax.device_get(_compare(encoder, clean_images, adversarial_images))
+    compare = jax.jit(lambda *args: _compare(*args)) if reads_more(encoder) else _COMPARE
+    measured = jax.device_get(compare(encoder, clean_images, adversarial_images))
     order: list[str] = []  # a jitted function returns its dictionary sorted by name
     jax.eval_shape(lambda model, x: order.extend(model(x).taps), encoder, to_pixels(clean_images))
     return {
@@ -130,7 +133,6 @@ def per_layer_stability(
     }
 
 
-@jax.jit
 def _compare(encoder: Model, clean: jax.Array, adversarial: jax.Array):
     def activations(images):
         outputs = encoder(to_pixels(images))
@@ -150,6 +152,9 @@ def _compare(encoder: Model, clean: jax.Array, adversarial: jax.Array):
         }
 
     return jax.tree.map(compare, activations(clean), activations(adversarial))
+
+
+_COMPARE = jax.jit(_compare)
 
 
 def sensitivity_by_tap(scores: Mapping[str, float], taps: Iterable[str]) -> dict[str, float]:

@@ -151,7 +151,7 @@ def fourier_sensitivity(
                 f"labels must be integers [{len(images)}], one for each image, got {labels.dtype} "
                 f"{labels.shape}"
             )
-    parallel = Parallel.create(num_devices=1) if parallel is None else parallel
+    parallel = (parallel or Parallel.create(num_devices=1)).anew_for(model)
     model = parallel.replicate(as_value(model))
     n, height, width = np.shape(images)[:3]
     rows, columns, numbers, place = _half_plane(height, width, stride)
