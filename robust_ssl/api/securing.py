@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from robust_ssl import data
 from robust_ssl.api import inputs
-from robust_ssl.build import Function, Range, near, read, text_of
+from robust_ssl.build import Function, Range, as_loaded, near, read, text_of
 from robust_ssl.experiment import Context, Plan, Recipe, linking
 from robust_ssl.experiment.sections import Training
 from robust_ssl.experiment.suites import InnerAttack
@@ -138,7 +138,7 @@ def secure(
         linking.check_against(each, encoder, f"recipe {each.name}")
     attack = InnerAttack.read(pgd(_usual(epsilon)), "validation")
     plan = Plan(stages=("train",), seed=seed, recipes=recipes, training=Training(validation=attack))
-    with tempfile.TemporaryDirectory(prefix="robust_ssl-") as folder:
+    with as_loaded(), tempfile.TemporaryDirectory(prefix="robust_ssl-") as folder:
         run = _Given(
             plan=plan,
             workdir=pathlib.Path(folder),

@@ -25,6 +25,7 @@ from robust_ssl.build.entries import (
     without_none,
 )
 from robust_ssl.build.functions import Function, names_function, resolve
+from robust_ssl.build.renewal import as_loaded
 
 __all__ = [
     "Count",
@@ -36,6 +37,7 @@ __all__ = [
     "Seed",
     "Share",
     "annotations",
+    "as_loaded",
     "check_known",
     "code_of",
     "inside",

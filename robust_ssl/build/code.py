@@ -8,12 +8,13 @@ import functools
 import hashlib
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from robust_ssl.build import sources, values
 from robust_ssl.build.entries import name_of
 from robust_ssl.build.functions import names_function, resolve
+from robust_ssl.build.renewal import as_loaded
 from robust_ssl.build.sources import has_code, source_of
 
 _DEEPEST = 40  # functions that call functions; a loop ends by itself
@@ -44,7 +45,8 @@ def code_of(value: Any) -> dict[str, str]:
         if name.startswith("robust_ssl") and not _has_state(function):
             continue
         with contextlib.suppress(ValueError, OSError, TypeError, ImportError):
-            function = resolve(name) if function is None else function
+            with as_loaded():  # what runs is digested, not what a file says by now
+                function = resolve(name) if function is None else function
             text = "\n".join(_Reader(function).read())
             digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return dict(sorted(digests.items()))
@@ -158,7 +160,7 @@ class _Reader:
         self._note(function, source)
         if hasattr(function, "__wrapped__"):  # beside its wrapper, which may be the user's too
             self._follow(function.__wrapped__, depth + 1)
-        names = _namespace(function)
+        names = sources.namespace_of(function)
         # What a library's wrapper has bound is its own business, such as axes twice.
         once = not self._is_users_module(names.get("__name__") or "")
         bound = function if has_code(function) else None  # Python's type of functions has neither
@@ -273,7 +275,12 @@ class _Reader:
             yield value
 
     def _is_users(self, value: Any) -> bool:
-        return self._is_users_module(_module_of(value))
+        name = _module_of(value)
+        if name in sys.modules or not (isinstance(value, type) or has_code(value)):
+            return self._is_users_module(name)
+        # Of a module that was loaded again without it.
+        file = sources.namespace_of(value).get("__file__")
+        return sources.is_users_file(name, file, self._home)
 
     def _is_users_module(self, module: Any) -> bool:
         if isinstance(module, str):
@@ -297,28 +304,3 @@ def _module_of(value: Any) -> str:
     if hasattr(value, "__wrapped__"):
         kind = value
     return getattr(kind, "__module__", None) or ""
-
-
-def _namespace(function: Callable[..., Any] | type) -> Mapping[str, Any]:
-    """The names that a function or a class sees in its module."""
-    # Not by `sys.modules`: a file that is loaded anew is not the module of its first loading.
-    if not isinstance(function, type):
-        return getattr(function, "__globals__", {})
-    methods = [names for value in vars(function).values() for names in _namespaces(value)]
-    own = [names for names in methods if names.get("__name__") == function.__module__]
-    module = sys.modules.get(function.__module__)
-    # What a library has written into a class, such as flax or `enum`, sees the library's names.
-    by_name = [vars(module)] if getattr(module, "__file__", None) else []
-    return [*own, *by_name, *methods, vars(module) if module else {}][0]
-
-
-def _namespaces(member: Any) -> Iterator[Mapping[str, Any]]:
-    """The names that a class's member sees, and those that each function within it sees."""
-    for _ in range(_DEEPEST):
-        if hasattr(member, "__globals__"):
-            yield member.__globals__
-        # Of functools.wraps, which flax uses, of properties, and of functools.cached_property.
-        parts = (getattr(member, n, None) for n in ("__wrapped__", "__func__", "fget", "func"))
-        member = next((part for part in parts if callable(part)), None)
-        if member is None:
-            return

@@ -13,17 +13,23 @@ import pathlib
 import pkgutil
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from robust_ssl import working_directory
+from robust_ssl.build import renewal, texts
 from robust_ssl.build.entries import inside, name_of, near
 from robust_ssl.build.options import limited, may_be_function, read_option
+
+_files: dict[pathlib.Path, types.ModuleType] = {}  # those that are named by their path
 
 
 def resolve(name: str | Callable) -> Callable:
     """Turns ``"module:function"`` into the function.
+
+    A module of the user's whose file has changed is loaded again, with all it imports.
 
     Args:
       name: ``"my_losses:tilted"`` (an installed module, else ``my_losses.py`` in the working
@@ -36,6 +42,7 @@ def resolve(name: str | Callable) -> Callable:
     Raises:
       ValueError: If the module or the function is missing (with near names), the name has no
         colon, or what it names cannot be called.
+      Exception: What a module raises while it is loaded.
 
     Example:
       >>> resolve("robust_ssl.losses:trades_kl").__name__
@@ -70,7 +77,10 @@ def _import(module_name: str, name: str) -> Any:
         return _load_file(pathlib.Path(module_name), name)
     working_directory.find_modules()
     try:
-        return importlib.import_module(module_name)
+        with renewal.renewing(sys.modules.get(module_name)):
+            module = importlib.import_module(module_name)
+        renewal.note(module)
+        return module
     except ModuleNotFoundError as error:
         # A module that exists but fails to import something else must say so itself.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
@@ -99,13 +109,27 @@ def _near_modules(name: str) -> str:
 def _load_file(path: pathlib.Path, name: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{name!r}: there is no file {path} (from {pathlib.Path.cwd()})")
+    place = path.resolve()
+    with renewal.renewing(_files.get(place)) as is_new:
+        if is_new:
+            _files[place] = _run_file(path)
+    renewal.note(_files[place])
+    return _files[place]
+
+
+def _run_file(path: pathlib.Path) -> types.ModuleType:
     module_name = working_directory.own_name(path)
     working_directory.trust(module_name)
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec: Any = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up by name while they are being made.
     sys.modules.setdefault(module_name, module)
-    spec.loader.exec_module(module)
+    text = texts.read(spec.origin)
+    if text is None:
+        spec.loader.exec_module(module)  # says what is wrong with it
+    else:  # and no bytecode of before
+        exec(compile(text, spec.origin, "exec", dont_inherit=True), vars(module))
+    renewal.note(module, text)
     return module
 
 

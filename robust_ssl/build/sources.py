@@ -15,22 +15,60 @@ import sys
 import sysconfig
 import textwrap
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from robust_ssl.build import texts
 
 # Where packages are installed, in this environment or in one that it builds on.
 _OTHERS = {"site-packages", "dist-packages"}
+_DEEPEST = 40  # wrappers within wrappers
 
 
 def source_of(function: Any) -> str:
-    """Returns the source of a function or a class; without one, its compiled code."""
+    """Returns the source that a function or a class was made from; without one, its compiled code.
+
+    What its file says may be another by now.
+    """
+    made = inspect.unwrap(function)
+    names = namespace_of(made)
+    text = texts.text_of(names)
+    functions = [made] if has_code(made) else texts.functions_in(getattr(made, "__dict__", {}))
     try:
-        return inspect.getsource(function)
+        if text is None and not texts.agrees(functions, names):
+            raise OSError("its file has changed since it was imported")
+        with texts.shown(names.get("__file__", ""), text):
+            return inspect.getsource(function)
     except (OSError, TypeError):  # typed into a shell, or made by exec
         if not has_code(function):
             return _methods(function)
         code = function.__code__
         return repr((code.co_code, code.co_names, _constants(code)))
+
+
+def namespace_of(function: Callable[..., Any] | type) -> Mapping[str, Any]:
+    """The names that a function or a class sees in its module."""
+    # Not by `sys.modules`: a file that is loaded anew is not the module of its first loading.
+    if not isinstance(function, type):
+        return getattr(function, "__globals__", {})
+    methods = [names for value in vars(function).values() for names in _namespaces(value)]
+    own = [names for names in methods if names.get("__name__") == function.__module__]
+    module = sys.modules.get(function.__module__)
+    # What a library has written into a class, such as flax or `enum`, sees the library's names.
+    by_name = [vars(module)] if getattr(module, "__file__", None) else []
+    return [*own, *by_name, *methods, vars(module) if module else {}][0]
+
+
+def _namespaces(member: Any) -> Iterator[Mapping[str, Any]]:
+    """The names that a class's member sees, and those that each function within it sees."""
+    for _ in range(_DEEPEST):
+        if hasattr(member, "__globals__"):
+            yield member.__globals__
+        # Of functools.wraps, which flax uses, of properties, and of functools.cached_property.
+        parts = (getattr(member, n, None) for n in ("__wrapped__", "__func__", "fget", "func"))
+        member = next((part for part in parts if callable(part)), None)
+        if member is None:
+            return
 
 
 def has_code(value: Any) -> bool:
@@ -95,6 +133,9 @@ def _dotted(node: ast.AST) -> str | None:
 
 def text_of_module(names: Mapping[str, Any]) -> str:
     """Returns the source of a module by its namespace; nothing where there is none."""
+    text = texts.text_of(names)
+    if text is not None:
+        return texts.whole(text)
     try:
         return inspect.getsource(sys.modules.get(names.get("__name__", "")))
     except (OSError, TypeError):
@@ -169,21 +210,21 @@ def imported(source: str, names: Mapping[str, Any], home: str) -> list[str]:
       home: The top-level name of what is a user's own wherever it is installed.
     """
     package = names.get("__package__") or str(names.get("__name__", "")).rpartition(".")[0]
-    texts: dict[pathlib.Path, str] = {}
-    waiting = list(_imports(source, package))
+    found: dict[pathlib.Path, str] = {}
+    waiting = list(imports_of(source, package))
     while waiting:
         name = waiting.pop(0)
         file = _file_of(name)
-        if file is None or file in texts or not is_users_file(name, file, home):
+        if file is None or file in found or not is_users_file(name, file, home):
             continue
-        texts[file] = text = _read(file)
+        found[file] = text = _text_of_file(name, file)
         inner = name if file.stem == "__init__" else name.rpartition(".")[0]
-        waiting += _imports(text, inner)
-    return list(texts.values())
+        waiting += imports_of(text, inner)
+    return list(found.values())
 
 
 @functools.lru_cache(1024)
-def _imports(source: str, package: str) -> tuple[str, ...]:
+def imports_of(source: str, package: str) -> tuple[str, ...]:
     """The modules that source may import: of ``from a import b`` both ``a`` and ``a.b``."""
     if "import" not in source:
         return ()
@@ -232,7 +273,10 @@ def _spec(name: str, path: Any) -> Any:
     return None if path else importlib.machinery.PathFinder.find_spec(name, [os.getcwd()])
 
 
-def _read(file: pathlib.Path) -> str:
+def _text_of_file(name: str, file: pathlib.Path) -> str:
+    loaded = texts.text_of(vars(sys.modules[name])) if name in sys.modules else None
+    if loaded is not None:
+        return loaded
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):  # a compiled one

@@ -14,6 +14,7 @@ import jax
 from robust_ssl import data, report, words
 from robust_ssl.audit import pages as audit_pages
 from robust_ssl.audit import summary
+from robust_ssl.build import as_loaded
 from robust_ssl.experiment import forecast, pages, sweep
 from robust_ssl.experiment.analyze import analyze
 from robust_ssl.experiment.attack import attack
@@ -112,6 +113,7 @@ def run(
         progress=progress or Progress(),
     )
     with contextlib.ExitStack() as held:
+        held.enter_context(as_loaded())
         # At once where it can be: who is refused should not read its data first.
         early = everywhere(context.workdir.is_dir() and os.access(context.workdir, os.W_OK))
         if early:
