@@ -33,8 +33,7 @@ def reads_more(value: Any) -> bool:
       value: A model, an attack, or lists and mappings of them.
 
     Example:
-      >>> weights = {"w": 2.0}
-      >>> reads_more(lambda images: weights["w"] * images), reads_more({"w": 2.0})
+      >>> reads_more(max), reads_more({"w": 2.0})
       (True, False)
     """
     if isinstance(value, Mapping):
