@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -30,7 +31,7 @@ def check_images(images: Any, what: str = "images") -> None:
     if dtype == np.uint8:
         return
     must = f"{what} must be uint8, or float pixels in [0, 1], got {dtype}"
-    if not jax.numpy.issubdtype(dtype, np.floating):  # bfloat16 is one for JAX alone
+    if not jnp.issubdtype(dtype, np.floating):  # bfloat16 is one for JAX alone
         raise ValueError(must)
     if isinstance(images, jax.core.Tracer) or 0 in shape:
         return
@@ -57,3 +58,24 @@ def check_channels(shape: tuple[int, ...], what: str = "images") -> None:
     elif shape[-1:] == (4,):
         way = "; without alpha: images[..., :3]"
     raise ValueError(f"{what} must be [..., H, W, 3], got {shape}{way}")
+
+
+def float_pixels(images: jax.Array) -> jax.Array:
+    """Returns float pixels as float32.
+
+    What moves an image within a budget of a few levels of 255 computes in it: the steps of half
+    precision are up to one level wide.
+
+    Raises:
+      TypeError: If they are integers, which are not in [0, 1].
+
+    Example:
+      >>> float_pixels(jnp.ones(2, jnp.bfloat16)).dtype
+      dtype('float32')
+    """
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"an attack takes float pixels in [0, 1], got {images.dtype}; divide 8-bit images by "
+            "255"
+        )
+    return jnp.asarray(images, jnp.float32)

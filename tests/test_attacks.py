@@ -69,6 +69,57 @@ def _attack(attack, model, images, labels):
 # ------------------------------------------------------------------------------------- per image
 
 
+@struct.dataclass
+class Returning:
+    """An attack that returns the image as something else."""
+
+    kind: str = struct.field(pytree_node=False)
+
+    def __call__(self, key, model, image, label=None):
+        if self.kind == "levels":
+            return jnp.round(255 * image).astype(jnp.uint8)
+        return image[:4] if self.kind == "a part" else (image, label)
+
+
+@pytest.mark.parametrize(
+    ("kind", "returned"),
+    [("levels", r"uint8 \[8, 8, 3\]"), ("a part", r"float32 \[4, 8, 3\]"), ("a pair", "tuple")],
+)
+def test_an_attack_must_return_an_image_as_it_gets_it(kind, returned):
+    message = rf"attack Returning must return .* \[8, 8, 3\], and returned {returned}"
+    with pytest.raises((TypeError, ValueError), match=message):
+        _attack(Returning(kind), _classifier(), _images(2), jnp.arange(2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        attacks.FGSM(threats.Linf(8 / 255)),
+        attacks.PGD(threats.Linf(8 / 255), num_steps=3),
+        attacks.APGD(threats.Linf(8 / 255), num_steps=3),
+        attacks.UniversalPerturbation(jnp.full(SHAPE, 8 / 255), threats.Linf(8 / 255)),
+    ],
+)
+def test_half_precision_images_stay_in_the_budget(attack, dtype):
+    images = jnp.asarray(_images(4), dtype)
+    labels = jnp.argmax(_classifier()(images).logits, axis=1)
+    attacked = [_attack(attack, _classifier(), images, labels)]
+    if isinstance(attack, attacks.UniversalPerturbation):
+        attacked += [attack.apply(images), attack(None, None, images[0])[None]]
+    for some in attacked:
+        assert some.dtype == jnp.float32
+        change = np.asarray(some, np.float64) - np.asarray(images[: len(some)], np.float64)
+        assert np.abs(change).max() < 8 / 255 + 1e-6
+
+
+def test_integers_are_no_pixels():
+    with pytest.raises(TypeError, match=r"takes float pixels in .*, got uint8; divide"):
+        attacks.attack_batch(
+            attacks.FGSM(threats.Linf(0.1)), KEY, _classifier(), np.zeros((2, *SHAPE), np.uint8)
+        )
+
+
 @pytest.mark.parametrize("keep_best", [True, False])
 @pytest.mark.parametrize("kind", [threats.Linf, threats.L2])
 def test_pgd_reaches_the_closed_form_optimum_of_a_linear_model(kind, keep_best):

@@ -269,3 +269,38 @@ def test_it_says_what_is_wrong():
         in_turn.score_in_turn(_mlp(), batches, {"one": Brighten(float("nan"))}, **shared)
     with pytest.raises(ValueError, match=r"alive must be bool \(4,\)"):
         in_turn.strike(_mlp(), in_turn.gathered(batches), Brighten(0.1), np.ones(4), **shared)
+
+
+@struct.dataclass
+class Levels:
+    """An attack that returns the levels of a file, and can be interrupted."""
+
+    threat: object
+    restarts = 1
+    num_queries = 4
+
+    def start(self, key, model, image, label):
+        start = Square(threats.Linf(0.1), num_queries=4).start(key, model, image, label)
+        return start.replace(best=jnp.round(255 * image).astype(jnp.uint8))
+
+    def search(self, key, model, image, label, state, until):
+        return state
+
+    def __call__(self, key, model, image, label=None):
+        return jnp.round(255 * image).astype(jnp.uint8)
+
+
+@struct.dataclass
+class WholeLevels:
+    threat: object
+
+    def __call__(self, key, model, image, label=None):
+        return jnp.round(255 * image).astype(jnp.uint8)
+
+
+@pytest.mark.parametrize("attack", [Levels, WholeLevels])
+def test_what_is_no_image_is_not_scored(attack):
+    shared = {"key": KEY, "parallel": ONE, "batch_size": 4}
+    attack = {"levels": attack(threats.Linf(0.1))}
+    with pytest.raises(TypeError, match=r"Levels must return.*and returned uint8 \[8, 8, 3\]"):
+        in_turn.score_in_turn(_mlp(), _batches(*_split(4)), attack, **shared)

@@ -16,6 +16,7 @@ from jax import lax
 
 from robust_ssl import objectives, struct, threats
 from robust_ssl.attacks.apgd import Tries, budget, draw
+from robust_ssl.pixels import float_pixels
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 
 _DRAWS = 2**31 - 1  # key number of the draws of a randomized model; no try has it
@@ -39,12 +40,17 @@ def attack_batch(
       attack: A per-image or a fitted universal attack.
       key: Random key of the whole batch.
       model: What is attacked.
-      images: Pixels in [0, 1], float ``[batch, H, W, 3]``.
+      images: Pixels in [0, 1], float ``[batch, H, W, 3]``.  Half-precision ones become float32,
+        whose steps are far below a budget.
       labels: int32 ``[batch]``; None for attacks that need none.
       indices: int32 ``[batch]``; None is 0, 1, 2, ...
 
     Returns:
-      Adversarial images, float ``[batch, H, W, 3]`` in [0, 1].
+      Adversarial images, float32 ``[batch, H, W, 3]`` in [0, 1].
+
+    Raises:
+      TypeError: If the images are integers, or the attack returns no floats.
+      ValueError: If the attack returns another shape than that of its image.
 
     Example:
       >>> from robust_ssl import models, threats
@@ -53,11 +59,35 @@ def attack_batch(
       >>> attack_batch(attack, jax.random.key(1), encoder, jnp.full((2, 8, 8, 3), 0.5)).shape
       (2, 8, 8, 3)
     """
+    images = float_pixels(images)
     indices = jnp.arange(images.shape[0]) if indices is None else indices
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
     if labels is None:
-        return jax.vmap(lambda k, image: attack(k, model, image))(keys, images)
-    return jax.vmap(lambda k, image, label: attack(k, model, image, label))(keys, images, labels)
+        attacked = jax.vmap(lambda k, image: attack(k, model, image))(keys, images)
+    else:
+        one = jax.vmap(lambda k, image, label: attack(k, model, image, label))
+        attacked = one(keys, images, labels)
+    return checked(attack, attacked, images)
+
+
+def checked(attack: Attack, attacked: Any, images: jax.Array) -> jax.Array:
+    """Returns what an attack made of images ``[batch, H, W, 3]`` as float32.
+
+    Raises:
+      TypeError: If it is no array of floats, by the attack's name.
+      ValueError: If it has another shape than the images.
+    """
+    shape, dtype = (getattr(attacked, name, None) for name in ("shape", "dtype"))
+    is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if is_float and shape == images.shape:
+        return jnp.asarray(attacked, jnp.float32)
+    function = getattr(attack, "func", attack)  # of a partial
+    called = getattr(attack, "name", "") or getattr(function, "__name__", type(function).__name__)
+    returned = type(attacked).__name__ if dtype is None else f"{dtype} {list(shape[1:])}"
+    raise (ValueError if is_float else TypeError)(
+        f"attack {called} must return the attacked image as it gets it, float pixels in [0, 1] "
+        f"{list(images.shape[1:])}, and returned {returned}"
+    )
 
 
 def usual_step_size(threat: Threat, num_steps: int) -> jax.Array | float:

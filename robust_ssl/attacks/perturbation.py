@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from robust_ssl import disk, struct, threats
-from robust_ssl.pixels import check_images
+from robust_ssl.pixels import check_images, float_pixels
 from robust_ssl.types import Model, Threat
 
 GRAY = 0.5  # the image around which a perturbation without an image is drawn and projected
@@ -65,7 +65,7 @@ class UniversalPerturbation:
                 f"the perturbation{called} has size {self.delta.shape}, but the image has "
                 f"size {image.shape}; resize it with .resized({image.shape[:2]})"
             )
-        return apply_delta(self.delta, image, self.threat, key)
+        return apply_delta(self.delta, float_pixels(image), self.threat, key)
 
     def apply(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Returns the adversarial images ``[batch, H, W, 3]``; image i gets ``fold_in(key, i)``.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.attacks.per_image import attack_batch
+from robust_ssl.attacks.per_image import attack_batch, checked
 from robust_ssl.evaluation import metrics
 from robust_ssl.evaluation.counts import PerImage
 from robust_ssl.evaluation.metrics import check_attacks, check_threats, compiled, on_some, padded
@@ -89,8 +89,9 @@ def _searched(constants, batch: Mapping[str, jax.Array]):
 
 
 def _after_search(constants, batch: Mapping[str, jax.Array], *, eight_bit: bool):
-    (key, _), model, _ = constants
-    return _outcome(key, model, batch["state"].best, batch, eight_bit)
+    (key, _), model, attack = constants
+    found = checked(attack, batch["state"].best, metrics.to_pixels(batch["images"]))
+    return _outcome(key, model, found, batch, eight_bit)
 
 
 # Made once: two equal partials are two different functions to `compiled`.
