@@ -69,6 +69,83 @@ def _attack(attack, model, images, labels):
 # ------------------------------------------------------------------------------------- per image
 
 
+def not_a_number(inputs):
+    return objectives.cross_entropy(inputs) * jnp.nan
+
+
+def without_gradient(inputs):  # finite, but the norm of zero has none
+    return objectives.cross_entropy(inputs) + jnp.linalg.norm(0 * inputs.adversarial.logits)
+
+
+def infinite_where_broken(inputs):
+    shares = jax.nn.softmax(1000 * inputs.adversarial.logits)
+    return -jnp.mean(jnp.log(jnp.take_along_axis(shares, inputs.labels[:, None], axis=1)))
+
+
+@pytest.mark.parametrize("objective", [not_a_number, without_gradient])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        attacks.FGSM,
+        attacks.PGD,
+        functools.partial(attacks.PGD, restarts=3),
+        functools.partial(attacks.PGD, keep_best=False),
+        functools.partial(attacks.EmbedAttack, restarts=2),
+        functools.partial(attacks.TDAA, target_image=jnp.ones(SHAPE)),
+        functools.partial(attacks.APGD, num_steps=3),
+    ],
+)
+def test_an_objective_that_is_nan_makes_no_image(attack, objective):
+    images, attack = _images(4), attack(threats.Linf(0.05), objective=objective)
+    labels = jnp.argmax(_classifier()(images).logits, axis=1)
+    if isinstance(attack, attacks.EmbedAttack | attacks.TDAA):  # their objectives see no label
+        nan = jnp.nan if objective is not_a_number else 1.0
+        attack = attack.replace(
+            objective=lambda x: nan * jnp.linalg.norm(0 * x.adversarial.features)
+        )
+    assert np.isnan(_attack(attack, _classifier(), images, labels)).any(axis=(1, 2, 3)).all()
+
+
+def test_an_objective_of_infinity_is_the_highest_and_may_have_no_gradient():
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 4)), jnp.float32)
+    model, images = Linear(weights), _images(6)
+    labels = jnp.argmax(model(images).logits, axis=1)
+    attack = attacks.PGD(threats.Linf(0.2), objective=infinite_where_broken)
+    start = attacks.PGD(threats.Linf(0.2), num_steps=8)
+    broken = np.asarray(_attack(start, model, images, labels))
+    assert (jnp.argmax(model(broken).logits, axis=1) != labels).all()
+    # From a broken image: nothing is above infinity, so it is what comes back.
+    attack = attack.replace(threat=threats.Linf(1e-6), random_start=False)
+    np.testing.assert_allclose(_attack(attack, model, broken, labels), broken, atol=1e-5)
+
+
+def test_labels_that_are_no_classes_make_no_image():
+    images, labels = _images(3), jnp.arange(3) + 4
+    attacked = _attack(attacks.PGD(threats.Linf(0.05)), _classifier(), images, labels)
+    assert np.isnan(attacked).all()
+
+
+@struct.dataclass
+class Kinked:
+    """A linear model whose square root has no gradient: it is of zero."""
+
+    weights: jax.Array
+
+    def __call__(self, images):
+        scores = images.reshape(len(images), -1) @ self.weights
+        scores = scores + jnp.sqrt(jnp.sum((images - images) ** 2))
+        return Outputs(features=scores, logits=scores)
+
+
+@pytest.mark.parametrize("attack", [attacks.FABT, attacks.APGD])
+def test_a_model_whose_gradient_is_nan_is_not_taken_for_robust(attack):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 4)), jnp.float32)
+    model, images = Kinked(weights), _images(4)
+    labels = jnp.argmax(model(images).logits, axis=1)
+    attacked = _attack(attack(threats.Linf(1e-5), num_steps=3), model, images, labels)
+    assert np.isnan(attacked).all(axis=(1, 2, 3)).all()
+
+
 @struct.dataclass
 class Returning:
     """An attack that returns the image as something else."""

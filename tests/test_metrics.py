@@ -398,6 +398,22 @@ def test_nan_logits_are_never_correct():
     assert answers.dtype == jnp.int32
 
 
+def not_a_number(inputs):
+    return jnp.nan * jnp.mean(inputs.adversarial.features)
+
+
+def test_an_attack_whose_objective_is_nan_is_no_evidence(two):
+    attack = PGD(threats.Linf(0.1), objective=not_a_number)
+    with pytest.raises(ValueError, match=r"'pgd' made pixels.*look at its objective, not_a_number"):
+        score(
+            first_pixel_classifier(),
+            batches_of([0, 1], [0, 1], 2),
+            {"pgd": attack},
+            key=jax.random.key(0),
+            parallel=two,
+        )
+
+
 def test_bad_input_is_refused_before_it_is_counted(two):
     def run(batches, attacks):
         key = jax.random.key(0)

@@ -37,6 +37,28 @@ def draw(model: Model, key: jax.Array) -> Model:
     return model.with_key(key) if hasattr(model, "with_key") else model
 
 
+def fails(value: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns whether an attack cannot go on from a point: its objective or gradient is NaN.
+
+    An objective of infinity may have a NaN for a gradient: there is nothing above it.
+
+    Example:
+      >>> bool(fails(jnp.array(1.0), jnp.array([0.0, jnp.nan])))
+      True
+    """
+    return jnp.isnan(value) | (jnp.isnan(gradient).any() & (value < jnp.inf))
+
+
+def misclassified(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Returns whether logits ``[classes]`` give another answer than `label`; NaN gives none.
+
+    Example:
+      >>> bool(misclassified(jnp.array([jnp.nan, 0.0]), jnp.array(0)))
+      True
+    """
+    return (jnp.argmax(logits) != label) | jnp.isnan(logits).any()
+
+
 def budget(threat: Threat, name: str) -> jax.Array | float:
     """Returns the budget of a threat, or raises ValueError: the attack `name` needs one.
 
@@ -120,6 +142,13 @@ class _Candidate:
     value: jax.Array
 
 
+def _candidate(point, wrong: jax.Array, value: jax.Array, gradient: jax.Array) -> _Candidate:
+    """A point as a candidate; where the attack fails NaN, which no other number is better than."""
+    failed = fails(value, gradient) & ~wrong
+    point = jnp.where(failed, jnp.nan, point)
+    return _Candidate(point, wrong, jnp.where(failed, jnp.inf, value))
+
+
 def _better(one: _Candidate, other: _Candidate) -> _Candidate:
     """Takes a misclassified point before any other, then the higher value; the first on a tie."""
     wins = (other.wrong & ~one.wrong) | ((other.wrong == one.wrong) & (other.value > one.value))
@@ -151,7 +180,8 @@ class APGD:
     from the best point so far, if fewer than a share `rho` of the window's steps raised the
     objective, or if the best value is the one of the last checkpoint and the step was not halved
     there.  Of all points seen a misclassified one is returned if there is any, else the one with
-    the highest objective; without a label or without logits only the objective counts.
+    the highest objective; without a label or without logits only the objective counts.  If none is
+    misclassified and the objective or its gradient was NaN, so is what is returned.
 
     It starts at ``threat.sample``.  (The released code scales that draw to the ball's surface,
     which for images differs by less than a thousandth of the budget.)  A randomized model (see
@@ -245,7 +275,7 @@ class APGD:
         def look(point: jax.Array, key: jax.Array):
             (value, logits), gradient = ascend(point, key)
             has_answer = label is not None and logits is not None
-            wrong = jnp.argmax(logits[0]) != label if has_answer else jnp.asarray(False)
+            wrong = misclassified(logits[0], label) if has_answer else jnp.asarray(False)
             return (value, wrong), gradient
 
         return look
@@ -274,14 +304,14 @@ class APGD:
             path, best = carry
             moved = self._move(path, image, jnp.where(index == 0, 1.0, MOMENTUM))
             (value, wrong), gradient = look(moved, jax.random.fold_in(draw_key, index + 1))
-            best = _better(best, _Candidate(moved, wrong, value))
+            best = _better(best, _candidate(moved, wrong, value, gradient))
             path = _advance(path, moved, value, gradient)
             checked = self._check(path, windows[index])
             return jax.tree.map(
                 lambda a, b: jnp.where(is_checkpoint[index], b, a), path, checked
             ), best
 
-        best = _Candidate(start, wrong, value)
+        best = _candidate(start, wrong, value, gradient)
         return lax.fori_loop(0, self.num_steps, step, (path, best))[1]
 
     def _move(self, path: _Path, image: jax.Array, weight: jax.Array) -> jax.Array:

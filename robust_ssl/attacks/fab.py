@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import struct, threats
-from robust_ssl.attacks.apgd import Tries, draw
+from robust_ssl.attacks.apgd import Tries, draw, fails, misclassified
 from robust_ssl.types import Model, Threat
 
 
@@ -172,7 +172,7 @@ class FABT(Tries):
         """Returns the nearest adversarial image found, ``[H, W, 3]`` in [0, 1].
 
         The image itself comes back where none was found inside the budget, and where it is
-        misclassified already.
+        misclassified already.  NaN comes back where none was found and a gradient was NaN.
         """
         clean = labelled_logits(draw(model, key), image, label, "FABT")
         target = self._target(clean, label)
@@ -188,7 +188,7 @@ class FABT(Tries):
         if self.restarts > 1:
             best = lax.fori_loop(1, self.restarts, attempt, best)
         nearest, distance = best
-        success = (jnp.argmax(clean) == label) & (distance <= self.threat.epsilon)
+        success = ~misclassified(clean, label) & (distance <= self.threat.epsilon)
         return jnp.where(success, nearest, image)
 
     def _target(self, clean: jax.Array, label: jax.Array) -> jax.Array:
@@ -216,11 +216,15 @@ class FABT(Tries):
         def step(number, carry):
             current, (nearest, distance) = carry
             sampled = draw(model, jax.random.fold_in(key, number))
-            moved = self._move(current, image, *jax.value_and_grad(lead)(current, sampled))
-            fooled = jnp.argmax(sampled(moved[None]).logits[0]) != label
-            reached = length(self.threat, moved - image)
-            wins = fooled & (reached < distance)
-            best = (jnp.where(wins, moved, nearest), jnp.where(wins, reached, distance))
+            value, gradient = jax.value_and_grad(lead)(current, sampled)
+            moved = self._move(current, image, value, gradient)
+            # Nearer than anything else: otherwise the image would come back, and count as robust.
+            failed = fails(value, gradient) & (distance > self.threat.epsilon)
+            fooled = misclassified(sampled(moved[None]).logits[0], label)
+            reached = jnp.where(failed, 0.0, length(self.threat, moved - image))
+            wins = failed | (fooled & (reached < distance))
+            found = jnp.where(failed, jnp.nan, moved)
+            best = (jnp.where(wins, found, nearest), jnp.where(wins, reached, distance))
             return jnp.where(fooled, image + self.beta * (moved - image), moved), best
 
         return lax.fori_loop(0, self.num_steps, step, (start, best))[1]

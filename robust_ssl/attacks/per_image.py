@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import objectives, struct, threats
-from robust_ssl.attacks.apgd import Tries, budget, draw
+from robust_ssl.attacks.apgd import Tries, budget, draw, fails
 from robust_ssl.pixels import float_pixels
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 
@@ -175,7 +175,8 @@ class PGD(Tries):
     Only the image gets a gradient.  With `keep_best` the best point of the whole path is returned,
     so the objective never ends below its start; that costs one forward pass more than the
     ``num_steps`` gradients.  Training takes ``keep_best=False``: exactly ``num_steps`` gradients.
-    A randomized model (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
+    Where the objective or its gradient is NaN the image that is returned is, too.  A randomized
+    model (`robust_ssl.attacks.apgd.draw`) is drawn anew at every step.
 
     Attributes:
       threat: What the attacker may do.
@@ -235,8 +236,10 @@ class PGD(Tries):
 
         best = (image, jnp.full((), -jnp.inf))
         if self.restarts == 1:
-            return attempt(0, best)[0]
-        return lax.fori_loop(0, self.restarts, attempt, best)[0]
+            best = attempt(0, best)
+        else:
+            best = lax.fori_loop(0, self.restarts, attempt, best)
+        return jnp.where(jnp.isnan(best[1]), jnp.nan, best[0])
 
     def _start(self, key: jax.Array, image: jax.Array) -> jax.Array:
         return self.threat.sample(key, image) if self.random_start else image
@@ -255,13 +258,15 @@ class PGD(Tries):
 
     def _best(self, value, image: jax.Array, start: jax.Array, best):
         def better(best, current, reached):
-            wins = reached > best[1]
+            # NaN is above no number: unless it wins, a failed attack would return where it began.
+            wins = (reached > best[1]) | (jnp.isnan(reached) & (best[1] < jnp.inf))
             return jnp.where(wins, current, best[0]), jnp.where(wins, reached, best[1])
 
         def step(number, carry):
             current, best = carry
             # The gradient brings the value along, so looking for the best point is free.
             reached, gradient = jax.value_and_grad(value)(current, number)
+            reached = jnp.where(fails(reached, gradient), jnp.nan, reached)
             return self._move(current, gradient, image), better(best, current, reached)
 
         last, best = lax.fori_loop(0, self.num_steps, step, (start, best))

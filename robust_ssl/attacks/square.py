@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from robust_ssl import struct, threats
-from robust_ssl.attacks.apgd import draw
+from robust_ssl.attacks.apgd import draw, misclassified
 from robust_ssl.attacks.fab import labelled_logits
 from robust_ssl.threats.patch import square_mask
 from robust_ssl.types import Model
@@ -240,7 +240,7 @@ class Square:
         true = jnp.arange(logits.shape[-1]) == label
         right = jnp.sum(jnp.where(true, logits, 0.0))
         margin = right - jnp.max(jnp.where(true, -jnp.inf, logits))
-        return SquareState(candidate, margin, jnp.argmax(logits) != label, jnp.zeros((), int))
+        return SquareState(candidate, margin, misclassified(logits, label), jnp.zeros((), int))
 
     def _propose_linf(self, draws, image, best, side, index):
         """Moves one square by twice the budget, up or down in each channel, and cuts."""

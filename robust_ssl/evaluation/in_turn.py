@@ -211,7 +211,8 @@ def strike(
         else:
             outcomes = on_some(function, constants, examples, rows, batch_size)
         for some, (right, finite) in outcomes:
-            metrics.check_finite(type(member).__name__, examples["indices"][some[~finite]])
+            broken = examples["indices"][some[~finite]]
+            metrics.check_finite(type(member).__name__, member, broken)
             alive[some] = right
     return alive
 
@@ -245,7 +246,7 @@ def score_in_turn(
     Raises:
       ValueError: If there is no image or no attack, a batch is malformed, a threat makes no sense
         for the images, or an attack makes pixels that are not numbers.
-      TypeError: If an attack is not a pytree value.
+      TypeError: If an attack is not a pytree value, or returns no floats.
     """
     parts = {name: _members(attack) for name, attack in attacks.items()}
     check_attacks({name: members[0] for name, members in parts.items()})

@@ -177,13 +177,18 @@ def on_some(function, constants, examples: Mapping[str, Any], rows: np.ndarray, 
         yield some, jax.tree.map(lambda x, count=count: x[:count], results)
 
 
-def check_finite(attack: str, broken: np.ndarray) -> None:
+def check_finite(name: str, attack: Attack, broken: np.ndarray) -> None:
     """Raises ValueError if an attack has made pixels that are no numbers, in images of a split."""
-    if len(broken):
-        raise ValueError(
-            f"attack {attack} made pixels that are not finite, in images {broken[:5].tolist()} of "
-            "the split; a perturbed image may hold neither NaN nor infinity"
-        )
+    if not len(broken):
+        return
+    objective = getattr(attack, "objective", None)
+    objective = getattr(objective, "func", objective)  # of a partial
+    called = getattr(objective, "__name__", type(objective).__name__)
+    advice = "" if objective is None else f"; look at its objective, {called}, and its gradient"
+    raise ValueError(
+        f"attack {name} made pixels that are not finite, in images {broken[:5].tolist()} of the "
+        f"split; a perturbed image may hold neither NaN nor infinity{advice}"
+    )
 
 
 def check_attacks(attacks: Mapping[str, Attack]) -> None:
@@ -279,7 +284,7 @@ def score(
     Raises:
       ValueError: If there is no image or no attack, a batch is malformed, a threat makes no sense
         for the images, or an attack makes pixels that are not numbers.
-      TypeError: If an attack is not a pytree value.
+      TypeError: If an attack is not a pytree value, or returns no floats.
     """
     check_attacks(attacks)
     parallel = parallel.anew_for(classifier)
@@ -300,7 +305,7 @@ def score(
             begun = time.perf_counter()
             answered, finite, beyond = strike(constants[name], batch)
             seconds[name] += time.perf_counter() - begun
-            check_finite(repr(name), batch["indices"][~finite])
+            check_finite(repr(name), attacks[name], batch["indices"][~finite])
             adversarial[name].append(answered[:n])
             outside[name] = float(np.maximum(outside[name], beyond[:n].max()))  # NaN stays NaN
     if not labels:

@@ -112,7 +112,7 @@ class Bench:
         parts = []
         for n, batch in padded(_batches(clean, labels, self.batch_size)):
             pixels, answers, finite = function(constants, batch)
-            check_finite(type(value).__name__, batch["indices"][:n][~finite[:n]])
+            check_finite(type(value).__name__, value, batch["indices"][:n][~finite[:n]])
             parts.append((pixels[:n], answers[:n]))
         images, answers = (np.concatenate(some) for some in zip(*parts, strict=True))
         return {"images": images, "answers": answers}
