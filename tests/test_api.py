@@ -672,6 +672,26 @@ def test_an_attack_under_l2_goes_as_far_as_its_budget():
     assert universal.usual_length(threats.Band(threats.L2(2.0), high=0.1), 2e-4) < 0.02
 
 
+ONE_STEP = {"function": "robust_ssl.attacks:PGD", "num_steps": 1}
+POOL = {"function": "robust_ssl.finetuning:UniversalPool", "epsilon": 0.04}
+
+
+@pytest.mark.parametrize("attack", [ONE_STEP, POOL])
+def test_an_attack_that_no_loss_reads_is_refused(attack):
+    recipe = {"losses": {"mine": "tiny_recipes:of_the_clean"}, "attack": attack}
+    with pytest.raises(
+        ValueError, match=r"recipe mine has an attack, and none of its losses \(mine\) reads inputs"
+    ):
+        robust_ssl.secure(tiny.encoder(), *tiny.images(n=32), recipe=recipe, **SMALL)
+
+
+@pytest.mark.parametrize("reads", [{"batch_statistics": "both"}, {"adv_ratio": 0.0, "losses": {}}])
+def test_an_attack_may_be_read_by_statistics_or_weigh_nothing(reads):
+    recipe = {"losses": {"mine": "tiny_recipes:of_the_clean"}, "attack": ONE_STEP, **reads}
+    net = robust_ssl.secure(tiny.encoder(), *tiny.images(n=32), recipe=recipe, **SMALL)
+    assert net.num_classes == 4
+
+
 def test_secure_names_no_state_that_is_gone(monkeypatch):
     images, labels = tiny.images(n=32)
     losses = {"nan": {"function": "tiny_recipes:not_a_number"}}

@@ -101,7 +101,7 @@ def secure(
 
     Raises:
       ValueError: If there is no such recipe, an option is wrong, entries of your own give another
-        budget than `epsilon`, or images do not fit the encoder.
+        budget than `epsilon`, no loss reads what an attack makes, or images do not fit the encoder.
       FloatingPointError: If training had no finite update.
 
     Example:

@@ -52,6 +52,9 @@ def build_step(
       seed: Of the keys.
       teacher: The classifier of the recipe's teacher.
       show: Whether the table of learning rates is logged.
+
+    Raises:
+      ValueError: If the recipe has an attack, and nothing reads what it makes.
     """
     attack = recipe.build_attack(encoder)
     total = recipe.epochs * steps_per_epoch
@@ -96,6 +99,7 @@ def build_step(
         batch_statistics=recipe.batch_statistics,
         augment=None if recipe.augment is None else recipe.augment.bound,
     )
+    _check_attack_is_read(recipe, step)
     step = _shared(context, recipe, classifier, step, (by_path, passed, total))
     first = attack if budget is None else finetuning.scaled(attack, budget(0))
     state = finetuning.init_state(
@@ -116,6 +120,20 @@ def _adapted(lora: Any, params: Any, by_path: Mapping[str, Any], key: jax.Array)
     adapters = lora.adapters(params, jax.random.fold_in(key, 2**31 + 1))
     more = optimizers.layer_rates(adapters["params"], {"**": lora.rate})
     return {**params, **adapters["params"]}, {**by_path, **more}, adapters
+
+
+def _check_attack_is_read(recipe: Recipe, step: finetuning.Step) -> None:
+    """Raises ValueError for an attack that changes nothing: training would be on clean images."""
+    by_statistics = recipe.batch_statistics in ("adversarial", "both", "twins")
+    # An adv_ratio of 0 says that adversarial images weigh nothing, as the end of a sweep does.
+    if recipe.attack is None or by_statistics or recipe.adv_ratio == 0:
+        return
+    if "adversarial" not in step.read:
+        raise ValueError(
+            f"recipe {recipe.name} has an attack, and none of its losses "
+            f"({', '.join(recipe.losses)}) reads inputs.adversarial: it would be trained on clean "
+            "images; let a loss read that, or leave out the attack"
+        )
 
 
 def _shared(

@@ -93,11 +93,13 @@ class Step:
       settings: A pytree of NumPy arrays and keys.
       passes: How often an image goes through the network and back for the update itself: once for
         clean and once for adversarial outputs, where a loss reads them.
+      read: Those that a loss reads of the clean, adversarial, pretrained and teacher outputs.
     """
 
     computation: Computation
     settings: Settings
     passes: int
+    read: frozenset[str] = frozenset()
 
     @property
     def function(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -141,8 +143,7 @@ def init_state(
       A `TrainState` at step 0 with the counters ``skipped`` and ``skipped_in_a_row``.
 
     Raises:
-      ValueError: If an adversary comes without `key`, `batch_size` or, if it needs it,
-        `num_images`.
+      ValueError: If an adversary comes without `key`, `batch_size` or the `num_images` it needs.
 
     Example:
       >>> from robust_ssl import models
@@ -281,12 +282,10 @@ def make_step(
     parts.check(template, accumulate, batch_statistics)
     losses, weights = _functions_and_weights(losses)
     # As NumPy: constants must not sit on one device or in one process.
-    weights, attack, pretrained, budget, teacher = jax.tree.map(
-        np.asarray, (weights, attack, pretrained, budget, teacher)
+    statistics = template.variables["batch_stats"] if batch_statistics == "twins" else None
+    weights, attack, pretrained, budget, teacher, statistics = jax.tree.map(
+        np.asarray, (weights, attack, pretrained, budget, teacher, statistics)
     )
-    statistics = None
-    if batch_statistics == "twins":
-        statistics = jax.tree.map(np.asarray, template.variables["batch_stats"])
     read = outputs_read(losses, template, attack is not None, pretrained, teacher)
     if remat:
         template = parts.rematerialized(template)
@@ -295,10 +294,11 @@ def make_step(
     plan = _Plan(
         template, tx, losses, read, batch_statistics, frozen, augment, axis_name, accumulate
     )
-    passes = sum(bool(read[which]) for which in ("clean", "adversarial"))
+    by_loss = frozenset(which for which, names in read.items() if names)
     decay = None if ema is None else np.float32(ema)
     settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher, decay)
-    return Step(Computation(functools.partial(_update, plan)), settings, passes)
+    passes = len(by_loss & {"clean", "adversarial"})
+    return Step(Computation(functools.partial(_update, plan)), settings, passes, by_loss)
 
 
 def _functions_and_weights(losses: Mapping[str, tuple[Loss | str, float]]):
