@@ -692,6 +692,23 @@ def test_an_attack_may_be_read_by_statistics_or_weigh_nothing(reads):
     assert net.num_classes == 4
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "tiny_recipes:held",
+        "tiny_recipes:ones",
+        {"function": "tiny_recipes:of_the_clean", "weight": 0.0},
+    ],
+)
+def test_losses_without_a_gradient_train_nothing_and_fail(loss):
+    with pytest.raises(FloatingPointError, match="no gradient, and nothing was trained"):
+        recipe = {"losses": {"mine": loss}}
+        robust_ssl.secure(tiny.encoder(), *tiny.images(n=32), recipe=recipe, **SMALL)
+    frozen = {"rates": {"**": "freeze"}, "batch_statistics": "frozen", **recipe}
+    net = robust_ssl.secure(tiny.encoder(), *tiny.images(n=32), recipe=frozen, **SMALL)
+    assert net.num_classes == 4
+
+
 def test_secure_names_no_state_that_is_gone(monkeypatch):
     images, labels = tiny.images(n=32)
     losses = {"nan": {"function": "tiny_recipes:not_a_number"}}

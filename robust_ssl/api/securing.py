@@ -102,7 +102,7 @@ def secure(
     Raises:
       ValueError: If there is no such recipe, an option is wrong, entries of your own give another
         budget than `epsilon`, no loss reads what an attack makes, or images do not fit the encoder.
-      FloatingPointError: If training had no finite update.
+      FloatingPointError: If training had no finite update, or none with a gradient.
 
     Example:
       >>> net = secure("simclr-cifar10-r18w24", "digits", recipe="linear_probe", epochs=1,

@@ -13,7 +13,7 @@ from robust_ssl import data, evaluation, finetuning, optimizers
 from robust_ssl.build import text_of
 from robust_ssl.experiment import alarm, batch_parts, features, saving
 from robust_ssl.experiment.context import Context, model_inputs
-from robust_ssl.experiment.loop import Best, stage_key, train
+from robust_ssl.experiment.loop import Best, check_gradient, stage_key, train
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.finetuning import UniversalPool
 from robust_ssl.types import Classifier, Encoder, TrainState, Variables
@@ -181,6 +181,9 @@ def fit(
       teacher: The classifier of the recipe's teacher.
       afterwards: What is done to the best variables; returns them and more results.
       extra: Results that are there before.
+
+    Raises:
+      FloatingPointError: If training had no finite update, or none with a gradient.
     """
     train_set, validation = context.downstream
     inputs = {
@@ -214,6 +217,8 @@ def fit(
             progress=context.progress,
             **_selection(context, stage, recipe, classifier, attack, validation, epoch),
         )
+        if recipe.moves(classifier.variables["params"], rates):
+            check_gradient(stage)
         variables = classifier_variables((best or state).variables)
         variables, more = afterwards(variables) if afterwards else (variables, {})
         overfitted = alarm.overfitted(stage.metrics(), len(alarm.looked_at(recipe, validation)))

@@ -313,6 +313,19 @@ def _raise_if_mostly_skipped(state: TrainState) -> None:
         )
 
 
+def check_gradient(stage: StageDirectory) -> None:
+    """Raises FloatingPointError for a training whose every update had a gradient of exactly 0.
+
+    For the caller of `train`, who knows whether anything was to move.
+    """
+    norms = [line["gradient_norm"] for line in stage.metrics() if "gradient_norm" in line]
+    if norms and all(norm == 0 for norm in norms):
+        raise FloatingPointError(
+            f"all its {len(norms)} updates had a gradient of exactly 0: the losses have no "
+            "gradient, and nothing was trained; look for stop_gradient, NumPy and weights of 0"
+        )
+
+
 def _write(stage: StageDirectory, unwritten: list) -> None:
     for start, done, metrics, extra in unwritten:
         values = {name: np.asarray(value).reshape(-1) for name, value in metrics.items()}

@@ -289,6 +289,11 @@ class Recipe:
             self.lora.check(params, by_path)
         return by_path
 
+    def moves(self, params: Mapping[str, Any], rates: Mapping[str, Any]) -> bool:
+        """Returns whether any parameter has a rate, or an adapter; arguments: `layer_rates`."""
+        by_path = self.layer_rates(params, rates)
+        return self.lora is not None or set(by_path.values()) != {optimizers.FREEZE}
+
     @property
     def parts(self) -> int:
         """In how many parts its batch runs; 1 as long as nobody has decided on ``"auto"``."""

@@ -167,7 +167,8 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
       The directory, ``recipes/NAME-seedSEED``; ``classifier/`` in it is the classifier.
 
     Raises:
-      FloatingPointError: If training ends in updates that are not finite, or had no other.
+      FloatingPointError: If training ends in updates that are not finite or had no other, or if
+        none had a gradient.
     """
     start = _assemble(context, recipe, seed, lambda other: load_trained(context, other, seed))
     name = directory(recipe, seed)
