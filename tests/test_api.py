@@ -246,6 +246,12 @@ def test_every_attack_on_single_images_is_listed():
 
 # --- what people guess first --------------------------------------------------------------------
 
+
+def brightness(images):
+    """A function of images that is no encoder."""
+    return images.mean(axis=(1, 2))
+
+
 IMAGES, LABELS = tiny.images("test", n=4)
 LINF, PGD_L2 = threats.Linf(0.1), attacks.PGD(threats.L2(0.5), num_steps=1)
 CALLS = {
@@ -299,6 +305,10 @@ CALLS = {
     "a misspelt built-in set": (
         lambda _: robust_ssl.attack(tiny.encoder(), "photo_crop"),
         "did you mean 'photo_crops'",
+    ),
+    "a function for an encoder": (
+        lambda _: robust_ssl.attack(brightness, IMAGES),
+        r"brightness is a plain function.* robust_ssl\.from_callable\(brightness, image_size\)",
     ),
     "an empty name": (lambda _: robust_ssl.attack(tiny.encoder(), ""), "images is empty"),
     "an attack's class": (

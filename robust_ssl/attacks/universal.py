@@ -232,9 +232,10 @@ def fit(
       The perturbations and the curve of the objective.
 
     Raises:
-      ValueError: If there are no batches, an image has another shape, a budget is one that the
-        threat cannot have or above 0.5 under `threats.Linf`, the numbers of keys and budgets
-        differ, or an objective or a perturbation is not finite, or larger than its budget.
+      ValueError: If the model is a plain function, there are no batches, an image has another
+        shape, a budget is one that the threat cannot have or above 0.5 under `threats.Linf`, the
+        numbers of keys and budgets differ, or an objective or a perturbation is not finite, or
+        larger than its budget.
 
     Example:
       >>> from robust_ssl import models
@@ -246,6 +247,7 @@ def fit(
       >>> fitted.curve.shape, fitted.member(1).delta.shape
       ((1, 2), (8, 8, 3))
     """
+    _check_model(model)
     if keys.shape != np.shape(epsilons):
         raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")
     budgets = jax.vmap(threat)(jnp.asarray(epsilons, jnp.float32))
@@ -276,6 +278,18 @@ def fit(
     _check_budgets(name, deltas, budgets)
     _check_moved(name, deltas, budgets)
     return FittedUniversal(UniversalPerturbation(deltas, budgets, name=name), curve)
+
+
+def _check_model(model: Any) -> None:
+    """Raises ValueError for a model that is no pytree, which no compiled step takes."""
+    if jax.tree.structure(model) != jax.tree.structure(0):
+        return
+    name = getattr(model, "__name__", type(model).__name__)
+    raise ValueError(
+        f"the encoder {name} is a plain function or object, and a compiled step takes models whose "
+        f"weights are arrays; make an encoder of it: robust_ssl.from_callable({name}, image_size) "
+        "for a function of images to features [n, numbers], from_nnx or from_torch for a module"
+    )
 
 
 def _check_finite(name: str, curve: np.ndarray, deltas: np.ndarray) -> None:
