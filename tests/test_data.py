@@ -10,6 +10,7 @@ import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -101,6 +102,23 @@ def test_floats_are_rounded_to_the_nearest_of_256_levels():
         stored = data.from_arrays(images.astype(dtype)).images
         assert stored.dtype == np.uint8
         np.testing.assert_array_equal(stored[:, 0, 0, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float16])
+def test_floats_of_few_bits_are_floats(dtype):
+    images = np.random.default_rng(0).uniform(size=(2, 4, 4, 3)).astype(dtype)
+    expected = data.from_arrays(images.astype(np.float32)).images
+    for form in (images, list(images), jnp.asarray(images)):
+        np.testing.assert_array_equal(data.from_arrays(form).images, expected)
+    with pytest.raises(ValueError, match="divide by 255"):
+        data.from_arrays(images * dtype(128))  # a whole number in all of them
+
+
+def test_half_precision_tensors_are_floats():
+    torch = pytest.importorskip("torch")
+    images = torch.linspace(0, 1, 96).reshape(2, 4, 4, 3).bfloat16()
+    expected = data.from_arrays(images.float().numpy()).images
+    np.testing.assert_array_equal(data.from_arrays(images).images, expected)
 
 
 def test_class_count_and_image_size_are_compared_with_the_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from robust_ssl.data import pictures
@@ -34,6 +35,18 @@ def as_pixels(images: Any, where: str) -> np.ndarray:
       >>> as_pixels(np.zeros((2, 3, 8, 6), np.uint8), "an example").shape
       (2, 8, 6, 3)
     """
+    images = as_images(images, where)
+    # float32 holds every multiple of 1/255 well enough to round back to it.
+    return images if images.dtype == np.uint8 else np.rint(images * 255).astype(np.uint8)
+
+
+def as_images(images: Any, where: str) -> np.ndarray:
+    """Returns images as `as_pixels` does, but floats as float32, which is not rounded to 8 bits.
+
+    Example:
+      >>> as_images(np.full((1, 3, 8, 6), 0.3), "an example").dtype
+      dtype('float32')
+    """
     images = _as_array(images, where)
     _check_numbers(images, where)
     if len(images) == 0:
@@ -48,9 +61,8 @@ def as_pixels(images: Any, where: str) -> np.ndarray:
             f"images of {where} must be uint8 (0 to 255) or float (0 to 1), got {images.dtype}"
             f"{_integer_hint(images)}"
         )
-    # float32 holds every multiple of 1/255 well enough to round back to it.
     _check_range(images, where)
-    return np.rint(images.astype(np.float32, copy=False) * 255).astype(np.uint8)
+    return images.astype(np.float32, copy=False)
 
 
 def as_array(value: Any, where: str) -> np.ndarray:
@@ -63,6 +75,8 @@ def as_array(value: Any, where: str) -> np.ndarray:
         return pictures.to_rgb(value, where)
     if hasattr(value, "detach"):  # torch; one that needs a gradient is no array otherwise
         value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which torch itself gives to no array
+            value = value.float()
     if np.ma.is_masked(value):
         raise ValueError(f"{where} is masked; fill it: array.filled(0)")
     try:
@@ -76,14 +90,20 @@ def _as_array(images: Any, where: str) -> np.ndarray:
         images = [as_array(image, f"image {i} of {where}") for i, image in enumerate(images)]
         # NumPy's own error for ragged lists names no image.
         check_one_size([image.shape for image in images], where)
-        return np.stack(images) if images else np.empty((0,))
-    images = as_array(images, where)
+        return _widened(np.stack(images)) if images else np.empty((0,))
+    images = _widened(as_array(images, where))
     if images.ndim == 0:
         raise ValueError(
             f"images of {where} must be an array [n, height, width, 3] or a list of images, got "
             f"{images.dtype} of shape ()"
         )
     return images
+
+
+def _widened(images: np.ndarray) -> np.ndarray:
+    """Returns floats that NumPy does not know, as JAX's bfloat16, as float32."""
+    unknown = images.dtype.kind == "V" and jnp.issubdtype(images.dtype, jnp.floating)
+    return images.astype(np.float32) if unknown else images
 
 
 def _check_numbers(images: np.ndarray, where: str) -> None:
