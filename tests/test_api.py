@@ -53,6 +53,20 @@ def test_a_perturbation_keeps_its_budget_and_is_applied_to_any_images(perturbati
     )
 
 
+def test_no_form_of_floats_is_rounded(perturbation):
+    floats = np.random.default_rng(0).uniform(size=(5, 8, 8, 3)).astype(np.float32)
+    attacked = perturbation.apply(floats)
+    for form in (np.moveaxis(floats, 3, 1), list(floats), floats.tolist(), jnp.asarray(floats)):
+        np.testing.assert_allclose(perturbation.apply(form), attacked, atol=1e-7)
+    gray = floats[..., 0]
+    repeated = perturbation.apply(np.repeat(gray[..., None], 3, axis=-1))
+    np.testing.assert_array_equal(perturbation.apply(gray), repeated)
+    half = jnp.asarray(floats, jnp.bfloat16)
+    np.testing.assert_array_equal(
+        perturbation.apply(half), perturbation.apply(np.asarray(half, np.float32))
+    )
+
+
 def test_a_perturbation_is_what_a_fit_returns(perturbation):
     images, _ = tiny.images()
     keys, epsilons = attacks.members(seeds=[0], epsilons=[10 / 255])

@@ -12,6 +12,7 @@ import numpy as np
 
 from robust_ssl import data, weights
 from robust_ssl.api.names import BUILTIN
+from robust_ssl.data.checks import as_images, check_not_bits
 from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.models.bridge import Bridge
 from robust_ssl.parallel import Parallel
@@ -164,12 +165,11 @@ def pixels_of(images: Any) -> np.ndarray:
     """
     if isinstance(images, (data.Examples, data.StreamedExamples)):
         images = images.read(np.arange(len(images)))["images"]
-    rounded = data.from_arrays(images).images
-    array = np.asarray(images) if hasattr(images, "dtype") else None
-    # Checked above; what was converted there (channels first, gray) has another shape.
-    if array is not None and array.dtype.kind == "f" and array.shape == rounded.shape:
-        return array.astype(np.float32)
-    return rounded.astype(np.float32) / 255
+    pixels = as_images(images, "'arrays'")
+    if pixels.dtype != np.uint8:
+        return pixels
+    check_not_bits(pixels, "'arrays'")
+    return pixels.astype(np.float32) / 255
 
 
 def devices_of(parallel: Parallel | None) -> Parallel:
