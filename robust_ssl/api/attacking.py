@@ -23,7 +23,7 @@ from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.experiment.attack import surrogate_batches
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
-from robust_ssl.types import Threat
+from robust_ssl.types import Classifier, Encoder, Outputs, Threat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,6 +194,7 @@ def attack(
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)
     batch_size = inputs.batch_of(batch_size, len(surrogate), parallel)
+    _check_outputs(encoder, surrogate.image_shape)
     encoder, parallel = as_value(encoder), parallel.anew_for(encoder, fitted, threat)
     keys, epsilons = attacks.members(seeds=(seed,), epsilons=(epsilon,))
     begun = time.perf_counter()
@@ -211,6 +212,21 @@ def attack(
             on_step=lambda step, values: bar.update(step + 1, loss=values[0]),
         )
     return Perturbation(result.member(0), result.curve[:, 0], time.perf_counter() - begun)
+
+
+def _check_outputs(encoder: Any, image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError for a plain function that returns anything but `Outputs`."""
+    if isinstance(encoder, Encoder | Classifier):
+        return
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    returned = jax.eval_shape(lambda given: encoder(given), images)
+    if not isinstance(returned, Outputs):
+        name = getattr(encoder, "__name__", type(encoder).__name__)
+        raise ValueError(
+            f"the encoder {name} returns {type(returned).__name__}, and not robust_ssl.Outputs; "
+            f"make an encoder of it: robust_ssl.from_callable({name}, image_size) for a function "
+            "of images to features [n, numbers], from_nnx or from_torch for a module"
+        )
 
 
 def refuse_class(attack: Any) -> None:
