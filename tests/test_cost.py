@@ -40,6 +40,22 @@ def test_steps_are_timed_in_turn_and_the_median_round_counts(monkeypatch):
     assert [state for name, state in clock.calls if name == "b"] == list(range(10, 17))
 
 
+@pytest.mark.parametrize("number", [1, 2, 4, 7])
+def test_who_asks_to_stop_waits_for_one_timing(monkeypatch, number):
+    clock, asked = Clock(monkeypatch), []
+
+    def stop_at():
+        asked.append(len(clock.calls))
+        if len(asked) == number:
+            raise InterruptedError
+
+    steps = {name: clock.step(name, [1.0] * 9) for name in "ab"}
+    with pytest.raises(InterruptedError):
+        measure(steps, {"a": 0, "b": 0}, None, memory=False, before_each=stop_at)
+    # Two compilations, two first updates, and timings of three updates.
+    assert asked == [0, 0, 0, 1, 2, 5, 8][:number]
+
+
 @pytest.mark.parametrize("method", KINDS)
 def test_memory_is_known_for_every_way_to_be_parallel(method):
     parallel = Parallel.create(num_devices=2, kind=method)

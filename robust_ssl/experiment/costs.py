@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from robust_ssl import data, finetuning
 from robust_ssl.experiment import batch_parts, features, fitting, train
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.recipe import Recipe
+from robust_ssl.stopping import Stopped, stop_requested
 
 # Of a recipe's own training, without that of what it starts from.
 OWN = ("seconds_per_step", "seconds_per_image", "gradients_per_epoch", "peak_bytes")
@@ -50,6 +52,9 @@ def measure(
       By recipe: ``factor`` (training time over the reference's; None without it), ``gradients``
       (gradient evaluations per image, over the reference's epochs), and the numbers `OWN`, None
       where nothing was trained.
+
+    Raises:
+      Stopped: If a stop was asked for, before the next step is compiled or timed.
     """
     reference = context.plan.recipes[context.plan.compare.reference]
     everything = list(dict.fromkeys(other for recipe in recipes for other in recipe.chain()))
@@ -62,7 +67,8 @@ def measure(
         if not directory.done or lacking:
             results = {recipe: stage.results for recipe, stage in stages.items()}
             trained = [recipe for recipe in everything if results[recipe]["epochs"]]
-            steps = _measure_steps(context, trained, results)
+            stopping = functools.partial(_check_stop, stage)
+            steps = _measure_steps(context, trained, results, stopping)
             own = {r: _own(r, results[r], steps.get(r)) for r in everything}
             epochs, whole = reference.epochs, {}
             if reference in chains:
@@ -82,6 +88,11 @@ def measure(
                 },
             )
     return directory.results
+
+
+def _check_stop(stage: str) -> None:
+    if stop_requested():
+        raise Stopped(f"{stage} stopped while it timed the steps of training")
 
 
 def _own(recipe: Recipe, results: Mapping[str, Any], cost: finetuning.Cost | None) -> dict:
@@ -139,10 +150,12 @@ def _measure_steps(
     context: Context,
     recipes: Sequence[Recipe],
     results: Mapping[Recipe, Mapping[str, Any]],
+    check_stop: Callable[[], None],
 ) -> dict[Recipe, finetuning.Cost]:
     settings, compiled, states = context.plan.compare, {}, {}
     clean = {}  # of those recipes whose attack has no budget for a while: steps of that while
     for recipe in recipes:
+        check_stop()
         rates = recipe.rates
         if recipe.select is not None:
             rates = finetuning.rates_for(results[recipe]["selected"], recipe.select.rate)
@@ -179,6 +192,7 @@ def _measure_steps(
         rounds=settings.rounds,
         steps_per_round=settings.steps_per_round,
         memory=settings.memory,
+        before_each=check_stop,
     )
     return {
         recipe: _on_average(measured[recipe], measured.get(clean.get(recipe)), results[recipe])

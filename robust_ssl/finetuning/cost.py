@@ -38,6 +38,7 @@ def measure(
     steps_per_round: int = 3,
     warmup: int = 1,
     memory: bool = True,
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Cost]:
     """Measures several steps in turn, so that the drift of a noisy machine falls on all alike.
 
@@ -54,6 +55,8 @@ def measure(
       warmup: Updates of each step before the first round, not timed: they compile.  At least 1.
       memory: Whether to ask for `planned_bytes`, which compiles a step that cannot be lowered once
         more.
+      before_each: Called before each compilation and each timing.  What it raises ends the
+        measurement: a wish to stop, for example.
 
     Returns:
       Name to cost, in the order of `steps`.
@@ -75,11 +78,13 @@ def measure(
             raise ValueError(f"{name} must be at least 1, got {number}")
     peak_bytes = {}
     for name, step in steps.items():
+        before_each()
         peak_bytes[name] = planned_bytes(step, states[name], batch) if memory else None
         release_programs(_room(len(steps)))  # all steps are alive at once from here on
     states = dict(states)
 
     def timed(name: str, count: int) -> float:
+        before_each()
         # What is still under way on the device would be counted as this step's.
         state = jax.block_until_ready(states[name])
         start = time.perf_counter()
