@@ -18,7 +18,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,7 +27,7 @@ MOST_JSON = 2**26  # bytes; the longest results.json of a comparison has 2**22
 MOST_RATIO, SMALL = 64, 2**26  # times its size that a file unpacks to, where that is not little
 MOST_NESTED = 64  # lists in lists; Python's own readers end at about 1,000, in a RecursionError
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_PARTIAL = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)  # as `replacing` names it
 # What zipfile and NumPy raise for bytes that are no .npz.  A want of memory, or a library that
 # cannot be imported, says nothing of the file.
 _DAMAGE = (
@@ -232,6 +232,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     flags |= getattr(os, "O_BINARY", 0)
     try:
         with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
+            _lock(file.fileno())  # so that nobody takes it for a leftover
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name with no content
@@ -256,3 +257,35 @@ def replace(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces a file as a whole, text as UTF-8; see `replacing`."""
     with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def remove_leftovers(folders: Iterable[str | os.PathLike]) -> None:
+    """Removes from folders what `replacing` has left where a process was killed.
+
+    A file that a process is writing stays.  So does everything where the disk knows no locks.
+    """
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for name in filter(_PARTIAL.fullmatch, os.listdir(folder)):
+                _remove_unless_written(os.path.join(folder, name))
+
+
+def _remove_unless_written(partial: str) -> None:
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with contextlib.suppress(OSError):
+        number = os.open(partial, flags)
+        try:
+            if _lock(number):
+                os.unlink(partial)
+        finally:
+            os.close(number)
+
+
+def _lock(number: int) -> bool:
+    """Locks an open file until it is closed; returns whether that was possible."""
+    with contextlib.suppress(ImportError, OSError):  # not every system and disk has them
+        import fcntl
+
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

@@ -407,3 +407,82 @@ def test_a_state_that_cannot_be_read_at_all_is_still_an_error(tmp_path):
             file.write_bytes(b"")
     with pytest.raises(DamagedTreeError, match="remove"):
         stage.restore_latest(STATE)
+
+
+# --- What a sudden end leaves -------------------------------------------------------------------
+
+WRITES = """
+import sys
+from robust_ssl import disk
+with disk.replacing(sys.argv[1]) as file:
+    print("begun", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def writing(file):
+    """Another process in the middle of writing a file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITES, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+    )
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def test_who_holds_a_directory_removes_what_a_killed_run_was_writing(tmp_path):
+    places = [tmp_path, tmp_path / "analysis", tmp_path / "s", tmp_path / "s" / "classifier"]
+    for folder in places:
+        folder.mkdir(exist_ok=True)
+        process = writing(folder / "manifest.json")
+        process.kill()
+        process.communicate()
+        assert [file.suffix for file in folder.iterdir() if file.is_file()] == [".tmp"]
+    others = [tmp_path / ".mine.tmp", tmp_path / ".x.0123456789abcdeF.tmp", tmp_path / "a.tmp"]
+    for file in others:
+        file.write_text("of somebody else")
+    done(tmp_path)
+    assert {file for file in tmp_path.rglob("*.tmp")} == set(others)
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    process = writing(tmp_path / "export.bin")
+    with hold(tmp_path):
+        pass
+    process.communicate("\n")
+    assert process.returncode == 0 and (tmp_path / "export.bin").exists()
+
+
+def test_what_was_taken_for_a_result_and_is_none_may_go(tmp_path, caplog):
+    """Earlier a leftover, or a file manager's file, was in the manifest."""
+    beside = tmp_path / "figures"
+    beside.mkdir()
+    leftovers = [beside / ".DS_Store", beside / ".fourier.png.2ef82ef82ef82ef8.tmp"]
+    with open_stage(tmp_path, "s", {}, {}, 0) as stage:
+        for file in leftovers:
+            file.write_text("x")
+        stage.finish({}, beside=leftovers)
+    for file in leftovers:
+        file.unlink()
+    assert open_stage(tmp_path, "s", {}, {}, 0).done and not caplog.text
+
+
+def test_what_is_made_again_is_said_once_and_edited_text_is_kept(tmp_path, caplog):
+    table = tmp_path / "energy.csv"
+
+    def made():
+        with open_stage(tmp_path, "s", {}, {}, 0, redo=True) as stage:
+            if not stage.done:
+                table.write_text("numbers")
+                stage.finish({}, beside=[table])
+
+    made()
+    table.write_text("numbers and notes")
+    made()
+    assert caplog.text.count("is made again") == 1
+    assert "what was there is energy.csv.changed" in caplog.text
+    assert (tmp_path / "energy.csv.changed").read_text() == "numbers and notes"
+    assert table.read_text() == "numbers"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import disk, evaluation, report
+from robust_ssl import evaluation, report
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, at_main_budget, attack
 from robust_ssl.experiment.compare import outcomes_of, over_seeds
@@ -22,23 +19,23 @@ from robust_ssl.experiment.loop import stage_key
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.score import origin_of, read_outcomes, saved_classifiers, score
 from robust_ssl.parallel import everywhere
+from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import (
     StageDirectory,
     changed_files,
-    digest,
     fingerprint,
     load_arrays,
+    readable,
     save_arrays,
     sum_files,
-    write_atomically,
 )
 
 _log = logging.getLogger(__name__)
 
 IMAGES = 256  # test images by which the outputs of layers are compared
 PICTURES = 8
-WRITTEN = ".pages.json"  # checksums of all that is written for reading
+WRITTEN = readable.RECORD
 
 _predictions = jax.jit(evaluation.predictions)
 
@@ -65,7 +62,8 @@ def write(
     if comparison is not None:
         right = over_seeds(outcomes_of(context, scored, pairs))
     document = _document(context, scored, comparison, pairs)
-    if everywhere(page.exists() and _same(file, document) and _as_written(context.workdir)):
+    # First of all: what somebody wrote into a page is kept when there are other results, too.
+    if everywhere(_as_written(context.workdir) and page.exists() and _same(file, document)):
         return right
     if jax.process_index() == 0:
         # Before the page and its figures: whatever becomes of them, the numbers are there.
@@ -86,10 +84,7 @@ def write(
     paths = report.write_report(
         context.workdir, written, curves=curves, outcomes=right, figures=figures
     )
-    drawn = (entry for entry in (context.workdir / "figures").glob("*") if entry.is_file())
-    sums = sum_files(context.workdir, [file, *paths, *drawn])
-    record = {"files": sums, "sha256": digest(sums)}
-    write_atomically(context.workdir / WRITTEN, json.dumps(record, indent=1) + "\n")
+    readable.write_record(context.workdir / WRITTEN, sum_files(context.workdir, [file, *paths]))
     return right
 
 
@@ -100,27 +95,13 @@ def _as_written(workdir: pathlib.Path) -> bool:
     """
     if jax.process_index():
         return True  # the first process looks
-    try:
-        record = disk.read_json(workdir / WRITTEN)
-        if digest(record["files"]) != record["sha256"]:
-            return False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    changed = changed_files(workdir, record["files"])
-    for line in changed:
-        file, kept = workdir / line.partition(" ")[0], ""
-        if file.is_file() and file.suffix in (".md", ".csv") and file.stat().st_size:
-            free = _free(file)
-            os.replace(file, free)
-            kept = f"; what was there is {free.name}"
-        _log.warning("%s: %s; the report is written again%s", workdir, line, kept)
-    return not changed
-
-
-def _free(file: pathlib.Path) -> pathlib.Path:
-    """Returns a name beside a file that nothing has."""
-    names = (f"{file.name}.changed{number or ''}" for number in itertools.count())
-    return next(file.with_name(n) for n in names if not file.with_name(n).exists())
+    sums = readable.read_record(workdir / WRITTEN)
+    changed = changed_files(workdir, sums)
+    for name, why in changed.items():
+        kept = readable.keep_edited(workdir / name)
+        again = f"the report is written again{kept and f'; {kept}'}"
+        _log.warning("%s: %s %s; %s", workdir, name, why, again)
+    return bool(sums) and not changed
 
 
 def _same(file: pathlib.Path, document: Mapping[str, Any]) -> bool:
@@ -280,12 +261,17 @@ def look(
     Returns:
       ``clean`` and ``attacked`` images, the model's ``answers`` to both, and by how much the
       output of each layer moves: ``taps``, ``measures`` and ``drift`` ``[taps, measures]``.
+
+    Raises:
+      Stopped: If a stop was asked for, and this is not there yet.
     """
     file = scored.path / "groups" / f"{name}-look.npz"
     origin = origin_of(scored, scored.manifest["inputs"], name, [IMAGES, PICTURES], kinds=())
     arrays = load_arrays(file, origin)
     if arrays is not None:
         return arrays
+    if stop_requested():
+        raise Stopped("stopped before the report, and what was scored is kept")
     perturbation = _strongest(scored, name, public)
     count = min(IMAGES, len(context.test))
     clean = evaluation.to_pixels(context.test.read(np.arange(count))["images"])

@@ -9,6 +9,7 @@ from robust_ssl.report.figures import (
     figure_examples,
     figure_sensitivity,
     figure_stability,
+    files_of,
 )
 from robust_ssl.report.gains import gain_shares, share_rows
 from robust_ssl.report.pages import print_summary, write_report
@@ -34,6 +35,7 @@ __all__ = [
     "figure_pareto",
     "figure_sensitivity",
     "figure_stability",
+    "files_of",
     "front",
     "gain_shares",
     "label",

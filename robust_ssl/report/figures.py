@@ -27,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from robust_ssl import disk, words
+from robust_ssl import words
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
 from robust_ssl.report.tables import MARK, label
+from robust_ssl.workdir import UnwritableError, unwritable, write_atomically
 
 Folder = str | os.PathLike
 Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]  # by model, tap and measure
@@ -109,9 +110,15 @@ def attempt(draw: Callable[..., pathlib.Path], *args: Any, **kwargs: Any) -> lis
     """Draws a figure and returns its path in a list, which is empty where that fails.
 
     A run of hours must not end for want of a picture: the failure is logged.
+
+    Raises:
+      UnwritableError: If it is drawn and cannot be written.  Counted as left out, it would stay
+        away after there is room again.
     """
     try:
         return [draw(*args, **kwargs)]
+    except UnwritableError:
+        raise
     except Exception as error:  # matplotlib raises whatever happens to go wrong within it
         name = kwargs.get("name", draw.__name__.removeprefix("figure_"))
         _log.warning("the figure %s is left out: %s: %s", name, type(error).__name__, error)
@@ -375,16 +382,30 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, directory: Folder, name: str, header: Sequence[str], rows: Iterable):
-    """Writes a figure as PNG and SVG and its numbers as CSV; returns the PNG's path."""
+    """Writes a figure as PNG and SVG and its numbers as CSV; returns the PNG's path.
+
+    Raises:
+      UnwritableError: If a file cannot be written.
+    """
     stem = pathlib.Path(directory) / name
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(stem.parent, error) from error
     numbers = io.StringIO()
     writer = csv.writer(numbers, lineterminator="\n")
     writer.writerows([words.csv_cell(cell) for cell in row] for row in (header, *rows))
     # The numbers first: they need no font and no renderer.
-    disk.replace(stem.with_name(f"{stem.name}.csv"), numbers.getvalue())
+    write_atomically(stem.with_name(f"{stem.name}.csv"), numbers.getvalue())
     # Without the library's version and the date, equal numbers are equal bytes.
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with disk.replacing(stem.with_name(stem.name + suffix)) as file:
-            figure.savefig(file, format=suffix[1:], metadata=metadata)
+        # In memory first: an error of drawing costs the figure, one of the disk ends the run.
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix[1:], metadata=metadata)
+        write_atomically(stem.with_name(stem.name + suffix), drawn.getvalue())
     return stem.with_name(f"{stem.name}.png")
+
+
+def files_of(figure: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a figure by the path of its PNG."""
+    return [figure.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]

@@ -15,7 +15,7 @@ from robust_ssl.evaluation import WORST
 from robust_ssl.report import claims, sentences, tables
 from robust_ssl.report.cases import Document, Entry, worst_cases
 from robust_ssl.report.comparison import FIELDS, SHARES, Outcomes, Summary, differences, summarize
-from robust_ssl.report.figures import Folder, attempt, figure_epsilon
+from robust_ssl.report.figures import Folder, attempt, figure_epsilon, files_of
 from robust_ssl.report.gains import share_table
 from robust_ssl.report.pareto import figure_pareto, points_of
 from robust_ssl.report.tables import budget, names
@@ -85,7 +85,7 @@ def write_report(
 
     ``results.csv`` has the worst cases, ``attacks.csv`` every attack.  Where recipes were
     compared, ``comparison.csv`` has the rows, and ``differences.csv`` how the recipes differ on
-    the same images.  Returns the paths of page and tables.
+    the same images.
 
     Args:
       workdir: Where to write.
@@ -94,6 +94,12 @@ def write_report(
       outcomes: By recipe and share, in what part of the seeds each image was right.
       figures: Paths of PNG files, absolute or from the current directory.  A comparison's
         ``pareto.png`` is drawn if it is not among them.
+
+    Returns:
+      The paths of page and tables, and of each figure with what lies beside it.
+
+    Raises:
+      UnwritableError: If one of them cannot be written.
     """
     workdir = pathlib.Path(workdir)
     comparison = document["comparison"]
@@ -133,7 +139,8 @@ def write_report(
     texts["report.md"] = "\n\n".join(filter(None, sections)) + "\n"
     for name, text in texts.items():
         write_atomically(workdir / name, text)
-    return [workdir / name for name in texts]
+    drawn = [file for figure in figures for file in files_of(figure) if file.is_file()]
+    return [*(workdir / name for name in texts), *drawn]
 
 
 def print_summary(

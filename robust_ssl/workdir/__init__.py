@@ -4,6 +4,7 @@
 and files are replaced whole, so what can be read is what was written.
 """
 
+from robust_ssl.workdir import readable
 from robust_ssl.workdir.arrays import (
     DamagedTreeError,
     WrongTreeError,
@@ -15,6 +16,7 @@ from robust_ssl.workdir.arrays import (
 from robust_ssl.workdir.lock import hold
 from robust_ssl.workdir.manifest import (
     ConfigChangedError,
+    UnwritableError,
     changed_files,
     check_layout,
     check_unchanged,
@@ -24,18 +26,21 @@ from robust_ssl.workdir.manifest import (
     make_directory,
     read_manifest,
     sum_files,
+    unwritable,
     versions,
     write_atomically,
 )
 from robust_ssl.workdir.metrics import read_metrics
 from robust_ssl.workdir.opening import check_left, open_stage
 from robust_ssl.workdir.paths import WorkdirError, check_files, check_place, workdir_path
+from robust_ssl.workdir.readable import write_pages
 from robust_ssl.workdir.stage import StageDirectory
 
 __all__ = [
     "ConfigChangedError",
     "DamagedTreeError",
     "StageDirectory",
+    "UnwritableError",
     "WorkdirError",
     "WrongTreeError",
     "changed_files",
@@ -55,9 +60,12 @@ __all__ = [
     "read_manifest",
     "read_metrics",
     "read_tree",
+    "readable",
     "save_arrays",
     "sum_files",
+    "unwritable",
     "versions",
     "workdir_path",
     "write_atomically",
+    "write_pages",
 ]

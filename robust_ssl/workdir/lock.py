@@ -92,7 +92,18 @@ def acquire(workdir: str | os.PathLike) -> None:
     if refusal:
         raise WorkdirError(refusal)
     _held[path] = _Held(token, os.getpid(), writes=jax.process_index() == 0)
+    if jax.process_index() == 0:
+        # No further down: whose workdir is "." may have a million pictures there.
+        disk.remove_leftovers([path, *_folders(path)])
     _keep_touching()
+
+
+def _folders(path: str) -> list[str]:
+    """The folders directly in a working directory, links and hidden ones left out."""
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return [entry.path for entry in folders if not entry.name.startswith(".")]
+    return []
 
 
 def release(workdir: str | os.PathLike) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -32,6 +33,12 @@ _WORK += ("fingerprint", "results", "files", "log", "stuck")
 # What is only told of it: one may look at it, but nothing is made of it.
 _RECORD = ("versions", "devices", "started", "finished", "before")
 
+# Beside what a stage leaves: what it is resumed from, what it says of itself, what was not taken.
+_NO_RESULTS = ("manifest.json", "metrics.jsonl", "checkpoints", "damaged-*", "other-*")
+_NO_RESULTS += ("*.tmp", "*.partial", "*.damaged", "*.other", "*.changed", "*.changed[0-9]*")
+# What others leave there and take away again: editors, file managers, network disks, Python.
+_NO_RESULTS += (".*", "*~", "*.swp", "#*#", "Thumbs.db", "desktop.ini", "__pycache__")
+
 _log = logging.getLogger(__name__)
 
 _WILD = r"[*?\[]"  # what `fnmatch` takes for more than itself
@@ -42,6 +49,10 @@ _WAY_OUT = "take another --workdir, or finish this one with robust_ssl 0.1; noth
 
 class ConfigChangedError(ValueError):
     """A stage directory holds the work of another configuration."""
+
+
+class UnwritableError(OSError):
+    """A file could not be written; the same command goes on once there is room."""
 
 
 def make_directory(path: str | os.PathLike) -> pathlib.Path:
@@ -262,8 +273,8 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
     """Replaces a file as a whole: a reader, or a sudden end, finds the old one or the new.
 
     Raises:
-      OSError: If it cannot be written (a full disk), or is not what was written; it names the
-        file.
+      UnwritableError: If it cannot be written (a full disk), or is not what was written; it names
+        the file.
     """
     content = content if isinstance(content, bytes) else content.encode()
     try:
@@ -272,19 +283,24 @@ def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
     except OSError as error:
         raise unwritable(file, error) from error
     if written != content:
-        raise OSError(errno.EIO, f"{file} is not what was just written there")
+        raise UnwritableError(errno.EIO, f"{file} is not what was just written there")
 
 
-def unwritable(file: pathlib.Path, error: Exception) -> OSError:
+def unwritable(file: pathlib.Path, error: Exception) -> UnwritableError:
     """Returns the error for a file that could not be written, a full disk most often."""
     reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["?"])[0]
     if len(reason) > _REASON:  # where it happened comes first, what happened last
         reason = f"{reason[: _REASON // 2]} ... {reason[-_REASON // 2 :]}"
-    return OSError(
+    return UnwritableError(
         getattr(error, "errno", None) or errno.EIO,
         f"cannot write {file}: {reason}; make room, or take another --workdir, and run the same "
         "command again: what was finished is kept",
     )
+
+
+def is_result(name: str) -> bool:
+    """Returns whether a file of this name is a part of what a stage leaves."""
+    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NO_RESULTS)
 
 
 def sum_files(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> dict[str, Any]:
@@ -297,23 +313,28 @@ def sum_files(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> dict[str, 
     return sums
 
 
-def changed_files(folder: pathlib.Path, sums: Mapping[str, Any]) -> list[str]:
-    """Returns which files are not what `sum_files` saw, each with what is wrong with it."""
-    changed = []
+def changed_files(folder: pathlib.Path, sums: Mapping[str, Any]) -> dict[str, str]:
+    """Returns which files are not what `sum_files` saw, each with what is wrong with it.
+
+    What is no result does not count: of before there are sums of what a file manager had left.
+    """
+    changed = {}
     for name, entry in sums.items():
         file = folder / name
+        if not is_result(file.name):
+            continue
         try:
             length, sha256 = _sum(file)
         except FileNotFoundError:
-            changed.append(f"{name} is not there")
+            changed[name] = "is not there"
             continue
         except OSError as error:
-            changed.append(f"{name} cannot be read ({error.strerror or error})")
+            changed[name] = f"cannot be read ({error.strerror or error})"
             continue
         if length != entry["bytes"]:
-            changed.append(f"{name} has {length} bytes instead of {entry['bytes']}")
+            changed[name] = f"has {length} bytes instead of {entry['bytes']}"
         elif sha256 != entry["sha256"]:
-            changed.append(f"{name} has other bits than were written")
+            changed[name] = "has other bits than were written"
     return changed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 import pathlib
@@ -26,6 +27,7 @@ from robust_ssl.workdir.manifest import (
     versions,
 )
 from robust_ssl.workdir.paths import WorkdirError, workdir_path
+from robust_ssl.workdir.readable import keep_edited
 from robust_ssl.workdir.stage import StageDirectory
 
 _log = logging.getLogger(__name__)
@@ -84,17 +86,17 @@ def open_stage(
     path = workdir / name
     settings = json_ready({"config": config, "inputs": inputs, "seed": seed})
 
-    def finished() -> tuple[dict[str, Any] | None, StageDirectory | None]:
+    def finished(quiet: bool = False) -> tuple[dict[str, Any] | None, StageDirectory | None]:
         old = _settled_manifest(path)
         if old is None:
             return None, None
         check_unchanged(path, old, settings, collects=collects, places=places)
         same = old["status"] == "done" and all(old[name] == settings[name] for name in settings)
-        if same and check_left(path, old, redo=redo, made=made):
+        if same and check_left(path, old, redo=redo, made=made, quiet=quiet):
             return old, StageDirectory(path, old)
         return old, None
 
-    old, stage = finished()
+    old, stage = finished(quiet=True)
     if stage is not None:
         return stage
     make_directory(path)
@@ -144,7 +146,12 @@ def _begin(
 
 
 def check_left(
-    path: pathlib.Path, manifest: Mapping[str, Any], *, redo: bool = False, made: str = "made"
+    path: pathlib.Path,
+    manifest: Mapping[str, Any],
+    *,
+    redo: bool = False,
+    made: str = "made",
+    quiet: bool = False,
 ) -> bool:
     """Returns whether all that a finished stage left is there, bit for bit.
 
@@ -153,22 +160,30 @@ def check_left(
       manifest: What it says.
       redo: Whether False is returned where something is not; else that is an error.
       made: The word for what the stage does.
+      quiet: Whether nothing is said of what is made again, nor edited text set aside for it.
 
     Raises:
       WorkdirError: If something is not, with its name and the way out.
     """
-    changed: list[str] = []
+    changed: dict[str, str] = {}
     if jax.process_index() == 0:
-        changed = changed_files(path, manifest.get("files", {}))
-        _warn_of_log(path / "metrics.jsonl", manifest.get("log"))
-    text = exchange("\n".join(changed))[0]  # what one process has read is enough
+        files = manifest.get("files", {})
+        # A page beside a stage is written again from its results: `readable.write_pages`.
+        files = {name: files[name] for name in files if not fnmatch.fnmatchcase(name, "../*.md")}
+        changed = changed_files(path, files)
+    text = exchange("\n".join(f"{n} {why}" for n, why in changed.items()))[0]  # one has read it
     if not text:
+        if jax.process_index() == 0:
+            _warn_of_log(path / "metrics.jsonl", manifest.get("log"))
         return True
     names = "\n".join(f"  {line}" for line in text.splitlines()[:3])
     more = len(text.splitlines()) - 3
     names += f" (and {more} more)" if more > 0 else ""
     if redo:
-        _log.warning("%s is not what was %s there and is made again:\n%s", path, made, names)
+        if not quiet:
+            kept = "".join(f"; {kept}" for name in changed if (kept := keep_edited(path / name)))
+            said = "%s is not what was %s there and is made again:\n%s%s"
+            _log.warning(said, path, made, names, kept)
         return False
     raise WorkdirError(
         f"{path} is not what was {made} there:\n{names}\nbring it back from a copy, or remove "

@@ -16,7 +16,6 @@ made from: config, inputs, seed and the code of the user's functions (`StageDire
 from __future__ import annotations
 
 import errno
-import fnmatch
 import gc
 import json
 import logging
@@ -29,6 +28,7 @@ from typing import Any
 
 import jax
 
+from robust_ssl import disk
 from robust_ssl.parallel import barrier, everywhere, first_process
 from robust_ssl.workdir import lock
 from robust_ssl.workdir.arrays import (
@@ -43,6 +43,7 @@ from robust_ssl.workdir.arrays import (
 )
 from robust_ssl.workdir.manifest import (
     digest,
+    is_result,
     json_ready,
     now,
     seal,
@@ -56,11 +57,6 @@ from robust_ssl.workdir.paths import plain
 _log = logging.getLogger(__name__)
 
 
-# Beside what a stage leaves: what it is resumed from, what it says of itself, what was not taken.
-_NO_RESULTS = ("manifest.json", "metrics.jsonl", "checkpoints", "damaged-*", "other-*")
-_NO_RESULTS += ("*.tmp", "*.partial", "*.damaged", "*.other")
-# What others leave there and take away again: editors, file managers, network disks, Python.
-_NO_RESULTS += (".*", "*~", "*.swp", "#*#", "Thumbs.db", "desktop.ini", "__pycache__")
 _A_WHILE = 60.0  # seconds, well below what orbax waits
 
 
@@ -209,8 +205,9 @@ class StageDirectory:
                 shutil.rmtree(self.checkpoints / str(step), ignore_errors=True)
 
     def remove_unfinished(self) -> None:
-        """Removes what a sudden end left of a state that was being written."""
+        """Removes what a sudden end left of what was being written."""
         if jax.process_index() == 0:
+            disk.remove_leftovers(folder for folder, _, _ in os.walk(self.path))
             for rest in self.checkpoints.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(rest, ignore_errors=True)
 
@@ -355,13 +352,9 @@ def _left(path: pathlib.Path) -> list[pathlib.Path]:
         return []  # one process writes the manifest
     left = []
     for folder, folders, names in os.walk(path):
-        folders[:] = filter(_is_result, folders)
-        left += [pathlib.Path(folder, name) for name in filter(_is_result, names)]
+        folders[:] = filter(is_result, folders)
+        left += [pathlib.Path(folder, name) for name in filter(is_result, names)]
     return [file for file in left if file.is_file()]
-
-
-def _is_result(name: str) -> bool:
-    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in _NO_RESULTS)
 
 
 def _brief(error: Exception) -> str:
