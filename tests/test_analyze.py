@@ -1,17 +1,20 @@
 """The analysis of a run: what it leaves, what it skips, what it refuses."""
 
+import errno
 import json
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_recipes import FROZEN, context, go
+from tiny_recipes import FROZEN, context, go, manifest
 
-from robust_ssl import experiment, models, settings, weights
+from robust_ssl import disk, experiment, models, settings, weights
 from robust_ssl.experiment import analyze as stage
 from robust_ssl.experiment.sources import EncoderSource
 from robust_ssl.stopping import Stopped
+from robust_ssl.workdir import UnwritableError, sum_files
+from robust_ssl.workdir.manifest import seal
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -114,6 +117,77 @@ def test_a_finished_analysis_is_skipped(finished, monkeypatch):
     changed, workdir, done = finished
     monkeypatch.setattr(stage, "_run_parts", lambda subject: pytest.fail("it looked again"))
     assert analyze(changed, workdir).results == done.results
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A small analysis that is finished, to be changed."""
+    changed = config({}, parts=("layers", "energy"))
+    analyze(changed, tmp_path)
+    return changed, tmp_path, tmp_path / "analysis"
+
+
+def test_notes_on_the_page_are_kept_and_nothing_is_looked_at_again(copy, monkeypatch, caplog):
+    changed, workdir, folder = copy
+    page = (folder / "analysis.md").read_text()
+    assert page.count(".png)") == 4
+    monkeypatch.setattr(stage, "_run_parts", lambda subject: pytest.fail("it looked again"))
+    (folder / "analysis.md").write_text(f"{page}my note")
+    for _ in range(2):
+        analyze(changed, workdir)
+        assert (folder / "analysis.md").read_text() == page
+        assert (folder / "analysis.md.changed").read_text() == f"{page}my note"
+        assert caplog.text.count("analysis.md has ") == 1
+    (folder / "analysis.md").unlink()
+    analyze(changed, workdir)
+    assert (folder / "analysis.md").read_text() == page
+
+
+def test_an_analysis_of_before_had_its_page_among_its_files(copy, monkeypatch):
+    changed, workdir, folder = copy
+    page = folder / "analysis.md"
+    old = manifest(workdir, "analyze")
+    old["files"] |= sum_files(workdir / "analyze", [page])
+    (workdir / "analyze" / "manifest.json").write_text(json.dumps(seal(old)))
+    (workdir / "analyze" / ".pages.json").unlink()
+    monkeypatch.setattr(stage, "_run_parts", lambda subject: pytest.fail("it looked again"))
+    analyze(changed, workdir)
+    assert not list(folder.glob("*.changed"))
+    page.write_text("my note")
+    analyze(changed, workdir)
+    assert (folder / "analysis.md.changed").read_text() == "my note"
+
+
+def test_only_what_was_drawn_is_a_result(copy):
+    changed, workdir, folder = copy
+    for name in (".fourier.png.2ef82ef82ef82ef8.tmp", "mine.png", "notes.txt"):
+        (folder / name).write_text("others'")
+    (folder / "energy.png").unlink()
+    analyze(changed, workdir)
+    files = {name for name in manifest(workdir, "analyze")["files"] if "/" in name}
+    stems = ["energy", *(f"layers-{n}" for n in ("advencoder", "random_noise", "universal_pgd"))]
+    drawn = {f"../analysis/{stem}.{kind}" for stem in stems for kind in ("png", "svg", "csv")}
+    assert files == drawn | {"../analysis/analysis.json"}
+    assert not list(folder.glob(".*.tmp")) and (folder / "mine.png").exists()
+
+
+def test_a_figure_that_finds_no_room_is_drawn_by_the_next_start(tmp_path, monkeypatch):
+    changed, replacing = config({}, parts=("energy",)), disk.replacing
+
+    def full(path):
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replacing(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "replacing", full)
+        with pytest.raises(
+            UnwritableError, match=r"cannot write .*energy\.png: No space.*make room"
+        ):
+            analyze(changed, tmp_path)
+    assert analyze(changed, tmp_path).done
+    assert "energy.png" in (tmp_path / "analysis" / "analysis.md").read_text()
+    assert (tmp_path / "analysis" / "energy.png").stat().st_size > 100
 
 
 def test_the_encoders_own_runs_are_kept_when_it_is_stopped(tmp_path, shelf, monkeypatch):

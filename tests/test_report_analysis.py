@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -110,21 +111,24 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
 
 
 def test_the_page_says_what_was_found(tmp_path):
-    figure = analysis.figure_layers(tmp_path, STABILITY)
     band = {"low": 0.1875, "high": 0.25, "harm": 0.612}
     fourier = {
         "baseline": {"measure": "error_rate", "clean": 0.1, "most_harmful_band": band},
         "public encoder": {"measure": "feature_drift", "clean": 0.0, "most_harmful_band": band},
     }
     numbers = {"fourier": fourier, "edges": np.array([0.0, np.nan])}
-    analysis.write_analysis(tmp_path, {"images": "8 of digits"}, numbers, [figure])
-    page = (tmp_path / "analysis.md").read_text()
-    assert "| images | 8 of digits |" in page and "(layers.png)" in page
+    numbers |= {"layers": {"pgd": {}, "noise": {}}, "energy": {}, "filtering": {"baseline": {}}}
+    analysis.write_numbers(tmp_path / "analysis.json", {"images": "8 of digits"}, numbers)
+    document = json.loads((tmp_path / "analysis.json").read_text())
+    drawn = {"layers-pgd.png", "layers-noise.png", "fourier.png", "filtering-baseline.png"}
+    page = analysis.analysis_page(document, drawn | {".fourier.png.0f.tmp", "mine.png"})
+    assert "| images | 8 of digits |" in page
+    shown = re.findall(r"\]\((.*\.png)\)", page)
+    assert shown == ["layers-pgd.png", "layers-noise.png", "fourier.png", "filtering-baseline.png"]
     assert (
         "Against baseline (frozen encoder), single frequencies harm most from 0.188 to 0.25 cycles "
         "per pixel (61.2 % errors, 10.0 % without noise)."
     ) in page
     before = page.split("Against public encoder")[0]
     assert "0.612 (mean relative drift of the features)" not in before
-    document = json.loads((tmp_path / "analysis.json").read_text())
     assert document["edges"] == [0.0, None] and document["about"] == {"images": "8 of digits"}

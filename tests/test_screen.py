@@ -243,6 +243,13 @@ def test_the_stage_leaves_figures_and_a_screen_and_goes_on_where_it_was(tmp_path
     before = snapshot(tmp_path / "screen")
     go(screened(), tmp_path)
     assert snapshot(tmp_path / "screen") == before
+    page = (tmp_path / "screening.md").read_text()
+    (tmp_path / "screening.md").write_text("my note")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_try_detectors", lambda *args: pytest.fail("it tried again"))
+        go(screened(), tmp_path)
+    assert (tmp_path / "screening.md").read_text() == page
+    assert (tmp_path / "screening.md.changed").read_text() == "my note"
     (tmp_path / "screening.json").unlink()
     more = screened()  # what comes later is not meant while the other is there
     more.recipes.last = {**FROZEN, "epochs": 1}

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import data, evaluation, report
+from robust_ssl import data, disk, evaluation, report
 from robust_ssl.attacks import UniversalPerturbation
 from robust_ssl.evaluation import analysis
 from robust_ssl.experiment import train
@@ -26,8 +26,9 @@ from robust_ssl.experiment.suites import Suite
 from robust_ssl.report import analysis as figures
 from robust_ssl.stopping import Stopped, stop_requested
 from robust_ssl.types import Classifier, Encoder
-from robust_ssl.workdir import StageDirectory
+from robust_ssl.workdir import StageDirectory, write_pages
 
+FILE, PAGE = "analysis.json", "analysis.md"
 PUBLIC = "public encoder"
 NOISE = "random noise"
 PROBE = "probe"  # the recipe of each encoder of the transfer matrix: a linear head
@@ -109,18 +110,29 @@ def analyze(context: Context) -> StageDirectory:
         "images": subject.images.fingerprint(),
     }
     with context.open("analyze", settings, inputs, redo=True) as stage:
-        if stage.done:
-            return stage
-        numbers, paths = _run_parts(subject)
-        written: list[pathlib.Path] = []
-        if jax.process_index() == 0:
-            figures.write_analysis(subject.directory, _about(subject), numbers, paths)
-            written = [file for file in subject.directory.iterdir() if file.is_file()]
-        bands = {
-            model: entry["most_harmful_band"] for model, entry in numbers.get("fourier", {}).items()
-        }
-        stage.finish({"most_harmful_band": bands}, beside=written)
+        if not stage.done:
+            numbers, paths = _run_parts(subject)
+            written: list[pathlib.Path] = []
+            if jax.process_index() == 0:
+                file = subject.directory / FILE
+                figures.write_numbers(file, _about(subject), numbers)
+                # Not all that lies there: others leave files in a folder of pictures.
+                written = [file, *(each for path in paths for each in report.files_of(path))]
+            bands = {
+                model: entry["most_harmful_band"]
+                for model, entry in numbers.get("fourier", {}).items()
+            }
+            stage.finish({"most_harmful_band": bands}, beside=written)
+    _write_page(stage, subject.directory)
     return stage
+
+
+def _write_page(stage: StageDirectory, directory: pathlib.Path) -> None:
+    """Writes the page from what the finished stage has left, unless it is there."""
+    if jax.process_index() == 0:
+        document = disk.read_json(directory / FILE)
+        drawn = {pathlib.PurePath(name).name for name in stage.manifest["files"]}
+        write_pages(stage, {directory / PAGE: figures.analysis_page(document, drawn)})
 
 
 def _run_parts(subject: _Subject) -> tuple[dict[str, Any], list[pathlib.Path]]:

@@ -35,6 +35,7 @@ from robust_ssl.workdir import (
     read_manifest,
     save_arrays,
     write_atomically,
+    write_pages,
 )
 
 _log = logging.getLogger(__name__)
@@ -94,47 +95,56 @@ def screen(context: Context) -> StageDirectory:
       The stage's directory, with ``classifier/`` for `robust_ssl.load_screen`; its results are
       ``screening.json`` in the workdir, and ``screening.md`` for readers.
     """
-    settings, public_attacks = context.plan.screening, attack(context)
-    name, public_name = _names(context)
-    model, public = _model(context, name), _model(context, public_name)
+    names = _names(context)  # now: the stage's directory says less while it is worked in
+    model, public = (_model(context, name) for name in names)
     inputs = {
         "classifier": identity(model),
         **({} if public is None else {"public": identity(public)}),
-        "attack": public_attacks.fingerprint,
+        "attack": attack(context).fingerprint,
         "test": context.test.fingerprint(),
         "surrogate": context.surrogate.fingerprint(),
         "train": context.downstream[0].fingerprint(),
     }
     with context.open("screen", _told(context), inputs, redo=True, made="screened") as stage:
-        file, page = context.workdir / FILE, context.workdir / PAGE
-        if stage.done:
-            return stage
-        bench = Bench(
-            *(model, _images(context), stage_key(context.plan.seed, "screen"), context.parallel),
-            batch_size=settings.batch_size,
-        )
-        perturbations = load_perturbations(context, public_attacks)
-        detectors, absent = _fit(context, bench, perturbations, public)
-        cases = _cases(context, perturbations)
-        parts = screening.parts_of(len(detectors), len(cases), _adaptive(context))
-        with context.progress.stage("screen", parts) as bar:
-            keeping = dataclasses.replace(bench, keep=_Keeper(stage, bar))
-            evaluation = screening.evaluate(detectors, keeping, cases, _adaptive(context))
-        results = {
-            **{"schema": SCHEMA, "model": name, "public": public_name},
-            "images": _counts(context, bench),
-            "detectors": evaluation.entries,
-            "absent": absent,
-        }
-        if jax.process_index() == 0:
-            served = Screen(model, evaluation.fused, evaluation.threshold, bench.detector_key)
-            _save(context, stage, name, served)
-            text = json.dumps(json_ready(results), indent=1, allow_nan=False) + "\n"
-            write_atomically(file, text)
-            write_atomically(page, report.screening_page(results))
-        beside = [file, page] if jax.process_index() == 0 else []
-        stage.finish(results, _identity(results), beside)
+        if not stage.done:
+            _try_detectors(context, stage, names, model, public)
+    write_pages(stage, {context.workdir / PAGE: report.screening_page(stage.results)})
     return stage
+
+
+def _try_detectors(
+    context: Context,
+    stage: StageDirectory,
+    names: tuple[str, str | None],
+    model: Classifier,
+    public: Classifier | None,
+) -> None:
+    """Does the stage's work and finishes it."""
+    bench = Bench(
+        *(model, _images(context), stage_key(context.plan.seed, "screen"), context.parallel),
+        batch_size=context.plan.screening.batch_size,
+    )
+    perturbations = load_perturbations(context, attack(context))
+    detectors, absent = _fit(context, bench, perturbations, public)
+    cases = _cases(context, perturbations)
+    parts = screening.parts_of(len(detectors), len(cases), _adaptive(context))
+    with context.progress.stage("screen", parts) as bar:
+        keeping = dataclasses.replace(bench, keep=_Keeper(stage, bar))
+        evaluation = screening.evaluate(detectors, keeping, cases, _adaptive(context))
+    results = {
+        **{"schema": SCHEMA, "model": names[0], "public": names[1]},
+        "images": _counts(context, bench),
+        "detectors": evaluation.entries,
+        "absent": absent,
+    }
+    beside = []
+    if jax.process_index() == 0:
+        served = Screen(model, evaluation.fused, evaluation.threshold, bench.detector_key)
+        _save(context, stage, names[0], served)
+        text = json.dumps(json_ready(results), indent=1, allow_nan=False) + "\n"
+        beside = [context.workdir / FILE]
+        write_atomically(beside[0], text)
+    stage.finish(results, _identity(results), beside)
 
 
 # --- What is screened, and by what --------------------------------------------------------------

@@ -25,6 +25,7 @@ from robust_ssl.evaluation.analysis.spectra import check_edges
 from robust_ssl.experiment.sources import Data
 from robust_ssl.experiment.suites import InnerAttack, check_seeds
 from robust_ssl.recipes import pgd
+from robust_ssl.report.analysis import PARTS
 from robust_ssl.report.comparison import SHARES
 from robust_ssl.types import Classifier
 
@@ -227,9 +228,6 @@ class Transfer:
     head_epochs: Count = 5
     head_learning_rate: Positive = 5e-3
     resize: Literal["refuse", "bilinear"] = "refuse"
-
-
-PARTS = ("layers", "energy", "fourier", "filtering", "transfer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from robust_ssl.report.results import METRICS
 from robust_ssl.report.tables import label
 from robust_ssl.workdir import json_ready, write_atomically
 
+PARTS = ("layers", "energy", "fourier", "filtering", "transfer")
 LAYERS = {"cosine": "cosine", "cka": "CKA", "relative_drift": "relative\ndrift"}
 FILTERS = {
     "low_pass": {**STYLES["gen_af"], "label": "only what is below the cutoff (low-pass)"},
@@ -249,29 +251,42 @@ def _table(axis, values, rows, columns, *, top: float) -> None:
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
 
 
-def write_analysis(
-    directory: Folder, about: Mapping[str, Any], numbers: Mapping[str, Any], figures
-) -> None:
-    """Writes ``analysis.json`` with all numbers by part, and ``analysis.md`` with all figures.
-
-    `about` is what was examined, a line of a table for each entry; `figures` are paths of PNG
-    files, absolute or from the current directory.
-    """
-    directory = pathlib.Path(directory)
+def write_numbers(file: Folder, about: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+    """Writes ``analysis.json``: what was examined, and all numbers by part."""
     # NaN becomes null, where results.json refuses it: no verdict rests on these numbers.
     document = json.dumps(json_ready({"about": about, **numbers}), indent=1)
-    write_atomically(directory / "analysis.json", document + "\n")
+    write_atomically(pathlib.Path(file), document + "\n")
+
+
+def analysis_page(document: Mapping[str, Any], drawn: Collection[str]) -> str:
+    """Returns ``analysis.md``, Markdown: all figures, and what they show.
+
+    Args:
+      document: What ``analysis.json`` holds.  Each entry of its ``about`` is a line of a table.
+      drawn: Names of the PNG files beside the page; others are left out.
+    """
     settings = "\n".join(
-        f"| {words.markdown(name)} | {words.markdown(entry)} |" for name, entry in about.items()
+        f"| {words.markdown(name)} | {words.markdown(entry)} |"
+        for name, entry in document["about"].items()
     )
+    figures = [figure for figure in _figures(document) if figure in drawn]
     sections = [
         "# Analysis: layers, frequencies, transfer",
         f"| | |\n| --- | --- |\n{settings}",
-        "\n".join(f"- {words.markdown(sentence)}" for sentence in _sentences(numbers)),
-        *(figure_section(figure, directory) for figure in figures),
+        "\n".join(f"- {words.markdown(sentence)}" for sentence in _sentences(document)),
+        *(figure_section(figure, ".") for figure in figures),
         "All numbers are in [analysis.json](analysis.json).",
     ]
-    write_atomically(directory / "analysis.md", "\n\n".join(filter(None, sections)) + "\n")
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _figures(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what the figures of an analysis are called, in the order of its parts."""
+    for part in PARTS:
+        if part in ("layers", "filtering"):  # one for each attack, and for each model
+            yield from (f"{part}-{name}.png" for name in document.get(part, ()))
+        else:
+            yield f"{part}.png"
 
 
 def _sentences(numbers: Mapping[str, Any]) -> list[str]:
@@ -279,6 +294,7 @@ def _sentences(numbers: Mapping[str, Any]) -> list[str]:
     sentences = []
     for model, result in numbers.get("fourier", {}).items():
         band, clean = result["most_harmful_band"], result["clean"]
+        band = {name: math.nan if value is None else value for name, value in band.items()}
         text = f"{band['harm']:.3g} (mean relative drift of the features)"
         if result["measure"] == "error_rate":
             text = f"{100 * band['harm']:.1f} % errors, {100 * clean:.1f} % without noise"
