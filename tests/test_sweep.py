@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,13 +12,14 @@ import tiny
 import tiny_recipes
 from tiny_recipes import BROKEN, FROZEN, UNIVERSAL, context, go, manifest
 
-from robust_ssl import evaluation, experiment, progress, settings, stopping
+from robust_ssl import evaluation, experiment, progress, report, settings, stopping
 from robust_ssl.cli import flags, main
 from robust_ssl.cli import run as cli_run
 from robust_ssl.experiment import costs, fitting, sweep, trace, train
 from robust_ssl.finetuning import cost
 from robust_ssl.stopping import Stopped
 from robust_ssl.workdir import ConfigChangedError
+from robust_ssl.workdir.manifest import seal
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -208,10 +211,115 @@ def test_points_are_the_recipes_of_these_settings(finished, tmp_path):
 
 def test_a_finished_sweep_changes_nothing(finished, monkeypatch):
     workdir, results, *_ = finished
-    monkeypatch.setattr(fitting, "train", lambda *a, **k: pytest.fail("trained again"))
-    before = (workdir / "sweep.csv").read_bytes()
+    for place, name in ((fitting, "train"), (evaluation, "score"), (report, "figure_pareto")):
+        monkeypatch.setattr(place, name, lambda *a, **k: pytest.fail("done again"))
+    before = tiny_recipes.snapshot(workdir)
     assert go(config(), workdir)["sweep"] == results
-    assert (workdir / "sweep.csv").read_bytes() == before
+    assert tiny_recipes.snapshot(workdir) == before
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The finished sweep once more, to be changed."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def spied_scores(monkeypatch):
+    """A list that gets the name of each point that is scored."""
+    scored, score = [], sweep._score
+
+    def counts(run, recipe, fitted):
+        scored.append(recipe.name)
+        return score(run, recipe, fitted)
+
+    monkeypatch.setattr(sweep, "_score", counts)
+    return scored
+
+
+def test_points_come_and_go_and_only_new_ones_are_scored(copy, monkeypatch):
+    scored = spied_scores(monkeypatch)
+    fewer = go(config((("attack.epsilon", (0.02, 7.0)),)), copy)["sweep"]
+    assert [row["point"] for row in fewer["rows"]] == ["baseline", POINTS[0]] and not scored
+    more = go(config((("attack.epsilon", (0.02, 0.03)),)), copy)["sweep"]
+    assert more["rows"][-1]["point"] == "universal epsilon 0.03"
+    assert scored == ["universal epsilon 0.03"]
+    assert not more["failed"]
+
+
+def test_a_share_that_comes_out_otherwise_is_taken(finished, copy, monkeypatch):
+    """Another number of devices may count one image more; its training is the same."""
+    (copy / "sweep" / "points" / f"{POINTS[0]}-seed0.npz").unlink()
+    shares = {"clean": np.asarray(1.0), "robust": np.asarray(0.0)}
+    monkeypatch.setattr(sweep, "_score", lambda *args: shares)
+    results = go(config(), copy)["sweep"]
+    before = {row["point"]: row for row in finished[1]["rows"]}
+    for row in results["rows"]:
+        is_new = row["point"] == POINTS[0]
+        expected = {**before[row["point"]], **({"clean": 1.0, "robust": 0.0} if is_new else {})}
+        assert row == expected
+
+
+def test_a_sweep_of_before_is_taken_with_all_that_it_trained(finished, copy, monkeypatch):
+    """Its inputs were the shares that had been measured."""
+    monkeypatch.setattr(fitting, "train", lambda *a, **k: pytest.fail("trained again"))
+    old = manifest(copy, "sweep")
+    shares = {row["point"]: json.dumps(row) for row in old["results"]["rows"]}
+    old |= {"inputs": {**shares, "universal epsilon 7, left out": "failed"}, "files": {}}
+    (copy / "sweep" / "manifest.json").write_text(json.dumps(seal(old)))
+    shutil.rmtree(copy / "sweep" / "points")
+    assert go(config(), copy)["sweep"] == finished[1]
+    assert not list(copy.glob("*.changed"))
+
+
+def test_notes_on_the_page_of_a_sweep_are_kept(copy, monkeypatch, caplog):
+    page = (copy / "sweep.md").read_text()
+    for name in ("sweep.md", "sweep.csv"):
+        with open(copy / name, "a") as file:
+            file.write("my note")
+    scored = spied_scores(monkeypatch)
+    go(config(), copy)
+    assert (copy / "sweep.md").read_text() == page and not scored
+    for name in ("sweep.md", "sweep.csv"):
+        assert (copy / f"{name}.changed").read_text().endswith("my note")
+        assert caplog.text.count(f"what was there is {name}.changed") == 1
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_who_asks_to_stop_waits_for_one_batch_and_keeps_the_points(copy, monkeypatch, when):
+    for name in ("sweep", "sweep_cost"):
+        shutil.rmtree(copy / name)
+    scored, asked = spied_scores(monkeypatch), []
+
+    def asks():
+        asked.append(len(scored))
+        return asked[-1] > when
+
+    monkeypatch.setattr(sweep, "stop_requested", asks)
+    with pytest.raises(Stopped, match="the points that were scored are kept"):
+        go(config(), copy)
+    assert len(scored) == when + 1 and len(list(copy.glob("sweep/points/*"))) == when
+    monkeypatch.setattr(sweep, "stop_requested", lambda: False)
+    scored.clear()
+    go(config(), copy)
+    assert len(scored) == 3 - when
+
+
+def test_who_asks_to_stop_waits_for_one_timing(copy, monkeypatch):
+    for name in ("sweep", "sweep_cost"):
+        shutil.rmtree(copy / name)
+    scored, asked = spied_scores(monkeypatch), []
+
+    def asks():
+        asked.append(len(scored))
+        return len(asked) == 6
+
+    monkeypatch.setattr(costs, "stop_requested", asks)
+    with pytest.raises(Stopped, match="sweep_cost stopped while it timed"):
+        go(config(), copy)
+    assert set(asked) == {3} and manifest(copy, "sweep_cost")["status"] != "done"
+    results = go(config(), copy)["sweep"]
+    assert len(scored) == 3 and all(row["cost"] > 0 for row in results["rows"])
 
 
 def test_a_stopped_sweep_goes_on_with_what_is_missing(finished, tmp_path, monkeypatch):
