@@ -7,6 +7,7 @@ read for ever.  Its size, and what it unpacks to, are compared with what is allo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ MOST_JSON = 2**26  # bytes; the longest results.json of a comparison has 2**22
 MOST_RATIO, SMALL = 64, 2**26  # times its size that a file unpacks to, where that is not little
 MOST_NESTED = 64  # lists in lists; Python's own readers end at about 1,000, in a RecursionError
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_TEXTS = (".md", ".csv")  # what people write into
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)  # as `replacing` names it
 # What zipfile and NumPy raise for bytes that are no .npz.  A want of memory, or a library that
 # cannot be imported, says nothing of the file.
@@ -257,6 +259,20 @@ def replace(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces a file as a whole, text as UTF-8; see `replacing`."""
     with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def keep_edited(file: pathlib.Path) -> str:
+    """Renames a text that somebody has edited, before another takes its place.
+
+    Returns:
+      What became of it, for people; nothing where there is no text to be kept.
+    """
+    if file.suffix not in _TEXTS or not file.is_file() or not file.stat().st_size:
+        return ""
+    names = (f"{file.name}.changed{number or ''}" for number in itertools.count())
+    free = next(file.with_name(n) for n in names if not file.with_name(n).exists())
+    os.replace(file, free)
+    return f"what was there is {free.name}"
 
 
 def remove_leftovers(folders: Iterable[str | os.PathLike]) -> None:

@@ -209,6 +209,20 @@ def test_the_same_document_gives_the_same_bytes(name, tmp_path):
     assert int(suite.get("errors")) == counts["not_decidable"]
 
 
+def test_a_checklist_that_somebody_filled_in_is_kept(tmp_path, caplog):
+    file = tmp_path / "checklist.csv"
+    for name in ("good", "waived", "good"):
+        pages.write(tmp_path, DECIDED[name])
+    assert not caplog.text and not list(tmp_path.glob("*.changed*"))
+    ours = file.read_bytes()
+    file.write_bytes(ours + b"my note")
+    for _ in range(2):
+        pages.write(tmp_path, DECIDED["good"])
+        assert file.read_bytes() == ours
+    assert (tmp_path / "checklist.csv.changed").read_bytes() == ours + b"my note"
+    assert caplog.text.count("what was there is checklist.csv.changed") == 1
+
+
 def test_what_a_company_writes_is_text():
     text = pages.html(DECIDED["waived"], "ja")
     assert "&lt;script&gt;alert(1)&lt;/script&gt; 株式会社" in text

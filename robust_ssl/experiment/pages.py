@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robust_ssl import evaluation, report
+from robust_ssl import disk, evaluation, report
 from robust_ssl.experiment import train
 from robust_ssl.experiment.attack import Fitted, at_main_budget, attack
 from robust_ssl.experiment.compare import outcomes_of, over_seeds
@@ -98,7 +98,7 @@ def _as_written(workdir: pathlib.Path) -> bool:
     sums = readable.read_record(workdir / WRITTEN)
     changed = changed_files(workdir, sums)
     for name, why in changed.items():
-        kept = readable.keep_edited(workdir / name)
+        kept = disk.keep_edited(workdir / name)
         again = f"the report is written again{kept and f'; {kept}'}"
         _log.warning("%s: %s %s; %s", workdir, name, why, again)
     return bool(sums) and not changed

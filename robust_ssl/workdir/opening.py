@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from robust_ssl import disk
 from robust_ssl.parallel import everywhere, exchange
 from robust_ssl.workdir import lock
 from robust_ssl.workdir.manifest import (
@@ -27,7 +28,6 @@ from robust_ssl.workdir.manifest import (
     versions,
 )
 from robust_ssl.workdir.paths import WorkdirError, workdir_path
-from robust_ssl.workdir.readable import keep_edited
 from robust_ssl.workdir.stage import StageDirectory
 
 _log = logging.getLogger(__name__)
@@ -181,7 +181,9 @@ def check_left(
     names += f" (and {more} more)" if more > 0 else ""
     if redo:
         if not quiet:
-            kept = "".join(f"; {kept}" for name in changed if (kept := keep_edited(path / name)))
+            kept = "".join(
+                f"; {kept}" for name in changed if (kept := disk.keep_edited(path / name))
+            )
             said = "%s is not what was %s there and is made again:\n%s%s"
             _log.warning(said, path, made, names, kept)
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -17,7 +16,6 @@ from robust_ssl.workdir.manifest import changed_files, digest, sum_files, write_
 from robust_ssl.workdir.stage import StageDirectory
 
 RECORD = ".pages.json"  # checksums of what was written for reading
-_TEXTS = (".md", ".csv")  # what people write into
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ def write_pages(stage: StageDirectory, texts: Mapping[pathlib.Path, str]) -> Non
         name = pathlib.PurePath(os.path.relpath(file, stage.path)).as_posix()
         changed = _change(stage, name, sums)
         if changed:
-            kept = keep_edited(file)
+            kept = disk.keep_edited(file)
             _log.warning("%s %s; it is written again%s", file, changed, kept and f"; {kept}")
         write_atomically(file, text)
     after = sum_files(stage.path, texts)
@@ -68,20 +66,6 @@ def _change(stage: StageDirectory, name: str, sums: Mapping[str, Any]) -> str:
     if name in sums:
         return changed_files(stage.path, {name: sums[name]}).get(name, "")
     return "is of somebody else" if (stage.path / name).exists() else ""
-
-
-def keep_edited(file: pathlib.Path) -> str:
-    """Renames a text that somebody has edited, before another takes its place.
-
-    Returns:
-      What became of it, for people; nothing where there is no text to be kept.
-    """
-    if file.suffix not in _TEXTS or not file.is_file() or not file.stat().st_size:
-        return ""
-    names = (f"{file.name}.changed{number or ''}" for number in itertools.count())
-    free = next(file.with_name(n) for n in names if not file.with_name(n).exists())
-    os.replace(file, free)
-    return f"what was there is {free.name}"
 
 
 def read_record(file: pathlib.Path) -> dict[str, Any]:

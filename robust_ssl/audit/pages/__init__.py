@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.resources
 import importlib.util
+import logging
 import os
 import pathlib
 import shlex
@@ -27,6 +28,7 @@ from robust_ssl.audit.pages.numbers import Numbers
 PAGES = {"en": "audit.html", "ja": "audit.ja.html"}
 CHECKLIST, JUNIT = "checklist.csv", "junit.xml"
 NAMES = (document.NAME, *PAGES.values(), CHECKLIST, JUNIT)  # all that `write` writes
+_log = logging.getLogger(__name__)
 _COLUMNS = ("phase", "item_en", "item_ja", "state", "by", "date", "evidence", "note")
 
 
@@ -85,13 +87,34 @@ def html(whole: Mapping[str, Any], language: str) -> str:
 
 
 def write(workdir: str | os.PathLike, whole: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Writes ``audit.json``, pages, ``checklist.csv`` and ``junit.xml``; returns their paths."""
+    """Writes ``audit.json``, pages, ``checklist.csv`` and ``junit.xml``; returns their paths.
+
+    A checklist that somebody has filled in is kept under another name, with a word in the log.
+    """
     folder = pathlib.Path(workdir)
     # All is made before anything is replaced: a failure leaves the pages of before.
     contents: dict[str, str | bytes] = {PAGES[name]: html(whole, name) for name in LANGUAGES}
     contents[CHECKLIST] = checklists.as_csv(whole["decided"]["checklist"], _COLUMNS)
     contents[JUNIT] = junit.xml(whole["decided"])
+    _keep_filled_in(folder, contents[CHECKLIST])
     document.write(folder / document.NAME, whole)
     for name, content in contents.items():
         disk.replace(folder / name, content)
     return [folder / document.NAME, *(folder / name for name in contents)]
+
+
+def _keep_filled_in(folder: pathlib.Path, checklist: str | bytes) -> None:
+    file = folder / CHECKLIST
+    if file.is_file() and disk.read_bytes(file) not in (checklist, _checklist_before(folder)):
+        kept = disk.keep_edited(file)
+        said = "%s was edited; states come from the answers file, so it is written again%s"
+        _log.warning(said, file, kept and f"; {kept}")
+
+
+def _checklist_before(folder: pathlib.Path) -> bytes | None:
+    """The checklist of the audit that is there; None where that cannot be read."""
+    try:
+        decided = document.read(folder / document.NAME)["decided"]
+    except (OSError, ValueError):
+        return None
+    return decided and checklists.as_csv(decided["checklist"], _COLUMNS)
