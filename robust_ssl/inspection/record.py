@@ -106,7 +106,7 @@ def as_junit(inspection: Inspection) -> bytes:
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
 
 
-@report.figures.styled
+@report.style.styled
 def figure_trend(
     directory: str | os.PathLike, entries: Iterable[Mapping[str, Any]], *, name: str = "trend"
 ) -> pathlib.Path:

@@ -17,9 +17,10 @@ import numpy as np
 from robust_ssl import words
 from robust_ssl.evaluation.analysis import FourierMap, HarmfulBand
 from robust_ssl.report import figures as drawing
-from robust_ssl.report.figures import QUIET, STYLES, Folder, Numbers, styled
+from robust_ssl.report.figures import QUIET, STYLES, Folder, Numbers
 from robust_ssl.report.pages import figure_section
 from robust_ssl.report.results import METRICS
+from robust_ssl.report.style import styled
 from robust_ssl.report.tables import label
 from robust_ssl.workdir import json_ready, write_atomically
 

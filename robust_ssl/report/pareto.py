@@ -11,7 +11,8 @@ import numpy as np
 
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE
 from robust_ssl.report.comparison import Summary
-from robust_ssl.report.figures import QUIET, STYLES, Folder, new_figure, save_figure, styled
+from robust_ssl.report.figures import QUIET, STYLES, Folder, new_figure, save_figure
+from robust_ssl.report.style import styled
 from robust_ssl.report.tables import MARK, label
 
 FRONT = STYLES["gen_af"]["color"]
