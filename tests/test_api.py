@@ -322,7 +322,7 @@ CALLS = {
     ),
     "a function for an encoder": (
         lambda _: robust_ssl.attack(brightness, IMAGES),
-        r"brightness returns .* Outputs.* robust_ssl\.from_callable\(brightness, image_size\)",
+        r"brightness returns an array \(1, 3\).*Outputs; .*from_callable\(brightness, image_size\)",
     ),
     "an empty name": (lambda _: robust_ssl.attack(tiny.encoder(), ""), "images is empty"),
     "an attack's class": (

@@ -222,10 +222,12 @@ def _check_outputs(encoder: Any, image_shape: tuple[int, ...]) -> None:
     returned = jax.eval_shape(lambda given: encoder(given), images)
     if not isinstance(returned, Outputs):
         name = getattr(encoder, "__name__", type(encoder).__name__)
+        is_array = hasattr(returned, "shape")
+        what = f"an array {returned.shape}" if is_array else type(returned).__name__
         raise ValueError(
-            f"the encoder {name} returns {type(returned).__name__}, and not robust_ssl.Outputs; "
-            f"make an encoder of it: robust_ssl.from_callable({name}, image_size) for a function "
-            "of images to features [n, numbers], from_nnx or from_torch for a module"
+            f"the encoder {name} returns {what} and no robust_ssl.Outputs; make an encoder of it: "
+            f"robust_ssl.from_callable({name}, image_size) for a function of images to features "
+            "[n, numbers], from_nnx or from_torch for a module"
         )
 
 
