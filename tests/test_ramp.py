@@ -207,7 +207,7 @@ def test_a_cost_is_that_of_the_clean_steps_and_of_the_attacked_ones(monkeypatch,
     monkeypatch.setattr(finetuning, "measure", measure)
     recipes = [planned["full"], planned["ramp"]]
     of = {recipe: results[f"{recipe.name}-seed0"] for recipe in recipes}
-    measured = costs._measure_steps(run, recipes, of)
+    measured = costs._measure_steps(run, recipes, of, lambda: None)
     assert [measured[r].seconds_per_step for r in recipes] == [4.0, 0.5 * 1 + 0.5 * 4]
 
 
