@@ -234,7 +234,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     flags |= getattr(os, "O_BINARY", 0)
     try:
         with os.fdopen(os.open(partial, flags, 0o666), "wb") as file:
-            _lock(file.fileno())  # so that nobody takes it for a leftover
+            lock(file.fileno())  # so that nobody takes it for a leftover
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name with no content
@@ -291,14 +291,14 @@ def _remove_unless_written(partial: str) -> None:
     with contextlib.suppress(OSError):
         number = os.open(partial, flags)
         try:
-            if _lock(number):
+            if lock(number):
                 os.unlink(partial)
         finally:
             os.close(number)
 
 
-def _lock(number: int) -> bool:
-    """Locks an open file until it is closed; returns whether that was possible."""
+def lock(number: int) -> bool:
+    """Locks an open file until it is closed; False where another has it, or nobody can."""
     with contextlib.suppress(ImportError, OSError):  # not every system and disk has them
         import fcntl
 

@@ -16,6 +16,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from robust_ssl import disk
+
 _PREFIX, _OWNER, _ASIDE = ".preparing-", "owner.json", "replaced"
 _log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def scratch(directory: pathlib.Path, target: pathlib.Path) -> Iterator[pathlib.P
         with early.open("w", encoding="utf-8") as file:
             file.write(json.dumps(owner))
             file.flush()
-            if _lock(file.fileno()):
+            if disk.lock(file.fileno()):
                 early.rename(folder / _OWNER)
             yield folder
 
@@ -63,7 +65,7 @@ def remove_stale(directory: pathlib.Path) -> None:
     for folder in sorted(directory.glob(f"{_PREFIX}*")):
         try:
             with (folder / _OWNER).open("r+", encoding="utf-8") as file:
-                if _is_here(owner := json.load(file)) and _lock(file.fileno()):
+                if _is_here(owner := json.load(file)) and disk.lock(file.fileno()):
                     _remove(folder, directory / owner["target"])
         except FileNotFoundError:  # another process has just begun, or has removed it
             continue
@@ -80,14 +82,3 @@ def _remove(folder: pathlib.Path, target: pathlib.Path) -> None:
         os.replace(folder / _ASIDE, target)
     _log.warning("removing %s, which a process that is gone was preparing", folder)
     shutil.rmtree(folder)
-
-
-def _lock(descriptor: int) -> bool:
-    """Locks an open file for this process; False where another has it, or nobody can."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # not every system, and not every disk, has them
-        return False
-    return True
