@@ -18,6 +18,7 @@ from robust_ssl import attacks, disk, report, threats
 from robust_ssl.api import inputs
 from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation
+from robust_ssl.attacks.universal import how_to_make_encoder
 from robust_ssl.build import Function, near
 from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.experiment.attack import surrogate_batches
@@ -225,9 +226,8 @@ def _check_outputs(encoder: Any, image_shape: tuple[int, ...]) -> None:
         is_array = hasattr(returned, "shape")
         what = f"an array {returned.shape}" if is_array else type(returned).__name__
         raise ValueError(
-            f"the encoder {name} returns {what} and no robust_ssl.Outputs; make an encoder of it: "
-            f"robust_ssl.from_callable({name}, image_size) for a function of images to features "
-            "[n, numbers], from_nnx or from_torch for a module"
+            f"the encoder {name} returns {what} and no robust_ssl.Outputs; "
+            f"{how_to_make_encoder(name)}"
         )
 
 

@@ -287,8 +287,15 @@ def _check_model(model: Any) -> None:
     name = getattr(model, "__name__", type(model).__name__)
     raise ValueError(
         f"the encoder {name} is a plain function or object, and a compiled step takes models whose "
-        f"weights are arrays; make an encoder of it: robust_ssl.from_callable({name}, image_size) "
-        "for a function of images to features [n, numbers], from_nnx or from_torch for a module"
+        f"weights are arrays; {how_to_make_encoder(name)}"
+    )
+
+
+def how_to_make_encoder(name: str) -> str:
+    """Returns what an error advises of a function or an object that is no encoder."""
+    return (
+        f"make an encoder of it: robust_ssl.from_callable({name}, image_size) for a function of "
+        "images to features [n, numbers], from_nnx or from_torch for a module"
     )
 
 
