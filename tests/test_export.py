@@ -220,6 +220,20 @@ def test_where_one_target_cannot_be_written_none_is(tmp_path, capsys, monkeypatc
     assert not [*tmp_path.iterdir()]
 
 
+def test_without_torch_its_form_is_written_and_said_to_be_compared_with_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    builder, options = ENCODERS["cifar"]
+    place = weights.save_encoder(random_encoder(builder, **options), tmp_path / "mine")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else found(name, *a)
+    )
+    assert main.main(["encoder", "export", str(place), f"--torch={tmp_path / 't'}"]) == 0
+    assert "(not compared: torch is not installed)" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "t").iterdir()} >= {"model.py", "model.safetensors"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the numbers differ")])
 def test_what_ends_half_way_is_removed_and_the_same_command_goes(
     error, tmp_path, capsys, monkeypatch

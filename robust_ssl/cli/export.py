@@ -163,9 +163,9 @@ def _export_whole(arguments: argparse.Namespace, model: Any, origins: tuple[str,
                           (arguments.onnx, weights.export_onnx)):  # fmt: skip
         if place:
             path, difference = export(model, place)
-            exact = f"same outputs to {difference:.0e} of the largest"
-            if difference is None:
-                exact = "not compared: torch is not installed"
+            exact = "not compared: torch is not installed"
+            if difference is not None:
+                exact = f"same outputs to {difference:.0e} of the largest"
             words.say(f"written: {path} ({exact})")
             provenance.write_beside(path, made_from=origins)
 
