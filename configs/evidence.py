@@ -33,7 +33,7 @@ Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``ep
 ``recipes``, ``steps`` of fitting a universal attack, ``round``, whose tuned values are taken (1; 2;
 3, which has values for `cifar10` and `tiny_imagenet20`; 4, which adds `ramp_from_start` and has
 GTSRB too, with the second round's values; 6, for GTSRB with ``head=mlp``; 7, for the superclasses
-that tools/cifar100_superclasses.py writes), ``tune``, a recipe whose tries ``robust-ssl sweep``
+that tools/cifar100_superclasses.py writes; 9, the fourth's with rates for the others), ``tune``, a recipe whose tries ``robust-ssl sweep``
 makes (all else is then as the round before has taken it), ``stress``, ``factors``, and ``seen``,
 how many test images the claims leave out: those that ``test_limit`` would take.
 
@@ -103,6 +103,7 @@ FOURTH_CLAIMS = (*({**claim, "more": "ramp_from_start"} for claim in THIRD_CLAIM
 ANNOUNCED = {
     **{1: CLAIMS, 2: SECOND_CLAIMS, 3: THIRD_CLAIMS},
     **dict.fromkeys((4, 6, 7), FOURTH_CLAIMS),
+    9: ({"better_than": GEN_AF},),
 }
 # As many tries for each recipe that can be tuned, by round.  In the first the published or default
 # value is among them; in the second all are tried at the same rates of the encoder; in the third at
@@ -135,6 +136,7 @@ TRIES = {
     4: {},  # what the third has taken, and one factor of those that were tried on GTSRB
     6: _RATES_ALONE,  # the fifth had the fourth's; here with Gen-AF's own head
     7: _RATES_ALONE,  # a set that nothing was chosen on
+    9: dict.fromkeys(("roli", "trades", "ramp_pgd"), ((_RATE, EACH_SET),)),
 }
 
 
@@ -179,11 +181,14 @@ THIRD = {  # by set
 SIXTH = {"gen_af_stage1": _at_rate(2e-3), "ramp_fgsm": _at_rate(4e-3)}  # with the published head
 SUPERCLASSES = "cifar100_superclasses"  # of the seventh
 SEVENTH = {"gen_af_stage1": _at_rate(4e-3), "ramp_fgsm": _at_rate(4e-3)}
+FOURTH = {**THIRD, "gtsrb32": {}}  # the second round has tuned on that set already
+NINTH = {name: {**entries} for name, entries in FOURTH.items()}
 BY_SET = {  # by round
     3: THIRD,
-    4: {**THIRD, "gtsrb32": {}},  # the second round has tuned on that set already
+    4: FOURTH,
     6: {"gtsrb32": SIXTH},
     7: {SUPERCLASSES: SEVENTH},
+    9: NINTH,
 }
 
 
@@ -238,7 +243,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         entry = {"function": entry} if isinstance(entry, str) else entry.to_dict()
         del config.recipes[name]  # a text cannot become a mapping in its place
         config.recipes[name] = {**entry, **taken[name]}
-    if given["round"] in (4, 6, 7):
+    if given["round"] in (4, 6, 7, 9) and "ramp_fgsm" in config.recipes:
         ramp = {**config.recipes.ramp_fgsm.ramp.to_dict(), "start": 0.0}
         config.recipes.ramp_from_start = {**config.recipes.ramp_fgsm.to_dict(), "ramp": ramp}
     made = {*config.recipes}

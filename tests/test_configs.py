@@ -176,6 +176,20 @@ def test_the_third_round_has_values_for_each_set_and_none_for_others():
         load("evidence.py:round=3,downstream=gtsrb32")
 
 
+@pytest.mark.parametrize("downstream", ["gtsrb32", "cifar10", "tiny_imagenet20"])
+def test_the_ninth_round_has_all_recipes_and_compares_each_with_gen_af(downstream):
+    plan = planned(f"evidence.py:round=9,downstream={downstream}")
+    eight = {"full", "gen_af", "roli", "trades", "ramp_fgsm", "ramp_pgd", "ramp_from_start"}
+    assert {recipe.name for recipe in plan.scored} == {"baseline", "gen_af_unguarded", *eight}
+    assert plan.compare.claims[0] == {"better_than": "gen_af_unguarded"}
+    tuned = planned(f"evidence.py:round=9,tune=roli,downstream={downstream}")
+    assert [*tuned.sweep.grid[0][1]] == [5e-4, 1e-3, 2e-3, 4e-3]
+
+
+def test_a_round_with_a_recipe_left_out_has_no_variant_of_it():
+    assert "ramp_from_start" not in load("evidence.py:round=4,recipes=full")["recipes"]
+
+
 def test_the_seventh_round_is_of_one_folder_wherever_it_lies():
     folder = "downstream=data/cifar100_superclasses"
     recipes = load(f"evidence.py:round=7,{folder}")["recipes"]
