@@ -182,7 +182,11 @@ SIXTH = {"gen_af_stage1": _at_rate(2e-3), "ramp_fgsm": _at_rate(4e-3)}  # with t
 SUPERCLASSES = "cifar100_superclasses"  # of the seventh
 SEVENTH = {"gen_af_stage1": _at_rate(4e-3), "ramp_fgsm": _at_rate(4e-3)}
 FOURTH = {**THIRD, "gtsrb32": {}}  # the second round has tuned on that set already
-NINTH = {name: {**entries} for name, entries in FOURTH.items()}
+NINTH = {
+    "gtsrb32": dict.fromkeys(("trades", "ramp_pgd"), _at_rate(4e-3)),
+    "cifar10": {**THIRD["cifar10"]},
+    "tiny_imagenet20": {**THIRD["tiny_imagenet20"]},
+}
 BY_SET = {  # by round
     3: THIRD,
     4: FOURTH,
