@@ -33,9 +33,10 @@ Arguments: ``downstream``, ``encoder``, ``surrogate``, ``head``, ``decay``, ``ep
 ``recipes``, ``steps`` of fitting a universal attack, ``round``, whose tuned values are taken (1; 2;
 3, which has values for `cifar10` and `tiny_imagenet20`; 4, which adds `ramp_from_start` and has
 GTSRB too, with the second round's values; 6, for GTSRB with ``head=mlp``; 7, for the superclasses
-that tools/cifar100_superclasses.py writes; 9, the fourth's with rates for the others), ``tune``, a recipe whose tries ``robust-ssl sweep``
-makes (all else is then as the round before has taken it), ``stress``, ``factors``, and ``seen``,
-how many test images the claims leave out: those that ``test_limit`` would take.
+that tools/cifar100_superclasses.py writes; 9, the fourth's with rates for the others), ``tune``, a
+recipe whose tries ``robust-ssl sweep`` makes (all else is then as the round before has taken it),
+``stress``, ``factors``, and ``seen``, how many test images the claims leave out: those that
+``test_limit`` would take.
 
 Time and figure: on two CPU cores five recipes with five seeds took some three hours on GTSRB
 (docs/results/evidence.md).
