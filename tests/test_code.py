@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from robust_ssl import models
-from robust_ssl.build import code_of
+from robust_ssl.build import code_of, sources
 from robust_ssl.experiment import context
 
 HELPER = "def g(x):\n    return 1 * x\n"
@@ -236,6 +236,14 @@ def test_what_a_class_with_wrapped_methods_uses_is_a_part_of_it(kind, tmp_path, 
     edited = digests(NETWORKS[kind].replace("C = 1.0", "C = 2.0"))
     assert all(first) and digests(NETWORKS[kind]) == first
     assert first[0] != edited[0] and first[1] != edited[1]
+
+
+def test_of_a_class_that_a_library_made_the_librarys_source_is_no_part(tmp_path, monkeypatch):
+    digest(tmp_path, monkeypatch, f"{NETWORKS['checkpointed']}def f(key):\n    return N\n")
+    read, source_of = [], sources.source_of
+    monkeypatch.setattr("robust_ssl.build.code.source_of", lambda f: read.append(f) or source_of(f))
+    assert code_of([sys.modules["users_own"].N])
+    assert "M" in {f.__name__ for f in read} and "Module" not in {f.__name__ for f in read}
 
 
 HEAD = """

@@ -88,7 +88,7 @@ class _Reader:
         self._kept: list[Any] = []  # else an id could be another object's
         self._defaults: set[int] = set()  # constants that were met where source says them too
         self._met: set[tuple[int, str]] = set()  # names that were followed, by their namespace
-        self._home = _module_of(function).partition(".")[0]
+        self._home = _module_of(_written(function)).partition(".")[0]
         self._follow(function, 0)
 
     def read(self) -> list[str]:
@@ -291,6 +291,17 @@ class _Reader:
             return False
         file = getattr(module, "__file__", None)
         return sources.is_users_file(module.__name__, file, self._home)
+
+
+def _written(value: Any) -> Any:
+    """Returns the base that somebody wrote, of a class that a library made, as `nn.remat` does."""
+    plain = isinstance(value, type) or has_code(value) or hasattr(value, "__wrapped__")
+    kind = value if plain else type(value)
+    for base in kind.__mro__ if isinstance(kind, type) else ():
+        outer, _, inner = base.__qualname__.partition(".")
+        if "<locals>" in inner or hasattr(sys.modules.get(base.__module__), outer):
+            return base
+    return value
 
 
 def _repeats(value: Any) -> bool:
