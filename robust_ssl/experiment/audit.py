@@ -27,7 +27,8 @@ from robust_ssl.experiment.compare import compare
 from robust_ssl.experiment.context import Context, identity, model_inputs
 from robust_ssl.experiment.examined import needs_labels
 from robust_ssl.experiment.groups import Group, outcome_name, threat_name
-from robust_ssl.experiment.score import build_per_image, read_outcomes, score
+from robust_ssl.experiment.jobs import build_per_image
+from robust_ssl.experiment.score import read_outcomes, score
 from robust_ssl.parallel import barrier
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import StageDirectory, WorkdirError, fingerprint, json_ready, sum_files

@@ -5,34 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl import data, evaluation, report
-from robust_ssl.build import inside, text_of
+from robust_ssl import data, report
 from robust_ssl.experiment import train
-from robust_ssl.experiment.attack import Fitted, attack, check_with_labels, load_perturbations
+from robust_ssl.experiment.attack import attack, check_with_labels
 from robust_ssl.experiment.attackers import MORE, check_half, fits
 from robust_ssl.experiment.class_order import in_order_of_test
 from robust_ssl.experiment.context import Context, identity
-from robust_ssl.experiment.ensemble import build_autoattack, score_autoattack
+from robust_ssl.experiment.ensemble import build_autoattack
 from robust_ssl.experiment.examine import examine
 from robust_ssl.experiment.groups import (
-    Group,
-    Member,
-    Scored,
     Scorer,
-    by_budget,
     outcomes,
-    per_image_members,
-    sample,
     threat_name,
 )
-from robust_ssl.experiment.suites import Budget
+from robust_ssl.experiment.jobs import Job, all_jobs, build_per_image
 from robust_ssl.types import Classifier
 from robust_ssl.workdir import StageDirectory, WorkdirError, digest, load_arrays, save_arrays
 from robust_ssl.xla import release_programs
@@ -50,12 +43,6 @@ _ATTACKERS = tuple(
         "half_twin",
     )
 )
-AGAIN = {  # how a group is announced
-    "hardened": ", crafted again on it",
-    "twin": ", crafted on its twin",
-    "half": ", crafted on its twin of half of the images",
-    "labelled": ", fitted with its head and labels",
-}
 
 
 # --- What is scored -----------------------------------------------------------------------------
@@ -107,28 +94,6 @@ def _check_fits(context: Context, classifier: Classifier) -> None:
 
 
 # --- Attacks ------------------------------------------------------------------------------------
-
-
-def build_per_image(context: Context, budget: Budget) -> dict[str, Any]:
-    """Returns the attacks of a budget; a target's place becomes its surrogate image.
-
-    Raises:
-      ValueError: If an option is not possible.
-    """
-    built = {}
-    for name, entry in context.plan.scoring.per_image.at(budget).items():
-        with inside(f"config.scoring.per_image.attacks.{name}"):
-            target = None
-            if entry.target is not None:
-                if not 0 <= entry.target < len(context.surrogate):
-                    raise ValueError(
-                        f"target {entry.target} is not the place of one of the "
-                        f"{len(context.surrogate)} surrogate images"
-                    )
-                [image] = context.surrogate.read(np.asarray([entry.target]))["images"]
-                target = evaluation.to_pixels(jnp.asarray(image))
-            built[name] = entry.build(budget.threat, target)
-    return built
 
 
 def check(context: Context) -> None:
@@ -217,39 +182,8 @@ def score(context: Context) -> StageDirectory:
     with context.open("score", {"scoring": scoring}, told, **how) as stage:
         if stage.done:
             return stage
-        results, verdicts, right = [], {}, {}
-        # Where an encoder did not move, what was crafted again is the public stage.
-        stages = {one.path: one for by_model in made.values() for one in by_model.values()}
-        fitted = {path: load_perturbations(context, one) for path, one in stages.items()}
-        jobs = {}
-        for name, model in models.items():
-            of_model = {a: fitted[by[name].path] for a, by in made.items() if name in by}
-            jobs[name] = _jobs(context, name, model, of_model)
-        total = sum(job.parts for some in jobs.values() for job in some)
-        with context.progress.stage("score", total) as bar:
-            done = itertools.count(1)
-            for name, model in models.items():
-                release_programs()
-                scored = []
-                origin = origin_of(stage, inputs, name)
-                quiet = Scorer(context, stage, scoring.batch_size, origin=origin)
-                for job in jobs[name]:
-                    doing = f"{name} under {job.name}"
-                    bar.update(doing=doing)
-                    step = functools.partial(_advance, bar, done, doing)
-                    made_from = origin_of(stage, inputs, name, job.settings, job.kinds)
-                    scored.append(
-                        job.run(dataclasses.replace(quiet, on_part=step, origin=made_from))
-                    )
-                bar.update(doing=f"examining the figures of {name}")
-                verdicts[name] = (
-                    examine(quiet, name, model, scored, inputs[f"classifier/{name}"])
-                    if scoring.checks
-                    else {"verdict": "not examined", "checks": []}
-                )
-                for group in scored:
-                    results += group.entries(verdicts[name]["verdict"])
-                right |= outcomes(scored)
+        jobs = all_jobs(context, models, made)
+        results, verdicts, right = _score_all(context, stage, models, jobs, inputs)
         if jax.process_index() == 0:
             save_arrays(stage.path / OUTCOMES, right, OUTCOMES)
         # Kept, since a set that is read on demand would have to be read again to say so.
@@ -260,6 +194,43 @@ def score(context: Context) -> StageDirectory:
         }
         stage.finish({"results": results, "verdicts": verdicts, **split})
     return stage
+
+
+def _score_all(
+    context: Context,
+    stage: StageDirectory,
+    models: Mapping[str, Classifier],
+    jobs: Mapping[str, Sequence[Job]],
+    inputs: Mapping[str, str],
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the results of all models, their verdicts, and which images stayed right."""
+    scoring = context.plan.scoring
+    results, verdicts, right = [], {}, {}
+    total = sum(job.parts for of_model in jobs.values() for job in of_model)
+    with context.progress.stage("score", total) as bar:
+        done = itertools.count(1)
+        for name, model in models.items():
+            release_programs()
+            scored = []
+            quiet = Scorer(
+                context, stage, scoring.batch_size, origin=origin_of(stage, inputs, name)
+            )
+            for job in jobs[name]:
+                doing = f"{name} under {job.name}"
+                bar.update(doing=doing)
+                on_part = functools.partial(_advance, bar, done, doing)
+                origin = origin_of(stage, inputs, name, job.settings, job.kinds)
+                scored.append(job.run(dataclasses.replace(quiet, on_part=on_part, origin=origin)))
+            bar.update(doing=f"examining the figures of {name}")
+            verdicts[name] = (
+                examine(quiet, name, model, scored, inputs[f"classifier/{name}"])
+                if scoring.checks
+                else {"verdict": "not examined", "checks": []}
+            )
+            for group in scored:
+                results += group.entries(verdicts[name]["verdict"])
+            right |= outcomes(scored)
+    return results, verdicts, right
 
 
 def read_outcomes(stage: StageDirectory) -> dict[str, np.ndarray]:
@@ -303,91 +274,3 @@ def origin_of(
 
 def _advance(bar: Any, done: Iterator[int], doing: str) -> None:
     bar.update(next(done), doing=doing)
-
-
-class _Job(NamedTuple):
-    """One group to be scored.
-
-    Attributes:
-      name: For people.
-      parts: In how many parts it is kept.
-      run: Scores it.
-      settings: What its scores are made from besides the model, JSON-able.
-      kinds: The fitted perturbations among it; see `origin_of`.
-    """
-
-    name: str
-    parts: int
-    run: Callable[[Scorer], Scored]
-    settings: Any
-    kinds: tuple[str, ...] = ()
-
-
-def _jobs(
-    context: Context, name: str, model: Classifier, fitted: Mapping[str, Sequence[Fitted]]
-) -> list[_Job]:
-    scoring, jobs = context.plan.scoring, []
-    count = scoring.per_image.images
-    some = None if count is None else sample(context, count)
-
-    for against, perturbations in fitted.items():
-        for (threat, epsilon), members in _universal(context, perturbations, against).items():
-            group = Group(name, against, "universal", threat, epsilon)
-            run = functools.partial(_score, group, model, members, None)
-            # On the public encoder they are an input of the stage itself.
-            kinds = {"public": (), "hardened": ("attack",)}.get(against, (against,))
-            jobs.append(_Job(_words(group), 1, run, [scoring.batch_size], kinds))
-    for against in ("public", "hardened"):
-        for budget in scoring.per_image.scored:
-            built = build_per_image(context, budget)
-            members = per_image_members(context, built, against, scoring.seeds)
-            if members:
-                threat = threat_name(budget.threat)
-                group = Group(name, against, "per_image", threat, budget.epsilon)
-                run = functools.partial(_score, group, model, members, some)
-                settings = [scoring.batch_size, text_of(budget)]
-                jobs.append(_Job(_words(group), len(members), run, settings))
-    for budget, ensemble in build_autoattack(context, model.num_classes):
-        group = Group(name, "hardened", "autoattack", threat_name(budget.threat), budget.epsilon)
-        run = functools.partial(score_autoattack, group, model, ensemble)
-        settings = [scoring.autoattack.batch_size, text_of(budget)]
-        jobs.append(_Job(_words(group), len(ensemble), run, settings))
-    return jobs
-
-
-def _score(
-    group: Group,
-    model: Classifier,
-    members: Sequence[Member],
-    rows: np.ndarray | None,
-    scorer: Scorer,
-) -> Scored:
-    return scorer.score(group, model, members, rows)
-
-
-def _words(group: Group) -> str:
-    budget = report.budget(group.epsilon, group.threat)
-    if group.family != "universal":
-        family = {"per_image": "per-image attacks"}.get(group.family, "AutoAttack")
-        return f"{family} at {budget}"
-    family = "universal attacks" if group.crafted_against == "labelled" else "the suite"
-    return f"{family} at {budget}{AGAIN.get(group.crafted_against, '')}"
-
-
-def _universal(
-    context: Context, fitted: Sequence[Fitted], against: str
-) -> dict[tuple[str, float], list[Member]]:
-    """A stage's perturbations by threat and budget, those that are worth scoring."""
-    suite, adaptive_curve = context.plan.suite, context.plan.scoring.adaptive_curve
-    if against == "labelled":  # attacks of its own, at one budget
-        return by_budget(fitted)
-    scored = []
-    for one in fitted:
-        member = suite.attacks[one.attack]
-        if against != "public":
-            # Noise looks at no encoder: the public one is scored already.
-            on_curve = one.epsilon != member.budgets[0]
-            if member.is_noise or (on_curve and not adaptive_curve):
-                continue
-        scored.append(one)
-    return by_budget(scored)

@@ -20,8 +20,9 @@ from robust_ssl.experiment import saving, train
 from robust_ssl.experiment.attack import Fitted, attack, load_perturbations
 from robust_ssl.experiment.context import Context, identity
 from robust_ssl.experiment.groups import threat_name
+from robust_ssl.experiment.jobs import build_per_image
 from robust_ssl.experiment.loop import stage_key
-from robust_ssl.experiment.score import build_per_image, saved_classifiers
+from robust_ssl.experiment.score import saved_classifiers
 from robust_ssl.screening import Adaptive, Bench, Case, Images, Known, Screen
 from robust_ssl.screening.bench import Arrays
 from robust_ssl.stopping import Stopped, stop_requested
