@@ -458,6 +458,22 @@ def test_an_attack_that_left_its_budget_on_some_image_is_not_believed(tmp_path):
         assert check.status == status and check.value == pytest.approx(excess, abs=1e-6)
 
 
+def test_without_attacks_on_single_images_the_printed_figure_is_asked_for_enough_images(tmp_path):
+    run = context(config(), tmp_path)
+    suites = [
+        scored(groups.Group("one", against, "universal", "Linf", 10 / 255))
+        for against in ("public", "hardened")
+    ]
+    weaker = scored(groups.Group("one", "public", "universal", "Linf", 4 / 255))
+    patch = scored(groups.Group("one", "public", "universal", "Patch", 0.5))
+    printed = evaluation.worst_case(group.worst for group in suites).counts
+    assert examined.counts_of(None, [*suites, weaker, patch]) == printed
+    assert examined.counts_of(None, [patch]) is None
+    _, verdict = examine._per_image(groups.Scorer(run, None, 64), classifier(), suites)
+    [check] = [check for check in verdict.checks if check.name == "enough_images"]
+    assert f": {printed.n} images are few" in check.meaning
+
+
 def test_per_image_attacks_may_be_scored_on_a_part_of_the_split(tmp_path):
     changed = config()
     changed.scoring.per_image.images = 32

@@ -24,7 +24,7 @@ from robust_ssl.experiment.examine import (
     of_sample,
     of_two_classes,
 )
-from robust_ssl.experiment.examined import sees_labels
+from robust_ssl.experiment.examined import counts_of, sees_labels
 from robust_ssl.experiment.groups import Group, Member, Scored
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Bar, Progress
@@ -346,6 +346,7 @@ class _Scorer:
             batch,
             figure,
             rows,
+            counts=counts_of(figure, scored),
             excess=evaluation.largest_excess(s.worst for s in scored),
             threat=threats.Linf(epsilon),
             num_steps=steps,

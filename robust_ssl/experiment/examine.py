@@ -15,7 +15,13 @@ import numpy as np
 from robust_ssl import data, disk, evaluation, threats
 from robust_ssl.evaluation import PerImage, checks
 from robust_ssl.experiment.context import Context, identity
-from robust_ssl.experiment.examined import budget_of, sees_labels, sees_model, subject_of
+from robust_ssl.experiment.examined import (
+    budget_of,
+    counts_of,
+    sees_labels,
+    sees_model,
+    subject_of,
+)
 from robust_ssl.experiment.groups import Group, Member, Scored, Scorer, sample
 from robust_ssl.experiment.loop import stage_key
 from robust_ssl.parallel import everywhere
@@ -140,6 +146,7 @@ def _per_image(
         batch,
         subject.figure,
         np.searchsorted(subject.rows, chosen),
+        counts=counts_of(subject.figure, scored),
         # Whatever its budget: each has a row in the tables.
         excess=evaluation.largest_excess(s.worst for s in scored),
         threat=subject.threat,
@@ -182,7 +189,7 @@ def of_sample(
     """
     options: dict[str, Any] = {"batch_size": min(_MOST_AT_ONCE, at_once)}
     if figure is not None:
-        options |= {"reported": figure.robust_correct[places], "counts": figure.counts}
+        options["reported"] = figure.robust_correct[places]
     try:
         return checks.examine(model, batch["images"], batch["labels"], **options, **how)
     except ValueError as error:  # hours of scoring are not lost for it

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from robust_ssl import evaluation, threats
-from robust_ssl.evaluation import PerImage
+from robust_ssl.evaluation import Counts, PerImage
 from robust_ssl.experiment.context import Context
 from robust_ssl.experiment.groups import Scored
 
@@ -55,6 +55,21 @@ def subject_of(context: Context, scored: Sequence[Scored]) -> Subject | None:
         return None
     words = f"Linf {epsilon:.4g}, no per-image attack was scored"
     return Subject([], threats.Linf(epsilon), np.arange(len(context.test)), None, 0, words)
+
+
+def counts_of(figure: PerImage | None, scored: Sequence[Scored]) -> Counts | None:
+    """Returns the counts of the figure that a verdict is of.
+
+    Without attacks on single images that is the worst case over the perturbations of the largest
+    Linf budget, on the whole split: the examination's own sample is printed nowhere.
+    """
+    if figure is not None:
+        return figure.counts
+    whole = [s for s in scored if s.group.threat == "Linf" and s.rows is None]
+    epsilon = max((s.group.epsilon for s in whole), default=0)
+    if not epsilon:
+        return None
+    return evaluation.worst_case(s.worst for s in whole if s.group.epsilon == epsilon).counts
 
 
 def sees_model(scored: Scored) -> bool:
