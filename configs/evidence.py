@@ -186,7 +186,10 @@ FOURTH = {**THIRD, "gtsrb32": {}}  # the second round has tuned on that set alre
 NINTH = {
     "gtsrb32": dict.fromkeys(("trades", "ramp_pgd"), _at_rate(4e-3)),
     "cifar10": {**THIRD["cifar10"]},
-    "tiny_imagenet20": {**THIRD["tiny_imagenet20"]},
+    "tiny_imagenet20": {
+        **THIRD["tiny_imagenet20"],
+        **{"trades": _at_rate(2e-3), "ramp_pgd": _at_rate(1e-3)},
+    },
 }
 BY_SET = {  # by round
     3: THIRD,
