@@ -18,6 +18,7 @@ from robust_ssl.attacks import UniversalPerturbation, universal
 from robust_ssl.evaluation import checks
 from robust_ssl.experiment.train import load_trained
 from robust_ssl.parallel import Parallel
+from robust_ssl.types import Outputs
 from robust_ssl.workdir import fingerprint
 
 QUIET = {"progress": "quiet"}
@@ -425,7 +426,17 @@ CALLS = {
     ),
     "a function of logits": (
         lambda net: robust_ssl.measure(lambda x: net(x).logits, IMAGES, LABELS),
-        "must return robust_ssl.Outputs with logits",
+        r"must return robust_ssl.Outputs with logits .*got an array \(2, 4\) for 2 images",
+    ),
+    "one logit for all": (
+        lambda net: robust_ssl.measure(
+            lambda x: Outputs(features=x, logits=net(x).logits[:, 0]), IMAGES, LABELS
+        ),
+        r"logits \[n, classes\], got an array \(2,\) of logits",
+    ),
+    "a label that a function has no logit for": (
+        lambda net: robust_ssl.measure(lambda x: net(x), IMAGES, [0, 1, 2, 4]),
+        "label 4, and the classifier has 4 classes",
     ),
     "another way to report": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, progress="silent"),
@@ -633,6 +644,18 @@ def test_a_function_and_an_attack_without_a_threat_can_be_measured(classifier):
     )
     [entry] = json.loads(plain.to_json())["results"]
     assert entry["epsilon"] is None and entry["threat"] == "unknown"
+    assert plain.robust_accuracy == value.robust_accuracy
+
+
+def test_autoattack_aims_at_all_classes_of_a_function_whatever_is_labelled(classifier):
+    images, labels = tiny.images("test", n=4)
+    once = {"attacks": "autoattack", "examine": False, **QUIET}
+    value, plain = (
+        robust_ssl.measure(net, images, labels % 2, **once)
+        for net in (classifier, lambda x: classifier(x))
+    )
+    targets = [len(result.groups[0].members[0].value["apgd-t"]) for result in (value, plain)]
+    assert targets == [3, 3]  # of four logits; two labels left one
     assert plain.robust_accuracy == value.robust_accuracy
 
 

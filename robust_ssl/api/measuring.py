@@ -199,8 +199,10 @@ def measure(
     if not examples.class_names:
         raise ValueError("labels are needed to count right answers: measure(net, images, labels)")
     classifier = _in_order(classifier, examples)
-    _check_answers(classifier, examples)
-    num_classes = _classes(classifier, examples)
+    # Of the logits, not of the labels: those of some images may be of a few classes only, and
+    # AutoAttack tries as many wrong classes as there are.
+    num_classes = _count_logits(classifier, examples)
+    _check_labels(examples, num_classes)
     named = choice.named(attacks)
     parallel = parallel.anew_for(classifier, named)
     epsilon = choice.largest_budget(named) if epsilon is None else epsilon
@@ -216,17 +218,27 @@ def measure(
     return Result(scored, verdict)
 
 
-def _check_answers(classifier: Any, examples: Any) -> None:
+def _count_logits(classifier: Any, examples: Any) -> int:
+    """Returns how many classes a classifier tells apart, which may be more than are labelled.
+
+    Raises:
+      ValueError: If it does not return logits ``[n, classes]``.
+    """
     if isinstance(classifier, Classifier):
-        return
-    one = jax.ShapeDtypeStruct((1, *examples.image_shape), np.float32)
-    answer = jax.eval_shape(classifier, one)
-    if getattr(answer, "logits", None) is None:
-        raise ValueError(
-            "the classifier must return robust_ssl.Outputs with logits [n, classes], got "
-            f"{type(answer).__name__}; of a function of yours: lambda images: "
-            "Outputs(features=f(images), logits=f(images))"
-        )
+        return classifier.num_classes
+    images = jax.ShapeDtypeStruct((2, *examples.image_shape), np.float32)
+    answer = jax.eval_shape(classifier, images)
+    logits = getattr(answer, "logits", None)
+    shape = getattr(logits, "shape", None)
+    if shape is not None and len(shape) == 2 and shape[0] == 2:
+        return shape[1]
+    returned = answer if logits is None else logits
+    what = f"an array {returned.shape}" if hasattr(returned, "shape") else type(returned).__name__
+    raise ValueError(
+        "the classifier must return robust_ssl.Outputs with logits [n, classes], got "
+        f"{what}{'' if logits is None else ' of logits'} for 2 images; of a function of yours: "
+        "lambda images: Outputs(features=f(images), logits=f(images))"
+    )
 
 
 def _in_order(classifier: Any, examples: Any) -> Any:
@@ -252,14 +264,12 @@ def _in_order(classifier: Any, examples: Any) -> Any:
     return classifier
 
 
-def _classes(classifier: Any, examples: Any) -> int:
-    classes = getattr(classifier, "num_classes", examples.num_classes)
+def _check_labels(examples: Any, classes: int) -> None:
     if examples.labels is not None and examples.labels.max() >= classes:
         raise ValueError(
             f"there is a label {examples.labels.max()}, and the classifier has {classes} classes, "
             f"0 to {classes - 1}"
         )
-    return classes
 
 
 # --- Scoring and examining ----------------------------------------------------------------------
