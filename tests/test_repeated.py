@@ -6,6 +6,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from robust_ssl import report
+from robust_ssl.evaluation.counts import wilson_interval
 from robust_ssl.evaluation.repeated import advantage, gain_ratio, holm
 from robust_ssl.report import announced, claims
 from robust_ssl.report.comparison import Estimate
@@ -39,10 +40,23 @@ def test_one_seed_is_students_test_over_images():
     assert advantage(first, second).p == pytest.approx(expected.pvalue / 2)
 
 
-def test_what_is_always_the_same_is_certain():
-    one, none = np.ones((2, 5)), np.zeros((2, 5))
-    assert advantage(one, none) == (1, 1, 1, 0)
-    assert advantage(one, one).p == 1 and advantage(one, one, margin=0.01).p == 0
+def test_what_all_images_say_is_as_certain_as_they_are_many():
+    def outcomes(n):
+        return np.ones((2, n)), np.zeros((2, n))
+
+    one, none = outcomes(5)
+    assert advantage(one, one).p == advantage(none, one).p == 1
+    # No image of five against it: 0.98^5 where each fiftieth would be, 0.5^5 where each other is.
+    assert advantage(one, one, margin=0.02).p == pytest.approx(0.98**5)
+    assert advantage(one, none).p == pytest.approx(0.5**5)
+    unseen = wilson_interval(0, 5)[1]
+    assert advantage(one, one)[:3] == pytest.approx((0, -unseen, unseen))
+    assert advantage(one, none)[:3] == pytest.approx((1, 1 - 2 * unseen, 1))
+    many, alike = outcomes(500)
+    assert advantage(many, many, margin=0.02).p < 1e-4
+    assert gain_ratio(many, alike, many) == pytest.approx((1, 1, 1))
+    two, wrong = outcomes(2)
+    assert gain_ratio(two, wrong, two) is None  # a gain on two images may be chance
 
 
 def test_by_chance_alone_a_claim_holds_in_one_case_of_twenty():

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from robust_ssl.evaluation.counts import wilson_interval
+
 
 class Advantage(NamedTuple):
     """By how much one share exceeds another.
@@ -40,6 +42,12 @@ def advantage(first: np.ndarray, second: np.ndarray, margin: float = 0.0) -> Adv
       second: The same of the other recipe.
       margin: What `first` may be behind, a share: 0 asks whether it is ahead.
 
+    Where every image says the same there is no variance to go by, which is not certainty.  Then a
+    share `u` of images may speak against it, the upper end of Wilson's interval of none out of n:
+
+    .. math:: (1 - u) \bar d \pm u, \qquad
+       p = \left(\frac{1 - \mathrm{margin}}{1 + \bar d}\right)^n
+
     Returns:
       The advantage; with one seed only the images speak.
 
@@ -53,11 +61,20 @@ def advantage(first: np.ndarray, second: np.ndarray, margin: float = 0.0) -> Adv
     """
     each = _each(first, second)
     mean, (variance, freedom) = float(each.mean()), _variance(each, each)
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     if variance == 0:
-        return Advantage(mean, mean, mean, 0.0 if mean + margin > 0 else 1.0)
+        return _without_variance(mean, each.shape[1], margin)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     p = stats.t.sf((mean + margin) / math.sqrt(variance), freedom)
     return Advantage(mean, mean - half, mean + half, float(p))
+
+
+def _without_variance(mean: float, images: int, margin: float) -> Advantage:
+    """The advantage where all images say the same: two images may do so by chance."""
+    _, against = wilson_interval(0, images)
+    low, high = ((1 - against) * mean + sign * against for sign in (-1, 1))
+    # The likeliest way to see no image against it where the mean is -margin.
+    p = ((1 - margin) / (1 + mean)) ** images if mean > -margin else 1.0
+    return Advantage(mean, max(low, -1.0), min(high, 1.0), p)
 
 
 def gain_ratio(
@@ -89,7 +106,8 @@ def gain_ratio(
     uv, _ = _variance(part, whole)
     u, v, t = float(part.mean()), float(whole.mean()), stats.t.ppf(0.975, min(one, other))
     a, b, c = v**2 - t**2 * vv, u * v - t**2 * uv, u**2 - t**2 * uu
-    if a <= 0 or v <= 0:
+    # The test, since without a variance `a` says nothing of chance.
+    if a <= 0 or v <= 0 or advantage(leader, base).p > 0.025:
         return None
     spread = math.sqrt(max(b**2 - a * c, 0.0))
     return u / v, (b - spread) / a, (b + spread) / a
