@@ -281,6 +281,7 @@ def test_a_table_of_many_shares_is_two():
 
 REACH = {"reach": 0.9, "of": "gen_af", "over": "baseline", "within": 1.5}
 BETTER = {"better_than": "gen_af"}
+MORE = {"more": "a", "than": "b", "by": "clean"}
 
 
 def goal(**recipes):
@@ -355,6 +356,12 @@ def test_a_recipe_is_better_on_all():
         ({"order": ("a", "z")}, "'z' in .* is not compared"),
         ({"order": ("a",)}, "two or more different"),
         ({"order": ("a", "a")}, "two or more different"),
+        ({**MORE, "margin": "2 %"}, "margin='2 %' in .* must be a share, at least 0 and below 1"),
+        ({**MORE, "margin": 2}, "margin=2 in .* must be a share"),
+        ({**MORE, "margin": -0.02}, "margin=-0.02 in .* must be a share"),
+        ({**MORE, "margin": None}, "margin=None in .* must be a share"),
+        ({**MORE, "seen": -10}, "seen=-10 in .* must be a whole number of at least 0"),
+        ({**REACH, "seen": 0.5}, "seen=0.5 in .* must be a whole number"),
         ({"order": ("a", "b"), "by": "gradients"}, "by='gradients' in .* is no share"),
     ],
 )

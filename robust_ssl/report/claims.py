@@ -37,6 +37,15 @@ PLACES = {
     "robust_labelled": "under a universal attack that knows head and labels",
     "autoattack": "under AutoAttack",
 }
+NUMBERS = {  # entries that are numbers: what each must be, and whether a number is
+    "reach": ("above 0 and at most 1", lambda number: 0 < number <= 1),
+    "within": ("finite and above 0", lambda number: 0 < number < math.inf),
+    "margin": ("a share, at least 0 and below 1", lambda number: 0 <= number < 1),
+    "seen": (
+        "a whole number of at least 0",
+        lambda number: isinstance(number, int) and number >= 0,
+    ),
+}
 SLACK = 1e-9  # 0.6 - 0.1 is a little less than 0.5
 
 
@@ -62,10 +71,8 @@ def check_claim(claim: Claim, recipes: Iterable[str]) -> None:
         raise ValueError(f"{claim} has no {', '.join(map(repr, missing))}")
     if claim.get("by", "clean") not in SHARES:
         raise ValueError(f"by={claim['by']!r} in {claim} is no share; known: {', '.join(SHARES)}")
-    for entry in ("reach", "within"):
-        high = 1 if entry == "reach" else math.inf
-        if entry in claim and not _in_range(claim[entry], high):
-            limits = "above 0 and at most 1" if high == 1 else "finite and above 0"
+    for entry, (limits, fits) in NUMBERS.items():
+        if entry in claim and not (_is_number(claim[entry]) and fits(claim[entry])):
             raise ValueError(f"{entry}={claim[entry]!r} in {claim} must be {limits}")
     named = [*claim.get("order", ())]
     if kind != "order":
@@ -89,9 +96,9 @@ def _kind(claim: Claim) -> str:
     return kinds[0]
 
 
-def _in_range(value: Any, high: float) -> bool:
+def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)  # True is an int
-    return number and 0 < value <= high and math.isfinite(value)
+    return number and math.isfinite(value)
 
 
 def _near(name: Any, known: Sequence[str]) -> str:
