@@ -565,6 +565,19 @@ def test_an_attack_that_leaves_its_budget_is_no_believable_figure(classifier):
     assert "NOT BELIEVABLE" in str(result).upper()
 
 
+def test_a_figure_that_was_not_examined_says_why(classifier):
+    images, labels = tiny.images("test", n=8)
+    same, once = np.zeros_like(labels), {"attacks": "fgsm", "batch_size": 8, **QUIET}
+    told = str(robust_ssl.measure(classifier, images, same, **once))
+    assert told.endswith(
+        "not examined\n  not run: all 8 images are of class 0: accuracy on one class tells "
+        "nothing; take a sample of several classes"
+    )
+    assert str(robust_ssl.measure(classifier, images, same, **once, examine=False)).endswith(
+        "8 images; not examined"
+    )
+
+
 @pytest.mark.parametrize("seeing", [True, False])
 def test_what_sees_no_label_is_no_figure_to_examine(classifier, monkeypatch, seeing):
     looked = {}

@@ -8,6 +8,7 @@ import pytest
 from test_report import a_document, entry, printed, three, write
 
 from robust_ssl import report
+from robust_ssl.evaluation.checks import ESSENTIAL
 from robust_ssl.experiment import pages
 from robust_ssl.report import results, sentences, tables
 
@@ -103,6 +104,22 @@ def test_one_line_then_only_what_did_not_pass(tmp_path):
             "gen_af-seed0": "not believable",
             "theirs": "not examined",
         }
+
+
+def test_what_was_not_examined_says_why():
+    class_0 = "all 9 images are of class 0"
+    kept = check("budget_kept", "budget and range kept", 18)
+    unrun = [
+        check(name, name, number, "not run", class_0, value=None, limit=None)
+        for number, name in enumerate(sorted(ESSENTIAL), 1)
+    ]
+    verdict = {"verdict": "not examined", "checks": [*unrun, kept]}
+    document = a_document([entry()], verdicts={"baseline-seed0": verdict})
+    results.check(document)
+    assert report.verdict_lines(document) == [
+        "The figures of baseline under attack are not examined (1 of 1 checks passed).",
+        f"  not run: {class_0}",
+    ]
 
 
 def test_what_is_not_believable_has_no_rank():

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robust_ssl.evaluation import wilson_interval
-from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED
+from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE, NOT_EXAMINED, reasons
 from robust_ssl.report.cases import SOURCES, Document, Entry, suite_cases
 from robust_ssl.report.comparison import VERDICTS, Summary, decided, differ
 from robust_ssl.report.pareto import Point, checked_points
@@ -141,6 +141,7 @@ def verdict_lines(document: Document) -> list[str]:
         for status in ("failed", "note"):  # the grave first
             checks = [check for check in verdict["checks"] if check["status"] == status]
             lines += [f"  {_check_sentence(check)}" for check in checks]
+        lines += [f"  not run: {reason}" for reason in reasons(verdict)]
     return lines
 
 

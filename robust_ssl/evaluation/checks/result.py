@@ -151,12 +151,13 @@ class Verdict:
         )
 
     def __str__(self) -> str:
-        """Returns the verdict in one line, then only what did not pass."""
+        """Returns the verdict in one line, then only what did not pass, or why nothing was run."""
         run = [check for check in self.checks if check.status != "not run"]
         passed = sum(check.status == "passed" for check in run)
         grave = sorted(run, key=lambda check: STATUSES.index(check.status), reverse=True)
-        lines = [f"{self.word}: {passed} of {len(run)} checks passed"]
-        return "\n".join(lines + [f"  {check}" for check in grave if check.status != "passed"])
+        lines = [f"{self.word}: {passed} of {len(run)} checks passed" if run else self.word]
+        lines += [f"  {check}" for check in grave if check.status != "passed"]
+        return "\n".join(lines + [f"  not run: {why}" for why in reasons(self.as_dict())])
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the part of ``results.json`` that belongs beside the figure."""
@@ -167,6 +168,20 @@ class Verdict:
             "accuracies": {name: float(share) for name, share in self.accuracies.items()},
             "checks": [check.as_dict() for check in self.checks],
         }
+
+
+def reasons(verdict: Mapping[str, Any]) -> list[str]:
+    """Returns why a figure was not examined, from `Verdict.as_dict`; of others nothing.
+
+    Example:
+      >>> reasons(Verdict(not_run("model", "All images are of one class.")).as_dict())
+      ['All images are of one class.']
+    """
+    if verdict["verdict"] != NOT_EXAMINED:
+        return []
+    essential = [check for check in verdict["checks"] if check["name"] in ESSENTIAL]
+    lacking = [check["meaning"] for check in essential if check["status"] == "not run"]
+    return list(dict.fromkeys(filter(None, lacking)))  # each once: a reason is that of a group
 
 
 def not_run(names: str | Iterable[str], reason: str) -> tuple[Check, ...]:
