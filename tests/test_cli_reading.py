@@ -412,7 +412,8 @@ def test_a_tracker_gets_the_table_when_it_changes(tracker, work, monkeypatch):
     call(work)
     shares = dict.fromkeys(trackers.SHARES, 0.5)
     entry = {"model": "a-seed0", "attack": "worst", "epsilon": 0.25, "seed": 0, **shares}
-    entry |= {"family": "per_image", "threat": "Linf"}
+    entry |= {"family": "per_image", "threat": "Linf", "verdict": "believable"}
+    doubted = {"verdict": "not believable"}
     document = {
         "run": {"encoder": {"name": "e"}},
         "verdicts": {"a-seed0": {"verdict": "believable"}},
@@ -420,13 +421,21 @@ def test_a_tracker_gets_the_table_when_it_changes(tracker, work, monkeypatch):
             {**entry, "crafted_against": "own"},
             {**entry, "crafted_against": "own", "family": "autoattack"},
             {**entry, "crafted_against": "own", "threat": "L2"},
+            {**entry, "crafted_against": "own", "model": "b-seed0", **doubted},
         ],
-        "comparison": {"rows": [{"recipe": "a", "seed": 0, "clean": 1.0, "verdict": "believable"}]},
+        "comparison": {
+            "rows": [
+                {"recipe": "a", "seed": 0, "clean": 1.0, "verdict": "believable"},
+                {"recipe": "b", "seed": 0, "clean": 1.0, "robust_worst": 1.0, **doubted},
+            ]
+        },
     }
     (work / "results.json").write_text(json.dumps(document))
     assert call(work) == 0
     numbers = _numbers(sent)["results", 0]
-    assert {name.rpartition("/")[2] for name in numbers} == {*shares, "clean", "seed"}
+    marked = {f"{name} NOT BELIEVABLE" for name in {*shares, "robust_worst"} - {"clean_accuracy"}}
+    assert {name.rpartition("/")[2] for name in numbers} == {*shares, *marked, "clean", "seed"}
+    assert all("b-seed0" in name for name in numbers if "NOT BELIEVABLE" in name)
     assert sum(name.endswith("/robust_accuracy") for name in numbers) == 3  # each its own
     assert call(work) == 0 and not sent
     (work / "results.json").write_text("{")

@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from robust_ssl import disk
+from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE
+from robust_ssl.report import comparison
 from robust_ssl.report.metrics import numbers, read_metrics, stage_directories
+from robust_ssl.report.tables import MARK
 from robust_ssl.workdir import WorkdirError, read_manifest, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -290,11 +293,20 @@ def _table(document: Mapping[str, Any]) -> dict[str, Any]:
             f"{entry['family']}, {entry['threat']} {entry['epsilon']:.4g}, seed {entry['seed']}"
         )
         where = f"{entry['model']}/{entry['attack']}/{entry['crafted_against']}/{budget}"
-        metrics |= {f"{where}/{share}": entry[share] for share in SHARES}
+        mark = _mark(entry)
+        metrics |= {f"{where}/{share}{mark(share)}": entry[share] for share in SHARES}
     for row in (document["comparison"] or {}).get("rows", ()):
         where = f"comparison/{row['recipe']}-seed{row['seed']}"
         counts = {name: value for name, value in row.items() if not isinstance(value, str)}
-        metrics |= {f"{where}/{name}": value for name, value in numbers(counts).items()}
+        mark = _mark(row)
+        metrics |= {f"{where}/{name}{mark(name)}": v for name, v in numbers(counts).items()}
     verdicts = {model: verdict["verdict"] for model, verdict in document["verdicts"].items()}
     run = {name: document["run"].get(name) for name in ("encoder", "downstream", "suite", "config")}
     return {"config": {**run, "verdicts": verdicts}, "metrics": metrics}
+
+
+def _mark(judged: Mapping[str, Any]) -> Callable[[str], str]:
+    """Returns what the names of figures under attack end with: a chart shows nothing but names."""
+    doubted = judged["verdict"] == NOT_BELIEVABLE
+    attacked = {*SHARES, *comparison.SHARES} - {"clean", "clean_accuracy"}
+    return lambda name: f" {MARK}" if doubted and name in attacked else ""
