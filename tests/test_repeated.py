@@ -1,9 +1,13 @@
 """Announced claims: intervals over seeds and images, Holm, Fieller, and what is said of them."""
 
+import runpy
+
 import numpy as np
 import pytest
 from scipy import stats
 from scipy.optimize import brentq
+from test_report import a_comparison, a_row, entry
+from test_report import write as write_results
 
 from robust_ssl import report
 from robust_ssl.evaluation.counts import wilson_interval
@@ -264,6 +268,35 @@ def test_a_claim_of_every_set_is_as_good_as_on_the_worst():
 def test_sets_of_other_claims_are_not_put_together(sets, message):
     with pytest.raises(ValueError, match=message):
         announced.on_every_set(sets)
+
+
+def _write_set(folder, verdict="believable"):
+    rows = [a_row("b", 0.2), a_row("a", 0.6, verdict=verdict)]
+    measured = {"difference": 0.4, "low": 0.3, "high": 0.5, "p": 0.01, "p_holm": 0.02}
+    measured |= {"seeds": 3, "images": 50}
+    judged = [
+        {"claim": {**CLAIMS[0], "by": by}, "sentence": "It holds.", "measured": measured}
+        for by in ("clean", "robust_public")
+    ]
+    comparison = {**a_comparison(), "rows": rows, "baseline": "b", "claims": judged}
+    folder.mkdir(parents=True)
+    write_results(folder / "results.json", [entry()], comparison=comparison)
+    return str(folder)
+
+
+def test_the_table_of_all_sets_marks_what_is_not_believable(tmp_path, capsys):
+    tool = runpy.run_path("tools/claims_on_every_set.py")["main"]
+    sets = [_write_set(tmp_path / "one" / "set"), _write_set(tmp_path / "set", "not believable")]
+    tool(sets)
+    head, _, clean, public = capsys.readouterr().out.splitlines()
+    assert head == f"| claim | {sets[0]} | {sets[1]} | p over all sets |"
+    cell = "+40.0 (+30.0 to +50.0), p 0.01"
+    assert clean == f"| a against b, clean | {cell} | {cell} | 0.02 |"
+    assert public.startswith(f"| a against b, robust_public | {cell} | {cell} NOT BELIEVABLE: a |")
+    (tmp_path / "set" / "results.json").unlink()
+    with pytest.raises(SystemExit):
+        tool(sets)
+    assert "results.json" in capsys.readouterr().err
 
 
 def test_one_seed_shows_nothing_of_others():
