@@ -139,6 +139,12 @@ def test_a_broken_entry_is_refused_by_name_and_nothing_is_written(tmp_path, chan
     assert list(tmp_path.iterdir()) == []
 
 
+def largest(images, **other):
+    """What changes in a document of a largest class."""
+    downstream = {**RUN["downstream"], **other, "largest_class": {"name": "a", "images": images}}
+    return {"run": {**RUN, "downstream": downstream}}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -160,6 +166,15 @@ def test_a_broken_entry_is_refused_by_name_and_nothing_is_written(tmp_path, chan
         ({"comparison": a_comparison(rows=[a_row("a", 1.5)])}, "robust_public is 1.5"),
         ({"comparison": a_comparison(reference="full")}, "comparison.reference: 'full' has no row"),
         ({"comparison": {"rows": []}}, "comparison: 'baseline' is a required property"),
+        ({"comparison": a_comparison(rows=[a_row("a", "0.5")])}, "robust_public is '0.5', which"),
+        (
+            {"comparison": a_comparison(rows=[a_row("a", [])])},
+            r"robust_public is \[\], which is no",
+        ),
+        ({"comparison": a_comparison(rows=[a_row(["a"], 0.5)])}, "recipe is a name and seed a who"),
+        (largest(60, classes=2), "largest_class.images: 60 are more than all 50 test images"),
+        (largest(30), "downstream.classes: is not there"),
+        (largest(30, classes=0), "downstream.classes: 0 is less than the minimum"),
     ],
 )
 def test_a_document_that_does_not_hold_together_is_refused(change, field):

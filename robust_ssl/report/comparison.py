@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -143,6 +144,8 @@ def check_rows(rows: Sequence[Row]) -> None:
         missing, unknown = sorted({*FIELDS} - {*row} - {*LATER}), sorted({*row} - {*FIELDS})
         if missing or unknown:
             raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
+        if not isinstance(row["recipe"], str) or not isinstance(row["seed"], int):
+            raise ValueError(f"{where}: recipe is a name and seed a whole number")
         if (row["recipe"], row["seed"]) in places:
             raise ValueError(f"{where} is there twice; a recipe has one row for each seed")
         places.add((row["recipe"], row["seed"]))
@@ -159,6 +162,8 @@ def _check_number(where: str, name: str, value: float | None) -> None:
         if name not in OPTIONAL:
             raise ValueError(f"{where}: {name} was not measured; it must be")
         return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{where}: {name} is {value!r}, which is no number")
     low = 1 if name in ("images", "autoattack_images") else 0
     high = 1 if name in SHARES else math.inf
     if not (math.isfinite(value) and low <= value <= high):

@@ -39,12 +39,23 @@ def check(document: Any) -> None:
     error = schemas.problem("results", document)
     if error is not None:
         raise _error(schemas.dotted(error), error.message)
+    _check_downstream(document["run"]["downstream"])
     _check_models(document["models"])
     _check_verdicts(document)
     for index, entry in enumerate(document["results"]):
         _check_entry(document, entry, f"results[{index}]")
     if document["comparison"] is not None:
         _check_comparison(document)
+
+
+def _check_downstream(downstream: Mapping[str, Any]) -> None:
+    if (largest := downstream.get("largest_class")) is None:
+        return
+    if "classes" not in downstream:
+        raise _error("run.downstream.classes", "is not there; largest_class is one of them")
+    if largest["images"] > downstream["test"]:
+        message = f"{largest['images']} are more than all {downstream['test']} test images"
+        raise _error("run.downstream.largest_class.images", message)
 
 
 def _check_models(models: Mapping[str, Mapping[str, Any]]) -> None:
