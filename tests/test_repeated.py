@@ -234,6 +234,22 @@ def test_announced_claims_are_judged_together_on_unseen_images():
     assert (numbers["seeds"], numbers["images"]) == (3, 400) and judged[2].measured is None
 
 
+def test_a_claim_that_is_not_judged_says_why():
+    of = {("a", "clean"): {0: np.ones(4, bool)}, ("b", "clean"): {0: np.zeros(4, bool)}}
+    claim = {"more": "a", "than": "b", "by": "clean"}
+
+    def said(right, images):
+        (one,) = announced.judge(
+            [claim], right, {("clean", 0): np.arange(4) < images}, claims.PLACES
+        )
+        assert one.measured is None
+        return one.sentence.partition("cannot be judged, ")[2]
+
+    assert said({**of, ("b", "clean"): {1: np.zeros(4, bool)}}, 4) == "the two share no seed."
+    assert said(of, 1) == "it takes two test images, and 1 counts."
+    assert said({("a", "clean"): of["a", "clean"]}, 4) == "it was not measured."
+
+
 def _of_set(*p, **entries):
     shares = zip(("clean", "robust_public", "robust_twin"), p, strict=False)
     return {

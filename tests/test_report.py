@@ -411,6 +411,12 @@ def test_a_change_within_chance_is_none(robust, words):
     assert sentences.change([entry(robust=robust)], "a") == words
 
 
+def test_what_attacks_change_is_counted_seed_by_seed():
+    # Ten of a hundred answers fall, all with one seed.  The product of both means has 27 fall.
+    seeds = [entry(clean=45, robust=45), entry(clean=10, robust=0)]
+    assert sentences.change(seeds, "a") == "cut the accuracy of a from 55.0 % to 45.0 %"
+
+
 def rows_of(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -45,13 +45,13 @@ def judge(
       In the order of the claims; p-values are Holm's over all of them that can be judged.
     """
     measured = [_measure(claim, right, unseen) for claim in claims]
-    judged = [one for one in measured if one is not None]
+    judged = [one for one in measured if not isinstance(one, str)]
     adjusted = iter(holm([one[0].p for one in judged]))
     found = []
     for claim, one in zip(claims, measured, strict=True):
-        p = next(adjusted) if one else 1.0
-        numbers = None
-        if one is not None:
+        p, numbers = 1.0, None
+        if not isinstance(one, str):
+            p = next(adjusted)
             (mean, low, high, alone), seeds, images = one
             numbers = {"difference": mean, "low": low, "high": high, "p": alone, "p_holm": p}
             numbers |= {"seeds": seeds, "images": images}
@@ -109,14 +109,16 @@ def _alike(claim: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measure(claim: Mapping[str, Any], right: Any, unseen: Any) -> Any:
-    """Returns the advantage with its numbers of seeds and images; None where it has none."""
+    """Returns the advantage with its numbers of seeds and images, or why there is none."""
     first, second = (right.get((claim[e], claim["by"]), {}) for e in ("more", "than"))
+    if not first or not second:
+        return "it was not measured"
     seeds = [seed for seed in first if seed in second]
     if not seeds:
-        return None
+        return "the two share no seed"
     keep = unseen[claim["by"], claim.get("seen", 0)]
     if keep.sum() < 2:
-        return None
+        return f"it takes two test images, and {keep.sum()} counts"
     pair = (np.stack([of[seed][keep] for seed in seeds]) for of in (first, second))
     return advantage(*pair, margin=claim.get("margin", 0.0)), len(seeds), int(keep.sum())
 
@@ -125,8 +127,8 @@ def _sentence(claim, measured, places: Mapping[str, str], p: float, together: in
     margin = claim.get("margin", 0.0)
     words = f"at most {100 * margin:g} points less" if margin else "more"
     subject = f"{claim['more']} has {words} than {claim['than']} {places[claim['by']]}"
-    if measured is None:
-        return f"{subject}: cannot be judged, it was not measured."
+    if isinstance(measured, str):
+        return f"{subject}: cannot be judged, {measured}."
     found, seeds, images = measured
     mean, low, high = (f"{100 * share:+.1f}" for share in found[:3])
     # Of one seed nothing is known of how far another one would be from it.

@@ -52,13 +52,13 @@ def _effect(document: Document, name: str) -> str:
 
 def change(entries: Sequence[Entry], name: str) -> str:
     """Says by how much attacks of one group change a model's accuracy, unless it may be chance."""
-    clean, robust, success = (
+    clean, robust = (
         statistics.fmean(entry[metric] for entry in entries)
-        for metric in ("clean_accuracy", "robust_accuracy", "attack_success_rate")
+        for metric in ("clean_accuracy", "robust_accuracy")
     )
     numbers = f"{percent(clean)} % to {percent(robust)} %"
     # McNemar's test from the shares: images turned wrong, and wrong ones that turned right.
-    harmed = success * clean
+    harmed = statistics.fmean(e["attack_success_rate"] * e["clean_accuracy"] for e in entries)
     helped = max(robust - clean + harmed, 0.0)
     if abs(robust - clean) <= 1.96 * math.sqrt((harmed + helped) / entries[0]["n"]):
         return f"change nothing measurable in the accuracy of {name} ({numbers})"
