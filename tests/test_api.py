@@ -438,6 +438,22 @@ CALLS = {
         lambda net: robust_ssl.measure(lambda x: net(x), IMAGES, [0, 1, 2, 4]),
         "label 4, and the classifier has 4 classes",
     ),
+    "logits that are no numbers": (
+        lambda net: robust_ssl.measure(
+            lambda x: Outputs(features=x, logits=net(x).logits * jnp.nan), IMAGES, LABELS
+        ),
+        r"classifier's logits are NaN when nobody attacks, on images \[0, 1, 2, 3\]",
+    ),
+    "the worst case's name": (
+        lambda net: robust_ssl.measure(
+            net, IMAGES, LABELS, attacks={"worst": {"a": attacks.FGSM(LINF)}}
+        ),
+        "'worst' cannot be what an attack is called",
+    ),
+    "a number for a name": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks={1: "fgsm"}),
+        "1 cannot be what an attack is called",
+    ),
     "another way to report": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, progress="silent"),
         "progress must be one of .*'quiet'.*got 'silent'",

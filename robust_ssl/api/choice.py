@@ -11,9 +11,11 @@ from robust_ssl.api.attacking import Perturbation, refuse_class
 from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, autoattack
 from robust_ssl.build import Function, near
+from robust_ssl.evaluation import WORST
 from robust_ssl.experiment.groups import Group, threat_name
 
 EPSILON = 8 / 255  # the usual budget of attacks on single images
+TAKEN = ("none", WORST, "worst case per image")  # names that no attack may have
 MODEL = "classifier"  # of the one model, among entries
 
 
@@ -36,6 +38,12 @@ def named(given: Any) -> dict[str, Any]:
             by_name[next(n for n in itertools.chain([name], others) if n not in by_name)] = attack
     if not by_name:
         raise ValueError('name at least one attack; see robust_ssl.list("attacks")')
+    for name in by_name:
+        if not isinstance(name, str) or name in TAKEN:
+            raise ValueError(
+                f"{name!r} cannot be what an attack is called; give it another name, a text and "
+                f"none of {', '.join(map(repr, TAKEN))}, which are lines of every result"
+            )
     return {name: _value(attack) for name, attack in by_name.items()}
 
 

@@ -87,7 +87,7 @@ class Result:
             budget = report.budget(group.group.epsilon, group.group.threat)
             rows += [_row(m.label, budget, group.results[m.label]) for m in group.members]
         if len(rows) > 2:
-            rows.append(_row("worst case per image", "", self.worst))
+            rows.append(_row(choice.TAKEN[-1], "", self.worst))
         return rows
 
     def __repr__(self) -> str:

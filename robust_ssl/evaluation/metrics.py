@@ -191,6 +191,17 @@ def check_finite(name: str, attack: Attack, broken: np.ndarray) -> None:
     )
 
 
+def _check_answered(unperturbed: np.ndarray, broken: np.ndarray) -> None:
+    """Raises ValueError where the model, and no attack, is why pixels are no numbers."""
+    silent = broken[unperturbed == NO_ANSWER]
+    if len(silent):
+        raise ValueError(
+            f"the classifier's logits are NaN when nobody attacks, on images "
+            f"{silent[:5].tolist()} of the split; no attack has a gradient there. Look at its "
+            "weights, and at the mean and std of its normalization"
+        )
+
+
 def check_attacks(attacks: Mapping[str, Attack]) -> None:
     """Raises unless there is an attack, none is called "worst", and each is a pytree value."""
     if not attacks or WORST in attacks:
@@ -300,11 +311,13 @@ def score(
         if not labels:  # the first batch, before it costs anything
             check_threats(attacks.values(), batch["images"].shape[1:])
         labels.append(batch["labels"][:n])
-        clean.append(classify(unattacked, batch)[:n])
+        unperturbed = classify(unattacked, batch)
+        clean.append(unperturbed[:n])
         for name in attacks:
             begun = time.perf_counter()
             answered, finite, beyond = strike(constants[name], batch)
             seconds[name] += time.perf_counter() - begun
+            _check_answered(unperturbed[~finite], batch["indices"][~finite])
             check_finite(repr(name), attacks[name], batch["indices"][~finite])
             adversarial[name].append(answered[:n])
             outside[name] = float(np.maximum(outside[name], beyond[:n].max()))  # NaN stays NaN
