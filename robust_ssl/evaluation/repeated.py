@@ -37,16 +37,16 @@ def advantage(first: np.ndarray, second: np.ndarray, margin: float = 0.0) -> Adv
     distribution by Welch's degrees of freedom.  What seeds and images do together is counted in
     both terms, so the interval is a little wide.
 
-    Args:
-      first: Bool ``[seeds, n]``: which images were right with each seed.
-      second: The same of the other recipe.
-      margin: What `first` may be behind, a share: 0 asks whether it is ahead.
-
     Where every image says the same there is no variance to go by, which is not certainty.  Then a
     share `u` of images may speak against it, the upper end of Wilson's interval of none out of n:
 
     .. math:: (1 - u) \bar d \pm u, \qquad
        p = \left(\frac{1 - \mathrm{margin}}{1 + \bar d}\right)^n
+
+    Args:
+      first: Bool ``[seeds, n]``: which images were right with each seed.
+      second: The same of the other recipe.
+      margin: What `first` may be behind, a share: 0 asks whether it is ahead.
 
     Returns:
       The advantage; with one seed only the images speak.
