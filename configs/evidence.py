@@ -185,7 +185,11 @@ SEVENTH = {"gen_af_stage1": _at_rate(4e-3), "ramp_fgsm": _at_rate(4e-3)}
 FOURTH = {**THIRD, "gtsrb32": {}}  # the second round has tuned on that set already
 NINTH = {
     "gtsrb32": dict.fromkeys(("trades", "ramp_pgd"), _at_rate(4e-3)),
-    "cifar10": {**THIRD["cifar10"]},
+    "cifar10": {
+        **THIRD["cifar10"],
+        **dict.fromkeys(("roli", "trades"), _at_rate(2e-3)),
+        "ramp_pgd": _at_rate(1e-3),
+    },
     "tiny_imagenet20": {
         **THIRD["tiny_imagenet20"],
         **{"trades": _at_rate(2e-3), "ramp_pgd": _at_rate(1e-3)},
