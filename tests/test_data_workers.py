@@ -199,6 +199,16 @@ def test_a_broken_picture_is_an_error_or_left_out_and_counted(tmp_path, caplog):
             np.testing.assert_array_equal(batch["images"][place], batch["images"][place - 1])
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_picture_that_is_gone_is_not_taken_for_a_broken_one(tmp_path, skip):
+    """Its disk may be away for a while, and a resumed run must train on what it trained on."""
+    streamed = _streamed(_folder(tmp_path, []), skip_unreadable=skip)
+    (tmp_path / "train" / "b" / "5.png").unlink()
+    with pytest.raises(data.UnreadableError, match=r"b/5\.png\) cannot be opened: No such .*back"):
+        streamed.read(np.arange(16))
+    assert not streamed.unreadable
+
+
 def test_where_figures_are_counted_none_takes_its_place(tmp_path):
     streamed = _streamed(_folder(tmp_path, ["test"]), "test", skip_unreadable=True)
     with pytest.raises(ValueError, match="remove the file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -32,10 +33,16 @@ _SIGNATURES = (
 )
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _DEPTH = 258  # the TIFF tag: bits of each channel
+# Pillow's own errors have no number.  A file that one may not read is no more there tomorrow.
+_OF_THE_PICTURE = (None, errno.EACCES, errno.EPERM)
 
 
 class UnreadableError(ValueError):
     """Data that cannot be read where they are needed: whoever trains on them must not go on."""
+
+
+class LostError(UnreadableError):
+    """A file that was there and cannot be opened: the disk is to blame and not the picture."""
 
 
 def decode(
@@ -59,6 +66,7 @@ def decode(
     Raises:
       UnreadableError: If the file is broken or no regular file, has another format than `FORMATS`,
         several frames, or more than 8 bits a channel.
+      LostError: If it is gone, or its disk is.
     """
     from PIL import Image
 
@@ -74,6 +82,11 @@ def decode(
                 resizing.drafted(opened, image_size)
             pixels = None if refusal else _upright_rgb(opened)
     except Exception as error:  # what broken data and metadata make their readers raise
+        if isinstance(error, OSError) and error.errno not in _OF_THE_PICTURE:
+            raise LostError(
+                f"{where} cannot be opened: {error.strerror}; bring it back, or see to its disk, "
+                "and run the same command again"
+            ) from error
         raise UnreadableError(
             f"{where} cannot be read as an image: {error}; replace or remove it"
         ) from error

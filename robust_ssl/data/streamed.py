@@ -200,7 +200,8 @@ class StreamedExamples(Split):
             where = f"image {row} of {self.where}{file}"
             image = pictures.decode(picture, self.image_size, where, self.resizing)
         except ValueError as error:
-            if not self.skip_unreadable:
+            # A disk that is away for a while must not change what is trained on.
+            if not self.skip_unreadable or isinstance(error, pictures.LostError):
                 raise
             self.note_unreadable({int(row): str(error)})
             return None
