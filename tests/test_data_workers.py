@@ -284,6 +284,41 @@ def test_a_batch_of_nothing_but_broken_pictures_is_an_error():
         examples.read([0, 1])
 
 
+def _of_two(picture, label):
+    return data.StreamedExamples(lambda rows: [(picture, label)] * 2, np.arange(2), None, "ab")
+
+
+PIXELS = np.zeros((4, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (_of_two(PIXELS, 5), "image 0 of .*labels"),
+        (_of_two(PIXELS, None), "image 0 of .*labels"),
+        (_of_two(PIXELS.astype(np.float32), 0), r"image 0 of .* float32 \[4, 4, 3\]; .*uint8"),
+        (_of_two(PIXELS[..., 0], 0), r"image 0 of .* uint8 \[4, 4\]; pixels are"),
+        (
+            data.StreamedExamples(
+                lambda rows: [(PIXELS[row:], 0) for row in rows], np.arange(2), None, "ab"
+            ),
+            r"image 1 of .*\(3, 4, 3\), the first",
+        ),
+        (
+            data.StreamedExamples(lambda rows: {}["row 17"], np.arange(2), None, "ab"),
+            "function that reads 'examples'.*KeyError: 'row 17'",
+        ),
+        (
+            data.StreamedExamples(lambda rows: [(PIXELS, 0)], np.arange(2), None, "ab"),
+            "1 records for 2 rows",
+        ),
+    ],
+)
+def test_whatever_is_wrong_with_what_is_read_is_no_fault_of_what_is_trained(examples, message):
+    with pytest.raises(data.UnreadableError, match=message):
+        examples.read([0, 1])
+
+
 def test_a_function_may_say_itself_how_many_processes_read():
     own = data.StreamedExamples(_kill, np.arange(8), 4, "a", workers=3)
     assert data.load(lambda split: own, memory_limit=1).workers == 3

@@ -117,7 +117,8 @@ class StreamedExamples(Split):
           places: Only these of the `k` are read, ascending; they are what they would be among all.
 
         Raises:
-          ValueError: If a picture is broken or differs in size, or a label is out of range.
+          UnreadableError: If a picture is broken or differs in size, a label is out of range, or
+            `records` fails: of what is trained on them none of this says anything.
         """
         whole = self.rows[np.asarray(indices)]
         places = np.arange(len(whole)) if places is None else places
@@ -128,13 +129,35 @@ class StreamedExamples(Split):
         # Each batch is checked, because nobody has read the whole source beforehand.
         batch = {"images": np.stack(decoded)}
         if self.class_names:
-            labels = [label for _, label in records]
-            batch["labels"] = checks.as_labels(labels, len(rows), self.num_classes, self.where)
+            batch["labels"] = self._labels(rows, records)
         return batch
+
+    def _labels(self, rows: np.ndarray, records: list) -> np.ndarray:
+        labels = [label for _, label in records]
+        try:
+            return checks.as_labels(labels, len(rows), self.num_classes, self.where)
+        except ValueError as error:
+            classes = range(self.num_classes)
+            wrong = [row for row, label in zip(rows, labels, strict=True) if label not in classes]
+            named = f"image {wrong[0]} of {self.where}: " if wrong else ""
+            raise pictures.UnreadableError(f"{named}{error}") from error
+
+    def _records(self, rows: np.ndarray) -> list[Record]:
+        try:
+            records = [(picture, label) for picture, label in self.records(rows)]
+            if len(records) != len(rows):
+                raise ValueError(f"it gave {len(records)} records for {len(rows)} rows")
+            return records
+        except pictures.UnreadableError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise pictures.UnreadableError(
+                f"the function that reads {self.where} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def _read(self, rows: np.ndarray, threads: int | None = None) -> tuple[list, list]:
         """Returns the records of rows and their pixels, None for a picture that is left out."""
-        records = list(self.records(rows))
+        records = self._records(rows)
         encoded = [picture for picture, _ in records]
         threads = threads or os.cpu_count() or 1
         if isinstance(encoded[0], np.ndarray) or _is_small(encoded[0]) or threads == 1:
@@ -144,7 +167,7 @@ class StreamedExamples(Split):
                 decoded = list(pool.map(self._decode, rows, encoded))
         for row, image in zip(rows, decoded, strict=True):
             if image is not None and image.shape != self.image_shape:
-                raise ValueError(
+                raise pictures.UnreadableError(
                     f"image {row} of {self.where} is {image.shape}, the first one "
                     f"{self.image_shape}; give image_size to bring all to one size"
                 )
@@ -196,13 +219,16 @@ class StreamedExamples(Split):
 
     def _decode(self, row: int, picture: bytes | pathlib.Path | np.ndarray) -> np.ndarray | None:
         file = f" ({picture})" if isinstance(picture, pathlib.Path) else ""
+        where = f"image {row} of {self.where}{file}"
         try:
-            where = f"image {row} of {self.where}{file}"
+            _check_pixels(picture, where)
             image = pictures.decode(picture, self.image_size, where, self.resizing)
         except ValueError as error:
             # A disk that is away for a while must not change what is trained on.
             if not self.skip_unreadable or isinstance(error, pictures.LostError):
-                raise
+                if isinstance(error, pictures.UnreadableError):
+                    raise
+                raise pictures.UnreadableError(f"{where}: {error}") from error
             self.note_unreadable({int(row): str(error)})
             return None
         # While it is there: a second pass over the pictures would take as long as an epoch.
@@ -273,6 +299,17 @@ def pixel_digest(image: np.ndarray) -> int:
     """
     content = np.ascontiguousarray(image)
     return max(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"), 1)
+
+
+def _check_pixels(picture: Any, where: str) -> None:
+    """Raises for an array that is not as `StreamedExamples.records` should give it."""
+    if isinstance(picture, np.ndarray) and (
+        picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3
+    ):
+        raise pictures.UnreadableError(
+            f"{where} is {picture.dtype} {list(picture.shape)}; pixels are uint8 [H, W, 3]: of "
+            "floats in [0, 1] they are np.rint(255 * image).astype(np.uint8)"
+        )
 
 
 def _is_small(picture: bytes | pathlib.Path) -> bool:
