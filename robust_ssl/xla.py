@@ -71,12 +71,18 @@ def set_flags(flags: Mapping[str, str] | None = None) -> None:
     """Adds flags to ``XLA_FLAGS``; call it before JAX is first used.
 
     What is set there already stays.  A flag that this jaxlib does not have is left out, since XLA
-    ends the process over one that it does not know.
+    ends the process over one that it does not know.  Of a file that is named there the flags are
+    taken over, since XLA reads either a file or flags.
 
     Args:
       flags: By name, without dashes; None is `FLAGS`.
     """
-    present = os.environ.get("XLA_FLAGS", "")
+    present = os.environ.get("XLA_FLAGS", "").strip()
+    if present and not present.startswith("-"):
+        try:
+            present = pathlib.Path(present).read_text().strip()
+        except (OSError, ValueError):  # XLA says so itself, and names the file
+            return
     words = [word for word in [present] if word]
     for name, value in (FLAGS if flags is None else flags).items():
         if f"--{name}" not in present and _has_flag(name):
