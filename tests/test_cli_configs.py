@@ -131,6 +131,7 @@ def test_a_cluster_that_is_none_is_named(monkeypatch):
         ["quickstart", "seed=1", "suite.epsilon=1/4"],
         ["quickstart", "--config.seed=1", "suite.epsilon=1/4"],
         ["--config.seed=1", "suite.epsilon=1/4", "--config=quickstart"],
+        ["quickstart", "config.seed=1", "config.suite.epsilon=1/4"],
         ["seed=7", "quickstart", "--config.seed=8", "suite.epsilon=1/4", "seed=1"],
         ["quickstart", "seed=7", "suite.epsilon=1/4", "--no-progress", "--config.seed=1"],
         ["quickstart", "--config.mine={'a': 'b c'}", "d='e f'", "seed=1", "suite.epsilon=1/4"],

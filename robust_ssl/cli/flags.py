@@ -142,7 +142,8 @@ def take_settings(
     configs = [*arguments.config, *(text for text in words if text not in bare)]
     arguments.config = _configs(arguments, configs)
     typed = [text for text in argv if text in bare or text in flags]
-    return [f"--config.{text}" if text in bare else text for text in typed]
+    # `describe` and errors call a setting `config.seed`, so it may be typed like that.
+    return [f"--config.{text.removeprefix('config.')}" if text in bare else text for text in typed]
 
 
 def _configs(arguments: argparse.Namespace, configs: list[str]) -> str | list[str]:
