@@ -68,11 +68,13 @@ def test_a_file_is_what_ends_in_py_or_has_a_slash(tmp_path, seen):
         ("mine/plain.py:epochs=2", "takes no arguments, got 'epochs=2'"),
         ("gen_af:epoch=2", r"^gen_af: unknown argument 'epoch'; did you mean epochs"),
         ("nowhere/mine.py", "no config file nowhere/mine.py"),
+        ("mine/results.json", "^mine/results.json is no config: .* ends in .py"),
     ],
 )
 def test_an_unknown_name_is_told_with_near_ones(seen, tmp_path, name, message):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "plain.py").write_text("def get_config(): pass")
+    (tmp_path / "mine" / "results.json").write_text("{}")
     with pytest.raises(settings.SettingsError, match=message):
         settings.load_config(name)
 

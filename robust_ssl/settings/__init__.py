@@ -197,6 +197,8 @@ def find_config(name: str) -> str:
                 "configs` says what they are for; a file of yours ends in .py or has a slash"
             )
         return str(known[name])
+    if os.path.isfile(name) and not name.endswith(".py"):
+        raise SettingsError(f"{name} is no config: a config is a Python file that ends in .py")
     if os.path.isfile(name):
         return name
     stem = os.path.splitext(os.path.basename(name))[0]
