@@ -19,7 +19,7 @@ from robust_ssl.experiment import fitting, groups, loop
 from robust_ssl.experiment.recipe import Recipe
 from robust_ssl.experiment.train import load_trained
 from robust_ssl.stopping import Stopped
-from robust_ssl.workdir import ConfigChangedError, WorkdirError
+from robust_ssl.workdir import ConfigChangedError, WorkdirError, open_stage
 
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
@@ -186,9 +186,20 @@ def test_a_changed_config_is_refused_with_the_difference(uninterrupted):
         go(config, workdir)
     config = training_everything()
     config.downstream.n = 60
-    with pytest.raises(ConfigChangedError, match=r"inputs\.train: "):
-        go(config, workdir)
+    for call in (go, lambda *given: experiment.check(context(*given))):
+        with pytest.raises(ConfigChangedError, match=r"inputs\.train: its content is another one"):
+            call(config, workdir)
     assert snapshot(workdir) == before
+
+
+def test_other_test_images_are_refused_before_anything_is_trained(tmp_path):
+    config = tiny.config("attack", "train", "score")
+    images = context(config, tmp_path).test.fingerprint()
+    with open_stage(tmp_path, "score", {}, {"test": images}, 0):
+        pass
+    config.downstream.test_limit = 60
+    with pytest.raises(ConfigChangedError, match=r"/score [^$]*inputs\.test: its content"):
+        experiment.check(context(config, tmp_path))
 
 
 def test_weights_that_were_changed_are_not_believed(uninterrupted, tmp_path):

@@ -42,7 +42,9 @@ def test_a_flag_that_this_jaxlib_does_not_have_is_left_out(monkeypatch):
 
 def test_flags_in_a_file_stay_and_ours_come_to_them(monkeypatch, tmp_path):
     file = tmp_path / "flags"
-    file.write_text("--xla_force_host_platform_device_count=3\n--xla_backend_optimization_level=3\n")
+    file.write_text(
+        "--xla_force_host_platform_device_count=3\n--xla_backend_optimization_level=3\n"
+    )
     monkeypatch.setenv("XLA_FLAGS", str(file))
     xla.set_flags({"xla_backend_optimization_level": "1", "xla_disable_hlo_passes": "dce"})
     assert os.environ["XLA_FLAGS"].split() == [

@@ -22,7 +22,7 @@ examples:
       reads the data, traces every step, says what each recipe takes; writes nothing
 
   robust-ssl check mine.py --workdir=runs/mine
-      the same, and whether the config still fits what is done there"""
+      the same, and whether config and images still fit what is done there"""
 
 _PER_IMAGE = (
     "gradients: evaluations per training image, of the attack and of the updates together; time "

@@ -106,6 +106,21 @@ class Context:
             now |= {} if any_seed else {"seed": self.plan.seed}
             check_unchanged(path, manifest, json_ready(now), collects=True, places=places)
 
+    def check_images(self, name: str, **images: Any) -> None:
+        """Compares images with those that a stage was made with, before hours go into others.
+
+        Args:
+          name: The stage's name.
+          **images: Splits, by their names among its inputs.
+
+        Raises:
+          ConfigChangedError: If they differ, with which.
+        """
+        path = self.workdir / name
+        if (path / "manifest.json").exists():
+            now = {"inputs": {split: each.fingerprint() for split, each in images.items()}}
+            check_unchanged(path, read_manifest(path), now, collects=True)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what was made under a key before in this run, also by a replaced copy of it."""
         if key not in self._values:

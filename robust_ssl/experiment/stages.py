@@ -199,8 +199,14 @@ def _checks(context: Context) -> Iterable[Callable[[Context], Any]]:
     if stages & {"attack", "score", "screen", "compare", "sweep", "analyze"}:
         yield lambda run: _within("config.surrogate", lambda: run.surrogate)
         yield check_attack
+    if "attack" in stages:
+        yield lambda run: run.check_images("attack", surrogate=run.surrogate)
     if stages & {"train", "score", "screen", "compare", "sweep", "analyze"}:
         yield check_data
+    if "train" in stages:
+        yield _check_trained_on
+    if "score" in stages:
+        yield lambda run: run.check_images("score", test=run.test)
     if stages & {"train", "score", "screen", "compare", "analyze"}:
         yield check_train
     if stages & {"score", "compare"}:
@@ -222,6 +228,11 @@ def check_data(context: Context) -> None:
     if data.are_known(*context.downstream, context.test):
         for note in context.shared.notes:
             _log.warning("config.downstream: %s", note)
+
+
+def _check_trained_on(context: Context) -> None:
+    train_set, validation = context.downstream
+    context.check_images("train", train=train_set, validation=validation)
 
 
 def _within(section: str, read: Callable[[], Any]) -> None:
