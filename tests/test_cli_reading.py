@@ -479,6 +479,13 @@ def test_following_ends_with_the_run(tracker, work, monkeypatch):
     assert call(work, "--follow") == 0
 
 
+@pytest.mark.parametrize("every", ["-1", "0", "nan", "inf", "soon"])
+def test_a_pause_that_is_none_is_refused_before_anything_is_sent(work, capsys, every):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["track", str(work), "--to=wandb", "--follow", f"--every={every}"])
+    assert f"'{every}' is no number of seconds above 0" in capsys.readouterr().err
+
+
 def test_a_tracker_that_is_not_installed_is_named(work, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main.main(["track", str(work), "--to=wandb"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import pathlib
 import sys
@@ -35,6 +36,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     # PyTorch has the module also where the package that it imports is not installed.
     "tensorboard": (("tensorboardX",), ("tensorboard", "torch.utils.tensorboard")),
 }
+_LONGEST = 86_400  # seconds between two looks
 _QUIET = 10  # looks without news after which a run whose stages are done is taken to be over
 
 
@@ -53,12 +55,19 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--follow", action="store_true", help="go on while the run goes on")
     command.add_argument(
         "--every",
-        type=float,
+        type=_seconds,
         default=30.0,
         metavar="SECONDS",
         help="how often --follow looks (default: 30)",
     )
     add_debug(command)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) <= _LONGEST:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, at most a day")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
