@@ -593,6 +593,9 @@ def test_batch_errors():
         data.Batches(toy(), 16, seed=0, stage="a", parallel=Parallel.create())
     with pytest.raises(ValueError, match="6 does not divide over 4 devices"):
         data.Batches(toy(), 6, seed=0, stage="a", parallel=Parallel.create(num_devices=4))
+    for name in ("ahead", "replays"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            batches_of(toy(), **{name: 0})
 
 
 def batches_of(examples, num_devices=4, **options):

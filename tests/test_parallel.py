@@ -1,5 +1,6 @@
 """Results do not depend on how many devices there are, nor on how a step is spread over them."""
 
+import itertools
 import threading
 import time
 
@@ -203,6 +204,12 @@ def test_a_batch_that_does_not_divide_is_refused(size):
 def test_prefetch_keeps_the_order():
     assert list(parallel.prefetch(iter(range(20)), depth=3)) == list(range(20))
     assert list(parallel.prefetch([])) == []
+
+
+def test_running_ahead_without_a_limit_is_refused():
+    """A queue takes 0 for no limit: the thread would read until memory is full."""
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        next(parallel.prefetch(itertools.count(), depth=0))
 
 
 def test_prefetch_raises_where_the_item_would_have_come():

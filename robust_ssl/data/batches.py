@@ -115,7 +115,8 @@ class Batches:
       replays: How many steps in a row see the same batch; an epoch has as many times more steps.
 
     Raises:
-      ValueError: If the batch is larger than the set or does not divide over the devices.
+      ValueError: If the batch is larger than the set or does not divide over the devices, or
+        `ahead` or `replays` is below 1.
 
     Example:
       >>> from robust_ssl import data
@@ -140,6 +141,9 @@ class Batches:
         ahead: int = 2,
         replays: int = 1,
     ):
+        for name, count in (("ahead", ahead), ("replays", replays)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.steps_per_epoch = steps_per_epoch(len(examples), batch_size) * replays
         parallel.check_batch(batch_size)
         self.batch_size = batch_size

@@ -17,7 +17,12 @@ def prefetch(iterator: Iterable[Any], depth: int = 2) -> Iterator[Any]:
     An exception in it is raised where the item would have come.  Whoever closes this waits some
     seconds for the thread, which closes the iterator: what that started, such as processes, has
     then ended.
+
+    Raises:
+      ValueError: With the first item, if `depth` is below 1, which a queue takes for no limit.
     """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
     items: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
