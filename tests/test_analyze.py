@@ -226,6 +226,7 @@ def test_the_test_split_is_never_read(tmp_path, monkeypatch):
         ({"parts": ()}, r"analyze: parts is empty"),
         ({"images": 0}, r"analyze\.images .*at least 1"),
         ({"edges": (0.5, 0.1)}, "analyze: .*rising"),
+        ({"filtering": {"cutoffs": ()}}, "analyze.filtering: cutoffs is empty"),
         ({"transfer.attack": "pap"}, r"transfer\.attack is 'pap', .*not in config\.suite\.attacks"),
         ({"transfer.resize": "crop"}, r"transfer\.resize must be one of"),
         ({"transfer.encoders": ("a/x", "b/x")}, r"transfer\.encoders: .*names must differ"),

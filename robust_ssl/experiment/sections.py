@@ -213,6 +213,10 @@ class Filtering:
     cutoffs: tuple[Positive, ...] = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
     rescale: bool = False
 
+    def __post_init__(self):
+        if not self.cutoffs:
+            raise ValueError("cutoffs is empty; name at least one, in cycles per pixel")
+
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
