@@ -121,6 +121,11 @@ def test_whitened_covariance_is_the_identity():
     np.testing.assert_allclose(whiten(FIRST, stabilizer=0.0), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_one_image_has_nothing_to_whiten():
+    with pytest.raises(ValueError, match="one image has no variance"):
+        decorrelation.whiten(jnp.ones((1, 4)))
+
+
 def test_dependent_axes_and_any_scale_are_whitened_finitely():
     line = np.outer(RANDOM.normal(size=12), np.arange(1, 5)).astype(np.float32)  # rank 1
     for scale in (1e-4, 1.0, 1e4):

@@ -80,7 +80,7 @@ def variance_hinge(projections: jax.Array, *, stabilizer: float = 1e-4) -> jax.A
     References:
       Bardes et al., "VICReg: Variance-Invariance-Covariance Regularization", ICLR 2022, Eq. 1, 2.
     """
-    _check_several(projections)
+    check_several(projections)
     deviation = jnp.sqrt(jnp.var(projections, axis=0, ddof=1) + stabilizer)
     return jnp.mean(jax.nn.relu(1 - deviation))
 
@@ -103,13 +103,14 @@ def covariance_penalty(projections: jax.Array) -> jax.Array:
     References:
       Bardes et al., ICLR 2022, Eq. 3 and 4.
     """
-    _check_several(projections)
+    check_several(projections)
     n, dim = projections.shape
     centered = projections - jnp.mean(projections, axis=0, keepdims=True)
     return jnp.sum(_off_diagonal(centered.T @ centered / (n - 1)) ** 2) / dim
 
 
-def _check_several(projections: jax.Array) -> None:
+def check_several(projections: jax.Array) -> None:
+    """Raises ValueError for one image, which has no variance."""
     if len(projections) < 2:
         raise ValueError(f"one image has no variance: need at least two, got {len(projections)}")
 

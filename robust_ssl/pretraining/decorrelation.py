@@ -11,7 +11,12 @@ from jax.scipy.linalg import solve_triangular
 
 from robust_ssl import struct
 from robust_ssl.pretraining.augmentation import ASYMMETRIC, View
-from robust_ssl.pretraining.covariance import barlow_twins_loss, vibcreg_loss, vicreg_loss
+from robust_ssl.pretraining.covariance import (
+    barlow_twins_loss,
+    check_several,
+    vibcreg_loss,
+    vicreg_loss,
+)
 from robust_ssl.pretraining.method import (
     MLP,
     MethodUpdate,
@@ -39,6 +44,9 @@ def whiten(x: jax.Array, *, stabilizer: float = 1e-6) -> jax.Array:
     Returns:
       Float32 ``[batch, dim]`` with mean 0; 0 for a constant batch.
 
+    Raises:
+      ValueError: If there is one image only, which has no variance.
+
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 3)) @ jnp.array(
       ...     [[1.0, 2.0, 0.0], [0.0, 1.0, 5.0], [0.0, 0.0, 3.0]])
@@ -50,6 +58,7 @@ def whiten(x: jax.Array, *, stabilizer: float = 1e-6) -> jax.Array:
       Transform for GANs", ICLR 2019.
     """
     chex.assert_rank(x, 2)
+    check_several(x)
     n, dim = x.shape
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=0, keepdims=True)
