@@ -92,6 +92,16 @@ def test_steepest_is_a_unit_step_in_the_band_and_the_best_one_for_a_euclidean_ba
         np.testing.assert_allclose(step, inside / jnp.linalg.norm(inside), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [19, 20, 25])
+def test_a_band_that_begins_at_any_frequency_of_the_image_holds_it(size):
+    for place in range(1, size // 2 + 1):
+        band = Band(Linf(0.1), place / size, place / size + 1e-3)
+        band.check((size, size, 3))
+        stripes = jnp.cos(2 * jnp.pi * place * jnp.arange(size) / size).reshape(1, size, 1)
+        kept = band.filter_delta(jnp.broadcast_to(stripes, (size, size, 3)))
+        assert float(jnp.max(jnp.abs(kept))) > 0.9
+
+
 @pytest.mark.parametrize(
     ("threat", "shape", "words"),
     [
