@@ -5,6 +5,7 @@ No recipe has a trainer of its own, so what differs between two is what they say
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Set
@@ -268,7 +269,9 @@ def _check_there(context: Context, stage: StageDirectory) -> None:
         again = f"changed, or without {stage.path / 'manifest.json'}, it is tried again"
         if FAILED + model not in stage.manifest["inputs"]:
             again = "the next run tries it again"
-        _log.warning("%s failed, and is left out: %s; %s", model, why, again)
+        message = f"{model} failed, and is left out: {why}; {again}"
+        # Once in a run: every later stage asks for what was trained.
+        context.once(("warned", message), functools.partial(_log.warning, "%s", message))
     for recipe, seed in itertools.product(
         context.plan.recipes.values(), context.plan.training.seeds
     ):
