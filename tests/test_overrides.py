@@ -95,11 +95,25 @@ def test_the_example_of_the_guide_is_a_plan():
         ("scoring.budgets[0]=0.1", "config.scoring has no list 'budgets'; give all of it"),
         ("recipes.mine={[]: 1}", "cannot read .* as a mapping or a list .*unhashable"),
         ("seed.x=1", "config.seed is 0 and has no 'x'"),
+        ("seed=2.5", "config.seed must be a whole number, got '2.5'"),
+        ("seed=two", "config.seed must be a whole number, got 'two'"),
+        ("seed=true", "config.seed must be a whole number, got 'true'"),
     ],
 )
 def test_what_cannot_be_set_is_said(text, said):
     with pytest.raises(SettingsError, match=said):
         typed(text)
+
+
+@pytest.mark.parametrize("text", ["attack,train", "attack, train", "('attack', 'train')"])
+def test_words_of_a_list_are_divided_by_commas(text):
+    config = load_config("quickstart", [f"--config.stages={text}"])
+    assert config.stages == ("attack", "train")
+
+
+def test_a_number_that_is_none_is_said():
+    with pytest.raises(SettingsError, match="config.suite.epsilon must be a number, got 'big'"):
+        load_config("quickstart", ["--config.suite.epsilon=big"])
 
 
 def test_mappings_may_be_json():

@@ -40,7 +40,8 @@ class Range:
         """Returns the words for these numbers: ``"number"`` or ``"whole number"`` with limits."""
         if self.high < math.inf:
             left, right = "(" if self.above else "[", ")" if self.below else "]"
-            return f"a {number} in {left}{self.low:g}, {self.high:g}{right}"
+            low, high = (f"{end:g}" if end % 1 else str(int(end)) for end in (self.low, self.high))
+            return f"a {number} in {left}{low}, {high}{right}"
         if self.low == -math.inf:
             return f"a finite {number}"
         return f"a {number} {'above' if self.above else 'of at least'} {self.low:g}"

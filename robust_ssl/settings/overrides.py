@@ -53,12 +53,23 @@ def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
             f"--config.{key} is a section and not one value, got {text!r}; set an entry of it, "
             f"--config.{key}.NAME=VALUE, or all of it by a mapping"
         )
+    if kind in (tuple, list) and isinstance(value, str) and "," in value:
+        value = tuple(part.strip() for part in value.split(","))  # words, as in train,score
+        kind = type(None) if kind is tuple else kind
     if kind not in (type(None), list) and value is not None:
+        _check_number(key, kind, value, text)
         return False
     if kind is list and value is not None:
         value = list(value) if isinstance(value, list | tuple) else [value]
     config_path.set_value(key, config, value)
     return True
+
+
+def _check_number(key: str, kind: type, value: Any, text: str) -> None:
+    words = {int: "a whole number", float: "a number"}
+    fits = isinstance(value, int | kind) and not isinstance(value, bool)
+    if kind in words and not fits:
+        raise SettingsError(f"--config.{key} must be {words[kind]}, got {text!r}")
 
 
 def _literal(key: str, text: str) -> Any:
