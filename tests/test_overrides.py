@@ -112,7 +112,7 @@ def test_words_of_a_list_are_divided_by_commas(text):
 
 
 def test_a_number_that_is_none_is_said():
-    with pytest.raises(SettingsError, match="config.suite.epsilon must be a number, got 'big'"):
+    with pytest.raises(SettingsError, match=r"suite\.epsilon must be a number, got 'big'"):
         load_config("quickstart", ["--config.suite.epsilon=big"])
 
 

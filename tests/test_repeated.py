@@ -11,7 +11,7 @@ from test_report import write as write_results
 
 from robust_ssl import report
 from robust_ssl.evaluation.counts import wilson_interval
-from robust_ssl.evaluation.repeated import advantage, gain_ratio, holm
+from robust_ssl.evaluation.repeated import advantage, gain_ratio, half_width_over_seeds, holm
 from robust_ssl.report import announced, claims
 from robust_ssl.report.comparison import Estimate
 
@@ -340,3 +340,13 @@ def test_one_seed_shows_nothing_of_others():
 def test_an_announced_claim_that_cannot_be_is_refused(claim, message):
     with pytest.raises(ValueError, match=message):
         report.claims.check_claim(claim, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 5)])
+def test_the_half_width_over_seeds_is_that_of_welchs_test(seeds):
+    shares = [np.random.default_rng(n).normal(0.5, 0.02 * n, n) for n in seeds]
+    test = stats.ttest_ind(*shares, equal_var=False).confidence_interval(0.95)
+    half = half_width_over_seeds(*((x.std(ddof=1), len(x)) for x in shares))
+    assert half == pytest.approx((test.high - test.low) / 2)
+    alone = half_width_over_seeds((shares[0].std(ddof=1), seeds[0]), (None, 1))
+    assert alone > 0 and half_width_over_seeds((None, 1), (0.0, 3)) == 0

@@ -13,6 +13,7 @@ import numpy as np
 from robust_ssl.evaluation import difference, wilson_interval
 from robust_ssl.evaluation.checks import result
 from robust_ssl.evaluation.checks.result import NOT_BELIEVABLE
+from robust_ssl.evaluation.repeated import half_width_over_seeds
 
 # From best to worst.
 VERDICTS = (result.BELIEVABLE, result.WITH_NOTES, result.NOT_EXAMINED, NOT_BELIEVABLE)
@@ -189,8 +190,8 @@ def differ(
 ) -> tuple[float, float] | None:
     """Returns by how much a recipe exceeds another, and what chance may do; None where not known.
 
-    That is the larger of the 95 % half-width over the images, which are the same for both, and the
-    sum of both deviations over the seeds.
+    That is the larger of two 95 % half-widths: over the images, which are the same for both, and
+    over the seeds.
     """
     first, second = (each["right"].get(by) for each in (part, other))
     if first is None or second is None or len(first) != len(second):
@@ -198,7 +199,7 @@ def differ(
     # The same images: McNemar's test sees a difference of 3 points in 1,000 images where the two
     # intervals, each of one recipe alone, still overlap.
     value, half = difference(first, second)
-    return value, max(half, (part[by].deviation or 0) + (other[by].deviation or 0))
+    return value, max(half, half_width_over_seeds(*(each[by][1:] for each in (part, other))))
 
 
 def interval(part: Mapping[str, Any], by: str) -> tuple[float, float]:
