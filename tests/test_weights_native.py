@@ -267,6 +267,16 @@ def test_absurd_options_cost_no_memory(saved):
         load(saved)
 
 
+def test_one_file_of_weights_is_not_taken_for_a_misspelt_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ours.pth", "weights/ours.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"there is no file {name}"):
+            weights.load_encoder(name)
+    (tmp_path / "ours.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a file.*import_encoder\('ours\.pth'\)"):
+        weights.load_encoder("ours.pth")
+
+
 def test_shipped_encoders(monkeypatch, tmp_path):
     zoo = tmp_path / "zoo"
     for name in ("resnet18w16-cifar10", "vit-cifar10"):

@@ -33,6 +33,7 @@ from robust_ssl.weights import cards, transforms
 
 WEIGHTS_FILE = "encoder.safetensors"
 CARD_FILE = "encoder.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # as `encoder inspect` takes
 
 # A card names its builder; only these names are ever called, whatever the card says.
 _BUILDERS = {
@@ -245,6 +246,7 @@ def _locate(name_or_path):
     path = pathlib.Path(name_or_path)
     if path.is_dir():
         return path
+    _refuse_file(path)
     if len(path.parts) > 1 or not isinstance(name_or_path, str):
         raise FileNotFoundError(f"no directory {path}: an encoder is a directory of two files")
     # One word that is no directory is most likely a misspelt name.
@@ -254,6 +256,17 @@ def _locate(name_or_path):
         + (f"near: {', '.join(near)}; " if near else "")
         + f"shipped: {', '.join(names) or 'none'}"
     )
+
+
+def _refuse_file(path: pathlib.Path) -> None:
+    """Says what to do with one file of weights, or that there is none of its name."""
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file, and an encoder is a directory of two files; weights of PyTorch or "
+            f"safetensors are read by robust_ssl.import_encoder({str(path)!r})"
+        )
+    if path.suffix in _WEIGHT_SUFFIXES:
+        raise FileNotFoundError(f"there is no file {path} (from {os.getcwd()})")
 
 
 def _read_card(folder) -> dict[str, Any]:
