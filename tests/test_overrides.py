@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import config_dict
 
-from robust_ssl.experiment import linking, plan
+from robust_ssl.experiment import UsageError, linking, plan
 from robust_ssl.optimizers import FREEZE, layer_rates
 from robust_ssl.settings import SettingsError, load_config, overrides, to_json
 
@@ -119,3 +119,13 @@ def test_a_number_that_is_none_is_said():
 def test_mappings_may_be_json():
     config = typed('recipes.mine={"function": "a:b", "keep_best": true}')
     assert config.recipes.mine.to_dict() == {"function": "a:b", "keep_best": True}
+
+
+def test_a_loaded_config_may_be_added_to_and_a_misspelt_key_is_refused_with_near_names():
+    config = load_config("quickstart")
+    config.recipes.mine = {"function": "robust_ssl.recipes:pgd_at", "epochs": 1}
+    config.scoring.labelled = {"attacks": {"mine": "robust_ssl.attacks:UniversalPGD"}}
+    assert plan(config).recipes["mine"].epochs == 1
+    config.suite.numsteps = 3
+    with pytest.raises(UsageError, match=r"'numsteps' in config\.suite; did you mean 'num_steps'"):
+        plan(config)

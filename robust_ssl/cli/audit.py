@@ -175,9 +175,7 @@ def _config(arguments: argparse.Namespace, overrides: list[str]) -> Any:
     Paths are set in it, not given as its arguments: they may have commas.
     """
     asked = [name for name in ("data", "classifier") if getattr(arguments, name)]
-    config = settings.load_config(
-        "audit:" + ",".join(f"{name}=given" for name in asked), overrides
-    ).unlock()
+    config = settings.load_config("audit:" + ",".join(f"{name}=given" for name in asked), overrides)
     if arguments.encoder:
         config.encoder.path = arguments.encoder  # what was typed of it besides stays
     if arguments.data:

@@ -153,7 +153,8 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
         a recipe leaves the others that its function gives.
 
     Returns:
-      The config, locked.
+      The config.  It may be added to, as a config file may: `experiment.plan` refuses what means
+      nothing, with near names.
 
     Raises:
       SettingsError: If there is no such file, it fails, or a value does not fit.
@@ -170,7 +171,7 @@ def load_config(path_with_arguments: str, overrides: Sequence[str] = ()) -> conf
 
     config = _unshared(config)
     given.apply(config, expand_fractions(overrides))
-    return config.lock()
+    return config.unlock()  # `config_flags` has locked it
 
 
 def load_beside(file: str, name: str) -> Any:
