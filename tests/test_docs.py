@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import robust_ssl
-from robust_ssl import data, models, settings, weights
+from robust_ssl import conformance, data, models, settings, weights
 from robust_ssl.cli import main
 from robust_ssl.cli.flags import take_settings
 
@@ -93,3 +93,24 @@ def test_commands_are_understood(line):
     configs = getattr(arguments, "config", [])
     for config in [configs] if isinstance(configs, str) else configs:
         settings.load_config(config, overrides)
+
+
+def test_the_front_pages_count_what_the_lists_have():
+    counts = {"thirty": 30, "forty": 40, "40": 40, "fifty": 50}
+    recipes = len(robust_ssl.list("recipes"))
+    for name in ("README.md", "README.ja.md", "docs/index.md"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        stated = re.findall(r"more than (\w+) (?:other )?(?:defenses|recipes)|(\d+) 以上の", text)
+        assert stated, name
+        for number in filter(None, sum(stated, ())):
+            assert recipes - 10 < counts[number] < recipes, name
+
+
+def test_the_kinds_of_things_of_ones_own_are_those_that_check_knows():
+    text = (ROOT / "docs/tasks/loss.md").read_text(encoding="utf-8")
+    kinds = re.findall(
+        r"^\| (objective|attack|adversary|pre-training method)\b", text, re.MULTILINE
+    )
+    known = {"pre-training method": "method"}
+    unknown = [kind for kind in kinds if known.get(kind, kind) not in conformance.KINDS]
+    assert len(kinds) == 4 and f"knows each kind but the {' '.join(unknown)}." in text
