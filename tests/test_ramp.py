@@ -224,7 +224,8 @@ def test_the_text_of_a_recipe_without_a_ramp_is_what_it_was():
     ("change", "message"),
     [
         ({"ramp": {"start": 0.6, "end": 0.4}}, "ramp.end must be at least the start, 0.6, got 0.4"),
-        ({"ramp": {"start": 2}}, r"ramp.start must be a number in \[0, 1\]"),
+        ({"ramp": {"start": 2}}, r"ramp.start must be a number in \[0, 1\)"),
+        ({"ramp": {"start": 1.0, "end": 1.0}}, r"ramp.start must be a number in \[0, 1\)"),
         ({"ramp": {"begin": 0}}, "unknown entry 'begin'"),
         ({"ramp": {"stairs": 0}}, "ramp.stairs must be a whole number of at least 1"),
         ({"attack": None, "losses": {"c": f"{tiny_recipes.LOSSES}clean_cross_entropy"},
@@ -239,6 +240,14 @@ def test_a_ramp_that_cannot_be_is_refused(change, message):
     recipe = {**ON_ADVERSARIAL, **RECIPES["ramp"], **change}
     with pytest.raises(experiment.UsageError, match=message):
         experiment.plan(tiny_recipes.config({"ramp": recipe}))
+
+
+def test_a_ramp_that_comes_after_the_last_update_is_refused():
+    late = experiment.recipe.Ramp(start=0.96, end=1.0)
+    with pytest.raises(ValueError, match="leaves none of the 10 updates attacked"):
+        late.schedule(10)
+    schedule = late.schedule(20)
+    assert [float(schedule(step)) for step in (18, 19)] == [0.0, 0.5]
 
 
 def test_a_function_s_ramp_is_changed_setting_by_setting():

@@ -61,7 +61,7 @@ class Ramp:
     """How the budget of the inner attack grows within one training: none, rising, all of it.
 
     Attributes:
-      start: Share of the training before which images stay clean: the paper's T1.
+      start: Share of the training before which images stay clean, below 1: the paper's T1.
       end: Share of the training from which on the attack has its whole budget: its T2.
       stairs: Equal stairs between the two; None: the budget rises with every update.
 
@@ -69,7 +69,7 @@ class Ramp:
       Ngnawe et al., "Epsilon-Scheduling", ICLR 2026: 12 and 37 of 50 epochs.
     """
 
-    start: Share = 0.25
+    start: Annotated[float, Range(0, 1, below=True)] = 0.25  # at 1 nothing would be attacked
     end: Share = 0.75
     stairs: Count | None = None
 
@@ -84,8 +84,17 @@ class Ramp:
         return ramp
 
     def schedule(self, steps: int) -> finetuning.BudgetSchedule:
-        """Returns the share of the budget by update, of a training of so many."""
+        """Returns the share of the budget by update, of a training of so many.
+
+        Raises:
+          ValueError: If there are so few that none is attacked.
+        """
         first, full = (round(share * steps) for share in (self.start, self.end))
+        if first >= steps:
+            raise ValueError(
+                f"ramp.start of {self.start:g} leaves none of the {steps} updates attacked, which "
+                "is training on clean images; lower it, or train for more epochs"
+            )
         return finetuning.BudgetSchedule(first, full, self.stairs)
 
 
