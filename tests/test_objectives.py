@@ -103,6 +103,18 @@ def test_info_nce_refuses_a_single_image():
         objectives.info_nce(_inputs(batch=1))
 
 
+@pytest.mark.parametrize("temperature", [0, -0.1, float("nan"), float("inf")])
+def test_info_nce_refuses_a_temperature_that_is_none(temperature):
+    with pytest.raises(ValueError, match="temperature must be above 0 and finite"):
+        objectives.info_nce(_inputs(), temperature=temperature)
+
+
+def test_info_nce_takes_a_temperature_that_is_traced():
+    inputs = _inputs()
+    value = jax.jit(lambda t: objectives.info_nce(inputs, temperature=t))(0.1)
+    np.testing.assert_allclose(value, objectives.info_nce(inputs), rtol=1e-5)
+
+
 def test_info_nce_extremes():
     eye = Outputs(features=jnp.eye(4))
     image = jnp.zeros((4, 8, 8, 3))

@@ -127,6 +127,13 @@ def test_without_a_teacher_the_pull_says_what_to_do():
         losses.teacher_kl(inputs.replace(teacher=outputs(2)), of="both")
 
 
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    inputs = LossInputs(jnp.zeros(5, jnp.int32), outputs(0), outputs(1), teacher=outputs(2))
+    with pytest.raises(ValueError, match="temperature must be above 0 and finite"):
+        losses.teacher_kl(inputs, temperature=temperature)
+
+
 @slow
 def test_a_step_with_a_teacher_is_the_hand_written_update():
     teacher = models.classifier(jax.random.key(8), net().encoder, 3, head="linear")

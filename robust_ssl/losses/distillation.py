@@ -35,7 +35,7 @@ def teacher_kl(
 
     Raises:
       ValueError: If there is no teacher, there are no logits to pull, or `temperature` is not above
-        0.
+        0 and finite.
 
     Example:
       >>> from robust_ssl.types import Outputs
@@ -48,8 +48,11 @@ def teacher_kl(
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Goldblum et al.,
       "Adversarially Robust Distillation", AAAI 2020, Eq. 4, for the perturbed student.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 < temperature < float("inf"):  # all predictions would be alike, and T^2 infinite
+        raise ValueError(
+            f"teacher_kl: temperature must be above 0 and finite, got {temperature}; 1 is the "
+            "softmax itself"
+        )
     teacher, student = _pair(inputs, of)
     target = jax.nn.log_softmax(teacher / temperature)
     reached = jax.nn.log_softmax(student / temperature)

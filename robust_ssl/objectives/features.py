@@ -72,13 +72,14 @@ def info_nce(
     Args:
       inputs: Reads ``clean.features`` (the queries) and ``adversarial.features`` (the keys; the
         other images' are the negatives).
-      temperature: Divides the cosines, positive.
+      temperature: Divides the cosines, above 0.
 
     Returns:
       Mean over the batch, at least 0.
 
     Raises:
       ValueError: If there is one image only: without negatives the value is 0 whatever one does.
+        If `temperature` is not above 0 and finite.
 
     Example:
       >>> from robust_ssl.types import Outputs
@@ -89,6 +90,11 @@ def info_nce(
     References:
       Zhou et al., "Downstream-agnostic Adversarial Examples", ICCV 2023, and its released code.
     """
+    # A negative one would make the attack bring each image nearer to its own clean features.
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"info_nce: temperature must be above 0 and finite, got {temperature}; usual is 0.1"
+        )
     clean, adversarial = inputs.clean.features, inputs.adversarial.features
     if clean.shape[0] < 2:
         raise ValueError(
