@@ -135,10 +135,16 @@ def test_what_adapters_cannot_do_is_refused(tmp_path):
     for kernels, rank, reason in (
         ("encoder/kernel", 4, r"a rank of 4 saves nothing at encoder/kernel"),
         ("encoder/bias", 1, r"encoder/bias, which has shape \(8,\)"),
-        ("encoder/qkv/kernel", 1, "matches no parameter"),
+        ("encoder/qkv/kernel", 1, "^lora: of its kernels the pattern .* matches no parameter"),
+        ("encoder/kernel", 0, "rank must be a whole number of at least 1 .* got 0 and 1"),
+        ("encoder/kernel", -1, "rank must be a whole number of at least 1"),
+        ("encoder/kernel", 2.0, "rank must be a whole number of at least 1"),
     ):
         with pytest.raises(ValueError, match=reason):
             adapters(params, [kernels], rank=rank, alpha=1, key=KEY)
+    for alpha in (0, -1, float("nan"), float("inf")):  # nothing would move, or everything be NaN
+        with pytest.raises(ValueError, match="alpha above 0 and finite"):
+            adapters(params, ["encoder/kernel"], rank=1, alpha=alpha, key=KEY)
     config = tiny_recipes.config({"lora": {"lora": {"rank": 2}}})
     config.encoder = {"function": "test_lora:vit"}
     with pytest.raises(ValueError, match="has an adapter and moves itself"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robust_ssl.optimizers.layerwise import match_paths
@@ -43,7 +44,8 @@ def adapters(
 
     Raises:
       ValueError: If a pattern matches nothing, or a parameter that is no kernel, or one whose
-        smaller side is no larger than the rank.
+        smaller side is no larger than the rank; if `rank` is no whole number of at least 1, or
+        `alpha` not above 0 and finite.
 
     Example:
       >>> params = {"encoder": {"qkv": {"kernel": jnp.ones((8, 24))}}}
@@ -54,8 +56,16 @@ def adapters(
     References:
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, Section 4.1.
     """
+    if not (isinstance(rank, int | np.integer) and rank >= 1 and 0 < alpha < math.inf):
+        raise ValueError(
+            f"lora: rank must be a whole number of at least 1 and alpha above 0 and finite, got "
+            f"{rank} and {alpha}"
+        )
     leaves = flatten_dict(params, sep="/")
-    paths = dict.fromkeys(path for pattern in kernels for path in match_paths(leaves, pattern))
+    try:
+        paths = dict.fromkeys(path for pattern in kernels for path in match_paths(leaves, pattern))
+    except ValueError as error:  # who wrote no pattern has to know whose it is
+        raise ValueError(f"lora: of its kernels the {error}") from None
     made = {}
     for number, path in enumerate(paths):
         shape = leaves[path].shape
