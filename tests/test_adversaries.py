@@ -12,7 +12,14 @@ import tiny
 from robust_ssl import data, losses, models, threats
 from robust_ssl.attacks import attack_batch
 from robust_ssl.attacks.perturbation import random_delta, within_budget
-from robust_ssl.finetuning import COLLECTION, FreeReplays, UniversalPool, init_state, make_step
+from robust_ssl.finetuning import (
+    ATTA,
+    COLLECTION,
+    FreeReplays,
+    UniversalPool,
+    init_state,
+    make_step,
+)
 from robust_ssl.parallel import Parallel
 
 KEY = jax.random.key(5)
@@ -423,3 +430,33 @@ def test_no_replay_is_an_error():
 def test_a_state_without_what_an_adversary_needs_is_an_error(given):
     with pytest.raises(ValueError, match=r"FreeReplays .* give init_state key= and batch_size="):
         init_state(net(), optax.sgd(0.1), FreeReplays(threats.Linf(0.1)), **given)
+
+
+@pytest.mark.parametrize(
+    ("attack", "lacking", "message"),
+    [
+        (
+            FreeReplays(threats.Linf(0.1)),
+            (),
+            r"in the state, and this one has none: .* batch_size=",
+        ),
+        (
+            ATTA(threats.Linf(0.1)),
+            ("rows",),
+            "ATTA finds .* by the batch's 'rows', and the batch has images",
+        ),
+    ],
+)
+def test_a_step_that_does_not_find_the_perturbations_says_what_to_do(attack, lacking, message):
+    tx = optax.sgd(0.1)
+    step = make_step(net(), tx, key=KEY, attack=attack, losses=ON_ATTACKED)
+    arguments = (attack,) if lacking else ()
+    state = init_state(net(), tx, *arguments, key=KEY, num_images=8)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(step, state, batch())
+
+
+@pytest.mark.parametrize("term", [losses.clean_cross_entropy, (losses.clean_cross_entropy,)])
+def test_a_loss_without_a_weight_is_an_error(term):
+    with pytest.raises(ValueError, match=r"the loss 'mine' must be \(loss, weight\)"):
+        make_step(net(), optax.sgd(0.1), key=KEY, losses={"mine": term})

@@ -7,6 +7,7 @@ weights, and both move.  Its state is a part of the training state and is checkp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -74,6 +75,25 @@ def check_inner(attack: Any) -> None:
 def by_image(attack: Any) -> bool:
     """Returns whether an adversary has a perturbation for every image of the training set."""
     return getattr(attack, "by_image", False)
+
+
+def deltas_in(variables: Mapping[str, Any], attack: Any) -> Mapping[str, jax.Array]:
+    """Returns the perturbations that a training state keeps, by name; none without an adversary.
+
+    Raises:
+      ValueError: If the attack is an adversary, and the state keeps none.
+
+    Example:
+      >>> dict(deltas_in({"params": {}}, None))
+      {}
+    """
+    if isinstance(attack, Adversary) and COLLECTION not in variables:
+        of = "num_images" if by_image(attack) else "batch_size"
+        raise ValueError(
+            f"{type(attack).__name__} keeps perturbations in the state, and this one has none: "
+            f"init_state(classifier, tx, attack, key=..., {of}=...)"
+        )
+    return variables.get(COLLECTION, {})
 
 
 @struct.dataclass

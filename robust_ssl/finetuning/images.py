@@ -71,7 +71,13 @@ def attacked_images(
 ) -> Callable[[Any], jax.Array] | None:
     """Returns ``deltas -> adversarial images``; a per-image attack's do not depend on them."""
     if isinstance(attack, Adversary):
-        places = batch["rows" if by_image(attack) else "indices"]
+        entry = "rows" if by_image(attack) else "indices"
+        if entry not in batch:
+            raise ValueError(
+                f"{type(attack).__name__} finds an image's perturbation by the batch's {entry!r}, "
+                f"and the batch has {', '.join(batch)} only"
+            )
+        places = batch[entry]
         return lambda deltas: attack.apply(deltas["deltas"], key, images, places)
     if attack is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.build import resolve
 from robust_ssl.finetuning.parts import in_parts
 from robust_ssl.losses.inputs import advice
 from robust_ssl.optimizers.finite import check_metrics
@@ -119,6 +121,24 @@ def running_statistics(batch_statistics: str, clean, adversarial) -> Variables:
     else:
         new = {"clean": clean, "adversarial": adversarial}.get(batch_statistics)
     return {"batch_stats": {"encoder": new}} if new else {}
+
+
+def functions_and_weights(
+    losses: Mapping[str, tuple[Loss | str, float]],
+) -> tuple[dict[str, Loss], dict[str, float]]:
+    """Returns the losses and their weights, each by name; raises unless there is one of both."""
+    functions: dict[str, Loss] = {}
+    weights: dict[str, float] = {}
+    for name, term in losses.items():
+        if not (isinstance(term, tuple | list) and len(term) == 2):
+            raise ValueError(f"the loss {name!r} must be (loss, weight), such as (loss, 1.0)")
+        loss, weight = term
+        functions[name] = resolve(loss)
+        # As a float: with 6 among the weights of a sweep the program of 6.5 would be another one.
+        weights[name] = float(weight)
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"the weight of the loss {name!r} must be a number, got {weight}")
+    return functions, weights
 
 
 def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -18,9 +17,8 @@ import numpy as np
 import optax
 
 from robust_ssl import struct
-from robust_ssl.build import resolve
 from robust_ssl.finetuning import parts
-from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image
+from robust_ssl.finetuning.adversaries import COLLECTION, Adversary, by_image, deltas_in
 from robust_ssl.finetuning.averaging import AVERAGE, average_in, check_decay, first_average, follow
 from robust_ssl.finetuning.budget import BudgetSchedule, has_budget, scaled
 from robust_ssl.finetuning.images import Batch, attacked_images, clean_images, step_keys
@@ -29,6 +27,7 @@ from robust_ssl.finetuning.outputs import (
     BATCH_STATISTICS,
     accuracies,
     encoded,
+    functions_and_weights,
     gather_outputs,
     loss_per_image,
     outputs_read,
@@ -241,10 +240,10 @@ def make_step(
       ``budget`` (the share, where it has a schedule) and ``skipped`` (0 or 1).
 
     Raises:
-      ValueError: If there is no loss, `batch_statistics` is not known or asks for an attack or a
-        batch norm that is not there, `budget` for an epsilon that is not, a loss does not return
-        ``[batch]``, or it needs outputs that are missing; if the encoder cannot be run in parts,
-        or has no blocks to keep.
+      ValueError: If there is no loss, one is not ``(loss, weight)``, `batch_statistics` is not
+        known or asks for an attack or a batch norm that is not there, `budget` for an epsilon that
+        is not, a loss does not return ``[batch]``, or it needs outputs that are missing; if the
+        encoder cannot be run in parts, or has no blocks to keep.
 
     Example:
       >>> from robust_ssl import models
@@ -280,7 +279,7 @@ def make_step(
         )
     check_decay(ema)
     parts.check(template, accumulate, batch_statistics)
-    losses, weights = _functions_and_weights(losses)
+    losses, weights = functions_and_weights(losses)
     # As NumPy: constants must not sit on one device or in one process.
     statistics = template.variables["batch_stats"] if batch_statistics == "twins" else None
     weights, attack, pretrained, budget, teacher, statistics = jax.tree.map(
@@ -299,17 +298,6 @@ def make_step(
     settings = Settings(weights, attack, pretrained, statistics, key, budget, teacher, decay)
     passes = len(by_loss & {"clean", "adversarial"})
     return Step(Computation(functools.partial(_update, plan)), settings, passes, by_loss)
-
-
-def _functions_and_weights(losses: Mapping[str, tuple[Loss | str, float]]):
-    functions, weights = {}, {}
-    for name, (loss, weight) in losses.items():
-        functions[name] = resolve(loss)
-        # As a float: with 6 among the weights of a sweep the program of 6.5 would be another one.
-        weights[name] = float(weight)
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"the weight of the loss {name!r} must be a number, got {weight}")
-    return functions, weights
 
 
 class _Plan(NamedTuple):
@@ -372,7 +360,7 @@ def _update(
 
     # One backward pass for weights and perturbations is what makes an adversary free.
     # Without an adversary the tree is empty, and so is its gradient.
-    deltas = state.variables.get(COLLECTION, {})
+    deltas = deltas_in(state.variables, attack)
     gradients, (metrics, running) = jax.grad(total_loss, argnums=(0, 1), has_aux=True)(
         params, deltas
     )

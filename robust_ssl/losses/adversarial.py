@@ -354,9 +354,7 @@ def _moved_and_anchor(inputs: LossInputs, of: str, loss: str) -> tuple[Outputs |
     if of not in ("clean", "adversarial"):
         raise ValueError(f'{loss}: of must be "clean" or "adversarial", got {of!r}')
     if inputs.pretrained is None:
-        raise ValueError(
-            f"{loss} needs the pre-trained encoder's outputs: give the step pretrained=encoder"
-        )
+        raise ValueError(f"{loss} needs the pre-trained encoder's outputs{advice('pretrained')}")
     return getattr(inputs, of), inputs.pretrained
 
 

@@ -9,7 +9,7 @@ from robust_ssl.types import Outputs
 
 _ADVICE = {
     "adversarial": ": give the step an attack",
-    "pretrained": ": give the step the public encoder (in a recipe compare_with_pretrained=True)",
+    "pretrained": ": give the step pretrained=encoder (in a recipe compare_with_pretrained=True)",
     "teacher": ': give the step a teacher (in a recipe the entry "teacher", another one\'s name)',
 }
 
