@@ -418,8 +418,9 @@ def test_what_the_device_stopped_is_tried_again_by_the_next_run(tmp_path, monkey
     stopped = go(config, tmp_path)["train"]
     assert set(stopped["failed"]) == {"full-seed0", "after-seed0"}
     assert len(tries) == 1  # `score` asks for what is trained, and tries nothing again
-    said = "full-seed0 failed, and is left out: RESOURCE_EXHAUSTED: Out of memory; the next run"
-    assert caplog.text.count(said) == 1  # though each stage asks for what is trained
+    said = "RESOURCE_EXHAUSTED: Out of memory; the next run tries it again"
+    # Though each stage asks for what is trained.
+    assert caplog.text.count(f"full-seed0 failed, and is left out: {said}") == 1
     monkeypatch.undo()
     after = go(config, tmp_path)["train"]
     assert after["failed"] == {} and len(after["trained"]) == 3

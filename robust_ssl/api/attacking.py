@@ -223,10 +223,8 @@ def _check_outputs(encoder: Any, image_shape: tuple[int, ...]) -> None:
     returned = jax.eval_shape(lambda given: encoder(given), images)
     if not isinstance(returned, Outputs):
         name = getattr(encoder, "__name__", type(encoder).__name__)
-        is_array = hasattr(returned, "shape")
-        what = f"an array {returned.shape}" if is_array else type(returned).__name__
         raise ValueError(
-            f"the encoder {name} returns {what} and no robust_ssl.Outputs; "
+            f"the encoder {name} returns {inputs.what_is(returned)} and no robust_ssl.Outputs; "
             f"{how_to_make_encoder(name)}"
         )
 

@@ -151,6 +151,11 @@ def _has_labels(images: Any) -> bool:
     return isinstance(images, Mapping) or (pair and np.ndim(images[0]) != np.ndim(images[1]))
 
 
+def what_is(value: Any) -> str:
+    """Returns what errors call a value: an array by its shape, anything else by its type."""
+    return f"an array {value.shape}" if hasattr(value, "shape") else type(value).__name__
+
+
 def size_of(model: Any) -> int | None:
     """Returns the height and width that a model takes, None where it does not say."""
     return getattr(model, "image_size", None)

@@ -232,8 +232,7 @@ def _count_logits(classifier: Any, examples: Any) -> int:
     shape = getattr(logits, "shape", None)
     if shape is not None and len(shape) == 2 and shape[0] == 2:
         return shape[1]
-    returned = answer if logits is None else logits
-    what = f"an array {returned.shape}" if hasattr(returned, "shape") else type(returned).__name__
+    what = inputs.what_is(answer if logits is None else logits)
     raise ValueError(
         "the classifier must return robust_ssl.Outputs with logits [n, classes], got "
         f"{what}{'' if logits is None else ' of logits'} for 2 images; of a function of yours: "

@@ -133,9 +133,8 @@ def half_width_over_seeds(*estimates: tuple[float | None, int]) -> float:
     terms = [(deviation**2 / n, n - 1) for deviation, n in estimates if deviation]
     if not terms:
         return 0.0
-    total = sum(term for term, _ in terms)
-    freedom = total**2 / sum(term**2 / each for term, each in terms)
-    return float(stats.t.ppf(0.975, freedom) * math.sqrt(total))
+    variance, freedom = _welch(terms)
+    return float(stats.t.ppf(0.975, freedom) * math.sqrt(variance))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -172,9 +171,14 @@ def _variance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     terms = [(_covariance(x.mean(0), y.mean(0)) / images, images - 1)]
     if seeds > 1:
         terms.append((_covariance(x.mean(1), y.mean(1)) / seeds, seeds - 1))
+    return _welch(terms)
+
+
+def _welch(terms: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The sum of variances, and its degrees of freedom from those of each."""
     total = sum(term for term, _ in terms)
     spread = sum(term**2 / freedom for term, freedom in terms)
-    return total, total**2 / spread if spread else images - 1
+    return total, total**2 / spread if spread else terms[0][1]
 
 
 def _covariance(x: np.ndarray, y: np.ndarray) -> float:

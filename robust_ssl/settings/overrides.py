@@ -55,8 +55,7 @@ def _set_untyped(config: config_dict.ConfigDict, argument: str) -> bool:
         )
     if kind in (tuple, list) and isinstance(value, str) and "," in value:
         value = tuple(part.strip() for part in value.split(","))  # words, as in train,score
-        kind = type(None) if kind is tuple else kind
-    if kind not in (type(None), list) and value is not None:
+    elif kind not in (type(None), list) and value is not None:
         _check_number(key, kind, value, text)
         return False
     if kind is list and value is not None:
