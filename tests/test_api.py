@@ -245,6 +245,11 @@ def test_a_recipe_of_ones_own_is_a_mapping():
 # --- names --------------------------------------------------------------------------------------
 
 
+def test_without_a_kind_the_kinds_are_listed():
+    assert [*robust_ssl.list()] == [*KINDS]
+    assert repr(robust_ssl.list()).splitlines()[0].startswith("attacks     Perturbations")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_name_has_a_purpose(kind):
     names = robust_ssl.list(kind)
@@ -459,6 +464,10 @@ CALLS = {
         "progress must be one of .*'quiet'.*got 'silent'",
     ),
     "an encoder's class": (lambda _: robust_ssl.attack(robust_ssl.Encoder, IMAGES), "shipped name"),
+    "an encoder that ships with the package, to measure": (
+        lambda _: robust_ssl.measure("simclr-cifar10-r18w24", IMAGES, LABELS),
+        "'simclr-cifar10-r18w24' is an encoder; .*put a head on it",
+    ),
     "a kind that is not there": (lambda _: robust_ssl.list("attack"), "did you mean 'attacks'"),
 }
 

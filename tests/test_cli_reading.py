@@ -64,6 +64,12 @@ def test_a_list_has_a_name_and_a_sentence_a_line(kind, name, capsys):
     assert name in [entry[0] for entry in entries]
 
 
+def test_list_without_a_kind_lists_the_kinds(capsys):
+    assert main.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert {line.split()[0] for line in printed.splitlines()} == {*listing._KINDS}
+
+
 def test_attacks_are_those_that_a_config_can_name(capsys):
     from robust_ssl import attacks
 

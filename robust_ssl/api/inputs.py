@@ -18,6 +18,11 @@ from robust_ssl.models.bridge import Bridge
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Encoder
 
+_PUT_A_HEAD_ON_IT = (
+    "an encoder has no classes to measure; put a head on it: "
+    "robust_ssl.secure(encoder, images, labels, recipe='linear_probe')"
+)
+
 
 def encoder_of(encoder: Any) -> Any:
     """Returns an encoder: what is given, or the one of a shipped name or a path.
@@ -44,6 +49,8 @@ def classifier_of(classifier: Any) -> Any:
       ValueError: If it has no logits, as an encoder has none.
     """
     if isinstance(classifier, (str, os.PathLike)):
+        if classifier in weights.list_encoders() and not os.path.isdir(classifier):
+            raise ValueError(f"{classifier!r} is an encoder; {_PUT_A_HEAD_ON_IT}")
         return weights.load_classifier(classifier)
     if isinstance(classifier, Encoder):
         if isinstance(classifier.module, Bridge):
@@ -51,10 +58,7 @@ def classifier_of(classifier: Any) -> Any:
                 f"{classifier.module.kind} was taken for an encoder; if it has logits, say where "
                 "it is taken how many: num_classes=10, or class_names="
             )
-        raise ValueError(
-            "an encoder has no classes to measure; put a head on it: "
-            "robust_ssl.secure(encoder, images, labels, recipe='linear_probe')"
-        )
+        raise ValueError(_PUT_A_HEAD_ON_IT)
     if isinstance(classifier, type) or not callable(classifier):
         raise ValueError(
             f"the classifier must be a robust_ssl.Classifier, or the directory of a saved one, got "

@@ -36,7 +36,14 @@ PER_IMAGE = {
 AUTOATTACK = "autoattack"
 # Data sets that need neither a download nor a folder.
 BUILTIN = {"digits": "robust_ssl.data:digits", "photo_crops": "robust_ssl.data:photo_crops"}
-KINDS = ("attacks", "encoders", "losses", "objectives", "recipes", "data")
+KINDS = {
+    "attacks": "Perturbations for all images, and of each image by itself.",
+    "encoders": "Pre-trained encoders that come with the package.",
+    "losses": "What a recipe's training minimizes.",
+    "objectives": "What an attack maximizes.",
+    "recipes": "How a classifier is fine-tuned.",
+    "data": "Images that are built in, or that can be fetched.",
+}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -69,12 +76,12 @@ class Names(Sequence):
         return "\n".join(f"{name:<{width}}  {text}" for name, text in self.purposes.items())
 
 
-def list_names(kind: str) -> Names:
+def list_names(kind: str | None = None) -> Names:
     """Lists what the package has of a kind: `robust_ssl.list`.
 
     Args:
       kind: ``"attacks"``, ``"encoders"``, ``"losses"``, ``"objectives"``, ``"recipes"`` or
-        ``"data"``.
+        ``"data"``; without it the kinds themselves are listed.
 
     Returns:
       The names that the three calls take, and what each is for.
@@ -88,6 +95,8 @@ def list_names(kind: str) -> Names:
       >>> "gen_af" in list_names("recipes")
       True
     """
+    if kind is None:
+        return Names(KINDS)
     if kind not in KINDS:
         raise ValueError(f"no kind {kind!r}{near(str(kind), KINDS)}")
     return Names(_PURPOSES[kind]())

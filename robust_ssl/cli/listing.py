@@ -29,7 +29,9 @@ Lines = Iterator[tuple[str, str]]
 def add_parser(commands: Any) -> None:
     """Adds the command to argparse's `commands`."""
     command = add_command(commands, "list", "say what there is of a kind, by name", _EXAMPLES)
-    command.add_argument("kind", choices=tuple(_KINDS), help="of what")
+    command.add_argument(
+        "kind", choices=tuple(_KINDS), nargs="?", help="of what; without it the kinds are listed"
+    )
     command.add_argument(
         "--data-dir", metavar="DIR", help="where data sets are (default: as for a run)"
     )
@@ -38,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Prints a list and returns the exit code."""
-    lines = _KINDS[arguments.kind]
+    lines = _KINDS[arguments.kind] if arguments.kind else _kinds
     entries = list(_data(arguments.data_dir) if lines is _data else lines())
     width = max((len(name) for name, _ in entries), default=0)
     for name, text in entries:
@@ -47,6 +49,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         home = _HOMES[arguments.kind]
         print(f'in a config: "{home}:NAME", or {{"function": "{home}:NAME", ...}}', file=sys.stderr)
     return DONE
+
+
+def _kinds() -> Lines:
+    from robust_ssl.api.names import KINDS
+
+    yield "configs", "What `robust-ssl run NAME` takes."
+    yield from KINDS.items()
 
 
 def _configs() -> Lines:
