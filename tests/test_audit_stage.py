@@ -21,6 +21,7 @@ from robust_ssl.cli import main
 from robust_ssl.experiment import (
     audit,
     audit_baseline,
+    audit_pictures,
     audit_provenance,
     audit_screening,
     groups,
@@ -381,6 +382,22 @@ def test_a_screening_is_shown_if_it_is_of_the_audited_classifier(tmp_path, caplo
     found = audit_screening.read_screening(context)
     assert (found is not None) == shown
     assert ("the screening is of other and the audit of full" in caplog.text) != shown
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [((), [0, 7]), ((5,), [5, 0]), ((1, 3, 6), [1, 6]), (range(8), [0, 7])],
+)
+def test_images_whose_answer_the_attack_changes_are_shown_first(changed, shown):
+    answers = np.array([[str(n), "other" if n in changed else str(n)] for n in range(8)])
+    clean = np.zeros((8, 4, 4, 3), np.float32)
+    look = {"clean": clean, "attacked": clean + 0.1, "answers": answers}
+    examples = audit_pictures.examples(look, 2)
+    assert [example["said_clean"] for example in examples] == [str(n) for n in shown]
+    assert [example["said_attacked"] == "other" for example in examples] == [
+        n in changed for n in shown
+    ]
+    assert len(audit_pictures.examples(look, 20)) == 8
 
 
 def test_a_recipe_that_is_not_scored_cannot_be_decided_on():

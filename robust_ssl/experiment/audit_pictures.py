@@ -19,9 +19,14 @@ Look = Mapping[str, np.ndarray]  # as `pages.look` returns it
 
 
 def examples(look: Look, count: int) -> list[dict[str, Any]]:
-    """Returns images, the same under attack, and the change made visible, as PNG in base64."""
-    # Spread over those that there are: a folder's come class by class.
-    places = np.linspace(0, len(look["clean"]) - 1, min(count, len(look["clean"]))).astype(int)
+    """Returns images, the same under attack, and the change made visible, as PNG in base64.
+
+    Those whose answer the attack changes come first.
+    """
+    answers = look["answers"]
+    stays = answers[:, 0] == answers[:, 1]
+    changed = _spread(np.flatnonzero(~stays), count)
+    places = np.concatenate([changed, _spread(np.flatnonzero(stays), count - len(changed))])
     clean, attacked = look["clean"][places], look["attacked"][places]
     change = attacked - clean
     # By one factor for all, so that images can be compared; no change is plain gray.
@@ -35,8 +40,13 @@ def examples(look: Look, count: int) -> list[dict[str, Any]]:
             "said_clean": str(before),
             "said_attacked": str(after),
         }
-        for n, (before, after) in enumerate(look["answers"][places].tolist())
+        for n, (before, after) in enumerate(answers[places].tolist())
     ]
+
+
+def _spread(places: np.ndarray, count: int) -> np.ndarray:
+    """Some of the places, far from each other: a folder's images come class by class."""
+    return places[np.linspace(0, len(places) - 1, min(count, len(places))).astype(int)]
 
 
 def _png(pixels: np.ndarray) -> str:
