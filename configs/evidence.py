@@ -226,6 +226,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     own = ("seeds", "steps", "round", "tune", "seen", "stress", "factors")
     text = ",".join(f"{name}={value}" for name, value in given.items() if name not in own)
     config = compare.get_config(f"{text},scale=small")
+    config.common.best = "highest"  # as it was announced; the ramps take their last epoch
     config.training.seeds = tuple(int(seed) for seed in given["seeds"].split("+"))
     config.suite.num_steps = given["steps"]
     config.scoring.twin = len(config.training.seeds) > 1

@@ -13,6 +13,7 @@ import tiny
 from robust_ssl import evaluation, struct, threats
 from robust_ssl.attacks import APGD, FABT, PGD, UniversalPerturbation
 from robust_ssl.evaluation import Counts, PerImage, score, wilson_interval, worst_case
+from robust_ssl.evaluation.counts import independent_difference
 from robust_ssl.experiment.groups import Reseeded, Transferred
 from robust_ssl.parallel import KINDS, Parallel
 from robust_ssl.types import Classifier, Encoder
@@ -152,6 +153,21 @@ def test_wilson_is_the_root_of_its_equation():
 )
 def test_wilson_gives_the_published_values(successes, n, low, high):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [  # Newcombe 1998, table II, method 10
+        ((56, 70, 48, 80), 0.0524, 0.3339),
+        ((9, 10, 3, 10), 0.1705, 0.8090),
+        ((6, 7, 2, 7), 0.0582, 0.8062),
+        ((5, 56, 0, 29), -0.0381, 0.1926),
+        ((0, 10, 0, 20), -0.1611, 0.2775),
+        ((10, 10, 0, 10), 0.6075, 1.0),
+    ],
+)
+def test_a_difference_of_images_that_are_not_paired_has_the_published_interval(counts, low, high):
+    assert independent_difference(*counts) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_wilson_at_its_ends():

@@ -108,6 +108,31 @@ def test_it_stops_when_nothing_improves(scores, patience, last, best, loop_on_de
     assert float(found.score) == np.float32(scores[best - 1])
 
 
+@LOOPS
+@pytest.mark.parametrize(
+    ("scores", "images", "best"),
+    [
+        ([0.19, 0.117, 0.143, 0.14, 0.143], 300, 5),
+        ([0.19, 0.117, 0.143, 0.14, 0.143], 3000, 1),
+        ([0.19, 0.117, 0.143, 0.14, 0.143], None, 1),
+        ([0.2, 0.3, 0.02, 0.01, 0.0], 300, 2),  # catastrophic overfitting
+        ([0.4, 0.38, 0.36, 0.34, 0.32], 300, 4),  # each is little below the one before
+        ([0.0, 0.0, 0.0, 0.0, 0.0], 300, 5),
+        ([1.0, 1.0, 0.99, 0.5, 0.99], 100, 5),
+    ],
+)
+def test_of_epochs_within_chance_the_latest_is_kept(scores, images, best, loop_on_device, tmp_path):
+    """The first are of a TRADES: on test images its last epoch has 13 points more."""
+    how = {"epochs": 5, "scores": scores, "images": images, "loop_on_device": loop_on_device}
+    whole = go(tmp_path / "whole", **how)
+    assert int(whole[1].epoch) == best
+    assert float(whole[1].score) == np.float32(scores[best - 1])
+    assert float(whole[1].highest) == np.float32(max(scores))
+    with pytest.raises(Stopped):
+        go(tmp_path / "stopped", stop_after=4 if loop_on_device else 10, **how)
+    assert_same(go(tmp_path / "stopped", **how), whole)
+
+
 @pytest.mark.parametrize(("patience_from", "last"), [(0, 2), (2.5, 4), (5, 6), (99, 8)])
 def test_some_epochs_cost_no_patience(patience_from, last, tmp_path):
     falling = [0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0]

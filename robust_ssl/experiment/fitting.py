@@ -1,4 +1,4 @@
-"""One fit: a classifier, a recipe's values and the data in, the best epoch's classifier out."""
+"""One fit: a classifier, a recipe's values and the data in, the kept epoch's classifier out."""
 
 from __future__ import annotations
 
@@ -256,8 +256,8 @@ def _selection(
     validation: Any,
     steps_per_epoch: int,
 ) -> dict[str, Any]:
-    """How `train` finds the best epoch; where the last one is taken, what rings of one step."""
-    best = recipe.best or ("clean" if attack is None else "robust")
+    """How `train` finds the epoch to keep; where the last one is taken, what rings of one step."""
+    best = recipe.best
     if best == "last" and not alarm.takes_one_step(attack):
         return {}
     # The last epoch is looked at in any case.
@@ -276,9 +276,11 @@ def _selection(
 
     if best == "last":
         return {"at_epoch_end": at_epoch_end}
+    judged_by = best if best in ("clean", "robust") else "clean" if attack is None else "robust"
     return {
         "at_epoch_end": at_epoch_end,
-        "score": f"validation_{best}_accuracy",
+        "score": f"validation_{judged_by}_accuracy",
+        "images": None if best == "highest" else len(images),
         "patience": recipe.patience,
         # A budget that grows lowers accuracy, which is no reason to stop.
         "patience_from": _whole_budget(recipe, steps_per_epoch),

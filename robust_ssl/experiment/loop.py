@@ -15,6 +15,7 @@ import numpy as np
 from robust_ssl import struct
 from robust_ssl.data import Batches
 from robust_ssl.data.batches import take
+from robust_ssl.evaluation.counts import independent_difference
 from robust_ssl.finetuning import Computation, Step
 from robust_ssl.optimizers.finite import raise_if_stuck
 from robust_ssl.parallel import Parallel
@@ -34,22 +35,25 @@ def stage_key(seed: int, stage: str) -> jax.Array:
 
 @struct.dataclass
 class Best:
-    """The best epoch so far, by validation.
+    """The epoch that is kept so far, by validation.
 
     Attributes:
       variables: Its weights.
       score: Its score, float32 scalar; -1 before the first epoch.
       epoch: Its number, from 1, int32 scalar.
+      highest: The highest score of all epochs so far, float32 scalar.
     """
 
     variables: Variables
     score: jax.Array
     epoch: jax.Array
+    highest: jax.Array
 
     @classmethod
     def none_yet(cls, variables: Variables) -> Best:
         """Returns what any epoch is better than."""
-        return cls(variables, jnp.asarray(-1.0, jnp.float32), jnp.asarray(0, jnp.int32))
+        none = jnp.asarray(-1.0, jnp.float32)
+        return cls(variables, none, jnp.asarray(0, jnp.int32), none)
 
 
 def train(
@@ -64,6 +68,7 @@ def train(
     checkpoint_every: int | None = None,
     at_epoch_end: Callable[[int, Variables], Mapping[str, float]] | None = None,
     score: str | None = None,
+    images: int | None = None,
     patience: int | None = None,
     patience_from: float = 0,
     loop_on_device: bool | None = None,
@@ -87,7 +92,9 @@ def train(
         the devices, the nearest smaller number that fits an epoch.
       at_epoch_end: Called with the number of finished epochs and the variables; what it returns
         is logged.
-      score: Which entry of that decides the best epoch; None keeps none.
+      score: Which entry of that decides the epoch that is kept; None keeps none.
+      images: How many images it is a share of.  Then the latest epoch is kept that is not beyond
+        chance below the highest score; None keeps the highest.
       patience: Stops after this many epochs whose score was not above all before; None never
         does.  What it needs is part of the checkpoint, so a resumed training stops at the same
         epoch.
@@ -139,7 +146,7 @@ def train(
                 epoch = done // batches.steps_per_epoch
                 measured = at_epoch_end(epoch, state.variables) if at_epoch_end else {}
                 extra = {"epoch": epoch, **measured}
-                kept = _keep_best(kept, measured.get(score), epoch, parallel)
+                kept = _keep_best(kept, measured.get(score), epoch, parallel, images)
             unwritten.append((start, done, metrics, extra))
             stopping = stop_requested()
             saving = stopping or done % every == 0
@@ -237,17 +244,30 @@ def _nothing_yet(state: TrainState, score: str | None, patience: int | None) -> 
     return kept
 
 
-def _keep_best(kept: dict, score: float | None, epoch: int, parallel: Parallel) -> dict:
+def _keep_best(
+    kept: dict, score: float | None, epoch: int, parallel: Parallel, images: int | None
+) -> dict:
+    if score is None:
+        return kept
     # In the precision that is kept: 0.8 would be below its own float32.
-    if score is None or np.float32(score) < (before := np.float32(kept["best"].score)):
+    score, before = np.float32(score), np.float32(kept["best"].highest)
+    highest = parallel.replicate(jnp.asarray(max(score, before)))
+    kept = {**kept, "best": kept["best"].replace(highest=highest)}
+    if score < before and (images is None or _is_less(score, before, images)):
         return kept
     # Of equal epochs the later one, which has seen more; but it is no improvement.
     number = jnp.asarray(epoch, jnp.int32)
-    scalars = {"score": jnp.asarray(score, jnp.float32), "epoch": number}
-    kept = {**kept, "best": Best(kept["state"].variables, **parallel.replicate(scalars))}
-    if "improved" in kept and np.float32(score) > before:
+    scalars = parallel.replicate({"score": jnp.asarray(score), "epoch": number})
+    kept["best"] = kept["best"].replace(variables=kept["state"].variables, **scalars)
+    if "improved" in kept and score > before:
         kept["improved"] = parallel.replicate(number)
     return kept
+
+
+def _is_less(score: np.float32, than: np.float32, images: int) -> bool:
+    """Whether a share of so many images is below another beyond chance."""
+    lower, higher = (round(float(share) * images) for share in (score, than))
+    return independent_difference(higher, images, lower, images)[0] > 0
 
 
 def _lost_patience(

@@ -168,8 +168,9 @@ class Recipe:
       cache_features: Whether a frozen encoder sees each image once and the head is trained on what
         it said; the same numbers to rounding.  Not with what needs images: attack, augmentation.
       patience: Epochs without a better one after which training stops.
-      best: Which epoch is kept, by validation accuracy: ``"clean"``, ``"robust"``, or the
-        ``"last"``; None is robust where there is an attack.
+      best: Which epoch is kept: the latest that is not beyond chance below the highest, by
+        ``"clean"`` or ``"robust"`` validation accuracy; None is robust where there is an attack.
+        ``"highest"`` is the highest itself, and ``"last"`` the last, whatever it is.
       tolerance: Robust accuracy that the interpolation guard may lose on the way from the start.
       scored: Whether it is compared, or only another one's start.
       text: All of it, plain JSON values: what its directory keeps.
@@ -207,7 +208,7 @@ class Recipe:
     remat: bool = False
     cache_features: bool = False
     patience: Count | None = None
-    best: Literal["clean", "robust", "last"] | None = None
+    best: Literal["clean", "robust", "highest", "last"] | None = None
     tolerance: Share | None = None
     scored: bool = True
     text: Any = dataclasses.field(default=None, repr=False, metadata={"hidden": True})
