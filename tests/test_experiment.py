@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 
 ONE = "recipes/everything-seed0"
 EVERYTHING = {
+    "best": "highest",
     "rates": {"encoder/**": 1e-2, "head/**": 1e-2},
     "augment": "robust_ssl.pretraining:flip_and_shift",
 }

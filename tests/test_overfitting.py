@@ -138,12 +138,15 @@ def test_a_ramp_of_one_step_has_the_alarm_too(tmp_path, monkeypatch, caplog):
     assert next(measured, None) is None
 
 
-@pytest.mark.parametrize(("best", "epochs"), [("robust", 4), ("clean", 4)])
+@pytest.mark.parametrize(
+    ("best", "ends", "epoch"),
+    [("robust", 0.0, 3), ("clean", 0.0, 3), ("highest", 0.4, 3), ("robust", 0.4, 4)],
+)
 def test_what_was_never_attacked_is_no_best_epoch_and_costs_no_patience(
-    best, epochs, tmp_path, monkeypatch
+    best, ends, epoch, tmp_path, monkeypatch
 ):
     """Clean epochs are better by both accuracies, and a growing budget lowers them."""
-    measured = iter([(0.5, 0.5), (0.4, 0.4)])
+    measured = iter([(0.5, 0.5), (ends, ends)])
 
     def falling(*args):
         clean, pgd = next(measured)
@@ -152,7 +155,7 @@ def test_what_was_never_attacked_is_no_best_epoch_and_costs_no_patience(
     monkeypatch.setattr(fitting, "validate", falling)
     config = tiny_recipes.config({"ramp": {**RAMP, "best": best, "patience": 1}})
     results = go(config, tmp_path)["train"]["trained"]["ramp-seed0"]
-    assert (results["epochs"], results["best_epoch"], results["clean_epochs"]) == (epochs, 3, 2)
+    assert (results["epochs"], results["best_epoch"], results["clean_epochs"]) == (4, epoch, 2)
     assert next(measured, None) is None
 
 
