@@ -397,6 +397,26 @@ CALLS = {
         lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, epsilon=True),
         "epsilon= is a number",
     ),
+    "a seed as text": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, seed="1"),
+        "seed= must be a whole number in .*got '1'",
+    ),
+    "half a seed": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, seed=1.5),
+        "seed= must be a whole number",
+    ),
+    "a seed whose key is that of 0": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, seed=2**32),
+        "seed= must be a whole number in .*got 4294967296",
+    ),
+    "a text for a switch": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, examine="no"),
+        "examine= must be true or false, got 'no'",
+    ),
+    "an attack's name in capitals": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks="FGSM"),
+        "did you mean 'fgsm'",
+    ),
     "half a step": (
         lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, num_steps=2.5),
         "num_steps= is a whole number of at least 1, got 2.5",

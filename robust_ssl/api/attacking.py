@@ -190,7 +190,7 @@ def attack(
         )
     epsilon = inputs.one_budget(epsilon, "call attack once for each")
     num_steps = inputs.count(num_steps, "num_steps")
-    batch_size = inputs.count(batch_size, "batch_size")
+    batch_size, seed = inputs.count(batch_size, "batch_size"), inputs.seed(seed)
     resizing = inputs.resizing_of(encoder)
     encoder, parallel = inputs.encoder_of(encoder), inputs.devices_of(parallel)
     surrogate = inputs.examples_of(images, None, inputs.size_of(encoder), "train", resizing)

@@ -12,6 +12,7 @@ import numpy as np
 
 from robust_ssl import data, weights
 from robust_ssl.api.names import BUILTIN
+from robust_ssl.build import Seed, read
 from robust_ssl.data.checks import as_images, check_not_bits
 from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.models.bridge import Bridge
@@ -93,6 +94,29 @@ def count(value: Any, name: str) -> int:
     if isinstance(value, (bool, np.bool_)) or np.asarray(value).dtype.kind not in "iu" or value < 1:
         raise ValueError(f"{name}= is a whole number of at least 1, got {value!r}")
     return int(value)
+
+
+def seed(value: Any) -> int:
+    """Returns a seed as an integer.
+
+    Raises:
+      ValueError: If it is no whole number that a key can be made of.
+    """
+    return read(Seed, _plain(value), "seed=")
+
+
+def switch(value: Any, name: str) -> bool:
+    """Returns a truth.
+
+    Raises:
+      ValueError: If it is another value, as the text ``"no"`` is.
+    """
+    return read(bool, _plain(value), f"{name}=")
+
+
+def _plain(value: Any) -> Any:
+    """Returns an array of no axes, as NumPy's and JAX's scalars are, as a Python number."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def resizing_of(encoder: Any) -> data.Resizing | None:

@@ -192,7 +192,8 @@ def measure(
       >>> result.clean_accuracy == 1 / 3, result.robust_accuracy <= 1 / 3
       (True, True)
     """
-    batch_size = inputs.count(batch_size, "batch_size")
+    batch_size, seed = inputs.count(batch_size, "batch_size"), inputs.seed(seed)
+    examine = inputs.switch(examine, "examine")
     classifier, parallel = inputs.classifier_of(classifier), inputs.devices_of(parallel)
     resizing = inputs.resizing_of(classifier)
     examples = inputs.examples_of(images, labels, inputs.size_of(classifier), "test", resizing)

@@ -117,6 +117,7 @@ def secure(
     refuse_bridge(encoder, "trained")
     examples = inputs.examples_of(images, labels, encoder.image_size, "train", resizing)
     epochs, batch_size = inputs.count(epochs, "epochs"), inputs.count(batch_size, "batch_size")
+    seed = inputs.seed(seed)
     validation = read(Annotated[float, Range(0, 1, below=True)], validation, "validation")
     left = len(examples) - round(len(examples) * validation)
     common = {

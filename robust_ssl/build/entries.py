@@ -61,9 +61,12 @@ def near(name: str, known: Iterable[str]) -> str:
     Example:
       >>> near("epoch", ["epochs", "decay"])
       "; did you mean 'epochs'?"
+      >>> near("FGSM", ["fgsm", "pgd"])
+      "; did you mean 'fgsm'?"
     """
     known = [str(entry) for entry in known]
-    close = difflib.get_close_matches(str(name), known, n=3)
+    same = [entry for entry in known if entry.lower() == str(name).lower()]
+    close = same or difflib.get_close_matches(str(name), known, n=3)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; known: {', '.join(known)}" if known else ""
