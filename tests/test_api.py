@@ -11,10 +11,11 @@ import pytest
 import tiny
 
 import robust_ssl
-from robust_ssl import attacks, data, experiment, models, progress, struct, threats
-from robust_ssl.api import choice, inputs, measuring, securing
+from robust_ssl import attacks, data, experiment, models, objectives, progress, struct, threats
+from robust_ssl.api import attacking, choice, inputs, measuring, securing
 from robust_ssl.api.names import KINDS, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, universal
+from robust_ssl.build import Function, name_of, text_of
 from robust_ssl.evaluation import checks
 from robust_ssl.experiment.train import load_trained
 from robust_ssl.parallel import Parallel
@@ -397,6 +398,10 @@ CALLS = {
         lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, epsilon=True),
         "epsilon= is a number",
     ),
+    "a budget of training as text": (
+        lambda _: robust_ssl.secure(tiny.encoder(), IMAGES, LABELS, epsilon="8/255"),
+        "epsilon= is a number, for example 8/255, got '8/255'",
+    ),
     "a seed as text": (
         lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, seed="1"),
         "seed= must be a whole number in .*got '1'",
@@ -576,6 +581,21 @@ def test_a_budget_is_the_one_that_was_given(recipe, options, epsilon, threat):
     assert type(found) is type(threat)
     leaves = [jax.tree.leaves(each) for each in (found, threat)]
     np.testing.assert_allclose(*leaves)
+
+
+def test_numbers_of_numpy_and_functions_are_options(monkeypatch):
+    given = objectives.feature_cosine_distance
+    fit = attacking.universal_attack("universal_pgd", {"objective": given})
+    assert fit.objective is given
+    options = {"step_size": np.float32(0.5), "objective": objectives.margin}
+    pgd = Function.read({"function": "robust_ssl.attacks:PGD", **options}, "attack")
+    assert pgd.options["step_size"] == 0.5 and pgd(LINF).objective is objectives.margin
+    assert json.loads(json.dumps(text_of(pgd)))["objective"] == name_of(objectives.margin)
+    monkeypatch.setattr(securing, "load_trained", lambda run, recipe, seed: recipe)
+    recipe = robust_ssl.secure(
+        tiny.encoder(), *tiny.images("train", n=16), recipe="pgd_at", epsilon=np.float32(0.25)
+    )
+    assert recipe.attack.text["epsilon"] == 0.25
 
 
 def test_two_budgets_or_none_under_a_threat_of_ones_own_are_refused():

@@ -118,6 +118,8 @@ def secure(
     examples = inputs.examples_of(images, labels, encoder.image_size, "train", resizing)
     epochs, batch_size = inputs.count(epochs, "epochs"), inputs.count(batch_size, "batch_size")
     seed = inputs.seed(seed)
+    if epsilon is not None:
+        epsilon = inputs.one_budget(epsilon, "call secure once for each")
     validation = read(Annotated[float, Range(0, 1, below=True)], validation, "validation")
     left = len(examples) - round(len(examples) * validation)
     common = {

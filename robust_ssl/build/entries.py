@@ -233,7 +233,8 @@ def text_of(value: Any) -> Any:
         return [text_of(entry) for entry in value]
     if callable(value):
         return _findable_name(value)
-    return value
+    # JSON has no scalars of NumPy.
+    return value.item() if isinstance(value, numbers.Real) and hasattr(value, "item") else value
 
 
 def _findable_name(function: Callable[..., Any]) -> str:

@@ -243,8 +243,9 @@ def _read_options(
                 f"{near(name, [*defaults, *others])}"
             )
         hint, default = hints.get(name, Any), (defaults or {}).get(name, inspect.Parameter.empty)
-        nested = names_function(value) or (isinstance(value, Mapping) and "function" in value)
-        if nested and may_be_function(hint, default):
+        given = callable(value) and not isinstance(value, Function)  # as in Python, not in a file
+        named = names_function(value) or (isinstance(value, Mapping) and "function" in value)
+        if (given or named) and may_be_function(hint, default):
             taken[name] = Function.read(value, entry)
         else:
             taken[name] = read_option(value, hint, default, entry)

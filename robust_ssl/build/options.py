@@ -105,6 +105,8 @@ def read_option(value: Any, hint: Any, default: Any, where: str) -> Any:
       ValueError: If it is of another kind.
     """
     kinds = _kinds(hint, default)
+    if isinstance(value, np.number | np.bool_):
+        value = value.item()
     # Many a signature says `float` and means that None is its default's other word.
     if value is None and (default is None or type(None) in kinds):
         return None
