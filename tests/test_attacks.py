@@ -518,6 +518,9 @@ def test_a_perturbation_survives_saving_resizing_and_applying(tmp_path, threat):
     )
     assert attack.apply(images).min() >= 0 and attack.apply(images).max() <= 1
     larger = attack.resized(16)
+    for size in (0, (16, -1), "16", 16.0, (16, 16, 3)):
+        with pytest.raises(ValueError, match="a size is"):
+            attack.resized(size)
     assert larger.delta.shape == (16, 16, 3)
     gray = jnp.full((16, 16, 3), 0.5)
     np.testing.assert_allclose(larger(None, None, gray), gray + larger.delta, atol=1e-6)

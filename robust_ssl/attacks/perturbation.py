@@ -87,10 +87,15 @@ class UniversalPerturbation:
         A patch keeps its share of the area, a band its frequencies in cycles per pixel.
 
         Raises:
-          ValueError: If the threat makes no sense at that size, as a patch below one pixel.
+          ValueError: If that is no size, or the threat makes no sense at it, as a patch below one
+            pixel.
         """
-        size = (size, size) if np.ndim(size) == 0 else tuple(size)
-        size = tuple(map(operator.index, size))
+        sides = (size, size) if np.ndim(size) == 0 else tuple(size)
+        if len(sides) != 2 or any(np.asarray(side).dtype.kind not in "iu" for side in sides):
+            raise ValueError(f"a size is one whole number of pixels or two, got {size!r}")
+        size = tuple(map(operator.index, sides))
+        if min(size) < 1:
+            raise ValueError(f"a size is of at least one pixel, got {size}")
         threats.check(self.threat, (*size, 3))
         return self.replace(delta=resize_delta(self.delta, size, self.threat))
 
