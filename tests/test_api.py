@@ -329,7 +329,7 @@ CALLS = {
     ),
     "a function for an encoder": (
         lambda _: robust_ssl.attack(brightness, IMAGES),
-        r"brightness returns an array \(1, 3\).*Outputs; .*from_callable\(brightness, image_size\)",
+        r"brightness returns an array \(2, 3\).*Outputs; .*from_callable\(brightness, image_size\)",
     ),
     "an empty name": (lambda _: robust_ssl.attack(tiny.encoder(), ""), "images is empty"),
     "an attack's class": (
@@ -457,6 +457,32 @@ CALLS = {
     "a function of logits": (
         lambda net: robust_ssl.measure(lambda x: net(x).logits, IMAGES, LABELS),
         r"must return robust_ssl.Outputs with logits .*got an array \(2, 4\) for 2 images",
+    ),
+    "features of the first image alone": (
+        lambda _: robust_ssl.attack(lambda x: Outputs(features=x[0, 0]), IMAGES),
+        r"returns an array \(8, 3\) of features for 2 images; they must be \[n, numbers\]",
+    ),
+    "maps for features": (
+        lambda _: robust_ssl.attack(lambda x: Outputs(features=x), IMAGES),
+        r"array \(2, 8, 8, 3\) of features",
+    ),
+    "a function of NumPy": (
+        lambda net: robust_ssl.measure(
+            lambda x: Outputs(features=x, logits=np.asarray(x).mean((1, 2))), IMAGES, LABELS
+        ),
+        "no function of JAX: .*from_callable.*on_host=True",
+    ),
+    "a function of NumPy to attack": (
+        lambda _: robust_ssl.attack(lambda x: np.asarray(x).mean((1, 2)), IMAGES),
+        "no function of JAX",
+    ),
+    "whole numbers for logits": (
+        lambda net: robust_ssl.measure(
+            lambda x: Outputs(features=x, logits=jnp.round(net(x).logits).astype(int)),
+            IMAGES,
+            LABELS,
+        ),
+        "logits are of int32, which have no gradient",
     ),
     "one logit for all": (
         lambda net: robust_ssl.measure(

@@ -216,16 +216,21 @@ def attack(
 
 
 def _check_outputs(encoder: Any, image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError for a plain function that returns anything but `Outputs`."""
+    """Raises ValueError for a plain function that returns no `Outputs`, or no features of each."""
     if isinstance(encoder, Encoder | Classifier):
         return
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    returned = jax.eval_shape(lambda given: encoder(given), images)
+    returned = inputs.answer_of(encoder, 2, image_shape)
+    name = getattr(encoder, "__name__", type(encoder).__name__)
     if not isinstance(returned, Outputs):
-        name = getattr(encoder, "__name__", type(encoder).__name__)
         raise ValueError(
-            f"the encoder {name} returns {inputs.what_is(returned)} and no robust_ssl.Outputs; "
-            f"{how_to_make_encoder(name)}"
+            f"the encoder {name} returns {inputs.what_is(returned)} for 2 images and no "
+            f"robust_ssl.Outputs; {how_to_make_encoder(name)}"
+        )
+    features = returned.features
+    if np.ndim(features) != 2 or len(features) != 2:
+        raise ValueError(
+            f"the encoder {name} returns {inputs.what_is(features)} of features for 2 images; they "
+            "must be [n, numbers], a row for each image"
         )
 
 

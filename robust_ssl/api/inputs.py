@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from robust_ssl import data, weights
@@ -177,6 +178,24 @@ def _has_labels(images: Any) -> bool:
     """Whether it is a mapping or a pair that `data.load` takes as images with labels."""
     pair = isinstance(images, tuple) and len(images) == 2
     return isinstance(images, Mapping) or (pair and np.ndim(images[0]) != np.ndim(images[1]))
+
+
+def answer_of(model: Any, count: int, image_shape: tuple[int, ...]) -> Any:
+    """Returns what a function gives for so many images, as shapes.
+
+    Raises:
+      ValueError: If it computes with NumPy or asks for values, so that it has no gradient.
+    """
+    images = jax.ShapeDtypeStruct((count, *image_shape), np.float32)
+    try:
+        return jax.eval_shape(lambda given: model(given), images)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ValueError(
+            f"{name} is no function of JAX: it turns images into arrays of NumPy or asks for their "
+            f"values; compute with jax.numpy, or say so: robust_ssl.from_callable({name}, "
+            "image_size, on_host=True)"
+        ) from error
 
 
 def what_is(value: Any) -> str:

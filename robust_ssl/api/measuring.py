@@ -227,11 +227,15 @@ def _count_logits(classifier: Any, examples: Any) -> int:
     """
     if isinstance(classifier, Classifier):
         return classifier.num_classes
-    images = jax.ShapeDtypeStruct((2, *examples.image_shape), np.float32)
-    answer = jax.eval_shape(classifier, images)
+    answer = inputs.answer_of(classifier, 2, examples.image_shape)
     logits = getattr(answer, "logits", None)
     shape = getattr(logits, "shape", None)
     if shape is not None and len(shape) == 2 and shape[0] == 2:
+        if not np.issubdtype(logits.dtype, np.inexact):
+            raise ValueError(
+                f"the classifier's logits are of {logits.dtype}, which have no gradient; return "
+                "the floats before rounding or argmax"
+            )
         return shape[1]
     what = inputs.what_is(answer if logits is None else logits)
     raise ValueError(
