@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+import robust_ssl
 from robust_ssl import models
 from robust_ssl.models.contract import check_network
 
@@ -101,6 +102,25 @@ def test_a_head_of_ones_own_is_taken(kind):
 def test_a_head_that_makes_no_logits_is_refused(kind, words):
     with pytest.raises(ValueError, match=f"the head Head {words}"):
         models.classifier(KEY, tiny.encoder(), 3, head=Head(3, kind))
+
+
+@pytest.mark.parametrize("head", [3, None, nn.relu, Head])
+def test_what_is_no_module_is_no_head(head):
+    with pytest.raises(ValueError, match=r"a head is a flax.linen.Module, .*; got "):
+        models.classifier(KEY, tiny.encoder(), 3, head=head)
+
+
+def no_head(classes):
+    """A head's function that returns no module."""
+    return classes
+
+
+def test_a_function_that_makes_no_head_is_refused_before_training():
+    images, labels = tiny.images("train", n=16)
+    with pytest.raises(ValueError, match=r"recipe baseline.head: a head is a flax.*; got int"):
+        robust_ssl.secure(
+            tiny.encoder(), images, labels, recipe="baseline", head="test_contract:no_head"
+        )
 
 
 def test_a_head_that_takes_no_train_is_refused():

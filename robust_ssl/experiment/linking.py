@@ -28,7 +28,7 @@ from robust_ssl.build import (
 from robust_ssl.experiment import features
 from robust_ssl.experiment.recipe import HEADS, LOSSES, MIXED, Recipe, Selection
 from robust_ssl.models.bridge import refuse_bridge
-from robust_ssl.models.contract import check_network
+from robust_ssl.models.contract import check_module, check_network
 from robust_ssl.settings.overrides import MAY_HAVE_OTHERS, OTHERS
 from robust_ssl.types import Encoder
 
@@ -316,7 +316,8 @@ def check_against(recipe: Recipe, encoder: Encoder, where: str) -> None:
     with inside(f"{where}.attack"):
         if recipe.attack is not None:
             recipe.attack.check(shape)
-    params = _params(recipe, encoder)
+    with inside(f"{where}.head"):
+        params = _params(recipe, encoder)
     if recipe.select is None:
         with inside(f"{where}.rates"):
             rates = recipe.layer_rates(params, recipe.rates)
@@ -340,6 +341,7 @@ def _named_head(name: str, dim: int) -> Any:
 
 
 def _head(head: Any, dim: int) -> Any:
+    check_module(head)
     features = jax.ShapeDtypeStruct((1, dim), jnp.float32)
     return jax.eval_shape(head.init, jax.random.key(0), features)["params"]
 

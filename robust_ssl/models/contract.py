@@ -27,6 +27,16 @@ _ADVICE = {  # by a part of the error's message
 }
 
 
+def check_module(head: Any) -> None:
+    """Raises ValueError unless a head is a module of ``flax.linen``."""
+    if not isinstance(head, nn.Module):
+        what = head.__name__ if isinstance(head, type) else type(head).__name__
+        raise ValueError(
+            "a head is a flax.linen.Module, or what a function of the number of classes returns is "
+            f"one; got {what}"
+        )
+
+
 def check_head(head: nn.Module, variables: Mapping[str, Any], dim: int, classes: int) -> None:
     """Raises ValueError unless a head makes ``[batch, classes]`` logits, in training too.
 

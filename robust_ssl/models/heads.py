@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.models.contract import check_head
+from robust_ssl.models.contract import check_head, check_module
 from robust_ssl.types import Classifier, Encoder
 
 
@@ -154,6 +154,7 @@ def classifier(
         if head not in HEADS:
             raise ValueError(f"head must be one of {sorted(HEADS)} or a module, got {head!r}")
         head = HEADS[head](num_classes)
+    check_module(head)
     # The features' number is all that a head needs of its encoder, which is therefore not run.
     variables = _init(head, key, encoder.dim)
     if type(head).__module__ != __name__:
