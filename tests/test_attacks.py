@@ -106,6 +106,24 @@ def test_an_objective_that_is_nan_makes_no_image(attack, objective):
     assert np.isnan(_attack(attack, _classifier(), images, labels)).any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("make", [attacks.PGD, attacks.FGSM, attacks.APGD])
+def test_an_objective_of_a_value_for_each_image_is_refused(make):
+    def margins(inputs):
+        return inputs.adversarial.logits[:, 0]
+
+    attack = make(threats.Linf(0.1), objective=margins)
+    with pytest.raises(ValueError, match=r"objective margins must return one number.*float32\[1\]"):
+        _attack(attack, _classifier(), jnp.asarray(_images(2)), jnp.zeros(2, int))
+
+
+def test_a_fit_takes_no_objective_of_a_value_for_each_image():
+    def norms(inputs):
+        return inputs.adversarial.features.sum(axis=1)
+
+    with pytest.raises(ValueError, match="the objective norms must return one number"):
+        _fit(attacks.UniversalPGD(objective=norms))
+
+
 def test_an_objective_of_infinity_is_the_highest_and_may_have_no_gradient():
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 4)), jnp.float32)
     model, images = Linear(weights), _images(6)

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from robust_ssl import struct
+from robust_ssl.attacks.perturbation import value_of
 from robust_ssl.objectives import labelled
 from robust_ssl.types import AttackInputs, Model, Objective, Threat
 
@@ -264,7 +265,7 @@ class APGD:
         def once(point: jax.Array, key: jax.Array):
             outputs = draw(model, key)(point[None])
             inputs = AttackInputs(clean, outputs, images, point[None], labels)
-            return objective(inputs), outputs.logits
+            return value_of(objective, inputs), outputs.logits
 
         def several(point: jax.Array, key: jax.Array):
             draws = jax.vmap(once, in_axes=(None, 0))(point, jax.random.split(key, self.eot))

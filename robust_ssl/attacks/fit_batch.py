@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import struct
-from robust_ssl.attacks.perturbation import attacked_images, within_budget
+from robust_ssl.attacks.perturbation import attacked_images, value_of, within_budget
 from robust_ssl.parallel import average, gather
 from robust_ssl.types import AttackInputs, Model, Objective, Outputs, Threat
 
@@ -153,7 +153,7 @@ class FitBatch:
             adversarial_images=adversarial,
             labels=self.part_labels,
         )
-        return objective(gather(inputs, self.axis_name))
+        return value_of(objective, gather(inputs, self.axis_name))
 
 
 # Without it `jax.grad` of `FitBatch.value` would be right on one device and wrong on two.

@@ -16,6 +16,7 @@ from jax import lax
 
 from robust_ssl import objectives, struct, threats
 from robust_ssl.attacks.apgd import Tries, budget, draw, fails
+from robust_ssl.attacks.perturbation import value_of
 from robust_ssl.pixels import float_pixels
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 
@@ -122,7 +123,8 @@ def _objective_at(
 
     def value(adversarial: jax.Array, number: jax.Array | int) -> jax.Array:
         moved = draw(model, jax.random.fold_in(key, number))(adversarial[None])
-        return objective(AttackInputs(clean, moved, images, adversarial[None], labels))
+        inputs = AttackInputs(clean, moved, images, adversarial[None], labels)
+        return value_of(objective, inputs)
 
     return value
 

@@ -14,9 +14,26 @@ from jax import lax
 
 from robust_ssl import disk, struct, threats
 from robust_ssl.pixels import check_images, float_pixels
-from robust_ssl.types import Model, Threat
+from robust_ssl.types import AttackInputs, Model, Objective, Threat
 
 GRAY = 0.5  # the image around which a perturbation without an image is drawn and projected
+
+
+def value_of(objective: Objective, inputs: AttackInputs) -> jax.Array:
+    """Returns what an objective gives for a batch, one number.
+
+    Raises:
+      ValueError: If it gives something else, as a value for each image.
+    """
+    value = objective(inputs)
+    if getattr(value, "shape", None) != () and not isinstance(value, int | float):
+        inner = getattr(objective, "func", objective)  # of a partial
+        name = getattr(inner, "__name__", type(inner).__name__)
+        raise ValueError(
+            f"the objective {name} must return one number, the mean over the batch, and returned "
+            f"{struct.kind(value)}"
+        )
+    return value
 
 
 @struct.dataclass
