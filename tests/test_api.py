@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pathlib
 import types
 
 import jax
@@ -437,6 +438,22 @@ CALLS = {
     "a number for an attack": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=3),
         "3 attacks no image",
+    ),
+    "a config's entries for an attack": (
+        lambda net: robust_ssl.measure(
+            net, IMAGES, LABELS, attacks={"function": "robust_ssl.attacks:PGD", "num_steps": 3}
+        ),
+        "is what a config says of an attack; measure takes its value",
+    ),
+    "a config's attacks": (
+        lambda net: robust_ssl.measure(
+            net, IMAGES, LABELS, attacks={"mine": {"function": "robust_ssl.attacks:PGD"}}
+        ),
+        "is what a config says of an attack; measure takes its value",
+    ),
+    "a file for an attack": (
+        lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=pathlib.Path("a.npz")),
+        r"name of a file; read it: .*Perturbation.load\('a.npz'\)",
     ),
     "a threat for an attack": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=threats.Linf(0.1)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from robust_ssl import threats
 from robust_ssl.api.attacking import Perturbation, refuse_class
 from robust_ssl.api.names import AUTOATTACK, PER_IMAGE, UNIVERSAL
 from robust_ssl.attacks import UniversalPerturbation, autoattack
-from robust_ssl.build import Function, near
+from robust_ssl.build import Function, names_function, near
 from robust_ssl.evaluation import WORST
 from robust_ssl.experiment.groups import Group, threat_name
 
@@ -27,7 +28,7 @@ def named(given: Any) -> dict[str, Any]:
                 "these are attacks that are run in turn; give them a name: "
                 'attacks={"autoattack": ...}'
             )
-        by_name = dict(given)
+        by_name = {"attack": given} if _is_of_config(given) else dict(given)
     else:
         alone = isinstance(given, str) or not isinstance(given, Iterable)
         by_name = {}
@@ -47,9 +48,13 @@ def named(given: Any) -> dict[str, Any]:
     return {name: _value(attack) for name, attack in by_name.items()}
 
 
+def _is_of_config(given: Any) -> bool:
+    return isinstance(given, Mapping) and names_function(given.get("function"))
+
+
 def _name_of(attack: Any) -> str:
-    if isinstance(attack, str):
-        return attack.rpartition(":")[2]
+    if isinstance(attack, (str, os.PathLike)):
+        return os.fspath(attack).rpartition(":")[2]
     value = _value(attack)
     return getattr(value, "name", type(value).__name__.lower())
 
@@ -108,6 +113,7 @@ def _threat_of(name: str, ensemble: Mapping[str, Any]) -> Any:
 
 def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
     """Returns an attack by name under a threat; AutoAttack is a mapping of several."""
+    attack = os.fspath(attack) if isinstance(attack, os.PathLike) else attack
     if not isinstance(attack, str):
         refuse_class(attack)
         if attack is None:
@@ -116,6 +122,11 @@ def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
             raise ValueError(
                 f"{type(attack).__name__} is yet to be fitted: measure(..., "
                 "attacks=robust_ssl.attack(encoder, surrogate_images, attack=...))"
+            )
+        if _is_of_config(attack):
+            raise ValueError(
+                f"{dict(attack)!r} is what a config says of an attack; measure takes its value, "
+                "such as robust_ssl.attacks.PGD(robust_ssl.threats.Linf(8 / 255), num_steps=50)"
             )
         if isinstance(attack, Mapping):
             attack = {n: a if isinstance(a, (list, tuple)) else [a] for n, a in attack.items()}
@@ -130,6 +141,11 @@ def _built(attack: Any, linf: threats.Linf, num_classes: int) -> Any:
         raise ValueError(
             f"{attack!r} is one perturbation for all images, fitted before: measure(..., attacks="
             f"robust_ssl.attack(encoder, surrogate_images, attack={attack!r}))"
+        )
+    if attack.endswith(".npz"):
+        raise ValueError(
+            f"{attack!r} is the name of a file; read it: measure(..., attacks="
+            f"robust_ssl.Perturbation.load({attack!r}))"
         )
     if attack not in PER_IMAGE and ":" not in attack:
         known = [*PER_IMAGE, AUTOATTACK]
