@@ -228,9 +228,9 @@ def _count_logits(classifier: Any, examples: Any) -> int:
     if isinstance(classifier, Classifier):
         return classifier.num_classes
     answer = inputs.answer_of(classifier, 2, examples.image_shape)
-    logits = getattr(answer, "logits", None)
-    shape = getattr(logits, "shape", None)
-    if shape is not None and len(shape) == 2 and shape[0] == 2:
+    logits: Any = getattr(answer, "logits", None)
+    shape: tuple[int, ...] = getattr(logits, "shape", ())
+    if logits is not None and len(shape) == 2 and shape[0] == 2:
         if not np.issubdtype(logits.dtype, np.inexact):
             raise ValueError(
                 f"the classifier's logits are of {logits.dtype}, which have no gradient; return "
