@@ -87,6 +87,7 @@ def test_steepest_is_a_unit_step_in_the_band_and_the_best_one_for_a_euclidean_ba
     assert _outside(threat, step) < 1e-4
     np.testing.assert_allclose(threat.norm(step), 1.0, rtol=1e-5)
     assert jnp.vdot(step, gradient) > 0
+    np.testing.assert_allclose(threat.steepest(1e-30 * gradient), step, atol=1e-5)  # saturated
     if isinstance(threat.threat, L2):
         inside = threat.replace(threat=L2(1e9)).project_delta(gradient)
         np.testing.assert_allclose(step, inside / jnp.linalg.norm(inside), atol=1e-6)

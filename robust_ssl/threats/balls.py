@@ -61,6 +61,17 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
         check_epsilon(getattr(threat, "epsilon", 0.0))
 
 
+def over_largest(gradient: jax.Array) -> jax.Array:
+    """Returns a gradient over its largest entry: the squares of a tiny one would vanish.
+
+    Example:
+      >>> over_largest(jnp.array([0.0, -2e-30])).tolist()
+      [0.0, -1.0]
+    """
+    largest = jnp.max(jnp.abs(gradient))
+    return gradient / jnp.where(largest > 0, largest, 1.0)
+
+
 @struct.dataclass
 class Linf:
     r"""Every pixel value may move by at most `epsilon`.
@@ -159,8 +170,6 @@ class L2:
 
     def steepest(self, gradient: jax.Array) -> jax.Array:
         """Returns the gradient scaled to length one; a zero gradient stays zero."""
-        # Dividing by the largest entry first keeps the squares of tiny gradients from vanishing.
-        largest = jnp.max(jnp.abs(gradient))
-        scaled = gradient / jnp.where(largest > 0, largest, 1.0)
+        scaled = over_largest(gradient)
         length = jnp.sqrt(jnp.sum(scaled**2))
         return scaled / jnp.where(length > 0, length, 1.0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from robust_ssl import struct
 from robust_ssl.frequencies import band_pass, radii
-from robust_ssl.threats.balls import check
+from robust_ssl.threats.balls import check, over_largest
 
 
 @struct.dataclass
@@ -91,7 +91,7 @@ class Band:
 
     def steepest(self, gradient: jax.Array) -> jax.Array:
         """Returns the inner threat's steepest step for the gradient in the band, size one."""
-        return self._of_size(self.threat.steepest(self._left_of(gradient)), 1.0)
+        return self._of_size(self.threat.steepest(self._left_of(over_largest(gradient))), 1.0)
 
     def sample_delta(self, key: jax.Array, image_shape: tuple[int, ...]) -> jax.Array:
         """Returns a random change in the band, ``[H, W, 3]``, as large as the inner threat's."""
