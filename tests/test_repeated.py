@@ -56,6 +56,10 @@ def test_what_all_images_say_is_as_certain_as_they_are_many():
     unseen = wilson_interval(0, 5)[1]
     assert advantage(one, one)[:3] == pytest.approx((0, -unseen, unseen))
     assert advantage(one, none)[:3] == pytest.approx((1, 1 - 2 * unseen, 1))
+    # Each of 30 images with one of three seeds: the mean of thirds is a third but for rounding.
+    third = np.tile(np.eye(3), 10)
+    found = advantage(third, np.zeros_like(third))
+    assert found.p == pytest.approx(0.75**30) and found.low < 1 / 3 - 0.1
     many, alike = outcomes(500)
     assert advantage(many, many, margin=0.02).p < 1e-4
     assert gain_ratio(many, alike, many) == pytest.approx((1, 1, 1))

@@ -11,6 +11,8 @@ from scipy import stats
 
 from robust_ssl.evaluation.counts import wilson_interval
 
+_ROUNDING = 1e-24  # a variance; one image of a million that differs by a hundredth makes 1e-16
+
 
 class Advantage(NamedTuple):
     """By how much one share exceeds another.
@@ -61,7 +63,7 @@ def advantage(first: np.ndarray, second: np.ndarray, margin: float = 0.0) -> Adv
     """
     each = _each(first, second)
     mean, (variance, freedom) = float(each.mean()), _variance(each, each)
-    if variance == 0:
+    if variance < _ROUNDING:
         return _without_variance(mean, each.shape[1], margin)
     half = stats.t.ppf(0.975, freedom) * math.sqrt(variance)
     p = stats.t.sf((mean + margin) / math.sqrt(variance), freedom)
