@@ -108,12 +108,17 @@ def test_without_answers_money_is_not_decided(measured, capsys):
     ("argv", "message"),
     [
         (("--answers={}/wrong.yaml",), "wrong.yaml, line 1: unknown entry 'busines'"),
-        (("--answers={}/none.yaml",), "cannot be read: "),
+        (("--answers={}/none.yaml",), "`robust-ssl audit init > answers.yaml` begins one"),
+        (("--policy={}/none.yaml",), "none.yaml cannot be read: No such file or directory\n"),
+        (("--answers={}",), "is a directory; give a regular file"),
+        (("--policy={}",), "is a directory; give a regular file"),
+        (("--answers={}/large.yaml",), "at most 1,048,576 are read"),
         (("--policy={}/rules.yaml",), "rules.yaml, line 2, gate a: there is no figure /measured/x"),
     ],
 )
 def test_a_mistake_changes_nothing(measured, capsys, argv, message):
     (measured / "wrong.yaml").write_text("busines: {}")
+    (measured / "large.yaml").write_text("#" * (2**20 + 1))
     gate = "gates:\n- {id: a, measure: /measured/x, comparison: is, limit: b, title: t, reason: r}"
     (measured / "rules.yaml").write_text(gate)
     before = snapshot(measured)

@@ -169,11 +169,13 @@ def read(path: str | os.PathLike | None, gates: Gates, items: Collection[str]) -
       items: The ids that ticks may name.
 
     Raises:
-      EntryError: Naming the line of what is misspelt, missing, negative or reversed.
+      EntryError: If it cannot be read, or naming the line of what is misspelt, missing, negative
+        or reversed.
     """
     if path is None:
         return Answers()
-    return parse(lines.read(path), gates, items)
+    content = lines.read_bytes(path, "; `robust-ssl audit init > answers.yaml` begins one")
+    return parse(lines.parse(content, os.fspath(path)), gates, items)
 
 
 def parse(entry: Entry, gates: Gates, items: Collection[str]) -> Answers:

@@ -7,7 +7,7 @@ import pathlib
 from typing import NamedTuple
 
 from robust_ssl import disk
-from robust_ssl.audit.lines import MOST_BYTES
+from robust_ssl.audit import lines
 
 ANSWERS, POLICY = "answers.yaml", "policy.yaml"
 
@@ -45,4 +45,4 @@ def keep(workdir: pathlib.Path, given: Given) -> None:
     """Keeps a copy of what was given in a working directory."""
     for path, name in zip(given, (ANSWERS, POLICY), strict=True):
         if path is not None and path.resolve() != (workdir / name).resolve():
-            disk.replace(workdir / name, disk.read_bytes(path, MOST_BYTES))
+            disk.replace(workdir / name, lines.read_bytes(path))

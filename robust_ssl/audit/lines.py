@@ -183,9 +183,22 @@ def _share_hint(value: float, high: float) -> str:
     return f"; a share of {value:g} % is written {value / 100:g}" if is_percent else ""
 
 
-def read(path: str | os.PathLike) -> Entry:
-    """Reads a YAML file; raises EntryError naming the line, OSError where it is not there."""
-    return parse(disk.read_bytes(path, MOST_BYTES), os.fspath(path))
+def read_bytes(path: str | os.PathLike, hint: str = "") -> bytes:
+    """Returns the content of a file that was given.
+
+    Args:
+      path: The file.
+      hint: What to do where it cannot be opened, behind a semicolon.
+
+    Raises:
+      EntryError: If it is not there, is a directory or is too large.
+    """
+    try:
+        return disk.read_bytes(path, MOST_BYTES)
+    except OSError as error:
+        raise EntryError(f"{path} cannot be read: {error.strerror}{hint}") from error
+    except ValueError as error:
+        raise EntryError(str(error)) from error
 
 
 def parse(content: bytes | str, file: str) -> Entry:

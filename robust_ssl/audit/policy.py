@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from robust_ssl import disk
 from robust_ssl.audit import lines, measures
 from robust_ssl.audit.answers import LANGUAGES, STAGES
 from robust_ssl.audit.lines import Entry
@@ -95,11 +94,11 @@ def read(path: str | os.PathLike | None = None) -> Policy:
     """Reads a policy; None is the one that is shipped.
 
     Raises:
-      EntryError: Naming the line of what is wrong.
+      EntryError: If it cannot be read, or naming the line of what is wrong.
     """
     if path is None:
         return shipped()
-    return _parse_bytes(disk.read_bytes(path, lines.MOST_BYTES), os.fspath(path))
+    return _parse_bytes(lines.read_bytes(path), os.fspath(path))
 
 
 @functools.cache

@@ -110,14 +110,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return DONE
     pages.check_installed()
     workdir = disk.expanded(disk.rooted(arguments.workdir))
-    try:
-        given = files.chosen(workdir, arguments.answers, arguments.policy)
-        rules = decision.rules(given.policy, given.answers)
-    except OSError as error:
-        said = f"{error.filename} cannot be read: {error.strerror}"
-        raise settings.SettingsError(
-            f"{said}; `robust-ssl audit init > answers.yaml` begins one"
-        ) from error
+    given = files.chosen(workdir, arguments.answers, arguments.policy)
+    rules = decision.rules(given.policy, given.answers)
     if arguments.action == "decide":
         return _decide(workdir, arguments.stage, given, rules)
     return _run(arguments, overrides, workdir)
