@@ -132,6 +132,14 @@ def test_a_directory_without_an_audit_says_what_comes_first(tmp_path, capsys):
     assert code == 2 and "first: robust-ssl audit run --workdir=" in err
 
 
+@pytest.mark.parametrize(("name", "said"), [("", "is empty"), ("gs://bucket/w", "is an address")])
+def test_a_workdir_that_is_no_place_is_refused(tmp_path, capsys, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robust_ssl.cli.run.started", None)
+    code, _, err = command(capsys, "run", f"--workdir={name}")
+    assert code == 2 and said in err and not list(tmp_path.iterdir())
+
+
 def test_run_refuses_before_jax_is_asked_for_devices(tmp_path, capsys, monkeypatch):
     (tmp_path / "answers.yaml").write_text("busines: {}")
     monkeypatch.setattr("robust_ssl.cli.run.started", None)

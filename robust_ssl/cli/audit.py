@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     rules = decision.rules(given.policy, given.answers)
     if arguments.action == "decide":
         return _decide(workdir, arguments.stage, given, rules)
-    return _run(arguments, overrides, workdir)
+    return _run(arguments, overrides)
 
 
 def _decide(workdir: pathlib.Path, stage: str | None, given: files.Given, rules: Any) -> int:
@@ -151,7 +151,10 @@ def _say(workdir: pathlib.Path) -> int:
     return gates.EXIT_CODES[document.read(workdir / document.NAME)["decided"]["outcome"]]
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str], workdir: pathlib.Path) -> int:
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from robust_ssl.workdir import workdir_path  # it imports JAX
+
+    workdir = workdir_path(disk.rooted(arguments.workdir))  # of what was typed: "" is no "."
     config = _config(arguments, overrides)
     several = run_command.check_cluster(arguments)
     with stopping.stop_on_signals(several, arguments.ends_process) as install:
