@@ -240,6 +240,9 @@ def test_arrays_in_every_form():
         data.load(3)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         data.load((images, labels), limit=0)
+    for size in (0, -1, 2.5, "8", True):
+        with pytest.raises(ValueError, match="image_size must be a whole number of pixels"):
+            data.load((images, labels), image_size=size)
     with pytest.raises(TypeError, match=r"options \['n'\] are for functions"):
         data.load((images, labels), n=3)
 

@@ -80,7 +80,7 @@ def load(
       Its ``notes``, which are logged, name what was left out, and nearly black images.
 
     Raises:
-      ValueError: If the name, split or file is wrong, or images or labels break what
+      ValueError: If the name, split, size or file is wrong, or images or labels break what
         `from_arrays` asks of them.
       FileNotFoundError: If a folder does not exist or a TFDS set is not prepared yet.
       TypeError: If `options` are not parameters of the function.
@@ -91,6 +91,8 @@ def load(
       ((100, 32, 32, 3), 10)
     """
     refuse_addresses(source=source, data_dir=data_dir)
+    if image_size is not None:
+        _check_pixels(image_size)
     if resizing is not None:
         resizing = Resizing.read(resizing, "resizing")
         image_size = resizing.size(image_size)
@@ -122,6 +124,14 @@ def load(
     if examples.notes:
         _log.warning("%s: %s", examples.where, "; ".join(examples.notes))
     return examples
+
+
+def _check_pixels(image_size: Any) -> None:
+    is_whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
+    if not is_whole or image_size < 1:
+        raise ValueError(
+            f"image_size must be a whole number of pixels, at least 1, got {image_size!r}"
+        )
 
 
 def is_folder(source: Any) -> bool:
