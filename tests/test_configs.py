@@ -186,6 +186,14 @@ def test_the_ninth_round_has_all_recipes_and_compares_each_with_gen_af(downstrea
     assert [*tuned.sweep.grid[0][1]] == [5e-4, 1e-3, 2e-3, 4e-3]
 
 
+def test_the_rounds_keep_the_epochs_that_were_announced():
+    recipes = planned("evidence.py:round=9").recipes
+    last = {"ramp_fgsm", "ramp_pgd", "ramp_from_start"}
+    assert {name: recipe.best for name, recipe in recipes.items()} == {
+        name: "last" if name in last else "highest" for name in recipes
+    }
+
+
 def test_a_round_with_a_recipe_left_out_has_no_variant_of_it():
     assert "ramp_from_start" not in load("evidence.py:round=4,recipes=full")["recipes"]
 
