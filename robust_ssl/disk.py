@@ -7,6 +7,7 @@ read for ever.  Its size, and what it unpacks to, are compared with what is allo
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -44,6 +45,10 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+
+class PlaceError(OSError):
+    """A file cannot be written where it should be; its message says what is in the way."""
 
 
 def is_address(text: str) -> bool:
@@ -220,14 +225,41 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
             raise ValueError(f"{member.filename} is not as large as it says; it is forged")
 
 
+def check_place(path: str | os.PathLike) -> None:
+    """Raises where something is in the way of a file, for who has long to work before writing it.
+
+    Folders that are not there are in nobody's way.
+
+    Raises:
+      PlaceError: If the file is a directory, or a folder that it needs is a file.
+    """
+    path = pathlib.Path(path)
+    if os.path.isdir(path):
+        raise PlaceError(
+            f"{path} is a directory, and a file of this name is to be written; move it away, or "
+            "name a file in it"
+        )
+    above = next((each for each in path.parents if os.path.lexists(each)), None)
+    if above is not None and not os.path.isdir(above):
+        raise PlaceError(
+            f"{above} is no directory, and {path.name} is to be written in one of this name; move "
+            "it away, or name another place"
+        )
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a new file that takes the place of `path` when the block ends without an error.
 
     A reader finds the old file or the new one.  The name in between cannot be foreseen and is made
     anew, so that no link that somebody has left there is followed.
+
+    Raises:
+      PlaceError: If `path` cannot be written, saying why and what to do.
+      OSError: If the disk is full.
     """
     path = pathlib.Path(path)
+    check_place(path)
     name = os.fsencode(path.name)[:100].decode(errors="ignore")  # systems count bytes
     partial = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
@@ -239,10 +271,21 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name with no content
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        # Nobody has typed the name in between.
+        if isinstance(error, OSError) and error.filename in (partial, str(partial)):
+            raise _refused(path, error) from error
         raise
+
+
+def _refused(path: pathlib.Path, error: OSError) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return type(error)(error.errno, error.strerror, str(path))
+    if error.errno == errno.ENOENT:
+        return PlaceError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    return PlaceError(f"cannot write {path}: {error.strerror}; name another place")
 
 
 def is_partial(path: str | os.PathLike) -> bool:

@@ -41,6 +41,13 @@ def chosen(
     return Given(one(answers, ANSWERS), one(policy, POLICY))
 
 
+def check_kept(workdir: pathlib.Path, given: Given) -> None:
+    """Raises PlaceError where something is in the way of what `keep` writes."""
+    for path, name in zip(given, (ANSWERS, POLICY), strict=True):
+        if path is not None:
+            disk.check_place(workdir / name)
+
+
 def keep(workdir: pathlib.Path, given: Given) -> None:
     """Keeps a copy of what was given in a working directory."""
     for path, name in zip(given, (ANSWERS, POLICY), strict=True):

@@ -120,6 +120,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _decide(workdir: pathlib.Path, stage: str | None, given: files.Given, rules: Any) -> int:
     whole = document.read_workdir(workdir)
     decided = decision.decide(whole, stage or _decided_stage(whole), *rules)
+    # Before anything is written.
+    pages.check_places(workdir)
+    files.check_kept(workdir, given)
     files.keep(workdir, given)
     pages.write(workdir, decided)
     return _say(workdir)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from robust_ssl import settings, words
+from robust_ssl import disk, settings, words
 from robust_ssl.cli import export, provenance
 from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
 
@@ -202,7 +202,10 @@ def _card(name_or_path: str) -> str:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from robust_ssl import weights
+    from robust_ssl.weights import native
 
+    for name in (native.CARD_FILE, native.WEIGHTS_FILE):
+        disk.check_place(pathlib.Path(arguments.out, name))  # before seconds of work
     _check_same(arguments)
     place = weights.convert_encoder(
         arguments.file, arguments.out, name=arguments.name, **_named(arguments)

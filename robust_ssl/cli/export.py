@@ -120,6 +120,7 @@ def _check_free(flag: str, place: pathlib.Path) -> None:
     free = place.is_dir() and all(map(disk.is_partial, place.iterdir()))
     if place.exists() and not free:
         raise ValueError(f"{flag}={place} is there already; remove it, or name another place")
+    disk.check_place(place / "model.py" if flag == "--torch" else place)
     if any((place.parent / card).exists() for card in CARDS):
         raise ValueError(f"{flag}={place} lies among an encoder's own files; name another folder")
 

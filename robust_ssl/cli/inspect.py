@@ -7,7 +7,7 @@ import pathlib
 import sys
 from typing import Any
 
-from robust_ssl import settings, words
+from robust_ssl import disk, settings, words
 from robust_ssl.cli.flags import (
     DONE,
     FAILED,
@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _make(arguments: argparse.Namespace) -> int:
     if not arguments.data:
         raise ValueError("--make-baseline needs --data: images with labels of the task")
+    disk.check_place(pathlib.Path(arguments.make_baseline, "baseline.json"))
     import numpy as np
 
     from robust_ssl import data, inspection, weights
@@ -149,8 +150,14 @@ def _make(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from robust_ssl import inspection, provenance
+    from robust_ssl.inspection.record import HISTORY, JSON, JUNIT
 
     baseline = inspection.read_baseline(arguments.baseline)
+    out = pathlib.Path(arguments.out) if arguments.out else baseline.folder / "inspections"
+    for name in (JSON, HISTORY, JUNIT):  # before a picture is looked at
+        disk.check_place(out / name)
+    if arguments.junit:
+        disk.check_place(arguments.junit)
     if not pathlib.Path(arguments.model).is_dir():
         raise FileNotFoundError(f"{arguments.model} is no directory of a saved classifier")
     images, broken = None, []
@@ -167,7 +174,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
         **own_of(arguments),
     )
     words.say(provenance.show(result.checks), sys.stdout, margin="")
-    out = pathlib.Path(arguments.out) if arguments.out else baseline.folder / "inspections"
     inspection.record(result, out)
     if arguments.junit:
         from robust_ssl.workdir import write_atomically

@@ -163,6 +163,7 @@ def _is_usage(error: Exception) -> bool:
         ("robust_ssl.experiment.plan", ("UsageError",)),
         ("robust_ssl.workdir", ("ConfigChangedError", "WorkdirError")),
         ("robust_ssl.data.pictures", ("UnreadableError",)),
+        ("robust_ssl.disk", ("PlaceError",)),
     ):
         loaded = sys.modules.get(module)
         if loaded and isinstance(error, tuple(getattr(loaded, name) for name in names)):

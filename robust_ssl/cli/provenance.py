@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from robust_ssl import words
+from robust_ssl import disk, words
 from robust_ssl.cli.flags import (
     DONE,
     FAILED,
@@ -83,6 +83,7 @@ def lock(arguments: argparse.Namespace, named: dict[str, Any]) -> int:
     from robust_ssl import provenance
     from robust_ssl.weights import cards
 
+    disk.check_place(arguments.out)  # before seconds of work
     options = {name: value for name, value in named.items() if value is not None}
     source = provenance.open_source(arguments.source, **options, **own_of(arguments))
     record = provenance.lock(source)
@@ -103,6 +104,8 @@ def verify(arguments: argparse.Namespace) -> int:
     from robust_ssl import provenance
     from robust_ssl.weights import cards
 
+    if arguments.json:
+        disk.check_place(arguments.json)
     record = provenance.read_lock(arguments.lock)
     checks = provenance.verify(
         arguments.lock,

@@ -14,6 +14,7 @@ import jax
 from robust_ssl import data, report, words
 from robust_ssl.audit import pages as audit_pages
 from robust_ssl.audit import summary
+from robust_ssl.audit.files import ANSWERS, POLICY
 from robust_ssl.build import as_loaded
 from robust_ssl.experiment import forecast, pages, sweep
 from robust_ssl.experiment.analyze import analyze
@@ -66,13 +67,14 @@ _RUN: dict[str, Callable[[Context], StageDirectory]] = {
 }
 
 
-_REPORT = ("results.json", "report.md")
+_REPORT = ("results.json", "report.md", "results.csv", "attacks.csv", "figures/epsilon.png")
+_COMPARED = (*_REPORT, "comparison.csv", "differences.csv")
 # Files beside the stages' directories, written when hours have gone by.
 _LEAVES: dict[str, tuple[str, ...]] = {
     "score": _REPORT,
-    "compare": _REPORT,
+    "compare": _COMPARED,
     "screen": (SCREENING, SCREENING_PAGE),
-    "audit": (*_REPORT, *audit_pages.NAMES),
+    "audit": (*_COMPARED, *audit_pages.NAMES, ANSWERS, POLICY),
     "sweep": ("sweep.csv", "sweep.md"),
 }
 

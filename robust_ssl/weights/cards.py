@@ -215,9 +215,12 @@ def read_bytes(folder, name: str) -> bytes:
 
 def replace_file(file: pathlib.Path, content: bytes) -> None:
     """Writes beside the file and renames, so that nobody ever reads half of it."""
+    disk.check_place(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         disk.replace(file, content)
+    except disk.PlaceError:
+        raise
     except OSError as error:  # a full disk names no file
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         way_out = "; make room" if full else "; name another place"

@@ -79,8 +79,14 @@ def check_place(path: pathlib.Path) -> None:
 
 
 def check_files(workdir: pathlib.Path, names: Iterable[str]) -> None:
-    """Raises WorkdirError where a directory is in the way of a file that a run ends with."""
+    """Raises WorkdirError where something is in the way of a file that a run ends with."""
     for name in names:
+        folder = (workdir / name).parent
+        if folder != workdir and folder.exists() and not folder.is_dir():
+            raise WorkdirError(
+                f"{folder} is a file, and a directory of this name is to be made; move it away, or "
+                "take another --workdir"
+            )
         if (workdir / name).is_dir():
             raise WorkdirError(
                 f"{workdir / name} is a directory, and a file of this name is to be written; move "

@@ -92,6 +92,7 @@ def write(workdir: str | os.PathLike, whole: Mapping[str, Any]) -> list[pathlib.
     A checklist that somebody has filled in is kept under another name, with a word in the log.
     """
     folder = pathlib.Path(workdir)
+    check_places(folder)
     # All is made before anything is replaced: a failure leaves the pages of before.
     contents: dict[str, str | bytes] = {PAGES[name]: html(whole, name) for name in LANGUAGES}
     contents[CHECKLIST] = checklists.as_csv(whole["decided"]["checklist"], _COLUMNS)
@@ -101,6 +102,12 @@ def write(workdir: str | os.PathLike, whole: Mapping[str, Any]) -> list[pathlib.
     for name, content in contents.items():
         disk.replace(folder / name, content)
     return [folder / document.NAME, *(folder / name for name in contents)]
+
+
+def check_places(workdir: str | os.PathLike) -> None:
+    """Raises PlaceError where something is in the way of what `write` writes."""
+    for name in NAMES:
+        disk.check_place(pathlib.Path(workdir, name))
 
 
 def _keep_filled_in(folder: pathlib.Path, checklist: str | bytes) -> None:
