@@ -51,6 +51,10 @@ class PlaceError(OSError):
     """A file cannot be written where it should be; its message says what is in the way."""
 
 
+class HomeError(RuntimeError):
+    """A path begins with the home of nobody."""
+
+
 def is_address(text: str) -> bool:
     """Whether a text names a bucket or a site, such as ``gs://bucket/run``, and no file."""
     return _ADDRESS.match(text) is not None
@@ -62,7 +66,7 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
     ``./~u`` is a folder here whose name begins so; it comes back whole, to stay that folder.
 
     Raises:
-      RuntimeError: If there is no such home.
+      HomeError: If there is no such home.
 
     Example:
       >>> expanded("runs/~u"), expanded("./~u") == pathlib.Path.cwd() / "~u"
@@ -71,7 +75,13 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
     place = pathlib.Path(path)
     if not str(place).startswith("~"):
         return place
-    return place.expanduser() if os.fspath(path).startswith("~") else place.absolute()
+    if not os.fspath(path).startswith("~"):
+        return place.absolute()
+    try:
+        return place.expanduser()
+    except RuntimeError as error:
+        user = place.parts[0]
+        raise HomeError(f"there is no home {user} (./{user} is a folder here)") from error
 
 
 def rooted(typed: str) -> str:

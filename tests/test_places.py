@@ -104,3 +104,29 @@ def test_a_file_where_an_encoder_is_to_be_written_is_refused(inner, tmp_path, ca
     err = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path}/taken is no directory" in err and "move it away" in err
     assert "Errno" not in err and (tmp_path / "taken").read_text() == "kept"
+
+
+LONG = "a" * 300
+PATHS = {
+    "show": ["show", LONG],
+    "decide": ["audit", "decide", LONG],
+    "verify": ["encoder", "verify", LONG],
+    "encoder": ["encoder", "inspect", f"{LONG}/x.pth"],
+    "inspect": ["inspect", LONG, "--baseline", f"{LONG}/x"],
+    "run": ["run", "quickstart", f"--workdir={LONG}"],
+    "loop": ["show", "loop/inner"],
+    "home": ["show", "~nobody-of-this-name/runs"],
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_nothing_can_have_is_wrong_usage(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    try:
+        code = main.main(PATHS[name])
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err
+    assert code == 2 and "Errno" not in err, err
+    assert not [file for file in tmp_path.iterdir() if file.name != "loop"]

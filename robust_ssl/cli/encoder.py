@@ -16,7 +16,7 @@ from typing import Any
 
 from robust_ssl import disk, settings, words
 from robust_ssl.cli import export, provenance
-from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug
+from robust_ssl.cli.flags import DONE, USAGE, add_command, add_debug, reason
 
 _EXAMPLES = """\
 examples:
@@ -158,7 +158,7 @@ def _as_usage() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise settings.SettingsError(str(error)) from error
+        raise settings.SettingsError(reason(error)) from error
 
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:

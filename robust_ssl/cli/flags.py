@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ MISSING = 3  # of what judges: there is not the evidence to say yes or no
 # What stands before the "=" of a setting: names, dots, and keys in brackets.  A config with
 # arguments, `gen_af:epochs=5`, has a colon there and a file, `a/b=c.py`, a slash.
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w[\w-]*|\[[^\]]*\])*=")
+
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # nothing can be there, whatever a command looks for
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +46,13 @@ def add_command(commands: Any, name: str, text: str, examples: str) -> argparse.
     )
     command.set_defaults(parser=command)  # whose usage is shown with an error
     return command
+
+
+def reason(error: Exception) -> str:
+    """Returns what an error says, in place of the system's "[Errno 36]" what to do."""
+    if isinstance(error, OSError) and error.errno in NO_PATH:
+        return f"{error.strerror}: {error.filename}; give a path that can be there"
+    return str(error)
 
 
 def add_debug(command: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from robust_ssl.cli.flags import (
     add_own,
     fraction,
     own_of,
+    reason,
 )
 
 _EXAMPLES = """\
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         with xla.cache_in(None):
             return _make(arguments) if arguments.make_baseline else _inspect(arguments)
     except (ValueError, OSError, ModuleNotFoundError) as error:  # 1 is an answer here
-        raise settings.SettingsError(str(error)) from error
+        raise settings.SettingsError(reason(error)) from error
 
 
 def _make(arguments: argparse.Namespace) -> int:

@@ -29,7 +29,16 @@ from robust_ssl.cli import (
     streams,
     track,
 )
-from robust_ssl.cli.flags import DONE, FAILED, STOPPED, USAGE, Parser, take_settings
+from robust_ssl.cli.flags import (
+    DONE,
+    FAILED,
+    NO_PATH,
+    STOPPED,
+    USAGE,
+    Parser,
+    reason,
+    take_settings,
+)
 
 _COMMANDS = {
     "run": run,
@@ -158,12 +167,14 @@ def _is_usage(error: Exception) -> bool:
     """Whether the command, the config or the data is wrong, and not the run."""
     if isinstance(error, settings.SettingsError):
         return True
+    if isinstance(error, OSError) and error.errno in NO_PATH:
+        return True
     # Only what has been imported can have raised: asking for more here would cost a second.
     for module, names in (
         ("robust_ssl.experiment.plan", ("UsageError",)),
         ("robust_ssl.workdir", ("ConfigChangedError", "WorkdirError")),
         ("robust_ssl.data.pictures", ("UnreadableError",)),
-        ("robust_ssl.disk", ("PlaceError",)),
+        ("robust_ssl.disk", ("PlaceError", "HomeError")),
     ):
         loaded = sys.modules.get(module)
         if loaded and isinstance(error, tuple(getattr(loaded, name) for name in names)):
@@ -193,7 +204,7 @@ def _say_stopped(message: str) -> int:
 
 def _say_failed(error: Exception, is_usage: bool, debug: bool) -> int:
     kind = "" if is_usage else f"{type(error).__name__}: "
-    words.say(f"robust-ssl: error: {kind}{error}")
+    words.say(f"robust-ssl: error: {kind}{reason(error) if is_usage else error}")
     for note in () if is_usage else getattr(error, "__notes__", ()):
         words.say(note)
     if not (is_usage or debug):
