@@ -397,6 +397,25 @@ def test_a_run_finds_a_bad_file_before_its_first_step(tmp_path):
         experiment.plan(config)
 
 
+def test_a_file_without_tensors_says_so(tmp_path, capsys):
+    assert main.main(["encoder", "inspect", str(write(tmp_path, {})), *FLAGS]) == 2
+    assert "there are no tensors in it" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("change", ["byte", "missing"])
+def test_inspect_says_that_weights_are_not_those_of_the_card(change, tmp_path, capsys):
+    file = weights.save_encoder(ENCODER, tmp_path / "mine") / "encoder.safetensors"
+    assert main.main(["encoder", "inspect", str(file.parent)]) == 0
+    capsys.readouterr()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink() if change == "missing" else file.write_bytes(content)
+    assert main.main(["encoder", "inspect", str(file.parent)]) == 2
+    out, err = capsys.readouterr()
+    said = "has no encoder.safetensors" if change == "missing" else "is not the file its card"
+    assert said in " ".join(err.split()) and not out
+
+
 def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):
     file = write(tmp_path, TENSORS)
     assert main.main(["encoder", "inspect", str(file)]) == 2

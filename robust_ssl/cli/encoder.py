@@ -186,13 +186,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _card(name_or_path: str) -> str:
-    """Returns what an encoder of this package says of itself: its page, or else its card."""
+    """Returns what an encoder of this package says of itself: its page, or else its card.
+
+    Raises:
+      ValueError: If its weights are not those that the card describes.
+    """
     from robust_ssl import weights
+    from robust_ssl.weights import cards, native
 
     card = weights.encoder_card(name_or_path)
     folder = importlib.resources.files("robust_ssl.zoo").joinpath(name_or_path)
     if name_or_path not in weights.list_encoders():
         folder = pathlib.Path(name_or_path)
+    # Of what loading would refuse the card says nothing.
+    cards.read_described(folder, card["weights"], native.WEIGHTS_FILE)
     page = folder.joinpath("README.md")
     text = page.read_text(encoding="utf-8") if page.is_file() else json.dumps(card, indent=2)
     from robust_ssl.api.names import describe_encoder

@@ -181,16 +181,7 @@ def read_variables(folder, description: Mapping[str, Any], name: str, like: Any)
     from safetensors.numpy import load
 
     where = f"{folder}/{name}"
-    content = read_bytes(folder, name)
-    # safetensors notices a cut-off file and a bad header, but not a flipped bit.
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != description["sha256"]:
-        size = description.get("bytes")
-        cut = f" (it has {len(content)} bytes instead of {size})" if size != len(content) else ""
-        raise ValueError(
-            f"{where} is not the file its card describes{cut}: SHA-256 is {digest}, the card says "
-            f"{description['sha256']}; fetch or save it again"
-        )
+    content = read_described(folder, description, name)
     try:
         arrays = load(content)
     except SafetensorError as error:
@@ -201,6 +192,21 @@ def read_variables(folder, description: Mapping[str, Any], name: str, like: Any)
     check_arrays(arrays, flatten(like), where)
     # Not `jnp.asarray`, which compiles a program for each shape.
     return traverse_util.unflatten_dict(jax.device_put(arrays), sep="/")
+
+
+def read_described(folder, description: Mapping[str, Any], name: str) -> bytes:
+    """Reads a file that a card describes; arguments and errors are those of `read_variables`."""
+    content = read_bytes(folder, name)
+    # safetensors notices a cut-off file and a bad header, but not a flipped bit.
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != description["sha256"]:
+        size = description.get("bytes")
+        cut = f" (it has {len(content)} bytes instead of {size})" if size != len(content) else ""
+        raise ValueError(
+            f"{folder}/{name} is not the file its card describes{cut}: SHA-256 is {digest}, the "
+            f"card says {description['sha256']}; fetch or save it again"
+        )
+    return content
 
 
 def read_bytes(folder, name: str) -> bytes:
