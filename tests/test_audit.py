@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from robust_ssl.audit import (
 from robust_ssl.audit.answers import AMOUNTS, Triangle
 
 POLICY, ITEMS = policy.read(), checklists.read()
+SHIPPED = pathlib.Path(policy.__file__).with_name("policy.yaml")
 GATES, IDS = {gate.id: gate.read_limit for gate in POLICY}, [item.id for item in ITEMS]
 TODAY = datetime.date(2026, 11, 28)
 
@@ -39,6 +41,21 @@ def decide(whole, stage="pilot", text="", limits=POLICY, date=TODAY):
 
 def outcomes(decided):
     return {gate["id"]: gate["outcome"] for gate in decided["gates"]}
+
+
+@pytest.mark.parametrize("limits", ["shipped", "copied"])
+def test_a_figure_that_earlier_versions_did_not_measure_asks_for_another_run(limits, tmp_path):
+    whole = cases.sealed()
+    measured = {**whole["measured"], "data": dict(whole["measured"]["data"])}
+    del measured["data"]["test_distinct"]
+    copy = tmp_path / "policy.yaml"
+    copy.write_text("# ours\n" + SHIPPED.read_text(encoding="utf-8"), encoding="utf-8")
+    own = POLICY if limits == "shipped" else policy.read(copy)
+    with pytest.raises(gates.MissingFigureError) as raised:
+        decide(document.sealed(measured), limits=own)
+    said = str(raised.value)
+    assert "/measured/data/test_distinct" in said and "earlier version" in said
+    assert "audit run` again" in said and "line" not in said
 
 
 # --- Answers ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from robust_ssl import settings
+from robust_ssl.audit import policy
 from robust_ssl.audit.answers import Answers, Limit, Waiver
 from robust_ssl.audit.policy import Gate
 
@@ -158,7 +159,7 @@ def judge(
     """
     own: Limit | None = answers.limits.get(gate.id)
     limit = own.value if own else gate.limit_at(stage)
-    figure = resolve(document, gate.measure, gate.where)
+    figure = _figure(document, gate)
     doubted = untrusted(document, gate.measure)
     held = holds(figure, gate.comparison, limit, gate.where)
     why = "untrusted" if doubted else "not measured" if held is None else ""
@@ -182,6 +183,20 @@ def judge(
         "reason": dict(gate.reason),
         "waiver": waiver.as_json() if waiver else None,
     }
+
+
+def _figure(document: Mapping[str, Any], gate: Gate) -> Any:
+    try:
+        return resolve(document, gate.measure, gate.where)
+    except MissingFigureError as error:
+        # The policy is right: what it asks for was not yet measured then.
+        if gate.measure not in {each.measure for each in policy.shipped()}:
+            raise
+        raise MissingFigureError(
+            f"this audit has no figure {gate.measure}, which the gate {gate.id} asks for: it was "
+            "measured by an earlier version; run `robust-ssl audit run` again, which measures "
+            "what is missing: finished stages are kept"
+        ) from error
 
 
 def _loosened(gate: Gate, limit: float | str, stage: str) -> float | str | None:
