@@ -123,6 +123,15 @@ def test_only_the_state_dict_is_read_and_the_rest_is_named(read):
     assert not {"omegaconf", "pytorch_lightning"} & set(sys.modules)  # named, never imported
 
 
+def test_tensors_whose_names_are_no_text_are_refused_or_noted(read, refused):
+    numbered = b"}(" + number(0) + tensor() + number(1) + tensor() + b"u"
+    refused(zipped(pickled(numbered)), r"names of its tensors are no text: 0, 1; save")
+    mixed = b"}(" + number(7) + tensor() + text("weight") + tensor() + b"u"
+    weights = read(zipped(pickled(mixed)))
+    assert list(weights.tensors) == ["weight"]
+    assert "left out, names that are no text: 7" in weights.notes
+
+
 def test_the_teacher_comes_before_the_student_unless_asked(read):
     both = table(student=table(s=tensor()), teacher=table(t=tensor()), epoch=number(3))
     weights = read(zipped(pickled(both)))

@@ -145,6 +145,8 @@ def _find(names, tensors, layouts: Sequence[Layout], choice: str | None):
         # A layout that is named says itself what is missing.
         if choice is not None:
             return layouts[0], "", ()
+        if not names:
+            raise ValueError("there are no tensors in it; save the weights of the network again")
         examples = ", ".join(sorted(names)[:3])
         raise ValueError(
             f"no layout has tensors called {examples}, ...; looked for\n{_table(layouts)}"
