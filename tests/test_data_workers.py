@@ -426,5 +426,5 @@ def test_pictures_that_cannot_be_read_are_no_copies_of_any(tmp_path):
     train, test = (data.load(str(folder), split=s, **options) for s in ("train", "test"))
     assert train.image_shape == (12, 12, 3)
     # All but that of the renamed place are in both.
-    assert data.shared(test, train) == (15, 16, 15, 16) and data.are_known(train, test)
-    assert data.shared(test, train) == (15, 16, 15, 16)  # and nothing is asked of it again
+    assert data.shared(test, train) == (15, 16, 15, 16, 0) and data.are_known(train, test)
+    assert data.shared(test, train) == (15, 16, 15, 16, 0)  # and nothing is asked of it again

@@ -358,11 +358,31 @@ def streamed(images, reads):
     return StreamedExamples(records, np.arange(len(images)), None, ("a", "b"), "big")
 
 
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_an_image_under_two_training_classes_is_counted(on_demand):
+    images = pixels(9)
+    twice = np.concatenate([images[:6], images[:2], images[2:3]])
+    labels = [0, 1, 0, 1, 0, 1, 1, 1, 1]  # the first and the third image have both
+    train = data.from_arrays(twice, labels)
+    if on_demand:
+        records = [(image, label) for image, label in zip(twice, labels, strict=True)]
+        read = lambda rows: [records[row] for row in rows]  # noqa: E731
+        train = StreamedExamples(read, np.arange(len(twice)), None, ("a", "b"), "big")
+    found = data.shared(data.from_arrays(images[6:]), train)
+    assert found.two_labels == 2
+    assert found.notes == [
+        "2 training images have more than one label, pixel by pixel: is a picture, or a folder, "
+        "there under two classes?"
+    ]
+    unlabelled = data.from_arrays(twice)
+    assert data.shared(data.from_arrays(images[6:]), unlabelled).notes == []
+
+
 def test_test_images_among_the_training_images_are_counted():
     images = pixels(20)
     train, validation = (data.from_arrays(part) for part in (images[:10], images[10:12]))
     test = data.from_arrays(np.concatenate([images[8:11], images[15:], images[8:9]]))
-    assert data.shared(test, train, validation) == (4, 9, 12, 8)  # each copy counts
+    assert data.shared(test, train, validation) == (4, 9, 12, 8, 0)  # each copy counts
     changed = images[:10].copy()
     changed[:, 0, 0, 0] ^= 1
     assert data.shared(data.from_arrays(changed), train).count == 0
@@ -402,7 +422,7 @@ def test_copies_of_a_test_image_are_no_images_more():
     shared = data.shared(
         data.from_arrays(np.tile(images[:4], (60, 1, 1, 1))), data.from_arrays(images[4:])
     )
-    assert shared == (0, 240, 1, 4)
+    assert shared == (0, 240, 1, 4, 0)
     [note] = shared.notes
     assert note.startswith("of 240 test images 4 are different ones, pixel by pixel")
     assert not data.shared(data.from_arrays(images[:4]), data.from_arrays(images[4:])).notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,14 @@ class Shared(NamedTuple):
       test: Of so many test images.
       train: Compared with so many training images, validation images among them.
       distinct: So many of the test images are different ones.
+      two_labels: So many different training images have more than one label.
     """
 
     count: int
     test: int
     train: int
     distinct: int
+    two_labels: int = 0
 
     @property
     def share(self) -> float:
@@ -46,6 +49,13 @@ class Shared(NamedTuple):
                 f"of {self.test:,} test images {self.distinct:,} are different ones, pixel by "
                 "pixel: shares are known less well than their intervals say"
             )
+        if self.two_labels:
+            several = self.two_labels > 1
+            notes.append(
+                f"{self.two_labels:,} training {'images have' if several else 'image has'} more "
+                "than one label, pixel by pixel: is a picture, or a folder, there under two "
+                "classes?"
+            )
         return notes
 
 
@@ -53,7 +63,8 @@ def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExample
     """Counts the test images whose pixels are those of a training image, and the different ones.
 
     Pixels are compared as a model sees them, after decoding and resizing, so a copy in another
-    lossless format is found.  One that was compressed or cut again is not.
+    lossless format is found.  One that was compressed or cut again is not.  Training images that
+    have two labels are counted too.
 
     Args:
       test: The test split.
@@ -67,13 +78,33 @@ def shared(test: Examples | StreamedExamples, *train: Examples | StreamedExample
       >>> shared(from_arrays(images[[0, 0, 1]]), from_arrays(images[2:])).distinct
       2
     """
-    known = np.concatenate([digests(part) for part in train])
+    of_train = [digests(part) for part in train]
+    known = np.concatenate(of_train)
     known = known[known != 0]  # what cannot be read has none
     tested = digests(test)
     count = int(np.isin(tested, known).sum())
     readable = tested[tested != 0]
     copies = len(readable) - len(np.unique(readable))
-    return Shared(count, len(test), len(known), len(test) - copies)
+    labelled_twice = _two_labels(list(zip(train, of_train, strict=True)))
+    return Shared(count, len(test), len(known), len(test) - copies, labelled_twice)
+
+
+def _two_labels(parts: Sequence[tuple[Examples | StreamedExamples, np.ndarray]]) -> int:
+    """Counts the different images with more than one label, given splits and their digests."""
+    different, times = np.unique(np.concatenate([found for _, found in parts]), return_counts=True)
+    # Labels that would have to be read are read of copies only.
+    copied = different[(times > 1) & (different != 0)]
+    labels: dict[int, set[int]] = {}
+    for examples, found in parts:
+        places = np.flatnonzero(np.isin(found, copied))
+        if not len(places):
+            continue
+        stored = examples.labels
+        of_copies = labels_of(examples.take(places)) if stored is None else stored[places]
+        if of_copies is not None:
+            for digest, label in zip(found[places], of_copies, strict=True):
+                labels.setdefault(int(digest), set()).add(int(label))
+    return sum(len(each) > 1 for each in labels.values())
 
 
 def digests(examples: Examples | StreamedExamples) -> np.ndarray:

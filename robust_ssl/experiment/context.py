@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import pathlib
 import re
 import types
@@ -32,6 +33,8 @@ from robust_ssl.workdir import (
     read_manifest,
 )
 from robust_ssl.xla import release_programs
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +222,13 @@ class Context:
     def shared(self) -> data.Shared:
         """How many test images are among the training and validation images.
 
-        Of a set that is read on demand, this reads what nobody has read before.
+        Of a set that is read on demand, this reads what nobody has read before.  What is wrong
+        with the split is logged, once.
         """
-        return data.shared(self.test, *self.downstream)
+        shared = data.shared(self.test, *self.downstream)
+        for note in shared.notes:
+            _log.warning("config.downstream: %s", note)
+        return shared
 
     @property
     def num_classes(self) -> int:

@@ -228,8 +228,7 @@ def check_data(context: Context) -> None:
     _within("config.downstream", lambda: (context.downstream, context.test))
     # A set that is read on demand is compared once it has been read: see `examine`.
     if data.are_known(*context.downstream, context.test):
-        for note in context.shared.notes:
-            _log.warning("config.downstream: %s", note)
+        _ = context.shared  # says what is wrong with it
 
 
 def _check_trained_on(context: Context) -> None:
