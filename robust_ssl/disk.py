@@ -47,6 +47,13 @@ _KINDS = (
 )
 
 
+# What is wrong with a place, and stays so; anything else is wrong with the disk.
+_NO_PLACE = {
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+}
+
+
 class PlaceError(OSError):
     """A file cannot be written where it should be; its message says what is in the way."""
 
@@ -265,8 +272,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     anew, so that no link that somebody has left there is followed.
 
     Raises:
-      PlaceError: If `path` cannot be written, saying why and what to do.
-      OSError: If the disk is full.
+      PlaceError: If `path` is no place for a file, saying why and what to do.
+      OSError: If the disk is full or fails.
     """
     path = pathlib.Path(path)
     check_place(path)
@@ -291,11 +298,11 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _refused(path: pathlib.Path, error: OSError) -> OSError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return type(error)(error.errno, error.strerror, str(path))
     if error.errno == errno.ENOENT:
         return PlaceError(f"cannot write {path}: there is no folder {path.parent}; make it first")
-    return PlaceError(f"cannot write {path}: {error.strerror}; name another place")
+    if error.errno in _NO_PLACE:
+        return PlaceError(f"cannot write {path}: {error.strerror}; name another place")
+    return type(error)(error.errno, error.strerror, str(path))  # a full or failing disk
 
 
 def is_partial(path: str | os.PathLike) -> bool:

@@ -1,6 +1,9 @@
 """What is in the way of a file is named as it was typed, before anything is written."""
 
+import errno
 import json
+import os
+import re
 
 import audit_cases as cases
 import numpy as np
@@ -130,3 +133,14 @@ def test_a_path_that_nothing_can_have_is_wrong_usage(name, tmp_path, monkeypatch
     err = capsys.readouterr().err
     assert code == 2 and "Errno" not in err, err
     assert not [file for file in tmp_path.iterdir() if file.name != "loop"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_a_failing_disk_is_not_the_users_mistake(number, tmp_path, monkeypatch):
+    def fails(path, *rest):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(disk.os, "open", fails)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "kept"))) as caught:
+        disk.replace(tmp_path / "kept", b"content")
+    assert caught.value.errno == number and not isinstance(caught.value, disk.PlaceError)
