@@ -152,7 +152,7 @@ def without(entries, name):
         ({**PGD_AT, "attack": without(PGD, "epsilon")}, 'needs an "epsilon"'),
         ({**PGD_AT, "attack": {**PGD, "steps": 3}}, "PGD takes no option 'steps'.*'num_steps'"),
         ({**PGD_AT, "attack": without(PGD, "function")}, 'must be a mapping with a "function"'),
-        ({"best": "worst"}, "best must be one of 'clean', 'robust', 'last'"),
+        ({"best": "worst"}, "best must be one of 'clean', 'robust', 'highest', 'last'"),
         ({"best": "robust"}, "robust.*attack"),
         ({"best": "last", "patience": 1}, "patience"),
         ({"patience": 0}, "patience must be a whole number of at least 1"),
