@@ -124,6 +124,58 @@ def test_a_fit_takes_no_objective_of_a_value_for_each_image():
         _fit(attacks.UniversalPGD(objective=norms))
 
 
+def _asks_for_a_wrong_name(inputs):
+    return inputs.adversarial.featurs.mean()
+
+
+def _asks_for_a_wrong_tap(inputs):
+    return inputs.adversarial.taps["conv9"].mean()
+
+
+def _divides_by_zero(inputs):
+    return inputs.adversarial.features.mean() * (1 // 0)
+
+
+def _asks_for_a_value(inputs):
+    return 1.0 if inputs.adversarial.features.mean() > 0 else 0.0
+
+
+def _reads_no_labels(inputs):
+    return inputs.adversarial.features.mean() * inputs.labels.mean()
+
+
+WRONG = [
+    (_asks_for_a_wrong_name, AttributeError),
+    (_asks_for_a_wrong_tap, KeyError),
+    (_divides_by_zero, ZeroDivisionError),
+    (_asks_for_a_value, jax.errors.TracerBoolConversionError),
+    (_reads_no_labels, AttributeError),
+]
+
+
+@pytest.mark.parametrize(("objective", "kind"), WRONG)
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda objective: _fit(attacks.UniversalPGD(objective=objective)),
+        lambda objective: _crafted(attacks.PGD(threats.Linf(0.1), objective=objective)),
+        lambda objective: _crafted(
+            attacks.TDAA(threats.Linf(0.1), jnp.ones(SHAPE), objective=objective)
+        ),
+    ],
+)
+def test_an_objective_that_raises_is_named(run, objective, kind):
+    with pytest.raises(kind) as caught:
+        run(objective)
+    notes = "\n".join(caught.value.__notes__)
+    assert f"this happened in the objective '{objective.__name__}'" in notes
+    assert ("inputs.labels is None here" in notes) == (objective is _reads_no_labels)
+
+
+def _crafted(attack):
+    return _attack(attack, _classifier(), _images(2), None)
+
+
 def test_an_objective_of_infinity_is_the_highest_and_may_have_no_gradient():
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 4)), jnp.float32)
     model, images = Linear(weights), _images(6)

@@ -73,6 +73,21 @@ def test_of_a_tap_that_is_not_there_the_loss_is_named():
     assert "the loss 'mine'" in " ".join(caught.value.__notes__)
 
 
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda inputs: inputs.clean.taps["conv9"].mean(), KeyError),
+        (lambda inputs: [inputs.labels][1], IndexError),
+        (lambda inputs: inputs.labels * (1 / 0), ZeroDivisionError),
+        (lambda inputs: float(inputs.clean.features.sum()), jax.errors.ConcretizationTypeError),
+    ],
+)
+def test_a_loss_that_raises_is_named_whatever_it_raises(loss, kind):
+    with pytest.raises(kind) as caught:
+        make_step(tapped(), optax.sgd(0.1), losses={"mine": (loss, 1.0)}, key=KEY)
+    assert "this happened in the loss 'mine'" in caught.value.__notes__
+
+
 def test_what_a_recipe_does_not_give_a_loss_is_named_with_its_entry():
     near = lambda inputs: (inputs.clean.features - inputs.pretrained.features).sum(axis=1)  # noqa: E731
     with pytest.raises(AttributeError) as caught:

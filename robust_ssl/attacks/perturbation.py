@@ -13,10 +13,15 @@ import numpy as np
 from jax import lax
 
 from robust_ssl import disk, struct, threats
+from robust_ssl.build import happened_in, short_name
 from robust_ssl.pixels import check_images, float_pixels
 from robust_ssl.types import AttackInputs, Model, Objective, Threat
 
 GRAY = 0.5  # the image around which a perturbation without an image is drawn and projected
+_ABSENT = {  # among what an objective gets, and what to do about it
+    "labels": ": this attack was given none",
+    "target": ": TDAA alone has one",
+}
 
 
 def value_of(objective: Objective, inputs: AttackInputs) -> jax.Array:
@@ -24,11 +29,15 @@ def value_of(objective: Objective, inputs: AttackInputs) -> jax.Array:
 
     Raises:
       ValueError: If it gives something else, as a value for each image.
+      Exception: What the objective raises, with a note that names it.
     """
-    value = objective(inputs)
+    name = short_name(objective)
+    absent = {part: _ABSENT[part] for part in _ABSENT if getattr(inputs, part) is None}
+    if inputs.adversarial.logits is None:
+        absent["adversarial.logits"] = ": an encoder has none; attack a classifier"
+    with happened_in(f"the objective {name!r}", absent):
+        value = objective(inputs)
     if getattr(value, "shape", None) != () and not isinstance(value, int | float):
-        inner = getattr(objective, "func", objective)  # of a partial
-        name = getattr(inner, "__name__", type(inner).__name__)
         raise ValueError(
             f"the objective {name} must return one number, the mean over the batch, and returned "
             f"{struct.kind(value)}"

@@ -10,6 +10,7 @@ from jax import lax
 
 from robust_ssl import struct
 from robust_ssl.attacks.per_image import FeaturePGD
+from robust_ssl.attacks.perturbation import value_of
 from robust_ssl.objectives.vectors import safe_norm
 from robust_ssl.types import AttackInputs, Model, Objective
 
@@ -85,6 +86,6 @@ class TDAA(FeaturePGD):
         target = lax.stop_gradient(model(self.target_image[None]))
 
         def nearness(inputs: AttackInputs) -> jax.Array:
-            return self.objective(inputs.replace(target=target))
+            return value_of(self.objective, inputs.replace(target=target))
 
         return nearness

@@ -25,6 +25,7 @@ from robust_ssl.build.entries import (
     without_none,
 )
 from robust_ssl.build.functions import Function, names_function, resolve
+from robust_ssl.build.notes import happened_in, short_name
 from robust_ssl.build.renewal import as_loaded
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "as_loaded",
     "check_known",
     "code_of",
+    "happened_in",
     "inside",
     "name_of",
     "names_function",
@@ -47,6 +49,7 @@ __all__ = [
     "read",
     "read_entries",
     "resolve",
+    "short_name",
     "text_of",
     "without_none",
 ]

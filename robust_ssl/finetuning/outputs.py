@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.build import resolve
+from robust_ssl.build import happened_in, resolve
 from robust_ssl.finetuning.parts import in_parts
 from robust_ssl.losses.inputs import advice
 from robust_ssl.optimizers.finite import check_metrics
@@ -143,18 +142,9 @@ def functions_and_weights(
 
 def loss_per_image(name: str, loss: Loss, inputs: LossInputs) -> jax.Array:
     """Calls a loss; raises with its name unless it returns one value per image."""
-    try:
+    absent = {n: advice(n) for n in _MAY_BE_ABSENT if getattr(inputs, n) is None}
+    with happened_in(f"the loss {name!r}", absent):
         values = loss(inputs)
-    except (AttributeError, TypeError, ValueError) as error:
-        # The note names the loss: the trace alone shows a line of somebody's function.
-        error.add_note(f"this happened in the loss {name!r}")
-        if "NoneType" in str(error):
-            absent = [n for n in _MAY_BE_ABSENT if getattr(inputs, n) is None]
-            # Which of them it was, the name of an attribute in the failing line says.
-            named = [n for n in absent if f".{n}" in _failing_line(error)]
-            for other in named or absent:
-                error.add_note(f"inputs.{other} is None here{advice(other)}")
-        raise
     shape = getattr(values, "shape", None)
     if shape != inputs.labels.shape:
         raise ValueError(
@@ -176,12 +166,6 @@ def _returned(values: Any) -> str:
         kind = type(values).__name__
         return f"a {kind}; a loss is a function of its inputs, or an instance that can be called"
     return f"shape {shape}" + ("; do not take the mean in it" if shape == () else "")
-
-
-def _failing_line(error: Exception) -> str:
-    """Returns the text of the line that an error comes from, empty where it is not known."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return (frames[-1].line or "") if frames else ""
 
 
 def outputs_read(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from robust_ssl import frequencies, objectives, struct
-from robust_ssl.attacks.perturbation import random_delta
+from robust_ssl.attacks.perturbation import random_delta, value_of
 from robust_ssl.types import AttackInputs, Model, Objective
 
 CEILING = 2.0  # logits by which a wrong class wins, after which only the detector is left to pass
@@ -118,7 +118,7 @@ class Evasion:
 
         def terms(candidate):
             inputs = AttackInputs(clean, model(candidate[None]), images, candidate[None], labels)
-            return self.objective(inputs), _mean_score(self, model, candidate[None])
+            return value_of(self.objective, inputs), _mean_score(self, model, candidate[None])
 
         return terms
 
