@@ -435,6 +435,28 @@ CALLS = {
         lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat="robust_ssl.threats:L2"),
         "threat= is a class and no name",
     ),
+    "entries for a threat": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat=lambda e: {"epsilon": e}),
+        "a dict is no threat: it has no sample, project and steepest",
+    ),
+    "a text for a threat": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat=lambda e: "linf"),
+        "threat=<lambda> must make a threat of a budget: a str is no threat",
+    ),
+    "a threat's class that makes a class": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat=lambda e: threats.L2),
+        r"L2 is a class and no threat; make one: L2\(\.\.\.\)",
+    ),
+    "a band of nothing": (
+        lambda _: robust_ssl.attack(tiny.encoder(), IMAGES, threat=threats.Band),
+        r"lambda epsilon: threats\.Band\(threats\.Linf\(epsilon\), high=",
+    ),
+    "an objective that needs labels": (
+        lambda _: robust_ssl.attack(
+            tiny.encoder(), IMAGES, objective="robust_ssl.objectives:cross_entropy"
+        ),
+        "robust_ssl.attack and others .* take none: .* feature_l2.*robust_ssl.measure",
+    ),
     "a number for an attack": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=3),
         "3 attacks no image",

@@ -111,7 +111,7 @@ def test_a_band_that_begins_at_any_frequency_of_the_image_holds_it(size):
         (Band(Linf(0.1), -0.1, 0.2), None, "0 <= low < high"),
         (Band(Linf(0.1), 0.0, float("nan")), None, "high=nan"),
         (Band(threats.Patch(0.1)), None, "additive threat.*got Patch"),
-        (Band(0.1), None, "additive threat.*got float"),
+        (Band(0.1), None, r"additive threat.*got a number; .*lambda epsilon: threats\.Band\("),
         (Band(Linf(0.1), 0.8), SHAPE, "8x8 has no frequency from 0.8 to inf"),
         (Band(Linf(0.1), 0.01, 0.1), SHAPE, "they are 0.125 apart"),
     ],

@@ -204,7 +204,9 @@ def test_with_labels_one_long_step_is_the_corner_that_the_gradient_points_to(lay
 
 
 def test_an_objective_that_needs_labels_says_so_where_there_are_none():
-    with pytest.raises(ValueError, match=r"cross_entropy needs labels.*pass labels"):
+    with pytest.raises(
+        ValueError, match=r"cross_entropy needs labels.*batches of attacks.fit take"
+    ):
         _fit_with_labels((1, "jit"))
     batch = FitBatch.on(_model(), threats.Linf(0.1), jnp.asarray(_images()), jnp.asarray(LABELS))
     assert batch.with_images(lambda places: jnp.zeros((len(places), *SHAPE))).part_labels is None

@@ -102,6 +102,12 @@ def test_every_threat_survives_being_taken_apart(threat):
     assert [float(x) for x in jax.tree.leaves(again)] == jax.tree.leaves(as_float32)
 
 
+@pytest.mark.parametrize("what", [{"epsilon": 0.1}, 0.1, None, "linf", threats.Linf, object()])
+def test_what_is_no_threat_is_told_what_one_is(what):
+    with pytest.raises(ValueError, match="no threat"):
+        threats.check(what)
+
+
 def test_check_looks_at_every_budget_of_a_stack():
     threats.check(threats.Linf(np.array([0.0, 0.1])), SHAPE)
     with pytest.raises(ValueError, match=r"epsilon must lie in \[0, 1\].*got 8"):

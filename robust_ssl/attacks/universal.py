@@ -250,7 +250,7 @@ def fit(
     _check_model(model)
     if keys.shape != np.shape(epsilons):
         raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")
-    budgets = jax.vmap(threat)(jnp.asarray(epsilons, jnp.float32))
+    budgets = jax.vmap(lambda epsilon: _made(threat, epsilon))(jnp.asarray(epsilons, jnp.float32))
     threats.check(budgets, tuple(image_shape))
     check_fits_gray(budgets, tuple(image_shape))
     states = _init_members(attack, tuple(image_shape), keys, budgets)
@@ -278,6 +278,18 @@ def fit(
     _check_budgets(name, deltas, budgets)
     _check_moved(name, deltas, budgets)
     return FittedUniversal(UniversalPerturbation(deltas, budgets, name=name), curve)
+
+
+def _made(threat: Callable[[Any], Threat], epsilon: jax.Array) -> Threat:
+    """Returns the threat of a budget; raises ValueError if there is none, or it is no pytree."""
+    made = threat(epsilon)
+    try:
+        threats.check_is_threat(made)
+        struct.check_passable(made)
+    except ValueError as error:
+        name = getattr(threat, "__name__", type(threat).__name__)
+        raise ValueError(f"threat={name} must make a threat of a budget: {error}") from error
+    return made
 
 
 def _check_model(model: Any) -> None:

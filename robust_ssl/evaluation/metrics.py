@@ -228,7 +228,9 @@ def check_threats(attacks: Iterable[Attack], image_shape: tuple[int, ...]) -> No
     for attack in attacks:
         threat = getattr(attack, "threat", None)
         # Inside a compiled function a budget has no value yet.
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(threat)):
+        if threat is not None and not any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(threat)
+        ):
             threats.check(threat, image_shape)
 
 

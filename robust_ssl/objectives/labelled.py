@@ -15,8 +15,10 @@ _STABILIZER = 1e-12  # Croce and Hein's code: the spread of equal logits is not 
 def _labelled_logits(inputs: AttackInputs, name: str) -> tuple[jax.Array, jax.Array]:
     if inputs.labels is None:
         raise ValueError(
-            f"objective {name} needs labels, but the attack was called without them; pass labels, "
-            "or take an objective on features such as feature_l2"
+            f"objective {name} needs labels, and this attack was given none. robust_ssl.attack and "
+            "others that need the encoder only take none: take an objective on features, such as "
+            "feature_l2. robust_ssl.measure, attacks.attack_batch and the batches of attacks.fit "
+            "take labels"
         )
     if inputs.adversarial.logits is None:
         raise ValueError(

@@ -10,7 +10,7 @@ three methods alone it is added.  A threat that wants something else brings the 
 `robust_ssl.types.Threat`, as `Patch` and `Band` do.
 """
 
-from robust_ssl.threats.balls import L2, Linf, check, check_epsilon
+from robust_ssl.threats.balls import L2, Linf, check, check_epsilon, check_is_threat
 from robust_ssl.threats.band import Band
 from robust_ssl.threats.entries import check_saveable, from_entries, to_entries
 from robust_ssl.threats.patch import Patch
@@ -22,6 +22,7 @@ __all__ = [
     "Patch",
     "check",
     "check_epsilon",
+    "check_is_threat",
     "check_saveable",
     "from_entries",
     "to_entries",

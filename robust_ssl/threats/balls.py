@@ -10,6 +10,8 @@ import numpy as np
 
 from robust_ssl import struct
 
+_METHODS = ("sample", "project", "steepest")  # of a `robust_ssl.types.Threat`
+
 
 def check_epsilon(epsilon) -> None:
     """Raises ValueError unless every budget is a number in [0, 1], as one for a pixel must be.
@@ -47,7 +49,8 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
       image_shape: (height, width, 3), or None to check what does not depend on it.
 
     Raises:
-      ValueError: If a budget is out of range, a patch does not fit, a band is empty.
+      ValueError: If it lacks a method of `types.Threat`, a budget is out of range, a patch does
+        not fit, a band is empty.
 
     Example:
       >>> check(Linf(8 / 255), (32, 32, 3))
@@ -55,10 +58,30 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
       Traceback (most recent call last):
       ValueError: epsilon must lie in [0, 1] (pixel units, for example 8/255), got 8.0
     """
+    check_is_threat(threat)
     if hasattr(threat, "check"):
         threat.check(image_shape)
     else:
         check_epsilon(getattr(threat, "epsilon", 0.0))
+
+
+def check_is_threat(threat: Any) -> None:
+    """Raises ValueError for what is no threat, by the methods that it lacks.
+
+    Example:
+      >>> check_is_threat(Linf(8 / 255))
+    """
+    if isinstance(threat, type):
+        name = threat.__name__
+        raise ValueError(f"{name} is a class and no threat; make one: {name}(...)")
+    absent = [name for name in _METHODS if not callable(getattr(threat, name, None))]
+    if absent:
+        lacks = " and ".join(filter(None, [", ".join(absent[:-1]), absent[-1]]))
+        raise ValueError(
+            f"a {type(threat).__name__} is no threat: it has no {lacks}, as threats.Linf(8 / 255) "
+            "has; take one of robust_ssl.threats, or give yours the methods of "
+            "robust_ssl.types.Threat"
+        )
 
 
 def over_largest(gradient: jax.Array) -> jax.Array:

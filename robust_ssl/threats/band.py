@@ -55,7 +55,7 @@ class Band:
         if not (hasattr(self.threat, "norm") and hasattr(self.threat, "epsilon")):
             raise ValueError(
                 "Band limits an additive threat, one with `epsilon` and `norm(change)` such as "
-                f"Linf(8 / 255), got {type(self.threat).__name__}"
+                f"Linf(8 / 255), got {_called(self.threat)}"
             )
         check(self.threat, image_shape)
         bands = np.broadcast_arrays(np.asarray(self.low), np.asarray(self.high))
@@ -124,3 +124,13 @@ class Band:
         now = self.norm(filtered)
         something = now > 0
         return filtered * jnp.where(something, size / jnp.where(something, now, 1.0), 0.0)
+
+
+def _called(inner: Any) -> str:
+    """Returns what an error calls the inner threat, and what was meant by a budget in its place."""
+    if not (hasattr(inner, "dtype") or isinstance(inner, int | float)):
+        return type(inner).__name__
+    return (
+        "a number; where a threat is made of a budget, write the inner one: "
+        "lambda epsilon: threats.Band(threats.Linf(epsilon), high=0.125)"
+    )
