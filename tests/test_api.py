@@ -457,6 +457,10 @@ CALLS = {
         ),
         "robust_ssl.attack and others .* take none: .* feature_l2.*robust_ssl.measure",
     ),
+    "a seed for a key": (
+        lambda _: _gray().apply(IMAGES, key=7),
+        r"such as jax.random.key\(7\), got 7",
+    ),
     "a number for an attack": (
         lambda net: robust_ssl.measure(net, IMAGES, LABELS, attacks=3),
         "3 attacks no image",
@@ -560,6 +564,11 @@ CALLS = {
     ),
     "a kind that is not there": (lambda _: robust_ssl.list("attack"), "did you mean 'attacks'"),
 }
+
+
+def _gray():
+    delta = jnp.zeros(IMAGES.shape[1:])
+    return robust_ssl.Perturbation(UniversalPerturbation(delta, threats.Linf(0.1)))
 
 
 @pytest.mark.parametrize("guess", CALLS)

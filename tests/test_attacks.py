@@ -176,6 +176,24 @@ def _crafted(attack):
     return _attack(attack, _classifier(), _images(2), None)
 
 
+@pytest.mark.parametrize("key", [0, 7.5, None, "0", np.int32(3), jnp.arange(3)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda key: attacks.attack_batch(PER_IMAGE[0], key, _classifier(), jnp.asarray(_images(2))),
+        lambda key: models.resnet18(key, width=8, image_size=8),
+        lambda key: models.classifier(key, _encoder(), 4, head="linear"),
+    ],
+)
+def test_what_is_no_key_is_told_what_one_is(call, key):
+    with pytest.raises(ValueError, match=r"key= is a random key of JAX, such as jax.random.key\("):
+        call(key)
+
+
+def test_keys_of_the_old_kind_are_taken():
+    assert models.resnet18(jax.random.PRNGKey(0), width=8, image_size=8).dim == 64
+
+
 def test_an_objective_of_infinity_is_the_highest_and_may_have_no_gradient():
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(192, 4)), jnp.float32)
     model, images = Linear(weights), _images(6)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_ssl"
 
 FLOORS = (
-    {"types", "struct", "build", "working_directory", "words", "disk", "pixels"},
+    {"types", "struct", "build", "working_directory", "words", "disk", "pixels", "keys"},
     {"threats", "frequencies", "objectives", "losses", "models", "parallel", "xla"},
     {"attacks", "optimizers"},
     {"pretraining", "finetuning", "evaluation", "screening", "conformance"},

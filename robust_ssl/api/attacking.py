@@ -22,6 +22,7 @@ from robust_ssl.attacks.universal import how_to_make_encoder
 from robust_ssl.build import Function, near
 from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.experiment.attack import surrogate_batches
+from robust_ssl.keys import check_key
 from robust_ssl.parallel import Parallel
 from robust_ssl.progress import Progress
 from robust_ssl.types import Classifier, Encoder, Outputs, Threat
@@ -62,8 +63,11 @@ class Perturbation:
           key: Draws the place of a patch of random location; None is its canonical place.
 
         Raises:
-          ValueError: If the images are of another size or range, with the line that converts them.
+          ValueError: If the images are of another size or range, with the line that converts them;
+            if the key is none.
         """
+        if key is not None:
+            check_key(key)
         batch = self._batch_of(images)
         attacked = np.asarray(_apply(self.value, jnp.asarray(inputs.pixels_of(batch)), key))
         return attacked if batch is images else attacked[0]

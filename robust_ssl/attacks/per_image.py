@@ -17,6 +17,7 @@ from jax import lax
 from robust_ssl import objectives, struct, threats
 from robust_ssl.attacks.apgd import Tries, budget, draw, fails
 from robust_ssl.attacks.perturbation import value_of
+from robust_ssl.keys import check_key
 from robust_ssl.pixels import float_pixels
 from robust_ssl.types import Attack, AttackInputs, Model, Objective, Threat
 
@@ -60,6 +61,7 @@ def attack_batch(
       >>> attack_batch(attack, jax.random.key(1), encoder, jnp.full((2, 8, 8, 3), 0.5)).shape
       (2, 8, 8, 3)
     """
+    check_key(key)
     images = float_pixels(images)
     indices = jnp.arange(images.shape[0]) if indices is None else indices
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)

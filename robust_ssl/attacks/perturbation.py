@@ -14,6 +14,7 @@ from jax import lax
 
 from robust_ssl import disk, struct, threats
 from robust_ssl.build import happened_in, short_name
+from robust_ssl.keys import check_key
 from robust_ssl.pixels import check_images, float_pixels
 from robust_ssl.types import AttackInputs, Model, Objective, Threat
 
@@ -99,6 +100,8 @@ class UniversalPerturbation:
         Raises:
           ValueError: If images are neither uint8 nor float pixels in [0, 1], or of another size.
         """
+        if key is not None:
+            check_key(key)
         check_images(images)
         if images.dtype == jnp.uint8:
             images = jnp.asarray(images, jnp.float32) / 255

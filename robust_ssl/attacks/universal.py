@@ -24,6 +24,7 @@ from robust_ssl.attacks.perturbation import (
     delta_of_pattern,
     random_delta,
 )
+from robust_ssl.keys import check_key
 from robust_ssl.parallel import Parallel
 from robust_ssl.types import Model, Objective, Threat
 
@@ -247,6 +248,7 @@ def fit(
       >>> fitted.curve.shape, fitted.member(1).delta.shape
       ((1, 2), (8, 8, 3))
     """
+    check_key(keys, "keys")
     _check_model(model)
     if keys.shape != np.shape(epsilons):
         raise ValueError(f"got {keys.shape} keys and {np.shape(epsilons)} epsilons; give as many")

@@ -20,6 +20,7 @@ from robust_ssl.attacks.per_image import attack_batch, checked
 from robust_ssl.evaluation import metrics
 from robust_ssl.evaluation.counts import PerImage
 from robust_ssl.evaluation.metrics import check_attacks, check_threats, compiled, on_some, padded
+from robust_ssl.keys import check_key
 from robust_ssl.types import Attack, Classifier
 
 SHARES = (0.02, 0.1, 0.3, 1.0)  # of a search's queries; then images that are broken drop out
@@ -119,6 +120,7 @@ def clean_correct(
     Of a randomized model (`robust_ssl.attacks.apgd.draw`) the key gives one draw for each image.
     The batch size changes nothing but speed and memory.
     """
+    check_key(key)
     parallel = parallel.anew_for(classifier)
     constants = parallel.replicate((key, classifier))
     right = np.zeros(len(examples["labels"]), bool)
@@ -190,6 +192,7 @@ def strike(
       ValueError: If `alive` is not a bool for each image, a threat makes no sense for the images,
         or an attack makes pixels that are not numbers.
     """
+    check_key(key)
     alive = np.array(alive)  # a copy: the caller's stays as it is
     if alive.shape != examples["labels"].shape or alive.dtype != bool:
         raise ValueError(
@@ -248,6 +251,7 @@ def score_in_turn(
         for the images, or an attack makes pixels that are not numbers.
       TypeError: If an attack is not a pytree value, or returns no floats.
     """
+    check_key(key)
     parts = {name: _members(attack) for name, attack in attacks.items()}
     check_attacks({name: members[0] for name, members in parts.items()})
     examples = gathered(batches)

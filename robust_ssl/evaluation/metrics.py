@@ -19,6 +19,7 @@ from robust_ssl.attacks.apgd import draw
 from robust_ssl.attacks.per_image import attack_batch
 from robust_ssl.attacks.perturbation import UniversalPerturbation
 from robust_ssl.evaluation.counts import PerImage, worst_case
+from robust_ssl.keys import check_key
 from robust_ssl.pixels import check_images
 from robust_ssl.types import Attack, Classifier
 
@@ -299,6 +300,7 @@ def score(
         for the images, or an attack makes pixels that are not numbers.
       TypeError: If an attack is not a pytree value, or returns no floats.
     """
+    check_key(key)
     check_attacks(attacks)
     parallel = parallel.anew_for(classifier)
     classify, strike = (compiled(parallel, f) for f in (_clean_answers, _attacked_answers))

@@ -34,6 +34,7 @@ from robust_ssl.finetuning.outputs import (
     running_statistics,
     training_outputs,
 )
+from robust_ssl.keys import check_key
 from robust_ssl.optimizers.finite import no_skips, take_if_finite
 from robust_ssl.optimizers.layerwise import keep_frozen, stop_frozen
 from robust_ssl.parallel import Parallel, Program, average, copied, gather
@@ -264,6 +265,7 @@ def make_step(
       Robustness and Generalization", CVPR 2023, for ``"twins"``; there each of the two halves of a
       batch goes through one of two networks that share their weights, as here.
     """
+    check_key(key)
     if batch_statistics not in BATCH_STATISTICS:
         raise ValueError(
             f"batch_statistics must be one of {BATCH_STATISTICS}, got {batch_statistics!r}"

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robust_ssl.keys import check_key
 from robust_ssl.models.contract import check_head, check_module
 from robust_ssl.types import Classifier, Encoder
 
@@ -145,6 +146,7 @@ def classifier(
       >>> net(jnp.zeros((2, 16, 16, 3))).logits.shape
       (2, 3)
     """
+    check_key(key)
     if num_classes < 2:
         raise ValueError(f"a classifier needs at least two classes, got {num_classes}")
     class_names = tuple(class_names)

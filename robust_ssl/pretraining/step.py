@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from robust_ssl import parallel
+from robust_ssl.keys import check_key
 from robust_ssl.optimizers.finite import check_metrics, no_skips, take_if_finite
 from robust_ssl.pretraining.method import Method, MethodUpdate, PretrainInputs
 from robust_ssl.types import Encoder, TrainState, Variables
@@ -28,6 +29,7 @@ def init_state(
     Its variables are ``params`` and ``batch_stats``, each ``{"encoder": ..., "method": ...}``, and
     ``state``, the method's.
     """
+    check_key(key)
     variables = method.init(key, encoder, num_images)
     params = {"encoder": encoder.variables["params"], "method": variables.get("params", {})}
     batch_stats = {
@@ -113,6 +115,7 @@ def make_step(
       >>> int(state.step), metrics["loss"].shape
       (1, ())
     """
+    check_key(key)
 
     def forward(params, variables, batch, step_key, progress):
         """The mean loss of one part of the batch, and its `MethodUpdate`."""

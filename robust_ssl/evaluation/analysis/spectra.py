@@ -16,6 +16,7 @@ import numpy as np
 from robust_ssl import frequencies
 from robust_ssl.evaluation.analysis.layers import as_value
 from robust_ssl.evaluation.metrics import compiled, predictions, to_pixels
+from robust_ssl.keys import check_key
 from robust_ssl.parallel import Parallel
 from robust_ssl.pixels import check_images
 from robust_ssl.types import Model
@@ -139,6 +140,7 @@ def fourier_sensitivity(
       Yin et al., "A Fourier Perspective on Model Robustness in Computer Vision", NeurIPS 2019,
       Section 3.
     """
+    check_key(key)
     if not 0 < norm < np.inf or stride < 1 or chunk < 1:
         raise ValueError(
             f"norm, stride and chunk must be positive, got {norm}, {stride} and {chunk}"

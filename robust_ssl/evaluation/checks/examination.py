@@ -17,6 +17,7 @@ from robust_ssl.evaluation.checks.path import OBJECTIVES, Climb, full_range, wit
 from robust_ssl.evaluation.checks.result import Check, Verdict, not_run
 from robust_ssl.evaluation.counts import Counts
 from robust_ssl.evaluation.metrics import to_pixels
+from robust_ssl.keys import check_key
 from robust_ssl.parallel import Parallel
 from robust_ssl.pixels import check_images
 from robust_ssl.threats import L2, Linf, check_epsilon
@@ -128,6 +129,7 @@ def examine(
       Robustness", 2019; Pintor et al., "Indicators of Attack Failure", NeurIPS 2022; Tramer et
       al., "On Adaptive Attacks", NeurIPS 2020.
     """
+    check_key(key)
     check_images(images)
     images, labels = np.asarray(to_pixels(images), np.float32), np.asarray(labels)
     threat = _checked(classifier, images, labels, threat, num_steps)
