@@ -507,3 +507,28 @@ def test_checks_of_the_data_judge_shares():
 
 def test_nothing_of_this_needs_more_than_labels_and_limits():
     assert checks.MOST_UNNAMED >= 21_843  # ImageNet-21k, whose test split may be numbers only
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([0, np.nan, 1]),
+        np.array([0, -np.inf, 1]),
+        ["cat", None, "dog"],
+        [0, None, 1],
+        np.array([0, float("nan"), 1], object),
+        np.ma.masked_array([0, 9, 1], [False, True, False]),
+    ],
+)
+def test_images_without_a_label_are_named_by_their_rows(labels):
+    with pytest.raises(ValueError, match=r"1 of 3 labels of mine are missing.*rows 1; ") as caught:
+        checks.as_labels(labels, 3, None, "mine")
+    assert "astype" not in str(caught.value) and "unique" not in str(caught.value)
+
+
+def test_labels_that_a_cast_would_cut_are_not_advised_one():
+    with pytest.raises(ValueError, match=r"labels\[1\] is .*0\.5.*2 of 3 are no whole") as caught:
+        checks.as_labels([0.0, 0.5, 1.5], 3, None, "mine")
+    assert "astype" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"astype\(np\.int64\)"):
+        checks.as_labels([0.0, 3e9], 2, None, "mine")

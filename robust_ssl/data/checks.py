@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.data import pictures
+from robust_ssl.data import label_hints, pictures
 
 MOST_UNNAMED = 100_000  # classes; a label above is an id, and names for all below it take memory
 DARK = 16  # what no pixel of a nearly black image reaches: an eighth of the middle gray
@@ -283,17 +283,19 @@ def as_labels(labels: Any, count: int, num_classes: int | None, where: str) -> n
       >>> as_labels([0, 2, 1], 3, 3, "an example")
       array([0, 2, 1], dtype=int32)
     """
+    if np.ma.is_masked(labels):
+        raise ValueError(label_hints.without_label(np.ma.getmaskarray(labels), where))
     labels = as_array(labels, f"labels of {where}")
     if labels.ndim == 2 and labels.shape[1] == 1:  # as keras has them: it can mean nothing else
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise ValueError(
-            f"labels of {where} must be [n], got shape {labels.shape}{_columns_hint(labels)}"
+            f"labels of {where} must be [n], got shape {labels.shape}{label_hints.columns(labels)}"
         )
     if len(labels) != count:
         raise ValueError(f"{where} has {count} images and {len(labels)} labels")
     if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(_not_integers(labels, where))
+        raise ValueError(label_hints.not_integers(labels, where))
     if (labels < 0).any():
         index = int(np.argmax(labels < 0))
         raise ValueError(
@@ -344,38 +346,3 @@ def check_no_gaps(labels: np.ndarray, where: str) -> None:
     raise ValueError(
         f"{seen}: ids up to {present[-1]} of {len(present)} classes, not class numbers{_NUMBER_IDS}"
     )
-
-
-def _columns_hint(labels: np.ndarray) -> str:
-    if labels.ndim != 2:
-        return ""
-    if labels.shape[0] == 1:
-        return "; one row: labels[0]"
-    if labels.dtype.kind not in "biuf":
-        return "; take the column that is meant: labels[:, 0]"
-    if np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all():
-        return "; for one-hot labels: labels.argmax(axis=-1)"
-    if np.isin(labels, (0, 1)).all():
-        return "; several or no classes of an image cannot be learned: give each image one"
-    return "; take the column that is meant, for example labels[:, 0]"
-
-
-def _not_integers(labels: np.ndarray, where: str) -> str:
-    index = _first_non_integer(labels)
-    line = "number the classes from 0 and use labels.astype(np.int32)"
-    if labels.dtype.kind in "UOS":
-        line = (
-            "number the names, over all splits together: class_names, labels = "
-            "np.unique(labels, return_inverse=True)"
-        )
-    return (
-        f"labels of {where} must be integers, got {labels.dtype}: labels[{index}] is "
-        f"{labels[index]!r}; {line}"
-    )
-
-
-def _first_non_integer(labels: np.ndarray) -> int:
-    if np.issubdtype(labels.dtype, np.floating):
-        broken = ~np.isfinite(labels) | (labels != np.rint(labels))
-        return int(np.argmax(broken))  # 0 when every value happens to be whole
-    return 0
