@@ -908,6 +908,24 @@ def test_losses_without_a_gradient_train_nothing_and_fail(loss):
     assert net.num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("rates", "statistics", "said"),
+    [
+        ({"**": "freeze"}, "frozen", "nothing is trained"),
+        ({"**": "freeze"}, "clean", "only batch statistics change"),
+        ({"encoder/**": "freeze", "head/**": 5e-3}, "frozen", None),
+    ],
+)
+def test_a_new_head_that_nothing_moves_is_warned_of(rates, statistics, said, caplog):
+    caplog.set_level(logging.WARNING, "robust_ssl")
+    losses = {"mine": "robust_ssl.losses:clean_cross_entropy"}
+    recipe = {"losses": losses, "rates": rates, "batch_statistics": statistics}
+    robust_ssl.secure(tiny.encoder(), *tiny.images(n=32), recipe=recipe, **SMALL)
+    warned = [r.getMessage() for r in caplog.records if "freeze every parameter" in r.getMessage()]
+    assert len(warned) == (said is not None)
+    assert all("recipe " in text and said in text for text in warned)
+
+
 def test_secure_names_no_state_that_is_gone(monkeypatch):
     images, labels = tiny.images(n=32)
     losses = {"nan": {"function": "tiny_recipes:not_a_number"}}

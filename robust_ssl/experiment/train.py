@@ -186,6 +186,7 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
             "selection_seconds": chosen.manifest["seconds"],
             "selection_gradient_evaluations_per_image": spent,
         }
+    _warn_if_still(recipe, start, rates)
     if recipe.tolerance is not None:
         afterwards = selection.guarded(context, start, recipe.tolerance)
     stage = fitting.fit(
@@ -197,6 +198,20 @@ def train_recipe(context: Context, recipe: Recipe, seed: int) -> StageDirectory:
         extra=extra,
     )
     return stage
+
+
+def _warn_if_still(recipe: Recipe, start: Classifier, rates: Mapping[str, Any]) -> None:
+    """Warns of a new head that no rate moves: what it answers is random.
+
+    It may be meant, as where batch statistics alone are adapted; a start has a trained head.
+    """
+    if recipe.start is None and not recipe.moves(start.variables["params"], rates):
+        by_batch = recipe.batch_statistics != "frozen"
+        _log.warning(
+            "recipe %s: its rates freeze every parameter, and its head is new: its answers stay "
+            "random, and %s. To train the head: rates {'head/**': 5e-3}",
+            *(recipe.name, "only batch statistics change" if by_batch else "nothing is trained"),
+        )
 
 
 def _as_it_is(context: Context, recipe: Recipe, seed: int, classifier: Classifier):
