@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from flax.struct import field
 from jax.tree_util import GetAttrKey
 
@@ -47,6 +48,9 @@ def dataclass(cls: type[T]) -> type[T]:
     Every field is a child, but those made by ``field(pytree_node=False)``, which are static: part
     of the structure, hashable, and another value compiles again.
 
+    A method ``__check_init__(self)`` is called where a value is made or replaced, and not where
+    JAX puts one together, whose leaves may be anything: there belong checks of the leaves.
+
     Args:
       cls: A class with annotated fields.
 
@@ -62,6 +66,7 @@ def dataclass(cls: type[T]) -> type[T]:
       Shift(by=0.5, axis=1)
     """
     frozen: Any = dataclasses.dataclass(frozen=True)(cls)
+    init = frozen.__init__
     fields = [(f.name, f.metadata.get("pytree_node", True)) for f in dataclasses.fields(frozen)]
     children = [name for name, is_child in fields if is_child]
     static = [name for name, is_child in fields if not is_child]
@@ -75,7 +80,9 @@ def dataclass(cls: type[T]) -> type[T]:
         return list(zip(map(GetAttrKey, children), leaves, strict=True)), rest
 
     def unflatten(rest, leaves):
-        return frozen(**dict(zip([*children, *static], [*leaves, *rest], strict=True)))
+        value = object.__new__(frozen)
+        init(value, **dict(zip([*children, *static], [*leaves, *rest], strict=True)))
+        return value
 
     frozen.replace = dataclasses.replace
     frozen.__init__ = _naming_what_it_takes(frozen, [*children, *static])
@@ -103,7 +110,7 @@ def check_passable(value: Any) -> None:
 
 
 def _naming_what_it_takes(cls: type, fields: Sequence[str]) -> Callable[..., None]:
-    """Returns ``cls.__init__`` whose error for an unknown argument says what it takes."""
+    """Returns ``cls.__init__`` that says what it takes of an unknown argument, and checks."""
     init: Callable[..., None] = cls.__init__  # type: ignore[misc]  # of this very class
 
     @functools.wraps(init)
@@ -115,6 +122,8 @@ def _naming_what_it_takes(cls: type, fields: Sequence[str]) -> Callable[..., Non
             if unknown is None:
                 raise
             raise TypeError(_unknown(cls, unknown, fields)) from error
+        if hasattr(self, "__check_init__"):
+            self.__check_init__()
 
     return init_or_say
 
@@ -137,6 +146,16 @@ def _unknown(cls: type, name: str, fields: Sequence[str]) -> str:
 # --- What a `repr` shows --------------------------------------------------------------------------
 
 COLUMNS = 100  # of a line of it
+
+
+def is_number(leaf: Any) -> bool:
+    """Returns whether a leaf is a number whose value can be looked at, and no array.
+
+    Example:
+      >>> is_number(0.5), is_number(jax.numpy.ones(())), is_number(None)
+      (True, False, False)
+    """
+    return isinstance(leaf, int | float | np.number) and not isinstance(leaf, bool)
 
 
 def kind(leaf: Any) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robust_ssl import attacks, models, objectives, struct, threats
+from robust_ssl import attacks, models, objectives, screening, struct, threats
 from robust_ssl.attacks import per_image, universal
 from robust_ssl.models.generator import Generator, mix, upsampling_convolution
 from robust_ssl.parallel import Parallel
@@ -483,6 +483,21 @@ def test_training_pgd_costs_its_gradients_and_nothing_more():
 def test_bad_static_fields_are_refused():
     with pytest.raises(ValueError, match="num_steps"):
         attacks.PGD(threats.Linf(0.1), num_steps=0)
+    for label_free in (attacks.EmbedAttack, functools.partial(attacks.TDAA, target_image=0.0)):
+        with pytest.raises(ValueError, match="num_steps and restarts must be at least 1"):
+            label_free(threats.Linf(0.1), num_steps=-1)
+    for layered in (attacks.L4AFuse, attacks.L4AUGS):
+        with pytest.raises(ValueError, match="weight must be a finite number, got nan"):
+            layered(weight=float("nan"))
+    evasion = {"detector": None, "detector_key": KEY, "threshold": 0.5}
+    for evade in (
+        functools.partial(screening.Evasion, threats.Linf(0.1), **evasion),
+        functools.partial(screening.UniversalEvasion, None, **evasion),
+    ):
+        with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+            evade(num_steps=0)
+        with pytest.raises(ValueError, match="weight must be a finite number"):
+            evade(weight=float("nan"))
     with pytest.raises(ValueError, match="restarts=2 needs random_start"):
         attacks.PGD(threats.Linf(0.1), random_start=False, restarts=2)
     with pytest.raises(ValueError, match="form must be one of"):

@@ -106,7 +106,7 @@ def test_a_band_that_begins_at_any_frequency_of_the_image_holds_it(size):
 @pytest.mark.parametrize(
     ("threat", "shape", "words"),
     [
-        (Band(Linf(2.0)), None, "epsilon must lie"),
+        (Band(Linf(np.array(2.0))), None, "epsilon must lie"),
         (Band(Linf(0.1), 0.3, 0.2), None, "low=0.3 and high=0.2"),
         (Band(Linf(0.1), -0.1, 0.2), None, "0 <= low < high"),
         (Band(Linf(0.1), 0.0, float("nan")), None, "high=nan"),

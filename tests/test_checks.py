@@ -549,7 +549,7 @@ def test_where_nothing_is_correct_there_is_nothing_to_attack():
     [
         ({"threat": threats.Linf(0.0)}, "epsilon is 0.0: .*no robustness figure"),
         ({"threat": threats.L2(jnp.zeros(()))}, "take epsilon above 0"),
-        ({"threat": threats.Linf(8)}, "pixel units"),
+        ({"threat": threats.Linf(jnp.float32(8))}, "pixel units"),
         ({"threat": threats.Linf(jnp.ones(2))}, "one epsilon"),
         ({"threat": threats.Patch(0.1)}, "patch_places_agree"),
         ({"labels": np.zeros(8, int)}, "of class 0"),

@@ -243,7 +243,7 @@ def test_a_threat_that_makes_no_sense_is_refused_before_anything_is_attacked():
     for threat, words in [
         (threats.Patch(0.0), "share of the image"),
         (threats.Patch(1e-3), "no pixel in an image of 8x8"),
-        (threats.Linf(8), "epsilon must lie"),
+        (threats.Linf(jnp.float32(8)), "epsilon must lie"),
         (threats.L2(14.0), r"at most 13.86 for \(8, 8, 3\)"),
     ]:
         attacks = {"run": Brighten(float("nan")), "later": [PGD(threats.Patch(0.1)), PGD(threat)]}

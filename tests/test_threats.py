@@ -102,6 +102,24 @@ def test_every_threat_survives_being_taken_apart(threat):
     assert [float(x) for x in jax.tree.leaves(again)] == jax.tree.leaves(as_float32)
 
 
+@pytest.mark.parametrize("epsilon", [8, 8.0, 1.01, -0.1, float("nan"), np.float32(8)])
+def test_a_ball_of_a_number_that_is_no_budget_is_refused(epsilon):
+    with pytest.raises(ValueError, match=r"8/255"):
+        threats.Linf(epsilon)
+    with pytest.raises(ValueError, match=r"8/255"):
+        threats.Linf(0.1).replace(epsilon=epsilon)
+    if not epsilon > 0:
+        with pytest.raises(ValueError, match="Euclidean length"):
+            threats.L2(epsilon)
+
+
+def test_what_jax_makes_of_a_ball_may_hold_anything():
+    doubled = jax.tree.map(lambda leaf: 40 * leaf, threats.Linf(0.1))
+    assert doubled.epsilon == 4.0
+    assert jax.jit(lambda threat: threat.epsilon)(threats.Linf(jnp.float32(8))) == 8
+    assert jax.vmap(threats.L2)(jnp.arange(3.0)).epsilon.shape == (3,)
+
+
 @pytest.mark.parametrize("what", [{"epsilon": 0.1}, 0.1, None, "linf", threats.Linf, object()])
 def test_what_is_no_threat_is_told_what_one_is(what):
     with pytest.raises(ValueError, match="no threat"):

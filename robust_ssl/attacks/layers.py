@@ -7,6 +7,7 @@ the name of a tap or the place of a block, as in `robust_ssl.objectives.layers`.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -97,6 +98,11 @@ class L4AFuse(_Ascent):
     layer: int | str = struct.field(pytree_node=False, default=0)
     weight: float = struct.field(pytree_node=False, default=1.0)  # PAP
     name: str = struct.field(pytree_node=False, default="l4a_fuse")
+
+    def __post_init__(self):
+        """Checks the weight."""
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be a finite number, got {self.weight}")
 
     @property
     def objective(self) -> Objective:

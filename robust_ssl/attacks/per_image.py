@@ -277,7 +277,7 @@ class PGD(Tries):
         return better(best, last, value(last, self.num_steps))
 
 
-class FeaturePGD:
+class FeaturePGD(Tries):
     """What the attacks share that are `PGD` on features, from a random start, without a label.
 
     Zero change is a stationary point of a distance of features, so the start is not an option.
@@ -286,11 +286,6 @@ class FeaturePGD:
     label_free = True  # so it can be crafted on an encoder alone
     restarts = 1
     keep_best = False
-
-    @property
-    def gradient_evaluations(self) -> int:
-        """Input gradients per image."""
-        return self.num_steps * self.restarts
 
     def __call__(
         self, key: jax.Array, model: Model, image: jax.Array, label: jax.Array | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from robust_ssl import frequencies, objectives, struct
@@ -80,6 +81,10 @@ class Evasion:
     cutoff: jax.Array | float = 1.0
     num_steps: int = struct.field(pytree_node=False, default=40)
     objective: Objective = struct.field(pytree_node=False, default=capped_margin)
+
+    def __check_init__(self):
+        """Checks the weight and the steps."""
+        _check_numbers(self)
 
     @property
     def gradient_evaluations(self) -> int:
@@ -159,6 +164,10 @@ class UniversalEvasion:
     objective: Objective = struct.field(pytree_node=False, default=capped_margin)
     name: str = struct.field(pytree_node=False, default="universal_evasion")
 
+    def __check_init__(self):
+        """Checks the weight and the steps."""
+        _check_numbers(self)
+
     def init(self, key, image_shape, threat) -> UniversalEvasionState:
         """Starts near zero, where no detector sees anything."""
         start = frequencies.low_pass(random_delta(key, image_shape, threat), cutoff=self.cutoff)
@@ -180,6 +189,14 @@ class UniversalEvasion:
     def delta(self, state, threat) -> jax.Array:
         """Returns the perturbation, ``[H, W, 3]``."""
         return state.delta
+
+
+def _check_numbers(attack: Evasion | UniversalEvasion) -> None:
+    """Raises ValueError for a weight or steps that are numbers with which nothing is attacked."""
+    if struct.is_number(attack.weight) and not np.isfinite(attack.weight):
+        raise ValueError(f"weight must be a finite number, got {attack.weight}")
+    if struct.is_number(attack.num_steps) and attack.num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {attack.num_steps}")
 
 
 def _mean_score(attack: Evasion | UniversalEvasion, model: Model, images: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
 
     Example:
       >>> check(Linf(8 / 255), (32, 32, 3))
-      >>> check(Linf(8))
+      >>> check(Linf(np.array([8.0])))
       Traceback (most recent call last):
       ValueError: epsilon must lie in [0, 1] (pixel units, for example 8/255), got 8.0
     """
@@ -104,6 +104,9 @@ class Linf:
     Attributes:
       epsilon: Budget in [0, 1] pixel units, float scalar.
 
+    Raises:
+      ValueError: If the budget is a number that it cannot be, as 8 for 8/255.
+
     Example:
       >>> threat = Linf(0.25)
       >>> threat.project(jnp.array([0.9, 1.4]), jnp.array([0.5, 1.0])).tolist()
@@ -115,6 +118,11 @@ class Linf:
     """
 
     epsilon: jax.Array | float
+
+    def __check_init__(self):
+        """Checks a budget that is a number; arrays may be traced, and are for `check`."""
+        if struct.is_number(self.epsilon):
+            check(self)
 
     def norm(self, change: jax.Array) -> jax.Array:
         """Returns what `epsilon` bounds: the largest move of a pixel value, a scalar."""
@@ -148,12 +156,20 @@ class L2:
         [0, 1], which grows with the image.  Usual are 0.5 at 32x32 and 3.0 at 224x224; a change
         of every pixel from 0 to 1 has ``sqrt(H * W * 3)``.
 
+    Raises:
+      ValueError: If the budget is a number that it cannot be.
+
     Example:
       >>> L2(0.25).project(jnp.array([0.0, 1.0]), jnp.zeros(2)).tolist()
       [0.0, 0.25]
     """
 
     epsilon: jax.Array | float
+
+    def __check_init__(self):
+        """Checks a budget that is a number; arrays may be traced, and are for `check`."""
+        if struct.is_number(self.epsilon):
+            check(self)
 
     def check(self, image_shape: tuple[int, ...] | None = None) -> None:
         """Raises ValueError unless every budget is finite, at least 0 and within the image."""
