@@ -59,6 +59,11 @@ def check(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
       ValueError: epsilon must lie in [0, 1] (pixel units, for example 8/255), got 8.0
     """
     check_is_threat(threat)
+    check_budget(threat, image_shape)
+
+
+def check_budget(threat: Any, image_shape: tuple[int, ...] | None = None) -> None:
+    """Raises ValueError as `check` does, but asks for no methods: what is saved is its fields."""
     if hasattr(threat, "check"):
         threat.check(image_shape)
     else:
@@ -74,7 +79,10 @@ def check_is_threat(threat: Any) -> None:
     if isinstance(threat, type):
         name = threat.__name__
         raise ValueError(f"{name} is a class and no threat; make one: {name}(...)")
-    absent = [name for name in _METHODS if not callable(getattr(threat, name, None))]
+    # One that is for all images alone may say `sample` and `project` of a delta.
+    named = {name: (name, f"{name}_delta") for name in _METHODS}
+    has = {name for name in named if any(callable(getattr(threat, n, None)) for n in named[name])}
+    absent = [name for name in _METHODS if name not in has]
     if absent:
         lacks = " and ".join(filter(None, [", ".join(absent[:-1]), absent[-1]]))
         raise ValueError(

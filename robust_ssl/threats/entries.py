@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.threats.balls import L2, Linf, check
+from robust_ssl.threats.balls import L2, Linf, check_budget
 from robust_ssl.threats.band import Band
 from robust_ssl.threats.patch import Patch
 
@@ -92,7 +92,7 @@ def from_entries(
     kind = str(entries.get("kind", "missing"))
     if kind not in _KINDS:
         value = _users_threat(kind, entries, threat)
-        check(value)
+        check_budget(value)
         return value
     needed = {"Patch": ("area", "location"), "Band": ("low", "high", "inner")}
     absent = [name for name in needed.get(kind, ("epsilon",)) if name not in entries]
@@ -107,7 +107,7 @@ def from_entries(
         value = Band(inner, _number(entries, "low"), _number(entries, "high"))
     else:
         value = _KINDS[kind](_number(entries, "epsilon"))
-    check(value)
+    check_budget(value)
     return value
 
 
