@@ -571,6 +571,15 @@ class Unsaveable:
     def __init__(self, epsilon):
         self.epsilon = epsilon
 
+    def sample(self, key, image):
+        return image
+
+    def project(self, candidate, image):
+        return image
+
+    def steepest(self, gradient):
+        return gradient
+
 
 def unsaveable(epsilon):
     return Unsaveable(epsilon)

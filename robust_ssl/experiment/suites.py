@@ -102,9 +102,9 @@ class Budget:
             raise ValueError(f"{where} needs an epsilon, for example 8 / 255")
         place = f"{where}.epsilon" if entries is value else where
         epsilon = read(NotNegative, entries["epsilon"], place)
-        threat = read_threat(entries.get("threat"), f"{where}.threat")(epsilon)
+        make = read_threat(entries.get("threat"), f"{where}.threat")
         with inside(place):
-            threats.check(threat)
+            threats.check(threat := make(epsilon))
         return cls(epsilon, threat, value)
 
     @property
@@ -289,6 +289,9 @@ class Suite:
         if "curve" in entries:
             curve = read(tuple[NotNegative, ...], entries["curve"], f"{where}.curve")
         budgets = tuple(dict.fromkeys((main, *curve)))  # each once
+        for place, budget in [("epsilon", main), *(("curve", epsilon) for epsilon in curve)]:
+            with inside(f"{where}.{place}"):
+                threats.check(make(budget))
         with inside(where):
             if not own and not hasattr(make(main), "epsilon"):
                 raise ValueError(
@@ -297,9 +300,6 @@ class Suite:
                     'patch the share of the area: "epsilon": 0.03)'
                 )
             threats.check_saveable(make(main))
-        for place, budget in [("epsilon", main), *(("curve", epsilon) for epsilon in curve)]:
-            with inside(f"{where}.{place}"):
-                threats.check(make(budget))
         named = [budget_name(make(budget), budget) for budget in budgets]
         if twice := [name for name in named if named.count(name) > 1]:
             alike = [b for b, name in zip(budgets, named, strict=True) if name == twice[0]]
