@@ -402,18 +402,20 @@ def test_a_file_without_tensors_says_so(tmp_path, capsys):
     assert "there are no tensors in it" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("change", ["byte", "missing"])
-def test_inspect_says_that_weights_are_not_those_of_the_card(change, tmp_path, capsys):
+def test_inspect_says_that_weights_are_not_those_of_the_card(tmp_path, capsys):
     file = weights.save_encoder(ENCODER, tmp_path / "mine") / "encoder.safetensors"
     assert main.main(["encoder", "inspect", str(file.parent)]) == 0
     capsys.readouterr()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    file.unlink() if change == "missing" else file.write_bytes(content)
+    file.write_bytes(content)
     assert main.main(["encoder", "inspect", str(file.parent)]) == 2
     out, err = capsys.readouterr()
-    said = "has no encoder.safetensors" if change == "missing" else "is not the file its card"
-    assert said in " ".join(err.split()) and not out
+    assert "is not the file its card" in " ".join(err.split()) and not out
+    file.unlink()
+    assert main.main(["encoder", "inspect", str(file.parent)]) == 0
+    out, err = capsys.readouterr()
+    assert "has no encoder.safetensors" in " ".join(err.split()) and '"sha256"' in out
 
 
 def test_inspect_and_convert_from_the_command_line(tmp_path, capsys):

@@ -189,7 +189,7 @@ def _card(name_or_path: str) -> str:
     """Returns what an encoder of this package says of itself: its page, or else its card.
 
     Raises:
-      ValueError: If its weights are not those that the card describes.
+      ValueError: If it has weights, and they are not those that the card describes.
     """
     from robust_ssl import weights
     from robust_ssl.weights import cards, native
@@ -198,8 +198,11 @@ def _card(name_or_path: str) -> str:
     folder = importlib.resources.files("robust_ssl.zoo").joinpath(name_or_path)
     if name_or_path not in weights.list_encoders():
         folder = pathlib.Path(name_or_path)
-    # Of what loading would refuse the card says nothing.
-    cards.read_described(folder, card["weights"], native.WEIGHTS_FILE)
+    if folder.joinpath(native.WEIGHTS_FILE).is_file():
+        # Of what loading would refuse the card says nothing.
+        cards.read_described(folder, card["weights"], native.WEIGHTS_FILE)
+    else:
+        words.say(f"{folder} has no {native.WEIGHTS_FILE}: this is its card alone")
     page = folder.joinpath("README.md")
     text = page.read_text(encoding="utf-8") if page.is_file() else json.dumps(card, indent=2)
     from robust_ssl.api.names import describe_encoder
