@@ -15,10 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.keys import check_key
 from robust_ssl.models.products import attend, dot_general
 from robust_ssl.models.resnet import ConvNorm, Stage
-from robust_ssl.models.sizes import check_sizes, number_type
+from robust_ssl.models.sizes import check_sizes, first_variables, number_type
 from robust_ssl.types import Encoder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's release, clip.py
@@ -190,6 +189,5 @@ def clip_resnet(
         raise ValueError(f"image_size must be a multiple of {STRIDE} pixels, got {image_size}")
     check_sizes(mean, std)
     module = CLIPResNet(depths, width, heads, dim, number_type(dtype))
-    check_key(key)
-    variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
+    variables = first_variables(module, key, image_size)
     return Encoder(variables, module, tuple(mean), tuple(std), image_size, dim, name)

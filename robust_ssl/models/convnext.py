@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.keys import check_key
 from robust_ssl.models.products import dot_general, gelu, once
 from robust_ssl.models.resnet import IMAGENET_MEAN, IMAGENET_STD
-from robust_ssl.models.sizes import check_sizes, number_type
+from robust_ssl.models.sizes import check_sizes, first_variables, number_type
 from robust_ssl.types import Encoder
 
 _KERNEL = 7  # of the depthwise convolutions
@@ -258,6 +257,5 @@ def convnext(
         depths, widths, patch_size, layer_scale, response_norm, norm_epsilon, inner_epsilon,
         number_type(dtype),
     )  # fmt: skip
-    check_key(key)
-    variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
+    variables = first_variables(module, key, image_size)
     return Encoder(variables, module, tuple(mean), tuple(std), image_size, widths[-1], name)

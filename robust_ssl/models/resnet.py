@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.keys import check_key
 from robust_ssl.models.convolution import conv_general_dilated
-from robust_ssl.models.sizes import check_sizes, number_type
+from robust_ssl.models.sizes import check_sizes, first_variables, number_type
 from robust_ssl.types import Encoder
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -238,9 +237,7 @@ def _builder(variant: str) -> Callable[..., Encoder]:
         check_sizes(mean, std, width=width, image_size=image_size)
         padding = STEMS[stem][3] if stem_padding is None else stem_padding
         module = ResNet(block, depths, width, stem, padding, number_type(dtype))
-        # One program for the whole tree; unjitted, every operation would be compiled by itself.
-        check_key(key)
-        variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
+        variables = first_variables(module, key, image_size)
         dim = width * expansion
         return Encoder(variables, module, tuple(mean), tuple(std), image_size, dim, name)
 

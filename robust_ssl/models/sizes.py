@@ -1,4 +1,4 @@
-"""What the builders of networks refuse before anything is traced."""
+"""What the builders of networks share: what they refuse, and the first variables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
+
+from robust_ssl.keys import check_key
 
 NUMBER_TYPES = ("float32", "bfloat16")
 
@@ -54,3 +58,14 @@ def check_sizes(mean: Sequence[float], std: Sequence[float], **sizes: int) -> No
         if not fit or (name == "std" and min(numbers) <= 0):
             above = " above 0" if name == "std" else ""
             raise ValueError(f"{name} must be three numbers{above}, one a color, got {values!r}")
+
+
+def first_variables(module: nn.Module, key: jax.Array, image_size: int) -> Any:
+    """Returns the variables of a network of square images, drawn by a key.
+
+    Raises:
+      ValueError: If the key is none.
+    """
+    check_key(key)
+    # One program for the whole tree; unjitted, every operation would be compiled by itself.
+    return jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robust_ssl.keys import check_key
 from robust_ssl.models.convnext import Downsample
 from robust_ssl.models.products import dot_general, once
 from robust_ssl.models.resnet import IMAGENET_MEAN, IMAGENET_STD
-from robust_ssl.models.sizes import check_sizes, number_type
+from robust_ssl.models.sizes import check_sizes, first_variables, number_type
 from robust_ssl.models.transformer import MLP, layer_norm
 from robust_ssl.types import Encoder
 
@@ -297,8 +296,7 @@ def swin_transformer(
         depths, width, heads, windows, patch_size, float(mlp_ratio), pad_first, norm_epsilon,
         number_type(dtype),
     )  # fmt: skip
-    check_key(key)
-    variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
+    variables = first_variables(module, key, image_size)
     dim = width * 2 ** (len(depths) - 1)
     return Encoder(variables, module, tuple(mean), tuple(std), image_size, dim, name)
 

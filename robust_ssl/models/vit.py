@@ -15,9 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robust_ssl.keys import check_key
 from robust_ssl.models.resnet import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
-from robust_ssl.models.sizes import check_sizes, number_type
+from robust_ssl.models.sizes import check_sizes, first_variables, number_type
 from robust_ssl.models.transformer import (
     ACTIVATIONS,
     AttentionPool,
@@ -233,8 +232,7 @@ def vision_transformer(
     )  # fmt: skip
     # Before any tracing, so that a wrong option is named instead of a shape deep inside.
     check(module)
-    check_key(key)
-    variables = jax.jit(module.init)(key, jnp.zeros((1, image_size, image_size, 3)))
+    variables = first_variables(module, key, image_size)
     return Encoder(variables, module, tuple(mean), tuple(std), image_size, width, name)
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from robust_ssl import disk, schemas
+from robust_ssl import disk, schemas, struct
 from robust_ssl.build import resolve
 from robust_ssl.models import preprocessing
 from robust_ssl.types import Encoder
@@ -134,10 +134,7 @@ def check_normalization(mean: Any, std: Any, where: str | os.PathLike) -> None:
     """Raises ValueError unless mean and deviation are three finite numbers, the latter above 0."""
     for name, values in (("mean", mean), ("std", std)):
         numbers = isinstance(values, list | tuple) and len(values) == 3
-        numbers = numbers and all(
-            isinstance(x, int | float | np.number) and not isinstance(x, bool) and math.isfinite(x)
-            for x in values
-        )
+        numbers = numbers and all(struct.is_number(x) and math.isfinite(x) for x in values)
         if not numbers or (name == "std" and min(values) <= 0):
             shown = repr(values)
             shown = shown if len(shown) < 80 else f"{shown[:77]}..."

@@ -270,18 +270,19 @@ def _read_safetensors(
 def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
     """The tensors' numbers by name, and notes about the rest."""
     _refuse_multiplied(state)
-    tensors, left, sharing = {}, [], {}
+    tensors, left, unnamed, sharing = {}, [], [], {}
     for name, value in state.items():
-        if not isinstance(name, str) or not state_dicts.is_tensor(value):
-            if not _is_unnamed(name, value):
-                left.append(str(name))
+        if not state_dicts.is_tensor(value):
+            left.append(str(name))
+            continue
+        if not isinstance(name, str):
+            unnamed.append(repr(name))
             continue
         if isinstance(value, torch_pickle.Tensor):
             tensors[name], storage = value.array(), id(value.storage)
         else:
             tensors[name], storage = _from_torch(value), value.untyped_storage().data_ptr()
         sharing.setdefault(storage, []).append(name)
-    unnamed = [repr(name) for name, value in state.items() if _is_unnamed(name, value)]
     if unnamed and not tensors:
         raise RefusedError(
             f"the names of its tensors are no text: {', '.join(unnamed[:3])}; save the state dict "
@@ -292,10 +293,6 @@ def _arrays(state: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]]
     shared = [names for names in sharing.values() if len(names) > 1]
     notes += [f"one storage is shared by {', '.join(names[:10])}" for names in shared[:10]]
     return tensors, notes
-
-
-def _is_unnamed(name: Any, value: Any) -> bool:
-    return not isinstance(name, str) and state_dicts.is_tensor(value)
 
 
 def _refuse_multiplied(state: Mapping[Any, Any]) -> None:
